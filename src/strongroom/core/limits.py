@@ -1,0 +1,35 @@
+"""Every limit in one place. A parser refuses beyond these before it allocates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes and counts; see spec/container.md, section Limits."""
+
+    safetensors_header: int = 100_000_000  # safetensors' own bound
+    gguf_tensors: int = 1 << 20
+    gguf_metadata: int = 64 * MIB
+    tensors: int = 1 << 20
+    tensor_dims: int = 8
+    files: int = 100_000
+    path_bytes: int = 1024
+    image: int = 1 << 50
+    positions: int = 1 << 20
+    marked_segment_min: int = 4 * KIB
+    segment_max: int = 16 * MIB
+    pack_body: int = 64 * MIB  # what the writer aims at
+    pack_trailer: int = 64 * MIB
+    manifest: int = 64 * MIB
+    index: int = 256 * MIB
+    bundle: int = 64 * MIB
+    signatures: int = 16
+
+
+LIMITS = Limits()

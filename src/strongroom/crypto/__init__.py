@@ -1,0 +1,1 @@
+"""Standard constructions, one place for each: key schedule, sealed boxes, AEAD segments, signatures, key stores."""

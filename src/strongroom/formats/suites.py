@@ -1,0 +1,42 @@
+"""Cipher suites (spec/container.md, section 2): which hash a container is built with. No negotiation, no fallback."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+from blake3 import blake3
+
+from strongroom.errors import CannotVerify
+
+FORMAT = 1
+DIGEST_BYTES = 32
+
+
+class Suite(IntEnum):
+    """AES-256-GCM throughout; the hash differs."""
+
+    BLAKE3 = 1
+    SHA256 = 2
+
+    @classmethod
+    def of(cls, number: object) -> Suite:
+        """The suite with this number; CannotVerify for one that this release does not know."""
+        if isinstance(number, int) and number in (1, 2):
+            return cls(number)
+        raise CannotVerify(
+            "suite.unknown",
+            f"suite {number!r} is not one that this release reads (1: BLAKE3, 2: SHA-256)",
+            hint="upgrade strongroom",
+        )
+
+    @property
+    def hasher(self) -> Callable[[Any], Any]:
+        """The constructor: ``hasher(data).digest()`` is `H` of the specification."""
+        return blake3 if self is Suite.BLAKE3 else hashlib.sha256
+
+    def digest(self, data: bytes | bytearray | memoryview) -> bytes:
+        """`H(data)`, 32 bytes."""
+        return bytes(self.hasher(data).digest())

@@ -1,0 +1,107 @@
+"""Where a tensor lies in a model file and what its elements are, whatever the file's format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """An element type: `block` elements take `block_bytes` bytes. One element a block, but for packed and quantised."""
+
+    name: str
+    block: int
+    block_bytes: int
+
+    @property
+    def bits(self) -> int:
+        """Bits an element, rounded down where a quantised block carries its scales with it."""
+        return 8 * self.block_bytes // self.block
+
+
+# What safetensors knows, in the order of its own enumeration: ascending alignment, which its writer sorts by.
+DTYPES: Mapping[str, Dtype] = MappingProxyType(
+    {
+        name: Dtype(name, block, block_bytes)
+        for name, block, block_bytes in (
+            ("BOOL", 1, 1),
+            ("F4", 2, 1),
+            ("F6_E2M3", 4, 3),
+            ("F6_E3M2", 4, 3),
+            ("U8", 1, 1),
+            ("I8", 1, 1),
+            ("F8_E5M2", 1, 1),
+            ("F8_E4M3", 1, 1),
+            ("F8_E8M0", 1, 1),
+            ("F8_E4M3FNUZ", 1, 1),
+            ("F8_E5M2FNUZ", 1, 1),
+            ("I16", 1, 2),
+            ("U16", 1, 2),
+            ("F16", 1, 2),
+            ("BF16", 1, 2),
+            ("I32", 1, 4),
+            ("U32", 1, 4),
+            ("F32", 1, 4),
+            ("C64", 1, 8),
+            ("F64", 1, 8),
+            ("I64", 1, 8),
+            ("U64", 1, 8),
+        )
+    }
+)
+MARKABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+_INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of one file.
+
+    `dtype` is one of `DTYPES` or, in a GGUF file, a ggml block type; `shape` is row-major; `begin` and `end` are
+    absolute byte offsets in the file, `end` exclusive.
+    """
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def markable(self) -> bool:
+        """Whether its elements may carry a mark: F64, F32, F16 or BF16 in two or more dimensions."""
+        return self.dtype.name in MARKABLE_DTYPES and len(self.shape) >= 2
+
+    def aligned(self, data_start: int) -> bool:
+        """Whether it lies a whole number of its elements behind `data_start`, the file's first tensor byte.
+
+        Only then can its bytes be viewed as elements in place (spec/container.md, section 3).
+        """
+        return self.dtype.block == 1 and (self.begin - data_start) % self.dtype.block_bytes == 0
+
+    def unmarked_reason(self, data_start: int) -> str | None:
+        """Why it carries no mark, or None: quantised, integer, float8, complex, one-dimensional, unaligned."""
+        name = self.dtype.name
+        if name in _INTEGERS:
+            return "integer"
+        if name.startswith("F8_"):
+            return "float8"
+        if name == "C64":
+            return "complex"
+        if name not in MARKABLE_DTYPES:  # F4 and F6 carry shared scales beside them, as ggml's blocks do
+            return "quantised"
+        if len(self.shape) < 2:
+            return "one-dimensional"
+        return None if self.aligned(data_start) else "unaligned"

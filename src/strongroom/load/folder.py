@@ -1,0 +1,92 @@
+"""A folder whose files are in memory, for code that insists on a path."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from strongroom.errors import BackendError
+from strongroom.load.weights import Weights
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_WEIGHTS = frozenset(
+    (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".safetensors")
+)
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class MemoryFolder:
+    """Files of a version under a path, as long as this is open: links to anonymous memory of this process.
+
+    On the disk there is nothing but the links, which the folder takes with it when it is closed. Other processes of the
+    same user can follow them while this process lives. `paths` are the files to show; `heads` are files of which only
+    so many first bytes are shown, followed by zeros up to their size.
+    """
+
+    def __init__(self, weights: Weights, paths: Iterable[str], *, heads: Mapping[str, int] | None = None) -> None:
+        self._fds: list[int] = []
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix="strongroom-"))
+        except OSError as error:
+            raise BackendError("folder.temporary", f"can't make a temporary folder: {error.strerror}") from None
+        try:
+            for path in paths:
+                self._link(weights, path, None)
+            for path, size in (heads or {}).items():
+                self._link(weights, path, size)
+        except OSError as error:
+            self.close()
+            raise BackendError("folder.temporary", f"can't link to memory: {error.strerror}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def keep(self) -> Self:
+        """For callers that close it themselves."""
+        return self
+
+    def close(self) -> None:
+        """Remove the links and free the memory, except what still has it open."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        while self._fds:
+            os.close(self._fds.pop())
+
+    def _link(self, weights: Weights, path: str, head: int | None) -> None:
+        file = weights.file_entry(path)
+        fd = os.memfd_create("strongroom-file", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._fds.append(fd)
+        shown = file.bytes if head is None else min(head, file.bytes)
+        if file.bytes:
+            os.ftruncate(fd, file.bytes)
+            with mmap.mmap(fd, file.bytes) as memory, memoryview(memory) as view, view[:shown] as part:
+                weights.reader.read_range(file.offset, part)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        target = self.path / path  # layouts hold relative paths without '..' only
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
+
+
+def small_files(weights: Weights) -> list[str]:
+    """The files beside the weights: configuration, tokenizer and such; no code."""
+    return [
+        file.path
+        for file in weights.reader.layout.files
+        if file.kind == "opaque" and Path(file.path).suffix.lower() not in {*_WEIGHTS, ".py"}
+    ]

@@ -1,0 +1,391 @@
+"""The database: which versions there are, where their packs lie, and the room's wrapped keys. SQLite or PostgreSQL.
+
+The database is trusted with no plaintext and no unwrapped key: whatever is secret in a column (wrapped_room_key,
+secrets, recovery_sealed, record) is sealed, and bound to its row by its own associated data. Numbers of bytes are
+BIGINT, times are RFC 3339 UTC text, identifiers are lower-case hexadecimal text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+
+from strongroom.errors import BackendError, Conflict, UsageError
+
+SCHEMA = 1
+_BUSY_MS = 30_000
+
+metadata = sa.MetaData()
+
+_schema = sa.Table(
+    "strongroom_schema", metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False)
+)
+
+room = sa.Table(
+    "room",
+    metadata,
+    sa.Column("room_id", sa.Text, primary_key=True),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("keystore_uri", sa.Text, nullable=False),
+    sa.Column("wrapped_room_key", sa.LargeBinary, nullable=False),
+    sa.Column("secrets", sa.LargeBinary, nullable=False),  # sealed under the room key
+    sa.Column("recovery_public", sa.LargeBinary),
+    sa.Column("recovery_sealed", sa.LargeBinary),
+    sa.Column("recovery_threshold", sa.Integer),
+    sa.Column("recovery_shares", sa.Integer),
+    sa.Column("recovery_proven_at", sa.Text),
+    sa.Column("key_epoch", sa.Integer, nullable=False),
+)
+
+principals = sa.Table(
+    "principals",
+    metadata,
+    sa.Column("path", sa.Text, primary_key=True),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("suspended_at", sa.Text),
+)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    sa.Column("version_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("number", sa.Integer, sa.CheckConstraint("number >= 1", name="versions_number"), nullable=False),
+    sa.Column(
+        "state", sa.Text, sa.CheckConstraint("state IN ('active', 'shredded')", name="versions_state"), nullable=False
+    ),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("manifest_sha256", sa.Text, nullable=False),
+    sa.Column("record", sa.LargeBinary),  # sealed under the room key; null once shredded
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("stored_bytes", sa.BigInteger, nullable=False),
+    sa.Column("segments", sa.BigInteger, nullable=False),
+    sa.Column("positions", sa.BigInteger, nullable=False),
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("created_by", sa.Text, nullable=False),
+    sa.Column("shredded_at", sa.Text),
+    sa.UniqueConstraint("name", "number", name="versions_name_number"),
+    # A shredded version has no key left, an active one has: a half-done shred can't be recorded.
+    sa.CheckConstraint("(state = 'shredded') = (record IS NULL)", name="versions_record"),
+)
+
+puts = sa.Table(
+    "puts",
+    metadata,
+    sa.Column("put_id", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("fingerprint", sa.Text, nullable=False, index=True),
+    sa.Column("version_id", sa.Text, nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),
+    sa.Column("record", sa.LargeBinary, nullable=False),  # sealed under the room key
+    sa.Column("created_at", sa.Text, nullable=False),
+    sa.Column("created_by", sa.Text, nullable=False),
+)
+
+put_packs = sa.Table(
+    "put_packs",
+    metadata,
+    sa.Column("put_id", sa.Text, sa.ForeignKey("puts.put_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("kind", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("ordinal", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("first", sa.BigInteger, nullable=False),
+    sa.Column("count", sa.BigInteger, nullable=False),
+    sa.Column("pack_id", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False),
+    sa.Column("progress", sa.Text, nullable=False),
+)
+
+
+class Database:
+    """One room's database. Thread-safe; every transaction has a connection of its own.
+
+    Transactions that write run one after another, also across processes: on SQLite each takes the write lock when it
+    begins (so that no check in it is ever outdated when it commits), on PostgreSQL they are SERIALIZABLE.
+    """
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+        self._inside = threading.local()
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = False) -> Database:
+        """The database at ``sqlite:///path``, ``sqlite:path`` or ``postgresql://user@host/name``.
+
+        With `create`, file and tables are made where they are missing.
+
+        UsageError for a URL that names no database we know or whose driver is not installed; BackendError for one that
+        is missing ("db.missing"), damaged, unreachable, or written by a newer Strongroom ("db.newer_schema").
+        """
+        path = _sqlite_path(url)
+        database = cls(_server_engine(url) if path is None else _sqlite_engine(path, create=create))
+        try:
+            if create:
+                database.create_all()
+            database._check_schema()
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    @property
+    def url(self) -> str:
+        """Where the database is, without its password."""
+        return self._engine.url.render_as_string(hide_password=True)
+
+    def create_all(self) -> None:
+        """Make the tables that are missing; no change where all are there."""
+        with self.transaction() as tx:
+            if not sa.inspect(tx).has_table(_schema.name):
+                metadata.create_all(tx)
+                tx.execute(sa.insert(_schema).values(version=SCHEMA))
+
+    @contextmanager
+    def transaction(self) -> Iterator[sa.Connection]:
+        """Read and write: committed and durable when the block ends, undone when it raises. Does not nest.
+
+        Conflict ("db.conflict") when a constraint refuses what was written, BackendError for all else that a database
+        may answer: db.busy (another writer for 30 s, or a lost race: try again), db.full, db.read_only, db.damaged,
+        db.unreachable, db.failed.
+        """
+        with self._session("BEGIN IMMEDIATE") as connection:
+            yield connection
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """Read only, from one consistent state, without waiting for writers. Errors as `transaction`."""
+        with self._session("BEGIN") as connection:
+            yield connection
+
+    def scrub(self) -> None:
+        """Overwrite what was deleted, as far as a database can: after shredding a key.
+
+        SQLite zeroes deleted rows in the file itself (secure_delete); here the write-ahead log, which still holds their
+        pages, is emptied into the file and truncated. Other readers may keep that from completing: BackendError
+        ("db.busy"). PostgreSQL keeps old rows until its own vacuum and its own log retention. Neither reaches backups,
+        nor blocks that a file system or flash drive has moved away.
+        """
+        if self._engine.dialect.name != "sqlite":
+            return
+        with _mapped(), self._engine.connect().execution_options(strongroom_begin="") as connection:
+            busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+        if busy:
+            raise BackendError(
+                "db.busy",
+                "the write-ahead log could not be emptied: another process is reading the database",
+                hint="end other strongroom processes on this room and run the command again",
+            )
+
+    def check(self) -> list[str]:
+        """What ``doctor`` and ``fsck`` show: one text for each fault that the database finds in itself."""
+        with self.reading() as tx:
+            if self._engine.dialect.name != "sqlite":
+                return []
+            found = [str(row[0]) for row in tx.exec_driver_sql("PRAGMA integrity_check(20)")]
+            orphans = tx.exec_driver_sql("PRAGMA foreign_key_check").all()
+        faults = [text for text in found if text != "ok"]
+        return faults + [f"a row of {row[0]} refers to nothing in {row[2]}" for row in orphans]
+
+    def close(self) -> None:
+        """Close idle connections; they come back when the database is used again."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _session(self, begin: str) -> Iterator[sa.Connection]:
+        if getattr(self._inside, "yes", False):
+            # A second connection would wait for the first one's lock until it times out.
+            raise RuntimeError("transactions don't nest")
+        self._inside.yes = True
+        try:
+            with _mapped(), self._engine.connect().execution_options(strongroom_begin=begin) as connection:
+                if begin == "BEGIN" and self._engine.dialect.name == "postgresql":
+                    connection = connection.execution_options(postgresql_readonly=True)  # noqa: PLW2901
+                with connection.begin():
+                    yield connection
+        finally:
+            self._inside.yes = False
+
+    def _check_schema(self) -> None:
+        with self.reading() as tx:
+            found = None
+            if sa.inspect(tx).has_table(_schema.name):
+                found = tx.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
+        if found is None:
+            raise BackendError(
+                "db.missing", f"{self.url} holds no room", hint="strongroom init, or correct the database's URL"
+            )
+        if found > SCHEMA:
+            raise BackendError(
+                "db.newer_schema",
+                f"the database was written by a newer Strongroom (schema {found}; this one knows {SCHEMA})",
+                hint="pip install --upgrade strongroom",
+                schema=found,
+                known=SCHEMA,
+            )
+
+
+def _sqlite_path(url: str) -> Path | None:
+    """The file of a SQLite URL, taken literally: a path may hold '?', '#' and '%'."""
+    scheme, colon, rest = url.partition(":")
+    if not colon or scheme.lower() not in ("sqlite", "sqlite+pysqlite"):
+        return None
+    if rest.startswith("//"):
+        if not rest.startswith("///"):
+            raise UsageError("db.malformed_url", "a SQLite database is sqlite:///path, with three slashes and no host")
+        rest = rest[3:]
+    if not rest or rest == ":memory:" or "\0" in rest:
+        raise UsageError("db.malformed_url", "a room's database is a file: sqlite:///path")
+    return Path(rest).absolute()
+
+
+def _sqlite_engine(path: Path, *, create: bool) -> sa.Engine:
+    if create:
+        _make_file(path)
+    elif not path.is_file():
+        raise BackendError(
+            "db.missing", f"there is no database {path}", hint="restore room.db from a backup, or correct the path"
+        )
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(path)),
+        hide_parameters=True,
+        connect_args={"timeout": _BUSY_MS / 1000, "check_same_thread": False},
+    )
+    sa.event.listen(engine, "connect", _configure)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _make_file(path: Path) -> None:
+    """An empty file that only its owner may read (SQLite gives its log the same mode), durable in its folder."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        raise BackendError(
+            "db.unreachable",
+            f"can't make the database {path}: {error.strerror}",
+            hint="check the folder and its rights",
+        ) from None
+
+
+def _configure(connection: sqlite3.Connection, _record: object) -> None:
+    # Autocommit: SQLAlchemy's "begin" event says BEGIN, so that it is we who say which kind.
+    connection.isolation_level = None
+    for pragma in (
+        f"busy_timeout={_BUSY_MS}",  # first: switching to WAL needs the lock, too
+        "journal_mode=WAL",
+        "synchronous=FULL",  # in WAL mode NORMAL could lose a committed transaction in a power cut
+        "foreign_keys=ON",
+        "secure_delete=ON",  # a shredded key is overwritten, not only unlinked
+        "trusted_schema=OFF",  # a planted view or trigger must not run functions with side effects
+        "cell_size_check=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin(connection: sa.Connection) -> None:
+    statement = connection.get_execution_options().get("strongroom_begin", "BEGIN IMMEDIATE")
+    if statement:
+        connection.exec_driver_sql(statement)
+
+
+def _server_engine(url: str) -> sa.Engine:
+    try:
+        parsed = sa.make_url(url)
+        if parsed.get_backend_name() != "postgresql":
+            raise UsageError(
+                "db.unknown_scheme",
+                f"no database speaks {parsed.drivername}://",
+                hint="use sqlite:///path or postgresql://",
+            )
+        if parsed.drivername == "postgresql":
+            parsed = parsed.set(drivername="postgresql+psycopg")
+        return sa.create_engine(parsed, hide_parameters=True, isolation_level="SERIALIZABLE", pool_pre_ping=True)
+    except (ImportError, NoSuchModuleError):
+        raise UsageError(
+            "db.no_driver", "the driver for this database is not installed", hint="pip install 'strongroom[postgres]'"
+        ) from None
+    except (ArgumentError, ValueError):  # not shown: the URL may hold a password
+        raise UsageError(
+            "db.malformed_url",
+            "the database's URL is not understood",
+            hint="use sqlite:///path or postgresql://user@host/name",
+        ) from None
+
+
+@contextmanager
+def _mapped() -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        _fail(error)
+
+
+# Primary result codes of SQLite and SQLSTATE classes of PostgreSQL, and what they mean to the caller.
+_SQLITE = {
+    sqlite3.SQLITE_BUSY: "busy",
+    sqlite3.SQLITE_LOCKED: "busy",
+    sqlite3.SQLITE_FULL: "full",
+    sqlite3.SQLITE_READONLY: "read_only",
+    sqlite3.SQLITE_PERM: "read_only",
+    sqlite3.SQLITE_CORRUPT: "damaged",
+    sqlite3.SQLITE_NOTADB: "damaged",
+    sqlite3.SQLITE_CANTOPEN: "unreachable",
+    sqlite3.SQLITE_IOERR: "failed",
+}
+_POSTGRESQL = {
+    "40": "busy",
+    "55": "busy",
+    "53": "full",
+    "25": "read_only",
+    "42501": "read_only",
+    "XX": "damaged",
+    "08": "unreachable",
+    "57": "unreachable",
+}
+_MEANINGS = {
+    "busy": ("the database is in use by another writer", "run the command again"),
+    "full": ("the database can't grow", "free disk space and run the command again"),
+    "read_only": ("the database can't be written", "make the database and its folder writable for this user"),
+    "damaged": ("the database is damaged, or is no database", "restore it from a backup; strongroom doctor"),
+    "unreachable": ("the database can't be opened", "see whether it is there and may be reached"),
+    "failed": ("the database failed", "strongroom doctor"),
+}
+
+
+def _fail(error: SQLAlchemyError | sqlite3.Error) -> NoReturn:
+    """Raise what a database's error means. Its text is not passed on: it may quote values, and those may be keys."""
+    original: Any = error.orig if isinstance(error, DBAPIError) else error
+    reason = (
+        getattr(original, "sqlite_errorname", None) or getattr(original, "sqlstate", None) or type(original).__name__
+    )
+    if isinstance(error, IntegrityError) or isinstance(original, sqlite3.IntegrityError):
+        raise Conflict(
+            "db.conflict", "the database refuses the change: it contradicts what is recorded already", reason=reason
+        ) from None
+    code = getattr(original, "sqlite_errorcode", None)
+    if code is not None:
+        meaning = _SQLITE.get(code & 0xFF, "failed")
+    else:
+        state = getattr(original, "sqlstate", None) or ""
+        meaning = _POSTGRESQL.get(state) or _POSTGRESQL.get(state[:2]) or ("failed" if state else _without_code(error))
+    what, hint = _MEANINGS[meaning]
+    raise BackendError(f"db.{meaning}", f"{what} ({reason})", hint=hint, reason=reason) from None
+
+
+def _without_code(error: SQLAlchemyError | sqlite3.Error) -> str:
+    """Neither database gives a code when there is no connection, nor for what SQLAlchemy itself finds."""
+    return "unreachable" if isinstance(error, DBAPIError) and isinstance(error, sa.exc.OperationalError) else "failed"

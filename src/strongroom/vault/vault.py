@@ -1,0 +1,449 @@
+"""The vault: one deep module over store, database and keys. Everything that changes or releases weights goes through
+it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Row, func, insert, select, update
+
+from strongroom.core.clock import now
+from strongroom.core.ids import Ref, parse_principal, random_id
+from strongroom.core.settings import Settings
+from strongroom.crypto.keystores import PassphraseSource
+from strongroom.crypto.segments import VersionKeys
+from strongroom.crypto.shamir import Share
+from strongroom.errors import AuthRequired, Conflict, NotFound, Rollback, Tampered, UsageError
+from strongroom.formats.bundle import KeyBundle
+from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.index import Index
+from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
+from strongroom.formats.pack import trailer_bytes
+from strongroom.formats.suites import Suite
+from strongroom.storage.blobs import Blobs, open_blobs
+from strongroom.storage.db import Database, principals, versions
+from strongroom.storage.image import SealedImage, read_manifest
+from strongroom.vault.config import RoomConfig
+from strongroom.vault.journal import Journal
+from strongroom.vault.put import Plan, Progress, parse_share, put
+from strongroom.vault.record import VersionRecord
+from strongroom.vault.release import bundle_for
+from strongroom.vault.roomkeys import RoomKeys
+from strongroom.vault.rotate import next_revision, reencrypt
+from strongroom.vault.source import ModelSource
+from strongroom.vault.verify import VerifyReport, problem_of, verify_image
+
+
+def silent(done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+@dataclass(frozen=True)
+class VersionInfo:
+    """What the room knows of a version without opening it; sizes in bytes."""
+
+    name: str
+    number: int
+    state: str
+    revision: int
+    digest: str
+    bytes: int
+    stored_bytes: int
+    segments: int
+    positions: int
+    created_at: str
+    created_by: str
+    shredded_at: str | None
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.number}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"ref": self.ref, **{key: value for key, value in vars(self).items() if key not in ("name", "number")}}
+
+
+@dataclass(frozen=True)
+class PutResult:
+    """A version that is in the room; `files` are paths, `unmarked` counts bytes of tensors without a mark by reason."""
+
+    ref: str
+    digest: str
+    bytes: int
+    stored_bytes: int
+    segments: int
+    positions: int
+    files: tuple[str, ...]
+    unmarked: dict[str, int]
+    resumed_packs: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "files": list(self.files)}
+
+
+class Vault:
+    """An embedded room: a folder with a database, a key store and a store. Open with `Vault.open` or make with
+    `Vault.init`."""
+
+    def __init__(self, folder: Path, *, passphrase: PassphraseSource | None = None) -> None:
+        self.folder = folder
+        config = RoomConfig.read(folder)
+        self.id = config.room
+        self.db = Database.open(config.db_url(folder))
+        self.blobs: Blobs = open_blobs(config.store_url(folder))
+        self.keys = RoomKeys(self.db, folder, self.id, passphrase)
+        self.workers = Settings.from_environment().workers
+
+    @classmethod
+    def init(
+        cls,
+        folder: Path,
+        *,
+        store: str = "store",
+        db: str = "sqlite:room.db",
+        keystore: str = "file:keys/room.key",
+        recovery: tuple[int, int] | None = None,
+        owner: str,
+        passphrase: PassphraseSource | None = None,
+    ) -> tuple[Vault, list[Share]]:
+        """Make a room in a new or empty folder, with `owner` as its first principal; returns it and the recovery
+        shares."""
+        parse_principal(owner)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise Conflict(
+                    "room.exists", f"{folder} is not empty; a room is made in a new folder", hint="strongroom status"
+                )
+        except OSError as error:
+            raise UsageError("room.folder", f"can't make a room in {folder}: {error.strerror}") from None
+        for part in ("keys", "locks"):
+            (folder / part).mkdir(mode=0o700)
+        config = RoomConfig(random_id(), store, db)
+        database = Database.open(config.db_url(folder), create=True)
+        open_blobs(config.store_url(folder)).check()
+        shares = RoomKeys(database, folder, config.room, passphrase).create(keystore, recovery)
+        with database.transaction() as tx:
+            tx.execute(insert(principals).values(path=owner, created_at=now()))
+        # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like one.
+        config.write(folder)
+        database.close()
+        return cls(folder, passphrase=passphrase), shares
+
+    def close(self) -> None:
+        self.db.close()
+
+    # -- principals ----------------------------------------------------------------------------------------------
+
+    def principal_add(self, path: str) -> None:
+        """Register somebody who may hold weights. Conflict when already registered."""
+        with self.db.transaction() as tx:
+            if tx.execute(select(principals).where(principals.c.path == parse_principal(path))).first():
+                raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
+            tx.execute(insert(principals).values(path=path, created_at=now()))
+
+    def principal_ls(self) -> list[dict[str, Any]]:
+        with self.db.transaction() as tx:
+            return [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
+
+    def principal(self, path: str | None) -> str:
+        """The principal to act as: `path`, else the only one there is."""
+        known = [item["path"] for item in self.principal_ls() if not item["suspended_at"]]
+        if path is None:
+            if len(known) == 1:
+                return str(known[0])
+            raise AuthRequired(
+                "principal.ambiguous",
+                f"the room has {len(known)} principals; say which one you are",
+                hint="--as user/NAME",
+            )
+        if parse_principal(path) not in known:
+            raise AuthRequired(
+                "principal.unknown", f"{path} is not registered in this room", hint=f"strongroom principal add {path}"
+            )
+        return path
+
+    # -- versions ------------------------------------------------------------------------------------------------
+
+    def ls(self, name: str | None = None) -> list[VersionInfo]:
+        """All versions, or those of one name, oldest first. Needs no key."""
+        query = select(versions).order_by(versions.c.name, versions.c.number)
+        if name is not None:
+            query = query.where(versions.c.name == Ref.parse(name).name)
+        with self.db.transaction() as tx:
+            return [_info(row) for row in tx.execute(query)]
+
+    def find(self, ref: str) -> Row[Any]:
+        """The database row of a version that can be read; NotFound otherwise."""
+        parsed = Ref.parse(ref)
+        query = select(versions).where(versions.c.name == parsed.name)
+        if parsed.number is not None:
+            query = query.where(versions.c.number == parsed.number)
+        else:
+            query = query.where(versions.c.state == "active")
+        with self.db.transaction() as tx:
+            row = tx.execute(query.order_by(versions.c.number.desc())).first()
+        if row is None:
+            raise NotFound("weights.missing", f"the room has no weights {ref}", hint="strongroom ls")
+        if row.state != "active":
+            raise NotFound(
+                "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
+            )
+        return row
+
+    def record(self, row: Row[Any]) -> VersionRecord:
+        """The secrets of a version; Tampered or Rollback when the database says something else than the sealed
+        record."""
+        version = bytes.fromhex(row.version_id)
+        record = VersionRecord.unseal(self.keys.room_key, row.record, version)
+        if (record.name, record.number, record.version) != (row.name, row.number, version):
+            raise Tampered(
+                "record.swapped", f"the database calls this version {row.name}@{row.number}, its sealed record does not"
+            )
+        if (record.revision, record.manifest_digest.hex()) != (row.revision, row.manifest_sha256):
+            raise Rollback(
+                "record.rollback", f"database and sealed record of {row.name}@{row.number} disagree on the revision"
+            )
+        return record
+
+    def manifest(self, record: VersionRecord) -> Manifest:
+        """The verified manifest of a version's current revision."""
+        return read_manifest(
+            self.blobs, self.id, record.version, record.revision, self.keys.signer.public_key, record.manifest_digest
+        )
+
+    def image(self, record: VersionRecord) -> SealedImage:
+        """The custodian's own access to a version's segments."""
+        manifest = self.manifest(record)
+        return SealedImage(self.blobs, manifest, VersionKeys.of(record.version_key, 0).common)
+
+    def show(self, ref: str) -> dict[str, Any]:
+        """Everything about a version, files and geometry included. Needs the room key."""
+        row = self.find(ref)
+        image = self.image(self.record(row))
+        layout, report = image.layout, image.index.report
+        return {
+            **_info(row).as_json(),
+            "version": row.version_id,
+            "suite": image.manifest.suite.name,
+            "signed_by": self.keys.signer.key_id,
+            "files": [
+                {"path": entry.path, "kind": entry.kind, "bytes": entry.bytes, "sha256": digest}
+                for entry, digest in zip(layout.files, image.index.sha256, strict=True)
+            ],
+            "marked_bytes": layout.positions * layout.marked,
+            "markable_bytes": sum(run.end - run.begin for run in layout.runs),
+            "common_segment": layout.common,
+            "marked_segment": layout.marked,
+            "packs": len(image.manifest.packs),
+            **report,
+        }
+
+    def bundle(self, ref: str, holder: str) -> KeyBundle:
+        """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""
+        record = self.record(self.find(ref))
+        return bundle_for(record, self.manifest(record), self.keys.signer.public_key, self.principal(holder))
+
+    # -- put -----------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        source: ModelSource,
+        name: str,
+        *,
+        by: str,
+        share: str = "1/8",
+        positions: int = 16384,
+        suite: Suite = Suite.BLAKE3,
+        progress: Progress = silent,
+    ) -> PutResult:
+        """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was."""
+        if Ref.parse(name).number is not None:
+            raise UsageError("put.numbered", f"put chooses the version's number itself; give {Ref.parse(name).name}")
+        if positions < 0:
+            raise UsageError("put.positions", "the number of positions is not negative", hint="--positions 16384")
+        plan = Plan.of(source, share=parse_share(share), positions=positions, suite=suite)
+        signer = self.keys.signer
+        with self._journal(plan.fingerprint(name), name, by) as journal:
+            resumed = len(journal.packs)
+            try:
+                manifest, index = put(plan, journal, self.blobs, self.id, workers=self.workers, progress=progress)
+            except Conflict as error:
+                if error.code == "source.changed":
+                    journal.forget()
+                raise
+            self._sign(manifest, signer)
+            row = self._publish(journal, manifest, index, name, by)
+        return PutResult(
+            ref=f"{row.name}@{row.number}",
+            digest=f"sha256:{row.manifest_sha256}",
+            bytes=row.bytes,
+            stored_bytes=row.stored_bytes,
+            segments=row.segments,
+            positions=row.positions,
+            files=tuple(entry.path for entry in index.layout.files),
+            unmarked=plan.unmarked,
+            resumed_packs=resumed,
+        )
+
+    def _sign(self, manifest: Manifest, signer: Any) -> None:
+        payload = manifest.encode()
+        signature = signer.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
+        envelope = Envelope(PAYLOAD_TYPE, payload, ((signer.key_id, signature),))
+        self.blobs.delete(manifest.name)  # an interrupted attempt may have left one that nothing refers to
+        self.blobs.write(manifest.name, [envelope.encode()])
+
+    def _publish(self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str) -> Row[Any]:
+        """One transaction: the version appears, and its journal goes."""
+        digest = manifest.digest()
+        with self.db.transaction() as tx:
+            newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
+            number = (newest or 0) + 1
+            record = replace(journal.record, name=name, number=number, manifest_digest=digest)
+            tx.execute(
+                insert(versions).values(
+                    version_id=record.version.hex(),
+                    name=name,
+                    number=number,
+                    state="active",
+                    record=record.seal(self.keys.room_key),
+                    bytes=sum(entry.bytes for entry in index.layout.files),
+                    created_at=now(),
+                    created_by=by,
+                    **_measured(manifest),
+                )
+            )
+            journal.close(tx)
+            return tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one()
+
+    # -- rotate and shred ----------------------------------------------------------------------------------------
+
+    def rotate(self, ref: str, *, by: str, progress: Progress = silent) -> dict[str, Any]:
+        """Re-encrypt a version under a new version key. Bundles of the old revision stop opening anything."""
+        row = self.find(ref)
+        old_record = self.record(row)
+        old = self.image(old_record)
+        fingerprint = f"rotate {row.version_id} {row.revision}"
+        with self._journal(fingerprint, row.name, by, start=next_revision(old_record)) as journal:
+            manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
+            self._sign(manifest, self.keys.signer)
+            record = replace(journal.record, manifest_digest=manifest.digest())
+            with self.db.transaction() as tx:
+                changed = tx.execute(
+                    update(versions)
+                    .where(versions.c.version_id == row.version_id, versions.c.revision == row.revision)
+                    .values(record=record.seal(self.keys.room_key), **_measured(manifest))
+                )
+                if changed.rowcount != 1:
+                    raise Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile")
+                journal.close(tx)
+        self._delete_objects(old.manifest)
+        return {
+            "ref": f"{row.name}@{row.number}",
+            "revision": record.revision,
+            "digest": f"sha256:{manifest.digest().hex()}",
+        }
+
+    def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
+        """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere."""
+        row = self.find(ref)
+        name = f"{row.name}@{row.number}"
+        if confirm != name:
+            raise UsageError(
+                "shred.confirm",
+                f"shredding {name} can't be undone; confirm it by its full name",
+                hint=f"strongroom shred {name} --confirm {name}",
+            )
+        manifest = self.manifest(self.record(row))
+        with self.db.transaction() as tx:
+            changed = tx.execute(
+                update(versions)
+                .where(versions.c.version_id == row.version_id, versions.c.state == "active")
+                .values(state="shredded", record=None, shredded_at=now())
+            )
+            if changed.rowcount != 1:
+                raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
+        self.db.scrub()
+        deleted = self._delete_objects(manifest)
+        return {
+            "ref": name,
+            "objects_deleted": deleted,
+            "means": [
+                "the version key and the mark secrets are destroyed here: nobody can open this ciphertext through this "
+                "room",
+                "key bundles already released still open copies of the ciphertext that were made elsewhere",
+                "marked copies that left stay with their holders, and can no longer be traced to them",
+                "backups of the room's database hold the wrapped key until they expire; `strongroom keystore rotate` "
+                "makes them useless where the old key-encryption key is destroyed",
+            ],
+        }
+
+    def _delete_objects(self, manifest: Manifest) -> int:
+        names = [manifest.name, manifest.index_name, *(pack.name for pack in manifest.packs)]
+        for name in names:
+            self.blobs.delete(name)
+        return len(names)
+
+    # -- verify --------------------------------------------------------------------------------------------------
+
+    def verify(self, ref: str, *, deep: bool = False, progress: Progress = silent) -> VerifyReport:
+        """Check every byte of a version; what is wrong is in the report, not raised. CannotVerify, Sealed and
+        BackendError are raised: they say nothing about the bytes."""
+        row = self.find(ref)
+        report = VerifyReport(f"{row.name}@{row.number}", deep)
+        try:
+            record = self.record(row)
+            image = self.image(record)
+        except (Tampered, Rollback, NotFound) as error:
+            report.problems.append(problem_of(error))
+            return report
+        verify_image(image, report, record if deep else None, workers=self.workers, progress=progress)
+        return report
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _journal(
+        self, fingerprint: str, name: str, by: str, start: VersionRecord | None = None
+    ) -> contextlib.AbstractContextManager[Journal]:
+        return Journal.held(
+            self.db,
+            self.blobs,
+            self.keys.room_key,
+            self.folder / "locks",
+            fingerprint=fingerprint,
+            name=name,
+            by=by,
+            start=start,
+        )
+
+
+def _measured(manifest: Manifest) -> dict[str, Any]:
+    """The columns of a version that follow from its manifest."""
+    bodies = sum(manifest.body_bytes(pack) + trailer_bytes(pack.kind, pack.count) for pack in manifest.packs)
+    return {
+        "revision": manifest.revision,
+        "manifest_sha256": manifest.digest().hex(),
+        "stored_bytes": bodies + manifest.index_bytes,
+        "segments": manifest.common_count + 2 * manifest.positions,
+        "positions": manifest.positions,
+    }
+
+
+def _info(row: Row[Any]) -> VersionInfo:
+    return VersionInfo(
+        name=row.name,
+        number=row.number,
+        state=row.state,
+        revision=row.revision,
+        digest=f"sha256:{row.manifest_sha256}",
+        bytes=row.bytes,
+        stored_bytes=row.stored_bytes,
+        segments=row.segments,
+        positions=row.positions,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        shredded_at=row.shredded_at,
+    )

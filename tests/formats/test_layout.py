@@ -1,0 +1,116 @@
+"""Geometry: whatever the files, segments fill the image, marked ones lie in markable runs, and reading finds each."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strongroom.core import canonical
+from strongroom.errors import Tampered
+from strongroom.formats.layout import Layout, Run
+
+KIB = 1024
+
+
+@st.composite
+def layouts(draw):
+    sizes = draw(st.lists(st.integers(0, 600 * KIB), min_size=1, max_size=5))
+    files = Layout.place([(f"f{k}", "opaque", size, draw(st.integers(0, min(size, 99)))) for k, size in enumerate(sizes)])
+    runs = []
+    for entry in files:
+        at = entry.offset + entry.data_start
+        while at + 64 < entry.end and draw(st.booleans()):
+            dtype = draw(st.sampled_from(["BF16", "F16", "F32", "F64"]))
+            begin = -(-at // 8) * 8
+            end = min(entry.end // 8 * 8, begin + 8 * draw(st.integers(1, 40_000)))
+            if end <= begin:
+                break
+            runs.append(Run(begin, end, dtype))
+            at = end + draw(st.sampled_from([0, 8, 1000]))
+    share = draw(st.sampled_from([Fraction(0), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1, 100)]))
+    return Layout.plan(files, runs, share=share, positions=draw(st.sampled_from([0, 1, 7, 16384])))
+
+
+@given(layouts())
+def test_segments_fill_the_image_in_order(layout):
+    at = 0
+    for segment in layout.segments():
+        assert segment.start == at
+        assert segment.start % 64 == 0
+        at = segment.end
+    assert at == layout.image
+
+
+@given(layouts())
+def test_marked_segments_lie_in_markable_bytes(layout):
+    for segment in layout.segments():
+        if segment.marked:
+            assert segment.bytes == layout.marked >= 4096
+            covered = sum(
+                max(0, min(run.end, segment.end) - max(run.begin, segment.start)) for run in layout.runs
+            )
+            assert covered == segment.bytes
+
+
+@given(layouts())
+def test_a_reader_gets_the_layout_that_the_writer_planned(layout):
+    again = Layout.from_json(canonical.decode(canonical.encode(layout.to_json())))
+    assert again == layout
+    assert [int(x) for x in again.marked_starts] == [s.start for s in layout.segments() if s.marked]
+
+
+@given(layouts(), st.data())
+def test_a_range_touches_exactly_the_segments_that_overlap_it(layout, data):
+    begin = data.draw(st.integers(0, layout.image))
+    end = data.draw(st.integers(begin, layout.image))
+    expected = [s for s in layout.segments() if s.start < end and s.end > begin] if begin < end else []
+    assert layout.segments(begin, end) == expected
+
+
+def test_the_default_share_is_reached_on_a_plain_model():
+    size = 256 * KIB * KIB
+    files = Layout.place([("model.safetensors", "safetensors", size, 4096)])
+    layout = Layout.plan(files, [Run(files[0].offset + 4096, files[0].end, "BF16")], share=Fraction(1, 8), positions=4096)
+    assert layout.positions == 4096
+    assert 0.12 < layout.positions * layout.marked / size < 0.126
+    gaps = [b - a for a, b in zip(layout.common_starts, layout.common_starts[1:], strict=False)]
+    assert max(gaps[1:-2]) - min(gaps[1:-2]) <= 3 * layout.marked  # spread evenly, but for both ends
+
+
+@given(layouts(), st.data())
+def test_a_layout_that_is_changed_is_refused_or_is_another_sound_layout(layout, data):
+    value = layout.to_json()
+    key = data.draw(st.sampled_from(["image", "common", "marked"]))
+    value[key] += data.draw(st.sampled_from([-64, -1, 1, 64, 2**60]))
+    try:
+        changed = Layout.from_json(value)
+    except Tampered:
+        return
+    ends = [0, *(segment.end for segment in changed.segments())]
+    assert [segment.start for segment in changed.segments()] == ends[:-1]
+    assert ends[-1] == changed.image == layout.image
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../x", "a/../b", "a//b", "./a", "a\\b", "a\nb", "a\x00b", "x" * 1025]
+)
+def test_paths_that_leave_the_folder_are_refused(path):
+    files = Layout.place([("a", "opaque", 10, 0)])
+    value = Layout.plan(files, [], share=Fraction(0), positions=0).to_json()
+    value["files"][0]["path"] = path
+    with pytest.raises(Tampered):
+        Layout.from_json(value)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=10,
+)
+
+
+@given(json_values)
+def test_any_json_raises_only_ours(value):
+    with pytest.raises(Tampered):
+        Layout.from_json(value)

@@ -133,7 +133,9 @@ def valid() -> Iterator[Vector]:
     model = Version(Identity("empty tensor"), files, share=(1, 2), wanted=9)
     yield Vector("empty-tensor", "a matrix of no rows: it makes no run", write(model))
     model = Version(Identity("misaligned"), {"model.safetensors": misaligned()}, share=(1, 1), wanted=2)
-    yield Vector("misaligned", "some matrices begin off the multiples of their element size: they carry no mark", write(model))
+    yield Vector(
+        "misaligned", "some matrices begin off the multiples of their element size: they carry no mark", write(model)
+    )
     model = Version(Identity("gguf"), {"model.gguf": small_gguf()}, share=(1, 1), wanted=4)
     yield Vector("gguf", "a GGUF file with a data section aligned to 32 bytes and a quantised tensor", write(model))
 

@@ -221,7 +221,7 @@ class Layout:
 def read_layout(value: Any, hash_of: Callable[[bytes], bytes]) -> Layout:
     names = "format image files runs common marked stripes"
     top = Object(value, names, "layout.malformed")
-    need(top.value["format"] == FORMAT, "layout.format")
+    need(top.integer("format", 0, 2**53) == FORMAT, "layout.format")
     image = top.integer("image", 0, MAX_IMAGE)
     need(len(top.list("files")) <= MAX_FILES, "layout.limit")
 
@@ -252,11 +252,9 @@ def read_layout(value: Any, hash_of: Callable[[bytes], bytes]) -> Layout:
         begin, end = (integer(value, 0, image, "layout.runs") for value in entry[:2])
         size = TYPES[entry[2]][0]
         need(begin < end and begin % size == 0 and end % size == 0, "layout.runs", "not a whole number of elements")
-        if runs:
-            need(runs[-1][1] <= begin, "layout.runs", "not ascending and disjoint")
-            need(runs[-1][1:] != (begin, entry[2]), "layout.runs", "neighbours of one type are one run")
+        need(not runs or runs[-1][1] <= begin, "layout.runs", "not ascending and disjoint")
         need(
-            any(f.kind != "opaque" and f.offset + f.data_start <= begin and end <= f.offset + f.size for f in files),
+            any(file.offset <= begin and end <= file.offset + file.size for file in files),
             "layout.runs",
             "not inside one file",
         )
@@ -301,7 +299,7 @@ def writer_geometry(image: int, runs: list[Run], share: tuple[int, int], wanted:
     common = 4096
     while common * 256 < image and common < 1 << 20:
         common *= 2
-    marked = max(4096, markable * p // (q * wanted) // 64 * 64)
+    marked = max(4096, markable * p // (q * wanted) // 64 * 64) if wanted else 4096
     target = min(wanted, markable * p // (q * marked))
 
     stretches: list[list[int]] = []  # runs that touch each other
@@ -455,8 +453,8 @@ def read_manifest(store: Path, anchor: Anchor) -> Manifest:
     top = Object(
         parse(payload, "manifest"), "format suite room version revision common marked index", "manifest.malformed"
     )
-    need(top.value["format"] == FORMAT, "manifest.format")
-    need(top.value["suite"] in HASHES, "manifest.suite")
+    need(top.integer("format", 0, 2**53) == FORMAT, "manifest.format")
+    need(top.integer("suite", 0, 2**53) in HASHES, "manifest.suite")
     need(top.value["suite"] == anchor.suite, "manifest.mismatch", "suite")
     need(top.bytes("room", 16) == anchor.room, "manifest.mismatch", "room")
     need(top.bytes("version", 16) == anchor.version, "manifest.mismatch", "version")
@@ -739,8 +737,9 @@ def check_writer_rule(index: Index) -> None:
     report, layout = index.report, index.layout
     need(isinstance(report, dict) and {"share", "positions_wanted"} <= set(report), "report.malformed")
     need(isinstance(report["share"], list) and len(report["share"]) == 2, "report.malformed")
-    p, q = (integer(value, 1, 2**53, "report.malformed") for value in report["share"])
-    wanted = integer(report["positions_wanted"], 1, 2**53, "report.malformed")
+    p = integer(report["share"][0], 0, 2**53, "report.malformed")
+    q = integer(report["share"][1], 1, 2**53, "report.malformed")
+    wanted = integer(report["positions_wanted"], 0, 2**53, "report.malformed")
     rule = writer_geometry(layout.image, layout.runs, (p, q), wanted)
     need((layout.common, layout.marked, layout.stripes) == rule, "geometry.rule", f"the rule gives {rule}")
 

@@ -19,7 +19,6 @@ from strongroom.storage.local import LocalBlobs
 STORES = [
     pytest.param("local", id="local"),
     pytest.param("s3", id="s3", marks=pytest.mark.server),
-    pytest.param("s3 below a prefix", id="s3-prefix", marks=pytest.mark.server),
 ]
 
 
@@ -28,7 +27,7 @@ def blobs(request, tmp_path):
     if request.param == "local":
         url = str(tmp_path / "store")
     else:
-        url = request.getfixturevalue("s3_url") + ("/rooms/one" if "prefix" in request.param else "")
+        url = request.getfixturevalue("s3_url") + "/rooms/one"
     store = open_blobs(url)
     yield store
     store.close()
@@ -166,7 +165,7 @@ def test_writing_the_same_again_succeeds(blobs):
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_of_two_writers_of_one_name_one_wins(blobs, alike):
-    for attempt in range(5):
+    for attempt in range(3):
         gate = threading.Barrier(4)
         outcomes: list[str] = []
 
@@ -374,7 +373,7 @@ def test_stores_by_url(tmp_path):
     by_path.write("a", [b"x"])
     assert open_blobs(by_path.url).read("a", limit=1) == b"x"
     assert open_blobs(str(folder), create=False).near is True
-    for url in ("ftp://host/x", "http://host/x", "s3://", "s3://u:secret@bucket", "file://host/x", "file://", "s3://b/../c"):
+    for url in ("ftp://host/x", "http://host/x", "s3://", "s3://u:secret@bucket", "file://host/x", "file://", "file://[", "s3://b/../c"):
         with pytest.raises(UsageError) as caught:
             open_blobs(url)
         assert "secret" not in str(caught.value)

@@ -16,11 +16,7 @@ from strongroom.load.weights import Weights
 
 if TYPE_CHECKING:
     from types import TracebackType
-    from typing import Self
 
-_WEIGHTS = frozenset(
-    (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".safetensors")
-)
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
@@ -58,10 +54,6 @@ class MemoryFolder:
     ) -> None:
         self.close()
 
-    def keep(self) -> Self:
-        """For callers that close it themselves."""
-        return self
-
     def close(self) -> None:
         """Remove the links and free the memory, except what still has it open."""
         shutil.rmtree(self.path, ignore_errors=True)
@@ -81,12 +73,3 @@ class MemoryFolder:
         target = self.path / path  # layouts hold relative paths without '..' only
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
-
-
-def small_files(weights: Weights) -> list[str]:
-    """The files beside the weights: configuration, tokenizer and such; no code."""
-    return [
-        file.path
-        for file in weights.reader.layout.files
-        if file.kind == "opaque" and Path(file.path).suffix.lower() not in {*_WEIGHTS, ".py"}
-    ]

@@ -6,14 +6,14 @@ weights are read into memory, and no file is written. Code that came with a mode
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from strongroom.errors import UsageError
 from strongroom.load.arrays import torch_dtype
-from strongroom.load.folder import MemoryFolder, small_files
+from strongroom.load.checkpoint import checkpoint_files, listed, small_files
+from strongroom.load.folder import MemoryFolder
 from strongroom.load.safe_open import SafeOpen
 from strongroom.load.source import resolve
 from strongroom.load.weights import Weights
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from strongroom.load.source import Source
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 # What decides where files come from: here they come from the room.
 _ELSEWHERE = ("cache_dir", "force_download", "proxies", "revision", "token", "use_safetensors", "variant", "state_dict")
 _NOT_FOR_CONFIG = ("dtype", "torch_dtype", "quantization_config", "device_map")
@@ -50,7 +48,7 @@ def from_room(model_class: Any, source: Source, *, files: Sequence[str] | None =
 
     _check(kwargs)
     with Weights(resolve(source)) as weights, ExitStack() as stack:
-        checkpoint = _checkpoint(weights) if files is None else list(files)
+        checkpoint = checkpoint_files(weights) if files is None else list(files)
         gguf = checkpoint[0] if weights.file_entry(checkpoint[0]).kind == "gguf" else None
         folder = stack.enter_context(MemoryFolder(weights, [*small_files(weights), *([gguf] if gguf else [])]))
         with _own_code_refused():
@@ -90,7 +88,9 @@ def tokenizer_from_room(source: Source, *, tokenizer_class: Any = None, **kwargs
         if not any(path.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for path in small):
             ggufs = [file for file in weights.reader.layout.files if file.kind == "gguf"]
             if not ggufs:
-                raise UsageError("transformers.no_tokenizer", f"this version has no tokenizer; it has {_listed(weights)}")
+                raise UsageError(
+                    "transformers.no_tokenizer", f"this version has no tokenizer; it has {listed(weights)}"
+                )
             # The vocabulary is in the header; the tensors behind it need not be read.
             heads[ggufs[0].path] = ggufs[0].data_start
             kwargs.setdefault("gguf_file", ggufs[0].path)
@@ -144,28 +144,6 @@ def _config(model_class: Any, folder: Path, kwargs: dict[str, Any]) -> tuple[Any
     return config, {**{name: value for name, value in unused.items() if name not in _LOCAL}, **kept}
 
 
-def _checkpoint(weights: Weights) -> list[str]:
-    """The files that hold the model, as transformers finds them in a folder."""
-    names = weights.files()
-    if _INDEX in names:
-        try:
-            found = sorted(set(json.loads(weights.file(_INDEX))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UsageError("transformers.index", f"{_INDEX} is not an index of weights", hint="files=[...]") from None
-        if found and all(isinstance(name, str) for name in found):
-            return found
-    if _SINGLE in names:
-        return [_SINGLE]
-    holding = [file.path for file in weights.reader.layout.files if file.kind != "opaque"]
-    if len(holding) == 1:
-        return holding
-    raise UsageError(
-        "transformers.no_model",
-        f"which files hold the model? There is neither {_SINGLE} nor {_INDEX}; there are {_listed(weights)}",
-        hint="files=[...]",
-    )
-
-
 def _dtype(weights: Weights) -> torch.dtype | None:
     """The first floating type among the tensors, which is what transformers loads a model in unless told otherwise."""
     for entry in weights.entries.values():
@@ -178,14 +156,6 @@ def _unnamed(found: Any) -> Any:
     """Without the name of the folder, which is gone. Not a reference either: transformers would look for a public model
     of that name on the network, where somebody else may have put one."""
     for thing in (found, getattr(found, "config", None)):
-        if thing is not None and hasattr(type(thing), "name_or_path"):
-            # A model's is its configuration's, read-only.
-            if getattr(type(thing).name_or_path, "fset", True):
-                thing.name_or_path = ""
-        elif thing is not None and hasattr(thing, "name_or_path"):
+        if hasattr(thing, "name_or_path"):
             thing.name_or_path = ""
     return found
-
-
-def _listed(weights: Weights) -> str:
-    return ", ".join(weights.files()[:20])

@@ -165,19 +165,16 @@ class Weights(Mapping[str, NDArray[Any]]):
         return to_device(self, device)
 
     def stream(self, *, group: int = _GROUP) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Name and array of each tensor, in the order of their bytes; about three times `group` bytes are held at most.
+        """Name and array of each tensor, in the order of their bytes.
 
-        While the caller works on one group of tensors, the next is read.
+        They are read in groups of about `group` bytes. While the caller works on one group the next is being read, so
+        that about twice `group` bytes are held, and what the caller keeps.
         """
-        groups = list(self._groups(group))
-        with ThreadPoolExecutor(1, "strongroom-stream") as ahead:
-            waiting: deque[Future[memoryview]] = deque()
-            for number, members in enumerate(groups):
-                for following in groups[number + len(waiting) : number + 2]:
-                    waiting.append(ahead.submit(self.read_bytes, following[0][1].begin, following[-1][1].end))
-                buffer, start = waiting.popleft().result(), members[0][1].begin
-                for name, entry in members:
-                    yield name, view(entry.info, buffer, entry.begin - start)
+        return ((name, view(info, buffer, offset)) for name, info, buffer, offset in self._streamed(group))
+
+    def stream_torch(self, *, group: int = _GROUP) -> Iterator[tuple[str, t.Tensor]]:
+        """As `stream`, with torch tensors on the CPU."""
+        return ((name, torch_view(info, buffer, offset)) for name, info, buffer, offset in self._streamed(group))
 
     # -- files ---------------------------------------------------------------------------------------------------
 
@@ -272,6 +269,17 @@ class Weights(Mapping[str, NDArray[Any]]):
         for header in self.headers:
             self.reader.read_range(header.file.offset, buffer[header.file.offset : header.file.end])
         return buffer
+
+    def _streamed(self, group: int) -> Iterator[tuple[str, TensorInfo, memoryview, int]]:
+        groups = list(self._groups(group))
+        with ThreadPoolExecutor(1, "strongroom-stream") as ahead:
+            waiting: deque[Future[memoryview]] = deque()
+            for number, members in enumerate(groups):
+                for following in groups[number + len(waiting) : number + 2]:
+                    waiting.append(ahead.submit(self.read_bytes, following[0][1].begin, following[-1][1].end))
+                buffer, start = waiting.popleft().result(), members[0][1].begin
+                for name, entry in members:
+                    yield name, entry.info, buffer, entry.begin - start
 
     def _groups(self, limit: int) -> Iterator[list[tuple[str, Entry]]]:
         """Tensors that are neighbours in one file, up to `limit` bytes together (one alone may be larger)."""

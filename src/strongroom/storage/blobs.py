@@ -138,10 +138,11 @@ def check_folder(folder: str) -> str:
 
 
 def _path_of(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not parts.path:
-        raise UsageError("store.malformed_url", f"{url!r}: a local folder is file:///absolute/path")
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that hold no IPv6 address
+        parts = urlsplit("file://malformed")
     path = unquote(parts.path)
-    if "\0" in path:
-        raise UsageError("store.malformed_url", f"{url!r}: the path has a zero byte")
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment or not path or "\0" in path:
+        raise UsageError("store.malformed_url", f"{url!r}: a local folder is file:///absolute/path")
     return path

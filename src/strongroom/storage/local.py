@@ -175,7 +175,8 @@ class LocalBlobs:
         file = self._open_files.get(name)
         if file is None:
             file = self._keep(name)
-        file.used = True
+        else:
+            file.used = True
         try:
             if os.preadv(file.descriptor, (buffer,), offset) != buffer.nbytes:
                 _read_exactly(file.descriptor, offset, buffer.cast("B"), name)
@@ -450,7 +451,7 @@ def _fail(error: OSError, name: str, *, writing: bool = False) -> NoReturn:
         ) from None
     if not writing and code in (errno.ENOENT, errno.ENOTDIR):
         raise NotFound("store.missing", f"the store has no object {name}", object=name) from None
-    if not writing and code == errno.ELOOP:
+    if code == errno.ELOOP:
         raise Tampered(
             "store.not_a_file", f"at {name} the store has a link; none was ever written there", object=name
         ) from None

@@ -410,7 +410,7 @@ def _plain_http() -> bool:
         endpoint = os.environ.get(variable, "")
         if not endpoint.lower().startswith("http://"):
             continue
-        if not _is_loopback(urlsplit(endpoint).hostname or ""):
+        if not _is_loopback(endpoint):
             raise UsageError(
                 "store.insecure_endpoint",
                 f"{variable} names an endpoint without TLS that is not on this machine",
@@ -420,11 +420,12 @@ def _plain_http() -> bool:
     return plain
 
 
-def _is_loopback(host: str) -> bool:
+def _is_loopback(endpoint: str) -> bool:
     try:
-        return ipaddress.ip_address(host).is_loopback
+        host = urlsplit(endpoint).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def _parts(head: bytearray, rest: Iterator[Buffer]) -> Iterator[bytes]:

@@ -29,8 +29,6 @@ def check_numbered(paths: frozenset[str]) -> None:
         if (stem, count, suffix) in seen:
             continue
         seen.add((stem, count, suffix))
-        if int(count) > len(paths):  # 99,999 lines of names say no more than the first of them
-            _missing(f"{stem}-*-of-{count}{suffix}", path)
         for number in range(1, int(count) + 1):
             part = f"{stem}-{number:05}-of-{count}{suffix}"
             if part not in paths:

@@ -1,0 +1,300 @@
+"""Pickled weights become safetensors without running them and without touching a disk.
+
+Each pickle is read by a child process (`strongroom.vault.unpickle`) that has no network, cannot write a file or start a
+program, and loads tensors only (``torch.load(weights_only=True)``). It hands them back in a memory file whose header
+and size the parent wrote, and which the parent reads with the same strict parser as any other source. So three things
+have to fail before a hostile pickle does anything: torch's allow-list, the sandbox, the parser.
+
+Tied tensors (two names, one storage) are written out under each name: dropping one, as safetensors' own converter does,
+needs the model's code to know which name its loader can do without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from strongroom.core.limits import LIMITS, MIB
+from strongroom.errors import LimitExceeded, UsageError
+from strongroom.formats.safetensors import encode_header
+from strongroom.formats.tensors import DTYPES
+from strongroom.vault.names import shown
+from strongroom.vault.pickles import SUFFIXES
+from strongroom.vault.shards import read_index
+from strongroom.vault.source import ModelSource
+from strongroom.vault.sourcefile import SourceFile
+from strongroom.vault.walk import Walk
+
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from strongroom.vault.unpickle import main; main(*map(int, sys.argv[2:]))"
+)
+_ANSWER_MAX = LIMITS.safetensors_header
+_INDEX_SUFFIX = ".index.json"
+
+
+@contextmanager
+def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource]:
+    """The model at `path` with its pickles as safetensors files in memory, for as long as the context lasts.
+
+    ``pytorch_model.bin`` becomes ``model.safetensors``, shards and index likewise, ``x.pt`` becomes ``x.safetensors``;
+    a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is.
+
+    Errors of `ModelSource.scan`, and UsageError ``convert.refused`` (it would call something), ``convert.unreadable``,
+    ``convert.unfit`` (it holds more than tensors), ``convert.no_torch``, ``convert.no_sandbox``; LimitExceeded
+    ``convert.limit``.
+    """
+    walk = Walk.of(path, follow_links=follow_links)
+    with ExitStack() as stack:
+        present = {file.path for file in walk.files}
+        renamed: dict[str, str] = {}
+        sizes: dict[str, int] = {}
+        for file, _ in sorted(walk.pickles, key=lambda item: item[0].path):
+            name = renamed[file.path] = safetensors_name(file.path)
+            if name in present:  # the publisher's own conversion
+                walk.skipped.append(file.path)
+                continue
+            result = _convert(file, name, stack)
+            sizes[name] = sum(tensor.size for tensor in result.tensors)
+            walk.files.append(result)
+        files = [kept for file in walk.files if (kept := _reindexed(file, present, renamed, sizes, walk, stack))]
+        yield ModelSource.of(walk.root, files, walk.skipped, walk.followed)
+
+
+def safetensors_name(path: str) -> str:
+    """What the pickle `path` is called once it is a safetensors file: the name that loaders look for."""
+    folder, slash, name = path.rpartition("/")
+    stem, dot, suffix = name.rpartition(".")
+    if not dot or "." + suffix.lower() not in SUFFIXES:
+        stem = name
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
+    return f"{folder}{slash}{stem}.safetensors"
+
+
+def _reindexed(
+    file: SourceFile,
+    present: set[str],
+    renamed: dict[str, str],
+    sizes: dict[str, int],
+    walk: Walk,
+    stack: ExitStack,
+) -> SourceFile | None:
+    """`file`, or if it is the index of converted shards, that of their new names; None if it is not needed."""
+    stem, _, _ = file.path.partition(_INDEX_SUFFIX)
+    if not file.path.endswith(_INDEX_SUFFIX) or "." + stem.rpartition(".")[2] not in SUFFIXES:
+        return file
+    name = safetensors_name(stem) + _INDEX_SUFFIX
+    if name in present:
+        walk.skipped.append(file.path)
+        return None
+    if file.size > LIMITS.safetensors_header:
+        raise LimitExceeded("source.limit", f"{file.path} is larger than {LIMITS.safetensors_header} bytes")
+    with file.opened() as fd:
+        weight_map = read_index(file.path, file.read(fd, 0, file.size))
+    folder = file.path.rpartition("/")[0]
+    places = {shard: f"{folder}/{shard}" if folder else shard for shard in weight_map.values()}
+    if missing := sorted(shard for shard, place in places.items() if place not in renamed):
+        raise UsageError(
+            "source.missing_shard",
+            f"{missing[0][:300]!r} is missing; {file.path!r} names it",
+            hint="download the model again; all its shards belong in one directory",
+            shard=missing[0][:300],
+            named_by=file.path,
+        )
+    new = {shard: renamed[place] for shard, place in places.items()}
+    index = {
+        "metadata": {"total_size": sum(sizes.get(place, 0) for place in set(new.values()))},
+        "weight_map": {tensor: new[shard].rpartition("/")[2] for tensor, shard in weight_map.items()},
+    }
+    memory = _memory_file(stack)
+    _write(memory, json.dumps(index, ensure_ascii=False, indent=2).encode())
+    _seal(memory)
+    return SourceFile.in_memory(name, memory)
+
+
+def _convert(file: SourceFile, name: str, stack: ExitStack) -> SourceFile:
+    memory = _memory_file(stack)
+    with file.opened() as source:
+        child = _Child(file, source, memory)
+        try:
+            tensors = child.hear("tensors")
+            begin, size = _prepare(file, memory, tensors)
+            child.say(begin=begin, size=size)
+            child.hear("done")
+        finally:
+            child.close()
+        with file.opened():  # the tensors were read through a mapping: what changed meanwhile is neither old nor new
+            pass
+    _seal(memory)
+    result = SourceFile.in_memory(name, memory)
+    with result.opened() as fd:
+        return result.parsed(fd)
+
+
+def _prepare(file: SourceFile, memory: int, tensors: Any) -> tuple[int, int]:
+    """Write the header of what the child announces, make room for it, and say where the tensors begin and end."""
+    try:
+        table = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in tensors]
+        if any(n < 0 for _, _, shape in table for n in shape) or len(dict(entry[:2] for entry in table)) < len(table):
+            raise ValueError("a size below zero, or a name twice")
+        size = sum(math.prod(shape) * DTYPES[dtype].block_bytes for _, dtype, shape in table)
+        head = encode_header(table, {"format": "pt"})
+    except (TypeError, ValueError, KeyError):
+        _refuse(file, "unreadable", "its tensors have no names, or no sizes")
+    # A tensor may repeat four bytes a billion times by its strides. Tied weights at most double a model.
+    if len(table) > LIMITS.tensors or size > 4 * file.size + MIB:
+        raise LimitExceeded(
+            "convert.limit",
+            f"{file.path} would grow from {file.size} to {size} bytes",
+            hint="it is not an ordinary set of weights: do not use it",
+            path=file.path,
+        )
+    os.ftruncate(memory, len(head) + size)
+    _write(memory, head)
+    return len(head), len(head) + size
+
+
+class _Child:
+    """The process that reads one pickle."""
+
+    def __init__(self, file: SourceFile, source: int, memory: int) -> None:
+        if importlib.util.find_spec("torch") is None:
+            _no_torch("torch is not installed")
+        if not sys.executable:
+            _refuse(file, "no_sandbox", "there is no Python interpreter to start for it")
+        self._file = file
+        # Isolated mode keeps the environment and the working directory out of the child's imports; what it may import
+        # is what this process may.
+        paths = [path for path in sys.path if Path(path).is_absolute()]
+        environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        seconds = 120 + file.size // (10 * MIB)
+        self._deadline = time.monotonic() + 5 * seconds
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-B", "-c", _BOOTSTRAP, json.dumps(paths)),
+                *map(str, (source, memory, 8 * file.size + 1024 * MIB, seconds)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**environment, "LANG": "C.UTF-8"},
+            cwd="/",
+            pass_fds=(source, memory),
+        )
+        self._pending = bytearray()
+
+    def hear(self, key: str) -> Any:
+        """The value of `key` in the child's next answer; UsageError for any other answer, and for none."""
+        line = self._line()
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            answer = {}
+        if key not in answer:
+            self._explain(answer)
+        return answer[key]
+
+    def say(self, **value: int) -> None:
+        stdin: IO[bytes] = self._process.stdin  # type: ignore[assignment]
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, which `hear` reports
+            stdin.write(json.dumps(value).encode() + b"\n")
+            stdin.flush()
+
+    def _explain(self, answer: dict[str, Any]) -> NoReturn:
+        message = shown(str(answer.get("message", "")).partition("\n")[0])
+        match answer.get("error"):
+            case "no_torch":
+                _no_torch(f"torch cannot be imported ({message})")
+            case "refused":
+                wants = shown(str(answer.get("wants", "")))
+                what = f"to read it would mean to call {wants}" if wants else "it does more than hold tensors"
+                _refuse(self._file, "refused", what, wants=wants)
+            case "no_sandbox" | "unfit" | "unreadable" | "memory" as reason:
+                _refuse(self._file, reason, message or "it is damaged")
+            case _:
+                code = self._process.wait()
+                _refuse(self._file, "unreadable", f"the process that read it was stopped (status {code})")
+
+    def close(self) -> None:
+        self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.communicate()
+
+    def _line(self) -> bytes:
+        stdout: IO[bytes] = self._process.stdout  # type: ignore[assignment]
+        while b"\n" not in self._pending:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or not select.select([stdout], [], [], left)[0]:
+                self._process.kill()
+                _refuse(self._file, "unreadable", "reading it takes longer than its size explains")
+            piece = os.read(stdout.fileno(), MIB)
+            if not piece or len(self._pending) > _ANSWER_MAX:
+                self._process.kill()
+                break
+            self._pending += piece
+        line, _, rest = bytes(self._pending).partition(b"\n")
+        self._pending = bytearray(rest)
+        return line
+
+
+def _no_torch(what: str) -> NoReturn:
+    raise UsageError(
+        "convert.no_torch",
+        f"{what}; reading a pickle of weights safely takes it",
+        hint='pip install "strongroom[convert]"',
+    )
+
+
+def _refuse(file: SourceFile, reason: str, what: str, **evidence: str) -> NoReturn:
+    hints = {
+        "refused": "do not load this file with anything; ask its publisher for safetensors",
+        "no_sandbox": "convert on a Linux machine that permits user namespaces or seccomp filters",
+        "unfit": "remove it if it belongs to training (optimizer, arguments, random state)",
+    }
+    raise UsageError(
+        f"convert.{reason}",
+        f"{file.path} was not converted: {what}",
+        hint=hints.get(reason, "fetch the file again, or ask its publisher for safetensors"),
+        path=file.path,
+        **evidence,
+    )
+
+
+def _memory_file(stack: ExitStack) -> int:
+    if not hasattr(os, "memfd_create"):
+        raise UsageError(
+            "convert.no_sandbox",
+            "this system has no memory files, and plaintext weights are never written to a disk",
+            hint="convert on a Linux machine",
+        )
+    memory = os.memfd_create("strongroom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, memory)
+    return memory
+
+
+def _write(memory: int, data: bytes) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(memory, data[done:], done)
+
+
+def _seal(memory: int) -> None:
+    """From here on nobody changes it: not a child that lived on, not this process."""
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)

@@ -19,7 +19,7 @@ REF = f"{WEIGHTS}@1"
 class Strongroom(Reader):
     """The whole model as NumPy views over one buffer; the process never imports torch."""
 
-    name = "ours"
+    name = "strongroom"
     title = "**strongroom**, marked and verified (NumPy)"
     package = "strongroom"
     marked = True
@@ -63,9 +63,9 @@ class Strongroom(Reader):
 class StrongroomTorch(Strongroom):
     """The same read with the result as torch tensors over the same memory: what the torch peers give."""
 
-    name = "ours-torch"
+    name = "strongroom-torch"
     title = "**strongroom**, marked and verified (torch)"
-    form = "ours"
+    form = "strongroom"
     operations = frozenset({"load", "tensor", "first"})
     framework = "pt"
 

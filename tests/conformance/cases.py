@@ -48,8 +48,8 @@ def special_values() -> bytes:
         borders = [0, 1, low - 1, low, low + q - 1, low + q, low + q + 1, high - q - 1, high - q, high - q + 1, high]
         borders += [high + 1, high + 2, top - 1, top, (low + high) // 2]  # infinity, two NaN, the last NaN, a plain one
         both = [value | sign << 8 * size - 1 for value in borders for sign in (0, 1)]
-        data = b"".join(value.to_bytes(size, "little") for value in both) * (8192 // size // len(both))
-        tensors[kind] = (kind, [len(both), 8192 // size // len(both)], data)
+        data = b"".join(value.to_bytes(size, "little") for value in both) * (6144 // size // len(both))
+        tensors[kind] = (kind, [len(both), 6144 // size // len(both)], data)
     return safetensors_file(tensors)
 
 
@@ -134,7 +134,7 @@ def valid() -> Iterator[Vector]:
     yield Vector("empty-tensor", "a matrix of no rows: it makes no run", write(model))
     model = Version(Identity("misaligned"), {"model.safetensors": misaligned()}, share=(1, 1), wanted=2)
     yield Vector(
-        "misaligned", "some matrices begin off the multiples of their element size: they carry no mark", write(model)
+        "misaligned", "matrices that begin off the multiples of their element size carry no mark", write(model)
     )
     model = Version(Identity("gguf"), {"model.gguf": small_gguf()}, share=(1, 1), wanted=4)
     yield Vector("gguf", "a GGUF file with a data section aligned to 32 bytes and a quantised tensor", write(model))
@@ -395,7 +395,7 @@ def broken_indexes() -> Iterator[Vector]:
         "layout.path-order",
     )
     tiny = write(TINY).layout
-    (begin, end, _), offset = tiny["runs"][0], tiny["files"][0]["offset"]
+    begin, end, _ = tiny["runs"][0]
     yield layout("layout-format", "format 2 in the layout", changed("format", to=2), "layout.format")
     yield layout("layout-offset", "a file 64 bytes later than section 3 puts it", moved(tiny, 64), "layout.offset")
     yield layout(
@@ -410,7 +410,7 @@ def broken_indexes() -> Iterator[Vector]:
     yield layout(
         "layout-outside-runs",
         "a marked segment that leaves the markable run",
-        changed("runs", 0, 1, to=8192 + 2048),
+        changed("runs", 0, 1, to=4096 + 2048),
         "layout.fill",
     )
     overlapping = [[begin, end - 64, "BF16"], [end - 128, end, "BF16"]]
@@ -418,8 +418,12 @@ def broken_indexes() -> Iterator[Vector]:
     yield layout(
         "layout-run-in-part", "a run that ends inside an element", changed("runs", 0, 1, to=end - 1), "layout.runs"
     )
-    yield layout(
-        "layout-run-in-header", "a run that begins before the tensors", changed("runs", 0, 0, to=offset), "layout.runs"
+    yield Vector(
+        "bad-layout-run-in-header",
+        "a run that begins before the first tensor, which only the custodian can tell",
+        hooked(layout=changed("runs", 0, 0, to=begin - 64)),
+        None,
+        "layout.runs",
     )
     yield Vector(
         "bad-original-hash",
@@ -456,9 +460,11 @@ def broken_packs() -> Iterator[Vector]:
         hooked(trailer_common=flipped(first)),
         "pack.trailer",
     )
-    suite = 8
     yield both(
-        "pack-suite", "a signed trailer with another suite", hooked(trailer_common=flipped(suite)), "pack.trailer"
+        "pack-suite",
+        "a signed trailer with another suite",
+        hooked(trailer_common=lambda data: data[:8] + b"\2" + data[9:]),
+        "pack.trailer",
     )
     yield both(
         "pack-commitment",

@@ -313,7 +313,8 @@ def writer_geometry(image: int, runs: list[Run], share: tuple[int, int], wanted:
     placed = x = 0
     while x < image:
         x = min(image, x + common)
-        before = sum(min(end, x) - begin for begin, end, _ in runs if begin < x)
+        ahead = min(image, x + common)
+        before = sum(min(end, ahead) - begin for begin, end, _ in runs if begin < ahead)
         room = next((end - x for begin, end in stretches if begin <= x < end), 0)
         count = min(target * before // markable - placed, room // marked) if room else 0
         stripes.append(count)
@@ -417,7 +418,7 @@ class Index:
 def fetch(store: Path, name: str, what: str, limit: int) -> bytes:
     path = store / name
     need(path.is_file(), f"{what}.missing", name)
-    need(path.stat().st_size <= limit, f"{what}.limit", name)
+    need(path.stat().st_size <= limit, f"{what}.size", name)
     return path.read_bytes()
 
 

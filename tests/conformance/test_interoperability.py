@@ -8,12 +8,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conformance import cases, decoder, encoder
 from strongroom.crypto.segments import VersionKeys
-from strongroom.errors import CannotVerify, IntegrityError, Rollback, Truncated
+from strongroom.errors import CannotVerify, IntegrityError, Rollback, StrongroomError, Truncated
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import FileEntry, Layout, Run
 from strongroom.formats.suites import Suite
@@ -55,7 +55,7 @@ def refusal(reason):
     return IntegrityError
 
 
-# --- The implementation reads what the encoder wrote --------------------------------------------------------------------
+# --- The implementation reads what the encoder wrote ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=name)
@@ -113,7 +113,7 @@ def test_bundle_is_encoded_as_it_was(folder) -> None:
     assert KeyBundle.decode(data).encode() == data
 
 
-# --- The decoder reads what the implementation wrote --------------------------------------------------------------------
+# --- The decoder reads what the implementation wrote ------------------------------------------------------------------
 
 
 def models():
@@ -131,7 +131,7 @@ def models():
     yield pytest.param({"m.safetensors": large}, "1/8", 64, Suite.BLAKE3, id="3-MiB")
 
 
-@pytest.mark.parametrize(("files", "share", "positions", "suite"), models())
+@pytest.mark.parametrize(("files", "share", "positions", "suite"), list(models()))
 def test_decoder_reads_what_put_wrote(tmp_path, files, share, positions, suite) -> None:
     for path, data in files.items():
         (tmp_path / "model" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,54 @@ def test_decoder_reads_what_put_wrote(tmp_path, files, share, positions, suite) 
         vault.close()
 
 
-# --- Numbers ------------------------------------------------------------------------------------------------------------
+# --- Both refuse any change -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_no_bit_of_a_store_can_change_what_is_read(tmp_path_factory, data) -> None:
+    written = encoder.write(cases.TINY)
+    path = data.draw(st.sampled_from(sorted(written.store)))
+    at = data.draw(st.integers(0, len(written.store[path]) - 1))
+    bit = data.draw(st.integers(0, 7))
+    altered = bytearray(written.store[path])
+    altered[at] ^= 1 << bit
+    folder = tmp_path_factory.mktemp("store")
+    for other, content in {**written.store, path: bytes(altered)}.items():
+        (folder / other).parent.mkdir(parents=True, exist_ok=True)
+        (folder / other).write_bytes(content)
+
+    good = {path: hashlib.sha256(content).hexdigest() for path, content in written.held.items()}
+    bundle = decoder.read_bundle(written.bundle)
+    secrets = written.secrets
+    with pytest.raises(decoder.Refused):
+        decoder.read_as_custodian(folder, bundle.anchor, bytes.fromhex(secrets["V"]), bytes.fromhex(secrets["R"]))
+    try:
+        held = decoder.read_as_holder(folder, written.bundle)
+    except decoder.Refused:
+        pass
+    else:
+        assert held == written.held, "the other variant, which this holder does not read"
+    try:
+        reader = ImageReader(open_blobs(folder, create=False), KeyBundle.decode(written.bundle), workers=1)
+        found = digests(reader.layout, reader.read_all())
+    except StrongroomError as error:
+        assert isinstance(error, IntegrityError | CannotVerify)
+    else:
+        assert found == good
+
+
+@given(st.binary(max_size=400) | st.integers(0, 10_000))
+def test_any_bytes_as_a_bundle_are_refused(change) -> None:
+    data = encoder.write(cases.TINY).bundle
+    data = change if isinstance(change, bytes) else data[: change % len(data)]
+    with pytest.raises(decoder.Refused):
+        decoder.read_bundle(data)
+    with pytest.raises(StrongroomError):
+        KeyBundle.decode(data)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -219,12 +266,8 @@ def test_variants_are_the_same_for_any_bits(kind, data) -> None:
     values = data.draw(st.lists(st.integers(0, 2 ** (8 * size) - 1), min_size=1, max_size=64))
     plain = (b"".join(value.to_bytes(size, "little") for value in values) * 4096)[:4096]
     key, position = data.draw(st.binary(min_size=32, max_size=32)), data.draw(st.integers(0, 3))
-    run = Run(0, 4 * 4096, kind)
     files = (FileEntry("m", "safetensors", 0, 5 * 4096, 0),)
-    layout = Layout(5 * 4096, files, (run,), 4096, 4096, (0,))
-    layout = Layout(
-        5 * 4096, (FileEntry("m", "safetensors", 0, 5 * 4096, 0),), (Run(0, 5 * 4096, kind),), 4096, 4096, (4,)
-    )
+    layout = Layout(5 * 4096, files, (Run(0, 5 * 4096, kind),), 4096, 4096, (4,))
     at = int(layout.marked_starts[position])
     ours = Marker(key, layout).variants(position, memoryview(plain))
     pieces = [(at, at + 4096, kind)]

@@ -103,7 +103,9 @@ def test_vectors_show_what_they_say() -> None:
     assert any(len({kind for _, _, kind in pieces}) > 1 for pieces in marked)
 
     _, marked, _ = segments(VECTORS / "special-values")
-    assert {kind for pieces in marked for _, _, kind in pieces} == set(decoder.TYPES)
+    covered = {kind: sum(e - b for pieces in marked for b, e, k in pieces if k == kind) for kind in decoder.TYPES}
+    # They come again every 32 elements.
+    assert all(covered[kind] >= 2 * 32 * decoder.TYPES[kind][0] for kind in decoder.TYPES)
 
     _, marked, _ = segments(VECTORS / "nothing-markable")
     assert marked == []

@@ -1,8 +1,8 @@
 """Kills a process at every system call of `LocalBlobs.write`; a program of its own, because it forks.
 
-``python kill_at_every_call.py FOLDER``: for each call that a write makes, and for each of "just before it", "half-way through
-it" (writes) and "just after it", a forked child writes an object and is gone at that point without any cleaning up. The
-parent then looks at what is left, as the next process would. One JSON object a kill on stdout.
+``python kill_at_every_call.py FOLDER``: for each call that a write makes, and for each of "just before it", "half-way
+through it" (writes) and "just after it", a forked child writes an object and is gone at that point without any cleaning
+up. The parent then looks at what is left, as the next process would. One JSON object a kill on stdout.
 """
 
 from __future__ import annotations

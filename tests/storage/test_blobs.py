@@ -24,11 +24,8 @@ STORES = [
 
 @pytest.fixture(params=STORES)
 def blobs(request, tmp_path):
-    if request.param == "local":
-        url = str(tmp_path / "store")
-    else:
-        url = request.getfixturevalue("s3_url") + "/rooms/one"
-    store = open_blobs(url)
+    local = request.param == "local"
+    store = open_blobs(tmp_path / "store" if local else request.getfixturevalue("s3_url") + "/rooms/one")
     yield store
     store.close()
 
@@ -76,7 +73,16 @@ def test_any_range_is_read_straight_into_the_buffer(blobs):
 def test_many_ranges_at_once_in_any_order_overlapping_or_not(blobs):
     data = _numbers(12 << 20)
     blobs.write("a", [data])
-    wanted = [(9 << 20, 3 << 20), (0, 10), (5, 10), (20, 0), (100_000, 70_000), (300_000, 5 << 20), (12 << 20, 0), (11, 1)]
+    wanted = [
+        (9 << 20, 3 << 20),
+        (0, 10),
+        (5, 10),
+        (20, 0),
+        (100_000, 70_000),
+        (300_000, 5 << 20),
+        (12 << 20, 0),
+        (11, 1),
+    ]
     buffers = [bytearray(size) for _, size in wanted]
     blobs.read_ranges_into("a", [(at, memoryview(to)) for (at, _), to in zip(wanted, buffers, strict=True)])
     for (offset, size), buffer in zip(wanted, buffers, strict=True):
@@ -98,7 +104,7 @@ def test_many_threads_read_at_once(blobs):
                 blobs.read_into(f"packs/{k}", 1 + offset, memoryview(buffer))
                 if buffer != data[offset : offset + 16384]:
                     wrong.append(f"packs/{k} at {offset}")
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a thread's failure is the test's
             wrong.append(repr(error))
 
     threads = [threading.Thread(target=read, args=(k,)) for k in range(8)]
@@ -169,7 +175,9 @@ def test_of_two_writers_of_one_name_one_wins(blobs, alike):
         gate = threading.Barrier(4)
         outcomes: list[str] = []
 
-        def write(k: int, attempt: int = attempt, gate: threading.Barrier = gate, outcomes: list[str] = outcomes) -> None:
+        def write(
+            k: int, attempt: int = attempt, gate: threading.Barrier = gate, outcomes: list[str] = outcomes
+        ) -> None:
             content = bytes([0 if alike else k]) * 50_000
             gate.wait()
             try:
@@ -177,7 +185,7 @@ def test_of_two_writers_of_one_name_one_wins(blobs, alike):
                 outcomes.append("wrote")
             except Conflict:
                 outcomes.append("conflict")
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - a thread's failure is the test's
                 outcomes.append(repr(error))
 
         threads = [threading.Thread(target=write, args=(k,)) for k in range(4)]
@@ -355,7 +363,10 @@ def test_any_text_is_a_name_inside_the_store_or_refused(name):
         assert not name.startswith("tmp/")
 
 
-@given(url=st.text(max_size=60) | st.sampled_from(["s3", "gs", "az", "file"]).flatmap(lambda s: st.text().map(f"{s}://{{}}".format)))
+@given(
+    url=st.text(max_size=60)
+    | st.sampled_from(["s3", "gs", "az", "file"]).flatmap(lambda s: st.text().map(f"{s}://{{}}".format))
+)
 @settings(max_examples=200)
 def test_any_text_is_the_url_of_a_store_or_a_usage_error(url):
     try:
@@ -373,7 +384,16 @@ def test_stores_by_url(tmp_path):
     by_path.write("a", [b"x"])
     assert open_blobs(by_path.url).read("a", limit=1) == b"x"
     assert open_blobs(str(folder), create=False).near is True
-    for url in ("ftp://host/x", "http://host/x", "s3://", "s3://u:secret@bucket", "file://host/x", "file://", "file://[", "s3://b/../c"):
+    for url in (
+        "ftp://host/x",
+        "http://host/x",
+        "s3://",
+        "s3://u:secret@bucket",
+        "file://host/x",
+        "file://",
+        "file://[",
+        "s3://b/../c",
+    ):
         with pytest.raises(UsageError) as caught:
             open_blobs(url)
         assert "secret" not in str(caught.value)

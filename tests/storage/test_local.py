@@ -67,8 +67,8 @@ def test_what_must_be_durable_is_synced_in_order(folder, monkeypatch):
     events: list[tuple[str, str]] = []
 
     def path_of(descriptor: int) -> str:
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        return "temporary" if "/tmp/" in path.removeprefix(str(folder)) else os.path.relpath(path, folder)
+        path = os.path.relpath(Path(f"/proc/self/fd/{descriptor}").readlink(), folder)
+        return "temporary" if path.startswith("tmp/") else path
 
     def record(name, describe):
         real = getattr(os, name)
@@ -95,7 +95,7 @@ def test_what_must_be_durable_is_synced_in_order(folder, monkeypatch):
     after_link = events[at("link", NAME) :]
     assert ("fsync", "packs/ab") in after_link
     for made, parent in ((".", ".."), ("tmp", "."), ("packs", "."), ("packs/ab", "packs")):
-        assert ("fsync", parent) in events[at("mkdir", made) : ], (made, events)
+        assert ("fsync", parent) in events[at("mkdir", made) :], (made, events)
         if made != "tmp":
             assert at("mkdir", made) < at("link", NAME)
     assert ("fsync", "packs") in events[: at("link", NAME)]
@@ -117,7 +117,7 @@ def test_the_loser_of_a_race_makes_the_winners_object_durable(store, folder, mon
     store.write(NAME, [b"same"])
     synced = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), real(fd))[1])
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), real(fd))[1])
     store.write(NAME, [b"same"])
     assert str(folder / NAME) in synced
     assert str(folder / "packs/ab") in synced

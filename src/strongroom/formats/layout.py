@@ -235,15 +235,18 @@ class Layout:
             for position in range(first, first + self.stripes[index])
         ]
 
+    def stripes_touched(self, begin: int, end: int) -> tuple[int, int]:
+        """The common segments, from and to, that with the stripes after them hold bytes `begin` to `end` of the image."""
+        first = max(0, int(np.searchsorted(self.common_starts, begin, "right")) - 1)
+        return first, int(np.searchsorted(self.common_starts, end, "left"))
+
     def segments(self, begin: int = 0, end: int | None = None) -> list[Segment]:
         """The segments that touch bytes `begin` to `end` of the image, in order."""
         end = self.image if end is None else end
         if begin >= end:
             return []
-        first = max(0, int(np.searchsorted(self.common_starts, begin, "right")) - 1)
-        last = int(np.searchsorted(self.common_starts, end, "left"))
         found: list[Segment] = []
-        for index in range(first, last):
+        for index in range(*self.stripes_touched(begin, end)):
             found.append(self.common_segment(index))
             found += self.stripe(index)
         return [segment for segment in found if segment.start < end and segment.end > begin]

@@ -16,8 +16,10 @@ _WEIGHTS = frozenset(
 
 
 def checkpoint_files(weights: Weights) -> list[str]:
-    """The files that hold the model, as a reader of such a folder finds them: those of the index, ``model.safetensors``,
-    or the only weights file that there is. UsageError ``checkpoint.*`` when that leaves none or a choice."""
+    """The files that hold the model: those of its index, ``model.safetensors``, or the only weights file there is.
+
+    UsageError ``checkpoint.*`` when that leaves none, or a choice.
+    """
     names = weights.files()
     if _INDEX in names:
         try:

@@ -8,10 +8,11 @@ fresh anonymous memory with huge pages, and each core works on stretches of its 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
@@ -21,7 +22,6 @@ from strongroom.formats.layout import Layout, Segment
 from strongroom.storage.blobs import Blobs
 from strongroom.storage.image import SealedImage
 
-Item = TypeVar("Item")
 _STRETCH = 8 * MIB  # of the destination that one core fills before it takes the next
 _FAR_READERS = 16  # concurrent requests to a store that is far away
 
@@ -52,16 +52,7 @@ class ImageReader:
             raise UsageError(
                 "read.buffer", f"the buffer has {out.nbytes} bytes, the image {self.layout.image}; it must be writable"
             )
-        per_stretch = max(1, _STRETCH // max(1, self.layout.common))
-        count = len(self.layout.stripes)
-        pending = iter(range(0, count, per_stretch))
-        try:
-            self._on_all_cores(
-                pending, lambda first, scratch: self._stretch(first, min(first + per_stretch, count), out, scratch)
-            )
-        except BaseException:
-            wipe(out)
-            raise
+        self.read_range(0, out)
 
     def read(self, begin: int, end: int) -> memoryview:
         """Bytes `begin` to `end` of the image: only the segments that they touch are fetched."""
@@ -71,63 +62,37 @@ class ImageReader:
 
     def read_range(self, begin: int, out: memoryview) -> None:
         """Bytes of the image from `begin` into `out`. On any failure `out` is wiped."""
-        segments = self.layout.segments(begin, begin + len(out))
+        if not len(out):
+            return
+        window = _Window(begin, begin + len(out), out)
+        first, end = self.layout.stripes_touched(begin, begin + len(out))
+        per_stretch = max(1, _STRETCH // self.layout.common)
+        stretches = [range(at, min(at + per_stretch, end)) for at in range(first, end, per_stretch)]
+        agenda = _Agenda(stretches, max(1, self._workers // 4))
         try:
-            if len(segments) < 4:
-                scratch = self._sealed.scratch()
-                for segment in segments:
-                    self._clipped(segment, begin, out, scratch)
-            else:
-                self._on_all_cores(iter(segments), lambda segment, scratch: self._clipped(segment, begin, out, scratch))
+            self._work(agenda, window, self._workers if len(stretches) > 1 else 1)
         except BaseException:
             wipe(out)
             raise
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _stretch(self, first: int, end: int, out: memoryview, scratch: memoryview) -> None:
-        """Common segments `first` to `end` and the stripes after them."""
-        layout, sealed = self.layout, self._sealed
-        for number in range(first, end):
-            segment = layout.common_segment(number)
-            sealed.read_common(number, out[segment.start : segment.end], scratch)
-            position, count = int(layout.first_positions[number]), layout.stripes[number]
-            if not count:
-                continue
-            stripe = out[segment.end : segment.end + count * layout.marked]
-            sealed.read_stripe(position, self.bundle, stripe, scratch)
-
-    def _clipped(self, segment: Segment, begin: int, out: memoryview, scratch: memoryview) -> None:
-        """The part of `segment` that lies in `out`, which holds the image from `begin`."""
-        inside = segment.start >= begin and segment.end <= begin + len(out)
-        target = out[segment.start - begin : segment.end - begin] if inside else memoryview(bytearray(segment.bytes))
-        if segment.marked:
-            variant = self.bundle.variant(segment.index)
-            key = self.bundle.variant_key(segment.index)
-            self._sealed.read_marked(segment.index, variant, key, target, scratch)
-        else:
-            self._sealed.read_common(segment.index, target, scratch)
-        if not inside:
-            low, high = max(begin, segment.start), min(begin + len(out), segment.end)
-            out[low - begin : high - begin] = target[low - segment.start : high - segment.start]
-
-    def _on_all_cores(self, pending: Iterator[Item], work: Callable[[Item, memoryview], None]) -> None:
+    def _work(self, agenda: _Agenda, window: _Window, workers: int) -> None:
         failures: list[BaseException] = []
-        lock = threading.Lock()
 
         def run() -> None:
             scratch = self._sealed.scratch()
             while not failures:
-                with lock:
-                    item = next(pending, None)
-                if item is None:
-                    return
                 try:
-                    work(item, scratch)
+                    with agenda.task() as (marked, numbers):
+                        for number in numbers:
+                            (self._stripe if marked else self._common)(number, window, scratch)
+                        if not numbers:
+                            return
                 except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
                     failures.append(error)
 
-        threads = [threading.Thread(target=run, name="strongroom-read") for _ in range(self._workers - 1)]
+        threads = [threading.Thread(target=run, name="strongroom-read") for _ in range(workers - 1)]
         for thread in threads:
             thread.start()
         run()
@@ -135,6 +100,79 @@ class ImageReader:
             thread.join()
         if failures:
             raise failures[0]
+
+    def _common(self, number: int, window: _Window, scratch: memoryview) -> None:
+        segment = self.layout.common_segment(number)
+        target = window.target(segment)
+        if target is not None:
+            self._sealed.read_common(number, target, scratch)
+            window.clip(segment, target)
+
+    def _stripe(self, number: int, window: _Window, scratch: memoryview) -> None:
+        """The marked segments after common segment `number`: in one go if the window holds them all."""
+        layout, bundle = self.layout, self.bundle
+        count = layout.stripes[number]
+        start = layout.common_segment(number).end
+        end = start + count * layout.marked
+        if window.begin <= start and end <= window.end:
+            stripe = window.out[start - window.begin : end - window.begin]
+            self._sealed.read_stripe(int(layout.first_positions[number]), bundle, stripe, scratch)
+            return
+        for segment in layout.stripe(number):
+            target = window.target(segment)
+            if target is not None:
+                variant, key = bundle.variant(segment.index), bundle.variant_key(segment.index)
+                self._sealed.read_marked(segment.index, variant, key, target, scratch)
+                window.clip(segment, target)
+
+
+class _Window(NamedTuple):
+    """The part of the image, from `begin` to `end`, that `out` is to hold."""
+
+    begin: int
+    end: int
+    out: memoryview
+
+    def target(self, segment: Segment) -> memoryview | None:
+        """Where to decrypt `segment`: in place, or aside if only a part of it is wanted; None if nothing of it is."""
+        if self.begin <= segment.start and segment.end <= self.end:
+            return self.out[segment.start - self.begin : segment.end - self.begin]
+        if segment.end <= self.begin or segment.start >= self.end:
+            return None
+        return memoryview(bytearray(segment.bytes))
+
+    def clip(self, segment: Segment, target: memoryview) -> None:
+        """Move the wanted part of a segment that was decrypted aside to its place."""
+        low, high = max(self.begin, segment.start), min(self.end, segment.end)
+        if high - low < segment.bytes:
+            self.out[low - self.begin : high - self.begin] = target[low - segment.start : high - segment.start]
+
+
+class _Agenda:
+    """What is left to read. Common segments are large: all threads share them. Marked ones are small, so that reading them is
+    mostly Python; threads that do it at the same time would wait for each other, so only `abreast` may."""
+
+    def __init__(self, stretches: list[range], abreast: int) -> None:
+        self._common, self._marked = iter(stretches), iter(stretches)
+        self._lock = threading.Lock()
+        self._abreast = threading.Semaphore(abreast)
+
+    @contextlib.contextmanager
+    def task(self) -> Iterator[tuple[bool, range]]:
+        """(marked or common, numbers of common segments); no numbers when nothing is left for this thread."""
+        if self._abreast.acquire(blocking=False):
+            try:
+                numbers = self._next(self._marked)
+                if numbers:
+                    yield True, numbers
+                    return
+            finally:
+                self._abreast.release()
+        yield False, self._next(self._common)
+
+    def _next(self, stretches: Iterator[range]) -> range:
+        with self._lock:
+            return next(stretches, range(0))
 
 
 def anonymous(size: int) -> memoryview:

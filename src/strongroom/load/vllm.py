@@ -1,9 +1,9 @@
 """vLLM: the load format ``strongroom``.
 
 vLLM finds `register` by the entry point ``vllm.general_plugins``, in each of its processes. Then weights come from the
-room; configuration and tokenizer do not go through a model loader there: vLLM reads them itself from the folder or the
-repository that ``model`` names, before it loads anything. So give it a folder with these files. `model_folder` makes one
-whose files are in memory::
+room. Configuration and tokenizer don't go through a model loader there: vLLM reads them by itself, from the folder or
+repository that ``model`` names, before it loads anything. So give it a folder with these files. `model_folder` makes
+one whose files are in memory::
 
     with model_folder("acme/tiny@1") as folder:
         llm = LLM(model=str(folder), load_format="strongroom", model_loader_extra_config={"ref": "acme/tiny@1"})
@@ -54,8 +54,8 @@ def register() -> None:
     class StrongroomLoader(BaseModelLoader):  # type: ignore[misc]  # Any where vLLM is not installed
         """Weights from the room, in memory only."""
 
-        def download_model(self, model_config: Any) -> None:
-            """Nothing is downloaded: no file is wanted. What can't be read is found out here, though."""
+        def download_model(self, model_config: Any) -> None:  # noqa: ARG002 - vLLM's interface
+            """No file is wanted. Whether the weights may be read is found out here, though."""
             resolve(self._ref())
 
         def load_weights(self, model: Any, model_config: Any) -> None:
@@ -66,7 +66,7 @@ def register() -> None:
 
 
 def ref_of(extra_config: Any) -> str:
-    """Which weights ``model_loader_extra_config`` means: its ``ref``, else the only one granted; UsageError otherwise."""
+    """Which weights ``model_loader_extra_config`` means: its ``ref``, else the only ones granted; or UsageError."""
     options = dict(extra_config) if isinstance(extra_config, Mapping) else {}
     ref = options.pop("ref", None)
     if options or not isinstance(ref, str | None):

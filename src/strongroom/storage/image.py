@@ -171,7 +171,9 @@ class SealedImage:
         pack = self.pack_of(MARKED, position)
         sealed = scratch[: self._sealed_marked]
         self._fetch(pack, (2 * (position - pack.first) + variant) * self._sealed_marked, sealed)
-        self._open_marked(pack, self.trailer(pack), position, variant, key, sealed, out)
+        digest, commit = self.trailer(pack).marked_record(position, variant)
+        check_commitment(key, commit, position)
+        self.cipher.open_into(AESGCM(key), pack.id[:12], VARIANT_A + variant, position, sealed, digest, out)
 
     def read_stripe(self, first: int, bundle: KeyBundle, out: memoryview, scratch: memoryview) -> None:
         """Step 6 for the marked segments from position `first` that fill `out`, as `bundle` opens them.
@@ -186,26 +188,17 @@ class SealedImage:
             trailer, count = self.trailer(pack), min(end, pack.end, position + self._batch) - position
             sealed = scratch[: 2 * count * sealed_size]
             self._fetch(pack, 2 * (position - pack.first) * sealed_size, sealed)
+            nonce, open_into = pack.id[:12], self.cipher.open_into
             for k in range(position, position + count):
                 variant = bundle.variant(k)
-                at = (2 * (k - position) + variant) * sealed_size
-                piece, target = sealed[at : at + sealed_size], out[(k - first) * size : (k - first + 1) * size]
-                self._open_marked(pack, trailer, k, variant, bundle.variant_key(k), piece, target)
+                at, to = (2 * (k - position) + variant) * sealed_size, (k - first) * size
+                digest, commit = trailer.marked_record(k, variant)
+                key = bundle.variant_key(k)
+                check_commitment(key, commit, k)
+                open_into(
+                    AESGCM(key), nonce, VARIANT_A + variant, k, sealed[at : at + sealed_size], digest, out[to : to + size]
+                )
             position += count
-
-    def _open_marked(
-        self,
-        pack: PackEntry,
-        trailer: Trailer,
-        position: int,
-        variant: int,
-        key: bytes,
-        sealed: memoryview,
-        out: memoryview,
-    ) -> None:
-        digest, commit = trailer.marked_record(position, variant)
-        check_commitment(key, commit, position)
-        self.cipher.open_into(AESGCM(key), pack.id[:12], VARIANT_A + variant, position, sealed, digest, out)
 
     def _fetch(self, pack: PackEntry, offset: int, sealed: memoryview) -> None:
         try:

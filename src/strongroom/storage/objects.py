@@ -358,9 +358,10 @@ class ObjectBlobs:
                 hint="make the bucket, or correct the URL",
                 **evidence,
             ) from None
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or reason in ("NoSuchKey", "BlobNotFound"):
             raise NotFound("store.missing", f"the store has no object {name}", **evidence) from None
-        if isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403):
+        refused = isinstance(error, PermissionDeniedError | UnauthenticatedError) or status in (401, 403)
+        if refused or reason == "AccessDenied":
             raise BackendError(
                 "store.refused",
                 f"the store refuses access to {name}: {reason or text}",
@@ -474,8 +475,8 @@ def _status(error: Exception) -> int | None:
 
 def _reason(error: Exception) -> str | None:
     """The provider's own word for what went wrong, such as NoSuchBucket or SlowDown."""
-    found = re.search(r"<Code>(\w{1,64})</Code>", str(error))
-    return found[1] if found else None
+    found = re.search(r"<Code>(\w{1,64})</Code>|\(code: (\w{1,64})\)", str(error))
+    return found[1] or found[2] if found else None
 
 
 def _not_implemented(error: Exception) -> bool:

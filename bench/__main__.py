@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.limit import Limit
 from bench.machine import describe
 from bench.measure import MIB, READERS, Case, Failed, Sample, environment, measure
 from bench.model import TINY, Model, extract_smollm, generate, shape_of, smollm, smollm_gguf
@@ -220,7 +221,7 @@ def size_of(text: str) -> int:
 def select(only: str, results: Results) -> tuple[list[type[Reader]], set[str]]:
     """Readers and operations that --only names; each kind that it doesn't name is complete."""
     words = [word.strip() for word in only.split(",") if word.strip()]
-    groups = {"ours": OURS, "peers": READERS.keys() - OURS - {"limit"}} | {name: {name} for name in READERS}
+    groups = {"ours": OURS, "peers": READERS.keys() - OURS - {Limit.name}} | {name: {name} for name in READERS}
     if unknown := [word for word in words if word not in groups and word not in OPERATIONS]:
         raise SystemExit(f"--only knows {', '.join((*OPERATIONS, *groups))}; not {', '.join(unknown)}")
     names = set().union(*(groups[word] for word in words if word in groups)) or set(READERS)
@@ -247,7 +248,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="the page (docs/reference/bench.md)")
     parser.add_argument("--raw", type=Path, default=None, help="every sample as JSON")
     parser.add_argument(
-        "--work", type=Path, default=None, help="folder for a temporary folder of about eight times the size"
+        "--work", type=Path, default=None, help="where to make a temporary folder of about nine times the size"
     )
     options = parser.parse_args()
     rounds = options.rounds or (2 if options.quick else 5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -48,13 +49,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of wall time; `sync` is what making it durable took after a put; memory in bytes.
+    """Seconds of wall time, and of user and system time over all threads and children; memory in bytes.
+
+    `sync` is what making it durable took after a put.
 
     `baseline` is the resident memory right before (the interpreter, its imports, and a serialiser's staged tensors),
     `peak` the kernel's VmHWM after, nothing subtracted.
     """
 
     seconds: float
+    cpu: float
     sync: float
     baseline: int
     peak: int
@@ -121,9 +125,9 @@ def run(case: Case) -> Sample:
     _reset_peak()
     baseline = _status("VmRSS")
 
-    start = time.perf_counter()
+    cpu, start = _cpu(), time.perf_counter()
     result = _operate(reader, case, staged)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, _cpu() - cpu
 
     peak = _status("VmHWM")
     sync = 0.0
@@ -138,7 +142,7 @@ def run(case: Case) -> Sample:
         _check(kind, case, result)
     reader.open.close()
     stored = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if kind.own_form else 0
-    return Sample(seconds, sync, baseline, peak, stored)
+    return Sample(seconds, cpu, sync, baseline, peak, stored)
 
 
 def _operate(reader: Reader, case: Case, staged: Any) -> Any:
@@ -186,6 +190,11 @@ def _check(kind: type[Reader], case: Case, result: Any) -> None:
 def _reset_peak() -> None:
     """Set VmHWM back to the present resident memory (Linux: 5 into clear_refs), so that imports don't count."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def _cpu() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _status(key: str) -> int:

@@ -26,6 +26,16 @@ from strongroom.storage import db as module
 from strongroom.storage.db import SCHEMA, Database, metadata, principals, put_packs, puts, room, versions
 
 NOW = "2026-01-02T03:04:05Z"
+A_PACK = {
+    "put_id": "p1",
+    "kind": 0,
+    "ordinal": 0,
+    "first": 0,
+    "count": 1,
+    "pack_id": "aa",
+    "digest": "bb",
+    "progress": "{}",
+}
 
 
 @pytest.fixture
@@ -74,8 +84,16 @@ def a_put(**changes: object) -> dict[str, object]:
 
 
 def add(database: Database, table: sa.Table, **values: object) -> None:
+    add_all(database, (table, values))
+
+
+def add_all(database: Database, *rows: tuple[sa.Table, dict[str, object]], error: Exception | None = None) -> None:
+    """All the rows in one transaction, which then raises `error` if there is one."""
     with database.transaction() as tx:
-        tx.execute(sa.insert(table).values(**values))
+        for table, values in rows:
+            tx.execute(sa.insert(table).values(**values))
+        if error:
+            raise error
 
 
 def count(database: Database, table: sa.Table) -> int:
@@ -84,7 +102,9 @@ def count(database: Database, table: sa.Table) -> int:
 
 
 def _program(script: str, *arguments: str) -> subprocess.Popen:
-    head = "import sys\nimport sqlalchemy as sa\nfrom strongroom.storage.db import Database, principals, puts, versions\n"
+    head = (
+        "import sys\nimport sqlalchemy as sa\nfrom strongroom.storage.db import Database, principals, puts, versions\n"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(script), *arguments],
         stdin=subprocess.PIPE,
@@ -150,16 +170,7 @@ def test_rows_come_back_as_they_were(database):
         principals: {"path": "user/ana", "created_at": NOW},
         versions: a_version(),
         puts: a_put(),
-        put_packs: {
-            "put_id": "p1",
-            "kind": 0,
-            "ordinal": 0,
-            "first": 1 << 40,
-            "count": 1 << 41,
-            "pack_id": "aa",
-            "digest": "bb",
-            "progress": "{}",
-        },
+        put_packs: {**A_PACK, "first": 1 << 40, "count": 1 << 41},
     }
     for table, values in kept.items():
         add(database, table, **values)
@@ -185,16 +196,15 @@ def test_the_tables_suit_postgresql():
 
 
 def test_a_transaction_is_all_or_nothing(database):
-    class Boom(Exception):
-        pass
-
-    with pytest.raises(Boom), database.transaction() as tx:
-        tx.execute(sa.insert(principals).values(path="user/ana", created_at=NOW))
-        raise Boom
-    with pytest.raises(Conflict), database.transaction() as tx:
-        tx.execute(sa.insert(principals).values(path="user/ana", created_at=NOW))
-        tx.execute(sa.insert(principals).values(path="user/ana", created_at=NOW))
+    ana = (principals, {"path": "user/ana", "created_at": NOW})
+    mine = ZeroDivisionError("mine")
+    with pytest.raises(ZeroDivisionError) as caught:
+        add_all(database, ana, error=mine)
+    assert caught.value is mine
+    with pytest.raises(Conflict):
+        add_all(database, ana, ana)
     assert count(database, principals) == 0
+    add_all(database, ana)
 
 
 @pytest.mark.parametrize(
@@ -207,34 +217,19 @@ def test_a_transaction_is_all_or_nothing(database):
         (versions, [a_version(state="shredded")]),  # shredded, and the key still there
         (versions, [a_version(bytes=None)]),
         (puts, [a_put(), a_put()]),
-        (
-            put_packs,
-            [
-                {
-                    "put_id": "none",
-                    "kind": 0,
-                    "ordinal": 0,
-                    "first": 0,
-                    "count": 1,
-                    "pack_id": "",
-                    "digest": "",
-                    "progress": "",
-                }
-            ],
-        ),
+        (put_packs, [{**A_PACK, "put_id": "none"}]),
     ],
 )
 def test_what_contradicts_the_schema_is_a_conflict(database, table, values):
-    with pytest.raises(Conflict) as caught, database.transaction() as tx:
-        for row in values:
-            tx.execute(sa.insert(table).values(**row))
+    with pytest.raises(Conflict) as caught:
+        add_all(database, *((table, row) for row in values))
     assert caught.value.code == "db.conflict"
     assert count(database, table) == 0
 
 
 def test_packs_of_a_put_go_with_it(database):
     add(database, puts, **a_put())
-    add(database, put_packs, put_id="p1", kind=0, ordinal=0, first=0, count=1, pack_id="", digest="", progress="")
+    add(database, put_packs, **A_PACK)
     with database.transaction() as tx:
         tx.execute(sa.delete(puts))
     assert count(database, put_packs) == 0
@@ -449,21 +444,67 @@ def test_what_is_no_database(path, content):
     assert path.read_bytes() == content
 
 
-def test_a_disk_that_is_full(database, path):
+def test_the_limit_on_file_sizes(database, path):
     """The kernel refuses the log's growth in the middle of a transaction; what was committed stays."""
     add(database, principals, path="user/before", created_at=NOW)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        with pytest.raises(BackendError) as caught, database.transaction() as tx:
-            tx.execute(sa.insert(principals).values(path="user/during", created_at=NOW))
-            tx.execute(sa.insert(puts).values(**a_put(record=bytes(4_000_000))))
+        with pytest.raises(BackendError) as caught:
+            add_all(
+                database,
+                (principals, {"path": "user/during", "created_at": NOW}),
+                (puts, a_put(record=bytes(4_000_000))),
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.code in ("db.full", "db.failed")
+    assert caught.value.code == "db.failed"  # SQLite takes it for an I/O error
     assert count(database, principals) == 1
     add(database, principals, path="user/after", created_at=NOW)
     assert database.check() == []
+
+
+def test_a_disk_that_is_full_and_then_read_only(tmp_path, in_namespace):
+    found = in_namespace(
+        """
+        import sqlalchemy as sa
+        from strongroom.errors import BackendError
+        from strongroom.storage.db import Database, principals, puts
+        folder = sys.argv[1]
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
+        database = Database.open(f"sqlite:///{folder}/room.db", create=True)
+
+        def add(path, size):
+            try:
+                with database.transaction() as tx:
+                    tx.execute(sa.insert(principals).values(path=path, created_at=""))
+                    tx.execute(sa.insert(puts).values(put_id=path, name="", fingerprint="", version_id="", revision=1,
+                                                      record=bytes(size), created_at="", created_by=""))
+            except BackendError as error:
+                return [error.code, error.hint]
+
+        def names():
+            with database.reading() as tx:
+                return tx.execute(sa.select(principals.c.path)).scalars().all()
+
+        codes = [add("before", 10), add("during", 4_000_000), add("after", 10)]
+        kept, faults = names(), database.check()
+        subprocess.run(["mount", "-o", "remount,size=9m", folder], check=True)
+        database.scrub()
+        database.close()
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        codes.append(add("late", 10))
+        print(json.dumps({"codes": codes, "names": sorted(kept), "faults": faults}))
+        """,
+        str(tmp_path),
+    )
+    first, full, after, late = found["codes"]
+    assert first is after is None
+    assert full[0] == "db.full"
+    assert late[0] == "db.unreachable"  # SQLite can't even read where it may not keep its log
+    assert "writable" in late[1]
+    assert found["names"] == ["after", "before"]
+    assert found["faults"] == []
 
 
 def test_a_database_that_may_not_be_written(database):

@@ -10,7 +10,6 @@ import resource
 import stat
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -117,7 +116,9 @@ def test_the_loser_of_a_race_makes_the_winners_object_durable(store, folder, mon
     store.write(NAME, [b"same"])
     synced = []
     real = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), real(fd))[1])
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (synced.append(str(Path(f"/proc/self/fd/{fd}").readlink())), real(fd))[1]
+    )
     store.write(NAME, [b"same"])
     assert str(folder / NAME) in synced
     assert str(folder / "packs/ab") in synced
@@ -150,29 +151,8 @@ def test_sweep_spares_what_is_young_and_what_is_no_file(store, folder):
 # -- full, read-only, broken ------------------------------------------------------------------------------------------
 
 
-def _in_namespace(script: str, *arguments: str) -> dict[str, object]:
-    """Run `script` as a program in a mount namespace of its own, where it may mount file systems; its JSON answer."""
-    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
-    tools = "import json, subprocess, sys, os\nfrom pathlib import Path\n"
-    try:
-        allowed = subprocess.run([*unshare, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("no unshare program; the other tests of a full or read-only disk do without")
-    if allowed.returncode:
-        pytest.skip("this machine permits no mounts; the other tests of a full or read-only disk do without")
-    done = subprocess.run(
-        [*unshare, sys.executable, "-c", tools + textwrap.dedent(script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_a_full_disk(tmp_path):
-    found = _in_namespace(
+def test_a_full_disk(tmp_path, in_namespace):
+    found = in_namespace(
         """
         from strongroom.errors import BackendError
         from strongroom.storage.local import LocalBlobs
@@ -204,8 +184,8 @@ def test_a_full_disk(tmp_path):
     assert found["facts"]["free_bytes"] < 1 << 20
 
 
-def test_a_read_only_disk(tmp_path):
-    found = _in_namespace(
+def test_a_read_only_disk(tmp_path, in_namespace):
+    found = in_namespace(
         """
         from strongroom.errors import BackendError
         from strongroom.storage.local import LocalBlobs

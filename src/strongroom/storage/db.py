@@ -361,7 +361,10 @@ _MEANINGS = {
     "full": ("the database can't grow", "free disk space and run the command again"),
     "read_only": ("the database can't be written", "make the database and its folder writable for this user"),
     "damaged": ("the database is damaged, or is no database", "restore it from a backup; strongroom doctor"),
-    "unreachable": ("the database can't be opened", "see whether it is there and may be reached"),
+    "unreachable": (
+        "the database can't be opened",
+        "see that it is there and, if it is a file, that its folder is writable: reading, too, keeps a log there",
+    ),
     "failed": ("the database failed", "strongroom doctor"),
 }
 

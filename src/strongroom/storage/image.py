@@ -7,6 +7,7 @@ the keys.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import threading
 from bisect import bisect_right
@@ -19,8 +20,16 @@ from strongroom.crypto.keys import check_commitment
 from strongroom.crypto.sealing import unseal
 from strongroom.crypto.segments import COMMON as KIND_COMMON
 from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, SegmentCipher, pack_key
-from strongroom.crypto.signatures import verify
-from strongroom.errors import IntegrityError, NotFound, Rollback, Tampered, Truncated
+from strongroom.crypto.signatures import key_id, verify
+from strongroom.errors import (
+    CannotVerify,
+    IntegrityError,
+    LimitExceeded,
+    NotFound,
+    Rollback,
+    Tampered,
+    Truncated,
+)
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
@@ -37,29 +46,11 @@ def read_manifest(
 ) -> Manifest:
     """Steps 2 and 3: the manifest of a revision, signed by `signer`, and with the remembered SHA-256 `digest`."""
     name = f"versions/{version.hex()}/{revision}.manifest"
-    try:
-        data = blobs.read(name, limit=LIMITS.manifest)
-    except NotFound as error:
-        raise Truncated(
-            "manifest.missing",
-            f"the store has no manifest {name}",
-            hint="strongroom fsck; restore the object from a copy of the store",
-        ) from error
-    envelope = Envelope.decode(data, payload_type=PAYLOAD_TYPE)
-    signed = pre_authentication_encoding(envelope.payload_type, envelope.payload)
-    for _, signature in envelope.signatures:
-        try:
-            verify(signer, signature, signed)
-            break
-        except IntegrityError:
-            continue
-    else:
-        raise Tampered(
-            "manifest.signature",
-            f"the manifest {name} is not signed by this room's key",
-            hint="restore the manifest from a copy of the store; it was altered, or belongs to another room",
-        )
-    manifest = Manifest.decode(envelope.payload)
+    data = _read_small(blobs, name, LIMITS.manifest, "manifest")
+    with _naming(name):
+        envelope = Envelope.decode(data, payload_type=PAYLOAD_TYPE)
+        _check_signature(envelope, signer)
+        manifest = Manifest.decode(envelope.payload)
     if manifest.room != room or manifest.version != version:
         raise Tampered("manifest.swapped", f"the manifest {name} is that of another version or another room")
     if manifest.revision != revision or (digest is not None and not hmac.compare_digest(manifest.digest(), digest)):
@@ -70,6 +61,51 @@ def read_manifest(
             hint="the store was set back to an older state; restore it, then run strongroom verify",
         )
     return manifest
+
+
+def _check_signature(envelope: Envelope, signer: bytes) -> None:
+    signed = pre_authentication_encoding(envelope.payload_type, envelope.payload)
+    for name, signature in envelope.signatures:
+        # The key's name is not signed. It must fit all the same: no bit of the object may change unnoticed.
+        if name == key_id(signer):
+            with contextlib.suppress(IntegrityError):
+                verify(signer, signature, signed)
+                return
+    raise Tampered(
+        "manifest.signature",
+        "the manifest is not signed by this room's key",
+        hint="restore the manifest from a copy of the store; it was altered, or belongs to another room",
+    )
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Errors about the bytes of an object say which object it is."""
+    try:
+        yield
+    except (IntegrityError, CannotVerify) as error:
+        evidence = {"object": name, **error.evidence}
+        raise type(error)(error.code, f"{name}: {error.message}", hint=error.hint, **evidence) from None
+
+
+def _read_small(blobs: Blobs, name: str, limit: int, what: str) -> bytes:
+    try:
+        return blobs.read(name, limit=limit)
+    except NotFound as error:
+        raise Truncated(
+            f"{what}.missing",
+            f"the store has no {what} {name}",
+            hint="strongroom fsck; restore the object from a copy of the store",
+            object=name,
+        ) from error
+    except LimitExceeded as error:
+        # Not too much asked for: nothing of ours is that large, so somebody else wrote it.
+        raise Tampered(
+            f"{what}.tampered",
+            f"the {what} {name} is larger than it can be: {error.message}",
+            hint="restore the object from a copy of the store",
+            object=name,
+        ) from None
 
 
 class SealedImage:
@@ -109,15 +145,18 @@ class SealedImage:
 
     def _read_index(self, common_key: bytes) -> Index:
         manifest = self.manifest
-        try:
-            box = self.blobs.read(manifest.index_name, limit=LIMITS.index)
-        except NotFound as error:
+        box = _read_small(self.blobs, manifest.index_name, manifest.index_bytes, "index")
+        if len(box) < manifest.index_bytes:
             raise Truncated(
-                "index.missing", f"the store has no index {manifest.index_name}", hint="strongroom fsck"
-            ) from error
-        if len(box) != manifest.index_bytes or manifest.suite.digest(box) != manifest.index_digest:
+                "index.truncated",
+                f"the index {manifest.index_name} has {len(box)} bytes, expected {manifest.index_bytes}",
+                hint="strongroom fsck; restore the object from a copy of the store",
+                object=manifest.index_name,
+            )
+        if manifest.suite.digest(box) != manifest.index_digest:
             raise Tampered("index.tampered", f"the index {manifest.index_name} is not the one that the manifest pins")
-        return Index.decode(unseal(common_key, box, Index.context(manifest.version, manifest.revision)))
+        with _naming(manifest.index_name):
+            return Index.decode(unseal(common_key, box, Index.context(manifest.version, manifest.revision)))
 
     def _check_layout(self) -> None:
         layout, manifest = self.layout, self.manifest

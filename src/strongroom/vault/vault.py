@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from strongroom.core.settings import Settings
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
 from strongroom.crypto.shamir import Share
-from strongroom.errors import AuthRequired, Conflict, NotFound, Rollback, Tampered, UsageError
+from strongroom.errors import AuthRequired, Conflict, IntegrityError, NotFound, Rollback, Tampered, UsageError
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
@@ -197,6 +198,9 @@ class Vault:
     def record(self, row: Row[Any]) -> VersionRecord:
         """The secrets of a version; Tampered or Rollback when the database says something else than the sealed
         record."""
+        # A database is not bound to what its columns were declared to hold.
+        if not re.fullmatch(r"[0-9a-f]{32}", str(row.version_id), re.ASCII) or not isinstance(row.record, bytes):
+            raise Tampered("record.malformed", f"the database's row of {row.name}@{row.number} does not hold together")
         version = bytes.fromhex(row.version_id)
         record = VersionRecord.unseal(self.keys.room_key, row.record, version)
         if (record.name, record.number, record.version) != (row.name, row.number, version):
@@ -397,7 +401,7 @@ class Vault:
         try:
             record = self.record(row)
             image = self.image(record)
-        except (Tampered, Rollback, NotFound) as error:
+        except (IntegrityError, NotFound) as error:
             report.problems.append(problem_of(error))
             return report
         verify_image(image, report, record if deep else None, workers=self.workers, progress=progress)

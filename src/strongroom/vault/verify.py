@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strongroom.crypto.segments import VersionKeys
-from strongroom.errors import BackendError, IntegrityError, NotFound, Rollback, StrongroomError, Truncated
+from strongroom.errors import IntegrityError, NotFound, Rollback, StrongroomError, Truncated
 from strongroom.formats.layout import FileEntry, Segment
-from strongroom.formats.manifest import MARKED, PackEntry
+from strongroom.formats.manifest import MARKED, TAG_BYTES, PackEntry
+from strongroom.formats.pack import trailer_bytes
 from strongroom.marking.mark import Marker
 from strongroom.storage.image import SealedImage, sealed_segments
 from strongroom.vault.record import VersionRecord
@@ -108,28 +109,33 @@ def _scrub(image: SealedImage, pack: PackEntry) -> list[Problem]:
     manifest = image.manifest
     body = manifest.body_bytes(pack)
     problems: list[Problem] = []
+    expected = body + trailer_bytes(pack.kind, pack.count)
     try:
-        trailer = image.trailer(pack)
+        # The size first: it makes the store forget a file that it still holds open but that is no longer there.
         size = image.blobs.size(pack.name)
-    except BackendError:
-        raise
+        trailer = image.trailer(pack)
+        if size != expected:
+            kind = "truncated" if size < expected else "tampered"
+            problems.append(_whole(image, pack, kind, f"the pack has {size} bytes, expected {expected}"))
+        buffer = memoryview(bytearray(max(manifest.common_segment, manifest.marked_segment) + TAG_BYTES))
+        for number, variant, offset, length in sealed_segments(manifest, pack):
+            sealed = buffer[:length]
+            image.blobs.read_into(pack.name, offset, sealed)
+            digest = manifest.suite.digest(sealed)
+            if digest != trailer.digest_of(number, variant):
+                problems.append(_damaged(image, pack, number, variant, digest))
     except (IntegrityError, NotFound) as error:
-        files = image.layout.files_of(_segment(image, pack.kind, pack.first))
         found = problem_of(error)
-        return [Problem(found.kind, found.message, ", ".join(files), pack.first, "", pack.name)]
-    expected = body + len(trailer.encode())
-    if size != expected:
-        kind = "truncated" if size < expected else "tampered"
-        problems.append(Problem(kind, f"the pack has {size} bytes, expected {expected}", pack=pack.name))
-    buffer = memoryview(bytearray(max(manifest.common_segment, manifest.marked_segment) + 16))
-    for number, variant, offset, length in sealed_segments(manifest, pack):
-        sealed = buffer[:length]
-        image.blobs.read_into(pack.name, offset, sealed)
-        digest = manifest.suite.digest(sealed)
-        if digest == trailer.digest_of(number, variant):
-            continue
-        problems.append(_damaged(image, pack, number, variant, digest))
+        problems.append(_whole(image, pack, found.kind, found.message))
     return problems
+
+
+def _whole(image: SealedImage, pack: PackEntry, kind: str, message: str) -> Problem:
+    """A problem of a pack as such: it names the first segment that is lost with it, and the files of all of them."""
+    files: dict[str, None] = {}
+    for number in range(pack.first, pack.end):
+        files |= dict.fromkeys(image.layout.files_of(_segment(image, pack.kind, number)))
+    return Problem(kind, message, ", ".join(files), pack.first, "", pack.name)
 
 
 def _damaged(image: SealedImage, pack: PackEntry, number: int, variant: int, digest: bytes) -> Problem:

@@ -45,7 +45,7 @@ def seeds() -> dict[str, bytes]:
     }
 
 
-def TestOneInput(data: bytes) -> None:
+def TestOneInput(data: bytes) -> None:  # noqa: N802  # the name that fuzzers look for
     try:
         header = parse_header(lambda offset, size: data[offset : offset + size], len(data))
     except StrongroomError:

@@ -40,7 +40,7 @@ def seeds() -> dict[str, bytes]:
     }
 
 
-def TestOneInput(data: bytes) -> None:
+def TestOneInput(data: bytes) -> None:  # noqa: N802  # the name that fuzzers look for
     try:
         needed = header_bytes_needed(data[:8], len(data))
         header = parse_header(data[:needed], len(data))

@@ -16,7 +16,7 @@ KIB = 1024
 @st.composite
 def layouts(draw):
     sizes = draw(st.lists(st.integers(0, 600 * KIB), min_size=1, max_size=5))
-    files = Layout.place([(f"f{k}", "opaque", size, draw(st.integers(0, min(size, 99)))) for k, size in enumerate(sizes)])
+    files = Layout.place([(f"f{k}", "safetensors", size, draw(st.integers(0, min(size, 99)))) for k, size in enumerate(sizes)])
     runs = []
     for entry in files:
         at = entry.offset + entry.data_start

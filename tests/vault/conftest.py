@@ -47,6 +47,6 @@ def house(pristine, tmp_path):
 
 @pytest.fixture
 def packs_house(pristine_packs, tmp_path):
-    house = clone(pristine_packs, tmp_path / "room")
+    house = clone(pristine_packs, tmp_path / "packs-room")
     yield house
     house.close()

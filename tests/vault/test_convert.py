@@ -369,7 +369,10 @@ def test_the_network_namespace(tmp_path: Path) -> None:
 def test_limits(tmp_path: Path) -> None:
     start = "from strongroom.vault import sandbox\nsandbox.limit(memory=64 << 20, cpu_seconds=1)\nimport os\n"
     assert "MemoryError" in python(start + "bytearray(128 << 20)").stderr
-    assert "too large" in python(start + "os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), b'x')", str(tmp_path / "x")).stderr
+    assert (
+        "too large"
+        in python(start + "os.write(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), b'x')", str(tmp_path / "x")).stderr
+    )
     assert (tmp_path / "x").stat().st_size == 0
     assert python(start + "while True: pass").returncode < 0
 

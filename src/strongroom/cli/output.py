@@ -39,6 +39,11 @@ class Output:
         if not self.json:
             print(text, flush=True)
 
+    def heading(self, text: str) -> None:
+        """A line of an answer that begins something; bold where that can be shown."""
+        bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        self.say(f"\x1b[1m{text}\x1b[0m" if bold else text)
+
     def note(self, text: str) -> None:
         """A hint for a person; ``--quiet`` silences it."""
         if not self.quiet:

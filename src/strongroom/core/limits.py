@@ -24,7 +24,7 @@ class Limits:
     positions: int = 1 << 20
     marked_segment_min: int = 4 * KIB
     segment_max: int = 16 * MIB
-    pack_body: int = 64 * MIB  # what the writer aims at
+    pack_body: int = 32 * MIB  # what the writer aims at
     pack_trailer: int = 64 * MIB
     manifest: int = 64 * MIB
     index: int = 256 * MIB

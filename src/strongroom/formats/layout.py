@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from strongroom.formats.suites import FORMAT, Suite
 ALIGNMENT = 64
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
 KINDS = ("safetensors", "gguf", "opaque")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a fixed list: what Unicode calls printable changes
 _MAX_SEGMENT = 1 * MIB
 _MIN_SEGMENT = 4 * KIB
 
@@ -133,7 +135,7 @@ class Layout:
         try:
             if set(value) != {"format", "image", "files", "runs", "common", "marked", "stripes"}:
                 raise ValueError("unexpected members")
-            if value["format"] != FORMAT:
+            if type(value["format"]) is not int or value["format"] != FORMAT:
                 raise ValueError(f"format {value['format']!r}")
             files = tuple(FileEntry(**item) for item in value["files"])
             runs = tuple(Run(*item) for item in value["runs"])
@@ -158,15 +160,19 @@ class Layout:
         if expected != self.files or self.image != (expected[-1].end if expected else 0):
             raise ValueError("files are not in order or not where they belong")
         names = [check_path(entry.path) for entry in self.files]
-        if len(set(names)) != len(names):
-            raise ValueError("a path occurs twice")
-        if any(entry.kind not in KINDS or entry.data_start > entry.bytes for entry in self.files):
-            raise ValueError("a file of an unknown kind")
+        folders = {"/".join(parts[:k]) for name in names for parts in [name.split("/")] for k in range(1, len(parts))}
+        if len(set(names)) != len(names) or folders & set(names):
+            raise ValueError("a path occurs twice, or is also a folder")
+        for entry in self.files:
+            if entry.kind not in KINDS or entry.data_start > entry.bytes or (entry.kind == "opaque" and entry.data_start):
+                raise ValueError("a file of an unknown kind, or whose tensors start where they can't")
         self._check_runs()
         rest = self.image - self.positions * self.marked
         count = len(self.stripes)
         if not (count == 0 == rest or (count - 1) * self.common < rest <= count * self.common):
             raise ValueError("segments do not fill the image")
+        if count and self.stripes[-1] and rest != count * self.common:
+            raise ValueError("marked segments follow a short common segment")
         self._check_marked()
 
     def _check_runs(self) -> None:
@@ -263,7 +269,7 @@ def check_path(path: str) -> str:
     """`path` if it is one that may be written below a folder; ValueError otherwise (no traversal, one spelling)."""
     if not path or len(path.encode()) > LIMITS.path_bytes:
         raise ValueError("a path is empty or too long")
-    if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or not path.isprintable():
+    if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or _CONTROL.search(path):
         raise ValueError(f"the path {path!r} is not a plain relative path")
     return path
 

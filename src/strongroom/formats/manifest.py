@@ -125,7 +125,7 @@ class Manifest:
             _members(value["common"], {"bytes", "segment", "packs"})
             _members(value["marked"], {"positions", "segment", "packs"})
             _members(value["index"], {"bytes", "digest"})
-            if value["format"] != FORMAT:
+            if type(value["format"]) is not int or value["format"] != FORMAT:
                 raise ValueError(f"format {value['format']!r}")
             suite = Suite.of(value["suite"])
             manifest = cls(

@@ -24,7 +24,7 @@ class Suite(IntEnum):
     @classmethod
     def of(cls, number: object) -> Suite:
         """The suite with this number; CannotVerify for one that this release does not know."""
-        if isinstance(number, int) and number in (1, 2):
+        if type(number) is int and number in (1, 2):  # True == 1, but is no number of a suite
             return cls(number)
         raise CannotVerify(
             "suite.unknown",

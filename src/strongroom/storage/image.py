@@ -42,7 +42,7 @@ _BATCH_BYTES = 1 << 20
 
 
 def read_manifest(
-    blobs: Blobs, room: bytes, version: bytes, revision: int, signer: bytes, digest: bytes | None
+    blobs: Blobs, room: bytes, version: bytes, revision: int, signer: bytes, digest: bytes
 ) -> Manifest:
     """Steps 2 and 3: the manifest of a revision, signed by `signer`, and with the remembered SHA-256 `digest`."""
     name = f"versions/{version.hex()}/{revision}.manifest"
@@ -53,14 +53,20 @@ def read_manifest(
         manifest = Manifest.decode(envelope.payload)
     if manifest.room != room or manifest.version != version:
         raise Tampered("manifest.swapped", f"the manifest {name} is that of another version or another room")
-    if manifest.revision != revision or (digest is not None and not hmac.compare_digest(manifest.digest(), digest)):
+    if manifest.revision == revision and hmac.compare_digest(manifest.digest(), digest):
+        return manifest
+    if manifest.revision < revision:
         raise Rollback(
             "manifest.rollback",
             f"the manifest {name} is properly signed but is not the newest: revision {manifest.revision}, "
             f"expected revision {revision} as recorded",
             hint="the store was set back to an older state; restore it, then run strongroom verify",
         )
-    return manifest
+    raise Tampered(
+        "manifest.other",
+        f"the manifest {name} is properly signed, but is another one than the custodian and the key bundles remember",
+        hint="restore the manifest from a copy of the store",
+    )
 
 
 def _check_signature(envelope: Envelope, signer: bytes) -> None:

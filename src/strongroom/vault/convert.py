@@ -30,7 +30,7 @@ from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.safetensors import encode_header
 from strongroom.formats.tensors import DTYPES
-from strongroom.vault.names import shown
+from strongroom.vault.names import check_collisions, shown
 from strongroom.vault.pickles import SUFFIXES
 from strongroom.vault.shards import read_index
 from strongroom.vault.source import ModelSource
@@ -57,17 +57,18 @@ def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource
     ``convert.limit``.
     """
     walk = Walk.of(path, follow_links=follow_links)
+    present = {file.path for file in walk.files}
+    renamed = {file.path: safetensors_name(file.path) for file, _ in walk.pickles}
+    wanted = sorted((file for file, _ in walk.pickles if renamed[file.path] not in present), key=lambda file: file.path)
+    # Before the work, not after it.
+    check_collisions([*present, *(renamed[file.path] for file in wanted)])
+    # The others are there already, as the publisher's own conversion.
+    walk.skipped.extend(path for path, name in renamed.items() if name in present)
     with ExitStack() as stack:
-        present = {file.path for file in walk.files}
-        renamed: dict[str, str] = {}
         sizes: dict[str, int] = {}
-        for file, _ in sorted(walk.pickles, key=lambda item: item[0].path):
-            name = renamed[file.path] = safetensors_name(file.path)
-            if name in present:  # the publisher's own conversion
-                walk.skipped.append(file.path)
-                continue
-            result = _convert(file, name, stack)
-            sizes[name] = sum(tensor.size for tensor in result.tensors)
+        for file in wanted:
+            result = _convert(file, renamed[file.path], stack)
+            sizes[result.path] = sum(tensor.size for tensor in result.tensors)
             walk.files.append(result)
         files = [kept for file in walk.files if (kept := _reindexed(file, present, renamed, sizes, walk, stack))]
         yield ModelSource.of(walk.root, files, walk.skipped, walk.followed)

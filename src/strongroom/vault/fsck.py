@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from strongroom.errors import IntegrityError, NotFound
 from strongroom.formats.pack import trailer_bytes
 from strongroom.storage.db import put_packs, puts
+from strongroom.vault.journal import locked
 from strongroom.vault.verify import Problem, problem_of
 
 if TYPE_CHECKING:
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class FsckReport:
-    """`problems`: what is damaged. `orphans`: objects that nothing refers to, in bytes and by name. `pending`:
-    interrupted puts."""
+    """`problems`: what is damaged. `orphans`: objects that nothing refers to, in bytes and by name. `pending`: puts and
+    rotations that are not finished; `running` of them, somebody is at it. `leftovers`: halves of objects that killed
+    writers left. `repaired`: orphans were dropped, which is not done while somebody writes."""
 
     versions: int = 0
     objects: int = 0
@@ -27,6 +29,7 @@ class FsckReport:
     orphans: list[str] = field(default_factory=list)
     orphan_bytes: int = 0
     pending: list[dict[str, Any]] = field(default_factory=list)
+    leftovers: int = 0
     repaired: bool = False
 
     @property
@@ -39,23 +42,27 @@ class FsckReport:
 
 def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
     """Check that every object that the room needs is there in its full size, signed and pinned, and find those it does
-    not need. With `repair`, drop those, and interrupted puts with them. It reads no bodies: that is what verify is
-    for."""
-    report = FsckReport(repaired=repair)
-    # The listing comes first: an object that a put writes meanwhile is in neither list, and so is no orphan.
+    not need. With `repair`, drop those, and interrupted puts and rotations with them. It reads no bodies: that is what
+    verify is for."""
+    report = FsckReport()
+    # In this order, so that what a put or a rotation writes meanwhile is no orphan: an object that comes later than the
+    # listing is not in it; one that came before belongs to a job, or, if that is finished by now, to a version.
     objects = dict(vault.blobs.list(""))
     report.objects = len(objects)
-    needed: set[str] = set()
+    needed = _pending(vault, report, repair=repair)
     for info in vault.ls():
         if info.state == "active":
             report.versions += 1
             needed |= _check_version(vault, info.ref, objects, report)
-    needed |= _pending(vault, report)
     report.orphans = sorted(set(objects) - needed)
     report.orphan_bytes = sum(objects[name] for name in report.orphans)
-    if repair:
+    report.leftovers = len(vault.blobs.leftovers())
+    # A job that is at it may have stored a pack and not yet noted it: what looks like an orphan may be that.
+    if repair and not any(job["running"] for job in report.pending):
         for name in report.orphans:
             vault.blobs.delete(name)
+        report.leftovers -= vault.blobs.sweep()
+        report.repaired = True
     return report
 
 
@@ -86,15 +93,29 @@ def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: Fsck
     return needed
 
 
-def _pending(vault: Vault, report: FsckReport) -> set[str]:
+def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
+    """What unfinished jobs need; with `repair` those that nobody is at are dropped."""
     needed: set[str] = set()
     with vault.db.transaction() as tx:
-        for row in tx.execute(select(puts)):
+        rows = tx.execute(select(puts)).all()
+    for row in rows:
+        with locked(vault.folder / "locks" / row.put_id) as idle, vault.db.transaction() as tx:
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == row.put_id)).all()
             report.pending.append(
-                {"name": row.name, "created_at": row.created_at, "by": row.created_by, "packs": len(packs)}
+                {
+                    "name": row.name,
+                    "created_at": row.created_at,
+                    "by": row.created_by,
+                    "packs": len(packs),
+                    "running": not idle,
+                }
             )
-            prefix = f"versions/{row.version_id}/{row.revision}"
-            needed |= {f"{prefix}.manifest", f"{prefix}.index"}
-            needed |= {f"packs/{pack.pack_id[:2]}/{pack.pack_id}" for pack in packs}
+            if repair and idle:
+                tx.execute(delete(put_packs).where(put_packs.c.put_id == row.put_id))
+                tx.execute(delete(puts).where(puts.c.put_id == row.put_id))
+                (vault.folder / "locks" / row.put_id).unlink(missing_ok=True)
+                continue
+        prefix = f"versions/{row.version_id}/{row.revision}"
+        needed |= {f"{prefix}.manifest", f"{prefix}.index"}
+        needed |= {f"packs/{pack.pack_id[:2]}/{pack.pack_id}" for pack in packs}
     return needed

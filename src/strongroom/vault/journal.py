@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sqlalchemy import delete, insert, select
@@ -13,8 +13,8 @@ from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import now
 from strongroom.core.ids import random_id
-from strongroom.errors import NotFound
-from strongroom.formats.manifest import PackEntry
+from strongroom.errors import BackendError, NotFound
+from strongroom.formats.manifest import PackEntry, pack_name
 from strongroom.storage.blobs import Blobs
 from strongroom.storage.db import Database, put_packs, puts
 from strongroom.vault.record import VersionRecord
@@ -48,14 +48,14 @@ class Journal:
         with db.transaction() as tx:
             waiting = [row.put_id for row in tx.execute(select(puts).where(puts.c.fingerprint == fingerprint))]
         for put_id in waiting:
-            with _locked(locks / put_id) as mine:
+            with locked(locks / put_id) as mine:
                 journal = cls._reopen(db, blobs, room_key, put_id) if mine else None
                 if journal is not None:
                     yield journal
                     (locks / put_id).unlink(missing_ok=True)
                     return
         put_id = random_id().hex()
-        with _locked(locks / put_id):
+        with locked(locks / put_id):
             yield cls._begin(db, blobs, room_key, put_id, fingerprint, name, by, start)
             (locks / put_id).unlink(missing_ok=True)
 
@@ -131,17 +131,37 @@ class Journal:
         tx.execute(delete(puts).where(puts.c.put_id == self.put_id))
 
     def forget(self) -> None:
-        """Drop the journal and the packs that it remembers: nothing of them can be used."""
+        """Drop the journal and the packs that it remembers, this run's included: nothing of them can be used."""
         with self._db.transaction() as tx:
+            found = tx.execute(select(put_packs.c.pack_id).where(put_packs.c.put_id == self.put_id)).scalars().all()
             self.close(tx)
-        for entry, _ in self.packs.values():
-            self._blobs.delete(entry.name)
+        for pack_id in found:
+            self._blobs.delete(pack_name(bytes.fromhex(pack_id)))
+
+
+def forget_all(tx: Connection, version_id: str) -> Sequence[str]:
+    """Drop every journal that holds secrets of a version; returns the identifiers of their packs."""
+    jobs = select(puts.c.put_id).where(puts.c.version_id == version_id)
+    packs = tx.execute(select(put_packs.c.pack_id).where(put_packs.c.put_id.in_(jobs))).scalars().all()
+    tx.execute(delete(put_packs).where(put_packs.c.put_id.in_(jobs)))
+    tx.execute(delete(puts).where(puts.c.version_id == version_id))
+    return packs
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on `path` if nobody else does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def locked(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on `path` if nobody else does; it ends with the process, however that ends.
+
+    BackendError ("room.unwritable") when the file can't be made.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise BackendError(
+            "room.unwritable",
+            f"can't make the lock file {path}: {error.strerror}",
+            hint="free space, and make the room's folder writable for this user",
+        ) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from strongroom.core.limits import MIB
+from strongroom.core.limits import LIMITS
 from strongroom.crypto.keys import commitment
 from strongroom.crypto.segments import COMMON as KIND_COMMON
 from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, SegmentCipher, VersionKeys, pack_key
@@ -27,7 +27,7 @@ from strongroom.formats.pack import Trailer
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs
 
-PACK_BODY = 32 * MIB
+PACK_BODY = LIMITS.pack_body
 _BUFFERS = 2  # packs of one kind in memory: one fills while one is written
 
 

@@ -21,10 +21,12 @@ from strongroom.formats.manifest import COMMON, MARKED, Manifest, PackEntry
 from strongroom.formats.suites import Suite
 from strongroom.marking.mark import Marker
 from strongroom.storage.blobs import Blobs
+from strongroom.vault import packing
 from strongroom.vault.journal import Journal
 from strongroom.vault.packing import PackWriter
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.source import ModelSource, SourceFile
+from strongroom.vault.sourcefile import unreadable
 
 Progress = Callable[[int, int], None]
 
@@ -48,9 +50,12 @@ class Plan:
         return cls(source, layout, share, positions, suite, unmarked)
 
     def fingerprint(self, name: str) -> str:
-        """Names this job: the same source, unchanged, put again under the same name continues it."""
+        """Names this job: the same source, unchanged, put again under the same name continues it.
+
+        By a release that fills packs otherwise it is another job: its packs would not fit between the others.
+        """
         stats = [[file.path, *file.signature] for file in self.source.files]
-        value = [name, int(self.suite), self.layout.to_json(), stats]
+        value = [name, int(self.suite), packing.PACK_BODY, self.layout.to_json(), stats]
         return hashlib.sha256(canonical.encode(_as_text(value))).hexdigest()
 
 
@@ -98,7 +103,10 @@ class ImageStream:
                 step = min(size - done, stop - self._at)
             else:
                 piece = buffer[done : done + min(size - done, entry.end - self._at)]
-                step = os.preadv(self._fd, [piece], self._at - entry.offset)
+                try:
+                    step = os.preadv(self._fd, [piece], self._at - entry.offset)
+                except OSError as error:
+                    raise unreadable(entry.path, error) from None
                 if step == 0:
                     raise Conflict(
                         "source.changed", f"{entry.path} became shorter while it was read", hint="put it again"

@@ -17,18 +17,19 @@ from strongroom.core.settings import Settings
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
 from strongroom.crypto.shamir import Share
-from strongroom.errors import AuthRequired, Conflict, IntegrityError, NotFound, Rollback, Tampered, UsageError
+from strongroom.errors import AuthRequired, Conflict, IntegrityError, NotFound, Rollback, Sealed, Tampered, UsageError
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
-from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
+from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest, pack_name
 from strongroom.formats.pack import trailer_bytes
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, principals, versions
 from strongroom.storage.image import SealedImage, read_manifest
+from strongroom.vault import packing
 from strongroom.vault.config import RoomConfig
-from strongroom.vault.journal import Journal
+from strongroom.vault.journal import Journal, forget_all, locked
 from strongroom.vault.put import Plan, Progress, parse_share, put
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
@@ -328,9 +329,17 @@ class Vault:
     def rotate(self, ref: str, *, by: str, progress: Progress = silent) -> dict[str, Any]:
         """Re-encrypt a version under a new version key. Bundles of the old revision stop opening anything."""
         row = self.find(ref)
+        # One at a time: two would write their manifests to the same name, and the slower one over the faster one's.
+        with locked(self.folder / "locks" / f"rotate-{row.version_id}") as mine:
+            if not mine:
+                raise Conflict("rotate.busy", f"{row.name}@{row.number} is being rotated", hint="wait for it to end")
+            return self._rotate(f"{row.name}@{row.number}", by, progress)
+
+    def _rotate(self, ref: str, by: str, progress: Progress) -> dict[str, Any]:
+        row = self.find(ref)
         old_record = self.record(row)
         old = self.image(old_record)
-        fingerprint = f"rotate {row.version_id} {row.revision}"
+        fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
         with self._journal(fingerprint, row.name, by, start=next_revision(old_record)) as journal:
             manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
             self._sign(manifest, self.keys.signer)
@@ -338,18 +347,19 @@ class Vault:
             with self.db.transaction() as tx:
                 changed = tx.execute(
                     update(versions)
-                    .where(versions.c.version_id == row.version_id, versions.c.revision == row.revision)
+                    .where(
+                        versions.c.version_id == row.version_id,
+                        versions.c.revision == row.revision,
+                        versions.c.state == "active",
+                    )
                     .values(record=record.seal(self.keys.room_key), **_measured(manifest))
                 )
                 if changed.rowcount != 1:
                     raise Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile")
-                journal.close(tx)
+                # With other rotations of it that were left unfinished: their keys open what this one replaced.
+                forget_all(tx, row.version_id)
         self._delete_objects(old.manifest)
-        return {
-            "ref": f"{row.name}@{row.number}",
-            "revision": record.revision,
-            "digest": f"sha256:{manifest.digest().hex()}",
-        }
+        return {"ref": ref, "revision": record.revision, "digest": f"sha256:{manifest.digest().hex()}"}
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere."""
@@ -361,7 +371,7 @@ class Vault:
                 f"shredding {name} can't be undone; confirm it by its full name",
                 hint=f"strongroom shred {name} --confirm {name}",
             )
-        manifest = self.manifest(self.record(row))
+        names = self._objects_of(row)
         with self.db.transaction() as tx:
             changed = tx.execute(
                 update(versions)
@@ -370,11 +380,16 @@ class Vault:
             )
             if changed.rowcount != 1:
                 raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
-        self.db.scrub()
-        deleted = self._delete_objects(manifest)
+            # An interrupted rotation holds the same weights under its own keys.
+            names |= {pack_name(bytes.fromhex(pack)) for pack in forget_all(tx, row.version_id)}
+        try:
+            self.db.scrub()
+        finally:
+            for item in names:
+                self.blobs.delete(item)
         return {
             "ref": name,
-            "objects_deleted": deleted,
+            "objects_deleted": len(names),
             "means": [
                 "the version key and the mark secrets are destroyed here: nobody can open this ciphertext through this "
                 "room",
@@ -385,11 +400,17 @@ class Vault:
             ],
         }
 
-    def _delete_objects(self, manifest: Manifest) -> int:
-        names = [manifest.name, manifest.index_name, *(pack.name for pack in manifest.packs)]
-        for name in names:
+    def _delete_objects(self, manifest: Manifest) -> None:
+        for name in _names(manifest):
             self.blobs.delete(name)
-        return len(names)
+
+    def _objects_of(self, row: Row[Any]) -> set[str]:
+        """What the store has of a version, as far as the store still says so: a damaged one must be shreddable, too."""
+        names = {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
+        # Where that fails fsck finds the packs later: nothing refers to them any more.
+        with contextlib.suppress(IntegrityError, Sealed):
+            names |= _names(self.manifest(self.record(row)))
+        return names
 
     # -- verify --------------------------------------------------------------------------------------------------
 
@@ -422,6 +443,10 @@ class Vault:
             by=by,
             start=start,
         )
+
+
+def _names(manifest: Manifest) -> set[str]:
+    return {manifest.name, manifest.index_name, *(pack.name for pack in manifest.packs)}
 
 
 def _measured(manifest: Manifest) -> dict[str, Any]:

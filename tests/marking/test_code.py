@@ -38,7 +38,9 @@ def test_words_are_reproducible():
 
 
 def test_holders_versions_and_paths_have_words_of_their_own():
-    words = {Code(key, 1024).word(holder) for key in (KEY, KEY[::-1]) for holder in ("user/ana", "user/ben", "team/ana")}
+    words = {
+        Code(key, 1024).word(holder) for key in (KEY, KEY[::-1]) for holder in ("user/ana", "user/ben", "team/ana")
+    }
     assert len(words) == 6
 
 

@@ -58,7 +58,9 @@ def test_each_element_moves_by_q_or_not_at_all_and_keeps_its_sign(dtype):
 def test_values_at_the_edges_stay_finite_and_normal(dtype, numpy):
     marker, layout = marker_for((0, SIZE, dtype))
     info = ml_dtypes.finfo(numpy)
-    edges = np.array([0, -0.0, info.tiny, -info.tiny, info.smallest_subnormal, info.max, -info.max, np.inf, -np.inf, np.nan, 1, -1])
+    edges = np.array(
+        [0, -0.0, info.tiny, -info.tiny, info.smallest_subnormal, info.max, -info.max, np.inf, -np.inf, np.nan, 1, -1]
+    )
     values = np.resize(edges.astype(numpy), layout.marked // np.dtype(numpy).itemsize)
     for variant in marker.variants(0, memoryview(values.tobytes())):
         got = np.frombuffer(variant, numpy)

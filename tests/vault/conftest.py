@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from vault.rooms import House, clone, write_model
 
+import strongroom
 from strongroom.vault import packing
 
 
@@ -50,3 +57,43 @@ def packs_house(pristine_packs, tmp_path):
     house = clone(pristine_packs, tmp_path / "packs-room")
     yield house
     house.close()
+
+
+class Doom:
+    """The program doomed.py, running: each job is done by a process that it forks."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "PYTHONPATH": str(Path(strongroom.__file__).parents[1])}
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("doomed.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+
+    def __call__(self, **job: object) -> dict[str, object]:
+        """Do one job, given as keywords."""
+        (outcome,) = self.all(job)
+        return outcome
+
+    def all(self, *jobs: dict[str, object]) -> list[dict[str, object]]:
+        """Do these jobs at the same time."""
+        self._process.stdin.write(json.dumps(jobs, default=str) + "\n")
+        self._process.stdin.flush()
+        outcomes = json.loads(self._process.stdout.readline())
+        for outcome in outcomes:
+            assert "crash" not in outcome, outcome
+        return outcomes
+
+    def end(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def doom():
+    doom = Doom()
+    yield doom
+    doom.end()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from strongroom.cli.demo_infer import Inference
     from strongroom.client import Room
 
-_MINUTES = 10 * 60  # a child that takes longer has hung
+_OWNER = "user/demo"
+_HUNG = 10 * 60  # seconds after which a child is given up
 
 
 @command(
@@ -77,7 +78,8 @@ class Story:
 
     def tell(self) -> dict[str, Any]:
         """All steps in order; the figures of each by its name."""
-        steps: list[tuple[str, str, Callable[[Room], dict[str, Any]]]] = [
+        steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
+            ("init", "A room", self.init),
             ("put", "The model goes in", self.put),
             ("thief", "What somebody sees who steals the store", self.thief),
             ("verify", "Every byte is accounted for", self.verify),
@@ -86,46 +88,52 @@ class Story:
             ("tamper", "One flipped byte", self.tamper),
             ("speed", "What it costs to read", self.speed),
         ]
-        with self.init() as room:
-            for name, title, step in steps:
-                self._heading(title)
-                self.figures[name] = step(room)
+        for name, title, step in steps:
+            self._heading(title)
+            self.figures[name] = step()
         self._heading("What this does not protect against")
-        self._tell("Whoever holds keys, or is root where they are in use, can read the weights: then the mark names them, no more.")
-        self._tell("This room asked nobody for approval and kept no ledger: in a folder of your own you are the custodian.")
+        self._tell(
+            "Whoever holds keys, or is root where they are in use, can read the weights: then the mark names them, no more."
+        )
+        self._tell(
+            "This room asked nobody for approval and kept no ledger: in a folder of your own you are the custodian."
+        )
         return self.figures
 
     # -- the steps -----------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def init(self) -> Iterator[Room]:
+    def init(self) -> dict[str, Any]:
         """A room with a key file and recovery shares."""
         from strongroom.client import Room
 
-        self._heading("A room")
         self._tell(f"The original: {self.original.title}, {size(_bytes(self.original.folder))}, {self.original.where}.")
         self._typed("init --recovery 2of3")
-        room, shares = Room.init(self.folder, recovery=(2, 3), owner="user/demo")
+        room, shares = Room.init(self.folder, recovery=(2, 3), owner=_OWNER)
         with room:
             room.recovery_drill(shares[1:])
-            self._tell(f"A key store (file), a database, a store, and 3 recovery shares. Two of them were just tried: they open it.")
-            self.figures["recovery"] = {"needed": 2, "made": 3, "proven": True}
-            yield room
+        self._tell("A key file, a database, a store, and 3 recovery shares. Two of them were just tried: they open it.")
+        return {"recovery": "2of3", "drill": True}
 
-    def put(self, room: Room) -> dict[str, Any]:
+    def put(self) -> dict[str, Any]:
         """Encrypt and mark."""
         self._typed(f"put {self.original.folder} {self.name}")
         begun = time.perf_counter()
-        with self.output.progress("put") as progress:
+        with self._room() as room, self.output.progress("put") as progress:
             result = room.put(self.original.folder, self.name, progress=progress)
         took = time.perf_counter() - begun
-        self._tell(f"{size(result.bytes)} became {number(result.segments)} encrypted segments in {seconds(took)}; {size(result.stored_bytes)} stored.")
-        self._tell(f"{number(result.positions)} positions hold two variants, A and B, that differ by an invisible mark.")
+        self._tell(
+            f"{size(result.bytes)} became {number(result.segments)} encrypted segments in {seconds(took)}; {size(result.stored_bytes)} stored."
+        )
+        self._tell(
+            f"{number(result.positions)} positions hold two variants, A and B, that differ by an invisible mark."
+        )
         return {**result.as_json(), "seconds": round(took, 3)}
 
-    def thief(self, room: Room) -> dict[str, Any]:
+    def thief(self) -> dict[str, Any]:
         """Look for plaintext in every byte of the room's folder."""
-        objects = sorted((path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size, reverse=True)
+        objects = sorted(
+            (path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size, reverse=True
+        )
         for path in objects[:3]:
             self._tell(f"{path.relative_to(self.folder)}   {size(_size(path))}")
         if len(objects) > 3:
@@ -134,25 +142,36 @@ class Story:
         here = _found(self.folder, needles)
         there = _found(self.original.folder, needles)
         bits = _entropy(objects)
-        self._tell(f"{bits:.4f} bits of entropy a byte, of 8. Searched for in all {size(_bytes(self.folder))} of the room:")
-        self._tell(f"tensor names, the architecture, 32-byte pieces of weights: {here} found. (In the original: {there}.)")
-        return {"objects": len(objects), "entropy_bits": bits, "needles": len(needles), "found": here, "found_in_original": there}
+        self._tell(
+            f"{bits:.4f} bits of entropy a byte, of 8. Searched for in all {size(_bytes(self.folder))} of the room:"
+        )
+        self._tell(
+            f"tensor names, the architecture, 32-byte pieces of weights: {here} found. (In the original: {there}.)"
+        )
+        return {
+            "objects": len(objects),
+            "entropy_bits": bits,
+            "needles": len(needles),
+            "found": here,
+            "found_in_original": there,
+        }
 
-    def verify(self, room: Room) -> dict[str, Any]:
+    def verify(self) -> dict[str, Any]:
         """Hashes only, then with both variants decrypted."""
         self._typed(f"verify {self.name} --deep")
-        begun = time.perf_counter()
-        report = room.verify(self.ref)
-        shallow = time.perf_counter() - begun
-        deep = room.verify(self.ref, deep=True)
-        took = time.perf_counter() - begun - shallow
+        with self._room() as room:
+            begun = time.perf_counter()
+            report = room.verify(self.ref)
+            shallow = time.perf_counter() - begun
+            deep = room.verify(self.ref, deep=True)
+            took = time.perf_counter() - begun - shallow
         if not (report.ok and deep.ok):
             raise _broken("verify found problems in a room that nobody has touched", deep.as_json())
         self._tell(f"{number(report.segments)} segments match what the room signed ({seconds(shallow)}).")
         self._tell(f"Decrypted, with the marks of A and B taken out again: bit for bit the original ({seconds(took)}).")
         return {**deep.as_json(), "seconds": round(shallow, 3), "deep_seconds": round(took, 3)}
 
-    def run(self, room: Room) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """A child process with a key bundle answers; its outputs against the original's."""
         from strongroom.cli import demo_infer
 
@@ -164,20 +183,21 @@ class Story:
         self._tell(f"Q: {demo_infer.QUESTION[kind]}")
         self._tell(f"A: {found.answer}" + ("" if figures["same_answer"] else f"   (the original: {expected.answer})"))
         written = found.facts["disk_bytes_written"]
-        proof = "" if written is None else f"; the kernel counted {size(written)} written to disk by it"
-        self._tell(f"The child had a key bundle, no room and no file: loaded in {seconds(found.facts['load_seconds'])}{proof}.")
+        proof = "" if written is None else f" By the kernel's count it wrote {size(written)} to disks."
+        self._tell(f"It ran in a child process with a key bundle, and no room and no file.{proof}")
         self._tell(_compared(kind, figures))
         return {**figures, **found.facts, "answer": found.answer, "original_answer": expected.answer}
 
-    def holders(self, room: Room) -> dict[str, Any]:
+    def holders(self) -> dict[str, Any]:
         """Two principals, two code words, two images."""
         import numpy as np
 
         readers = []
         for principal in ("user/ana", "user/ben"):
             self._typed(f"principal add {principal}")
-            room.principal_add(principal)
-            with _open(self.folder, principal) as theirs:
+            with self._room() as room:
+                room.principal_add(principal)
+            with self._room(principal) as theirs:
                 readers.append(theirs.reader(self.ref))
         words = [np.unpackbits(np.frombuffer(reader.bundle.word, np.uint8), bitorder="little") for reader in readers]
         count = readers[0].bundle.positions
@@ -191,17 +211,19 @@ class Story:
             f"Their bundles open different variants at {number(int(differ.sum()))} of {number(count)} positions; "
             f"{number(bytes_differ)} bytes of the two models differ."
         )
-        self._tell("Neither has a key for the other's variants, and nobody has the unmarked original: a leaked file names its holder.")
+        self._tell(
+            "Neither has a key for the other's variants, and nobody has the unmarked original: a leaked file names its holder."
+        )
         return {"positions": count, "positions_differ": int(differ.sum()), "bytes_differ": bytes_differ}
 
-    def tamper(self, room: Room) -> dict[str, Any]:
+    def tamper(self) -> dict[str, Any]:
         """Flip a byte in the store, look, and put it back."""
         pack = max((path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size)
         offset = _size(pack) // 3
         with _flipped(pack, offset):
             self._tell(f"Byte {number(offset)} of {pack.relative_to(self.folder)} is flipped.")
             self._typed(f"verify {self.name}")
-            with _open(self.folder, "user/demo") as again:
+            with self._room() as again:
                 report = again.verify(self.ref)
                 if report.ok:
                     raise _broken("verify did not see a flipped byte", report.as_json())
@@ -214,17 +236,28 @@ class Story:
                 else:
                     raise _broken("a damaged version was loaded", report.as_json())
         self._tell(f"Loading refuses: {refused.message}.")
-        with _open(self.folder, "user/demo") as again:
+        with self._room() as again:
             whole = again.verify(self.ref).ok
-        self._tell("The byte is put back; verify is content again." if whole else "The byte is put back, but verify is not content.")
-        return {"problems": [problem.as_json() for problem in report.problems], "refused": refused.code, "whole_again": whole}
+        self._tell(
+            "The byte is put back; verify is content again."
+            if whole
+            else "The byte is put back, but verify is not content."
+        )
+        return {
+            "problems": [problem.as_json() for problem in report.problems],
+            "refused": refused.code,
+            "whole_again": whole,
+        }
 
-    def speed(self, room: Room) -> dict[str, Any]:
+    def speed(self) -> dict[str, Any]:
         """Whole-model loads, ours and safetensors' full copy in turn."""
         from safetensors import safe_open
 
+        with self._room() as room:
+            weights = room.load(self.ref)
+
         def ours() -> None:
-            room.load(self.ref).torch()
+            weights.torch()
 
         def plain() -> None:
             with safe_open(self.original.weights, framework="pt") as file:
@@ -239,7 +272,9 @@ class Story:
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}
         ratio = medians["ours"] / medians["safetensors"]
         self._tell(f"The whole model from the room, verified, decrypted, marked: {seconds(medians['ours'])}.")
-        self._tell(f"A full copy of the plain safetensors file: {seconds(medians['safetensors'])}. Medians of 3; ratio {ratio:.2f}.")
+        self._tell(
+            f"A full copy of the plain safetensors file: {seconds(medians['safetensors'])}. Medians of 3; ratio {ratio:.2f}."
+        )
         return {"seconds": medians["ours"], "safetensors_seconds": medians["safetensors"], "ratio": ratio}
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -255,11 +290,18 @@ class Story:
     def _typed(self, text: str) -> None:
         self.output.say(f"   $ strongroom {text}")
 
+    def _room(self, principal: str = _OWNER) -> Room:
+        # Opened for each step, as each command would: looking through the database's files while it is open in the same
+        # process would take its locks away.
+        from strongroom.client import Room
+
+        return Room(self.folder, principal)
+
     def _child(self, arguments: list[str]) -> bytes:
-        room = ["--room", str(self.folder), "--as", "user/demo"]
+        room = ["--room", str(self.folder), "--as", _OWNER]
         line = [sys.executable, "-m", "strongroom.cli", *room, "run", self.name, "--", sys.executable, *arguments]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-        child = subprocess.run(line, capture_output=True, env=environment, timeout=_MINUTES, check=False)
+        child = subprocess.run(line, capture_output=True, env=environment, timeout=_HUNG, check=False)
         if child.returncode:
             last = child.stderr.decode("utf-8", "replace").strip().splitlines()[-3:]
             raise BackendError("demo.child", f"the child ended with {child.returncode}: {' / '.join(last)}")
@@ -297,16 +339,10 @@ def _compared(kind: str, figures: dict[str, Any]) -> str:
     if kind == "minilm":
         return f"Against the original's embeddings: cosine at least {figures['min_cosine']:.6f}."
     return (
-        f"Against the original, {figures['tokens']} tokens of text: the same next token for {figures['top1_agreement']:.0%}, "
-        f"KL {figures['kl_nats']:.1e} nats, logits off by {figures['mean_difference']:.1e} (at most {figures['max_difference']:.1e}), "
-        f"perplexity {figures['perplexity_change_percent']:+.2f} %."
+        f"Against the original, on {figures['tokens']} tokens of text: the same next token for "
+        f"{figures['top1_agreement']:.0%}, logits off by {figures['mean_difference']:.1e} on average, KL divergence "
+        f"{figures['kl_nats']:.1e} nats."
     )
-
-
-def _open(folder: Path, principal: str) -> Room:
-    from strongroom.client import Room
-
-    return Room(folder, principal)
 
 
 def _broken(text: str, evidence: dict[str, Any]) -> IntegrityError:

@@ -59,9 +59,7 @@ def infer(kind: str, model: Any, tokenizer: Any) -> Inference:
 def _generate(model: Any, tokenizer: Any) -> Inference:
     chat = [{"role": "user", "content": QUESTION["smollm2"]}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(
-        **prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-    )
+    answer = model.generate(**prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     text = tokenizer.decode(answer[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     tokens = tokenizer(TEXT, return_tensors="pt").input_ids
     logits = model(tokens).logits[0]
@@ -148,9 +146,7 @@ def main(kind: str, ref: str) -> None:
     took = time.perf_counter() - begun
     found = infer(kind, model, tokenizer_from_room(ref))
     now = _bytes_written()
-    found.facts.update(
-        load_seconds=took, disk_bytes_written=None if now is None or written is None else now - written
-    )
+    found.facts.update(load_seconds=took, disk_bytes_written=None if now is None or written is None else now - written)
     with os.fdopen(answers, "wb") as file:
         file.write(encode(found))
 

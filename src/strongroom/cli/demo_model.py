@@ -84,7 +84,9 @@ def write_smollm2(file: Path, folder: Path) -> None:
 
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        header = gguf.parse_header(lambda offset, size: os.pread(descriptor, size, offset), os.fstat(descriptor).st_size)
+        header = gguf.parse_header(
+            lambda offset, size: os.pread(descriptor, size, offset), os.fstat(descriptor).st_size
+        )
     finally:
         os.close(descriptor)
     _write_weights(file, header, folder / "model.safetensors")

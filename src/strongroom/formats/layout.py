@@ -164,7 +164,11 @@ class Layout:
         if len(set(names)) != len(names) or folders & set(names):
             raise ValueError("a path occurs twice, or is also a folder")
         for entry in self.files:
-            if entry.kind not in KINDS or entry.data_start > entry.bytes or (entry.kind == "opaque" and entry.data_start):
+            if (
+                entry.kind not in KINDS
+                or entry.data_start > entry.bytes
+                or (entry.kind == "opaque" and entry.data_start)
+            ):
                 raise ValueError("a file of an unknown kind, or whose tensors start where they can't")
         self._check_runs()
         rest = self.image - self.positions * self.marked
@@ -242,7 +246,8 @@ class Layout:
         ]
 
     def stripes_touched(self, begin: int, end: int) -> tuple[int, int]:
-        """The common segments, from and to, that with the stripes after them hold bytes `begin` to `end` of the image."""
+        """The common segments, from and to, that with the stripes after them hold bytes `begin` to `end` of the
+        image."""
         first = max(0, int(np.searchsorted(self.common_starts, begin, "right")) - 1)
         return first, int(np.searchsorted(self.common_starts, end, "left"))
 

@@ -149,7 +149,8 @@ class _Window(NamedTuple):
 
 
 class _Agenda:
-    """What is left to read. Common segments are large: all threads share them. Marked ones are small, so that reading them is
+    """What is left to read. Common segments are large: all threads share them. Marked ones are small, so that reading
+    them is
     mostly Python; threads that do it at the same time would wait for each other, so only `abreast` may."""
 
     def __init__(self, stretches: list[range], abreast: int) -> None:

@@ -41,9 +41,7 @@ from strongroom.storage.blobs import Blobs
 _BATCH_BYTES = 1 << 20
 
 
-def read_manifest(
-    blobs: Blobs, room: bytes, version: bytes, revision: int, signer: bytes, digest: bytes
-) -> Manifest:
+def read_manifest(blobs: Blobs, room: bytes, version: bytes, revision: int, signer: bytes, digest: bytes) -> Manifest:
     """Steps 2 and 3: the manifest of a revision, signed by `signer`, and with the remembered SHA-256 `digest`."""
     name = f"versions/{version.hex()}/{revision}.manifest"
     data = _read_small(blobs, name, LIMITS.manifest, "manifest")
@@ -241,7 +239,13 @@ class SealedImage:
                 key = bundle.variant_key(k)
                 check_commitment(key, commit, k)
                 open_into(
-                    AESGCM(key), nonce, VARIANT_A + variant, k, sealed[at : at + sealed_size], digest, out[to : to + size]
+                    AESGCM(key),
+                    nonce,
+                    VARIANT_A + variant,
+                    k,
+                    sealed[at : at + sealed_size],
+                    digest,
+                    out[to : to + size],
                 )
             position += count
 

@@ -92,21 +92,20 @@ class Journal:
         """None when its job was finished by somebody else meanwhile."""
         with db.transaction() as tx:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
-            packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).all()
+            packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
         if row is None:
             return None
         journal = cls(db, blobs, put_id, VersionRecord.unseal(room_key, row.record, bytes.fromhex(row.version_id)))
         for pack in packs:
-            entry = PackEntry(
-                bytes.fromhex(pack.pack_id), pack.kind, pack.first, pack.count, bytes.fromhex(pack.digest)
-            )
+            pack_id, digest = bytes.fromhex(pack["pack_id"]), bytes.fromhex(pack["digest"])
+            entry = PackEntry(pack_id, pack["kind"], pack["first"], pack["count"], digest)
             try:
                 blobs.size(entry.name)
             except NotFound:  # somebody tidied the store: that pack is made again
                 with db.transaction() as tx:
-                    tx.execute(delete(put_packs).where(put_packs.c.pack_id == pack.pack_id))
+                    tx.execute(delete(put_packs).where(put_packs.c.pack_id == pack["pack_id"]))
                 continue
-            journal.packs[pack.kind, pack.ordinal] = (entry, pack.progress)
+            journal.packs[pack["kind"], pack["ordinal"]] = (entry, pack["progress"])
         return journal
 
     def add(self, pack: PackEntry, ordinal: int, progress: str) -> None:

@@ -6,8 +6,6 @@ python fuzz/fuzz_gguf.py CORPUS -max_total_time=60
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import struct
 import sys
 import tempfile
@@ -73,9 +71,8 @@ def main() -> None:
         write_seeds(Path(sys.argv[2]))
         return
     corpus = []
-    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: one that is thrown away
+    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: a temporary one
         corpus.append(tempfile.mkdtemp(prefix="corpus-"))
-        atexit.register(shutil.rmtree, corpus[0], ignore_errors=True)
         write_seeds(Path(corpus[0]))
     atheris.Setup([*sys.argv, *corpus], TestOneInput)
     atheris.Fuzz()

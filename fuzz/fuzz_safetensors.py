@@ -8,9 +8,7 @@ Besides "no other exception", an accepted header must tile the file exactly.
 
 from __future__ import annotations
 
-import atexit
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -69,9 +67,8 @@ def main() -> None:
         write_seeds(Path(sys.argv[2]))
         return
     corpus = []
-    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: one that is thrown away
+    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: a temporary one
         corpus.append(tempfile.mkdtemp(prefix="corpus-"))
-        atexit.register(shutil.rmtree, corpus[0], ignore_errors=True)
         write_seeds(Path(corpus[0]))
     atheris.Setup([*sys.argv, *corpus], TestOneInput)
     atheris.Fuzz()

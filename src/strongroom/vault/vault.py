@@ -95,7 +95,7 @@ class Vault:
         config = RoomConfig.read(folder)
         self.id = config.room
         self.db = Database.open(config.db_url(folder))
-        self.blobs: Blobs = open_blobs(config.store_url(folder))
+        self.blobs: Blobs = open_blobs(config.store_url(folder), create=False)
         self.keys = RoomKeys(self.db, folder, self.id, passphrase)
         self.workers = Settings.from_environment().workers
 
@@ -148,7 +148,7 @@ class Vault:
             tx.execute(insert(principals).values(path=path, created_at=now()))
 
     def principal_ls(self) -> list[dict[str, Any]]:
-        with self.db.transaction() as tx:
+        with self.db.reading() as tx:
             return [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
 
     def principal(self, path: str | None) -> str:
@@ -175,7 +175,7 @@ class Vault:
         query = select(versions).order_by(versions.c.name, versions.c.number)
         if name is not None:
             query = query.where(versions.c.name == Ref.parse(name).name)
-        with self.db.transaction() as tx:
+        with self.db.reading() as tx:
             return [_info(row) for row in tx.execute(query)]
 
     def find(self, ref: str) -> Row[Any]:
@@ -186,7 +186,7 @@ class Vault:
             query = query.where(versions.c.number == parsed.number)
         else:
             query = query.where(versions.c.state == "active")
-        with self.db.transaction() as tx:
+        with self.db.reading() as tx:
             row = tx.execute(query.order_by(versions.c.number.desc())).first()
         if row is None:
             raise NotFound("weights.missing", f"the room has no weights {ref}", hint="strongroom ls")

@@ -23,6 +23,7 @@ from typing import Any
 
 import cryptography.hazmat.primitives.ciphers.aead as aead_module
 import sqlalchemy
+import sqlalchemy.engine.default
 from sqlalchemy.engine import Engine
 
 from strongroom.crypto import sealing

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,7 @@ class Story:
         self.ref = f"{self.name}@1"
         self.figures: dict[str, Any] = {}
         self._step = 0
+        self._width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
 
     def tell(self) -> dict[str, Any]:
         """All steps in order; the figures of each by its name."""
@@ -93,10 +95,11 @@ class Story:
             self.figures[name] = step()
         self._heading("What this does not protect against")
         self._tell(
-            "Whoever holds keys, or is root where they are in use, can read the weights: then the mark names them, no more."
+            "Whoever holds a key bundle, or is root where one is in use, can copy the weights: what they copy carries "
+            "their code word, no more than that."
         )
         self._tell(
-            "This room asked nobody for approval and kept no ledger: in a folder of your own you are the custodian."
+            "And whoever has this folder with its key file has the room: in a folder of your own, you are the custodian."
         )
         return self.figures
 
@@ -122,7 +125,8 @@ class Story:
             result = room.put(self.original.folder, self.name, progress=progress)
         took = time.perf_counter() - begun
         self._tell(
-            f"{size(result.bytes)} became {number(result.segments)} encrypted segments in {seconds(took)}; {size(result.stored_bytes)} stored."
+            f"{size(result.bytes)} became {number(result.segments)} encrypted segments in {seconds(took)}; "
+            f"{size(result.stored_bytes)} are stored."
         )
         self._tell(
             f"{number(result.positions)} positions hold two variants, A and B, that differ by an invisible mark."
@@ -212,7 +216,8 @@ class Story:
             f"{number(bytes_differ)} bytes of the two models differ."
         )
         self._tell(
-            "Neither has a key for the other's variants, and nobody has the unmarked original: a leaked file names its holder."
+            "Neither has a key for the other's variants, so neither can make an unmarked copy, whatever program they use: "
+            "what leaks carries its holder's code word."
         )
         return {"positions": count, "positions_differ": int(differ.sum()), "bytes_differ": bytes_differ}
 
@@ -261,7 +266,8 @@ class Story:
 
         def plain() -> None:
             with safe_open(self.original.weights, framework="pt") as file:
-                {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                copies = [file.get_tensor(name).clone() for name in file.keys()]  # noqa: SIM118 - it is no mapping
+                del copies
 
         times: dict[str, list[float]] = {"ours": [], "safetensors": []}
         for _ in range(4):
@@ -273,7 +279,8 @@ class Story:
         ratio = medians["ours"] / medians["safetensors"]
         self._tell(f"The whole model from the room, verified, decrypted, marked: {seconds(medians['ours'])}.")
         self._tell(
-            f"A full copy of the plain safetensors file: {seconds(medians['safetensors'])}. Medians of 3; ratio {ratio:.2f}."
+            f"A full copy of the plain safetensors file: {seconds(medians['safetensors'])}. "
+            f"Medians of 3; the ratio is {ratio:.2f}."
         )
         return {"seconds": medians["ours"], "safetensors_seconds": medians["safetensors"], "ratio": ratio}
 
@@ -285,7 +292,8 @@ class Story:
         self.output.heading(f"{self._step:2} {title}")
 
     def _tell(self, text: str) -> None:
-        self.output.say(f"   {text}")
+        for line in textwrap.wrap(text, self._width - 3, break_long_words=False, break_on_hyphens=False):
+            self.output.say(f"   {line}")
 
     def _typed(self, text: str) -> None:
         self.output.say(f"   $ strongroom {text}")

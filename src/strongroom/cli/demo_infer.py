@@ -32,7 +32,7 @@ _NEW_TOKENS = 24
 
 @dataclass(frozen=True)
 class Inference:
-    """`answer` is text; `outputs` float32: logits (tokens, vocabulary) of a fixed text, or embeddings (sentence, width).
+    """`answer` is text; `outputs` float32: logits (tokens, vocabulary) of a fixed text, or embeddings (texts, width).
 
     `facts` are what the child saw of itself.
     """

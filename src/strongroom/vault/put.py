@@ -186,22 +186,26 @@ def _feed(
 ) -> None:
     layout = plan.layout
     done = 0
-    for number in range(len(layout.stripes)):
-        for segment in [layout.common_segment(number), *layout.stripe(number)]:
-            plain = stream.read(segment.bytes)
-            kind = MARKED if segment.marked else COMMON
-            ordinal = writer.ends_pack(kind, segment.index)
-            if writer.skips(kind, segment.index):
-                if ordinal is not None and stream.mark() != journal.packs[kind, ordinal][1]:
-                    raise Conflict(
-                        "source.changed",
-                        "the source is not the one that the interrupted put had begun to store",
-                        hint="put it again: it starts from the beginning",
-                    )
-            else:
-                mark = "" if ordinal is None else stream.mark()
-                writer.add(kind, segment.index, _sealing(kind, segment.index, plain, marker), mark)
-            done += segment.bytes
+    for number, stripe in enumerate(layout.stripes):
+        first = int(layout.first_positions[number])
+        for kind, begin, count, size in (
+            (COMMON, number, 1, layout.common_segment(number).bytes),
+            (MARKED, first, stripe, stripe * layout.marked),
+        ):
+            if not count:
+                continue
+            plain = stream.read(size)
+            ordinal = writer.ends_pack(kind, begin + count)
+            mark = "" if ordinal is None else stream.mark()
+            if not writer.skips(kind, begin):
+                writer.add(kind, begin, count, _sealing(kind, begin, plain, marker), mark)
+            elif ordinal is not None and mark != journal.packs[kind, ordinal][1]:
+                raise Conflict(
+                    "source.changed",
+                    "the source is not the one that the interrupted put had begun to store",
+                    hint="put it again: it starts from the beginning",
+                )
+            done += size
         progress(done, layout.image)
     stream.finish()
 
@@ -209,12 +213,7 @@ def _feed(
 def _sealing(kind: int, number: int, plain: memoryview, marker: Marker) -> Callable[[], tuple[memoryview, ...]]:
     if kind == COMMON:
         return lambda: (plain,)
-
-    def variants() -> tuple[memoryview, ...]:
-        a, b = marker.variants(number, plain)
-        return memoryview(a), memoryview(b)
-
-    return variants
+    return lambda: marker.variants(number, plain)
 
 
 def store_index(

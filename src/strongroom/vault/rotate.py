@@ -55,25 +55,27 @@ def reencrypt(
 
         return opened
 
-    def marked(position: int) -> Callable[[], tuple[memoryview, ...]]:
+    def marked(first: int, count: int) -> Callable[[], tuple[memoryview, ...]]:
         def opened() -> tuple[memoryview, ...]:
-            plain = [memoryview(bytearray(layout.marked)) for _ in (0, 1)]
-            for variant in (0, 1):
-                key = old_keys.variant_key(position, variant)
-                old.read_marked(position, variant, key, plain[variant], old.scratch())
-            return tuple(plain)
+            plain = tuple(memoryview(bytearray(count * layout.marked)) for _ in (0, 1))
+            scratch = old.scratch()
+            for k in range(count):
+                for variant in (0, 1):
+                    out = plain[variant][k * layout.marked : (k + 1) * layout.marked]
+                    old.read_marked(first + k, variant, old_keys.variant_key(first + k, variant), out, scratch)
+            return plain
 
         return opened
 
     try:
         done = 0
-        for number in range(len(layout.stripes)):
-            for segment in [layout.common_segment(number), *layout.stripe(number)]:
-                kind = MARKED if segment.marked else COMMON
-                if not writer.skips(kind, segment.index):
-                    sealing = marked(segment.index) if segment.marked else common(segment.index, segment.bytes)
-                    writer.add(kind, segment.index, sealing, "")
-                done += segment.bytes
+        for number, stripe in enumerate(layout.stripes):
+            first, size = int(layout.first_positions[number]), layout.common_segment(number).bytes
+            if not writer.skips(COMMON, number):
+                writer.add(COMMON, number, 1, common(number, size), "")
+            if stripe and not writer.skips(MARKED, first):
+                writer.add(MARKED, first, stripe, marked(first, stripe), "")
+            done += size + stripe * layout.marked
             progress(done, layout.image)
         common_packs, marked_packs = writer.finish()
     except BaseException:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from strongroom.load.source import register_opener
+
 if TYPE_CHECKING:
+    from strongroom.load.reader import ImageReader
+
     from strongroom.client import Room, open, safe_open  # noqa: A004 - the public name
 
 __version__ = "0.1.0"
@@ -25,3 +29,13 @@ def __getattr__(name: str) -> Any:
 
         return strongroom.errors
     raise AttributeError(f"module 'strongroom' has no attribute {name!r}")
+
+
+def _open_reader(ref: str) -> ImageReader:
+    """How the loaders, which do not know rooms, come from a reference to a reader."""
+    from strongroom import client
+
+    return client.open().reader(ref)
+
+
+register_opener(_open_reader)

@@ -30,16 +30,17 @@ class RecordingBlobs:
 
 
 class Room:
-    """A room on disk with one principal, user/ana."""
+    """A room on disk with one principal, user/ana; `blobs` has what a recorded reader read from its store."""
 
     def __init__(self, folder: Path) -> None:
         self.vault, _ = Vault.init(folder, owner="user/ana")
+        self.blobs = RecordingBlobs(self.vault.blobs)
 
     def put(self, source: Path, name: str = "acme/tiny", **options: Any) -> str:
         return self.vault.put(ModelSource.scan(source), name, by="user/ana", **options).ref
 
     def reader(self, ref: str = "acme/tiny", *, recorded: bool = False) -> ImageReader:
-        blobs: Any = RecordingBlobs(self.vault.blobs) if recorded else self.vault.blobs
+        blobs: Any = self.blobs if recorded else self.vault.blobs
         return ImageReader(blobs, self.vault.bundle(ref, "user/ana"), workers=2)
 
 

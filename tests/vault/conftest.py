@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from vault.rooms import House, clone, write_model
 
 import strongroom
 from strongroom.vault import packing
+from vault.rooms import House, clone, write_model
 
 
 @pytest.fixture(scope="session")

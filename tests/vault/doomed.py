@@ -45,9 +45,9 @@ _write = os.write
 class Reaper:
     """Counts the calls that change something, and kills this process before one of them."""
 
-    def __init__(self, kill_at: int, *, torn: bool, trace: int | None) -> None:
+    def __init__(self, kill_at: int, *, torn: bool, counted: list[str], trace: int | None) -> None:
         self.calls = 0
-        self._kill_at, self._torn, self._trace = kill_at, torn, trace
+        self._kill_at, self._torn, self._counted, self._trace = kill_at, torn, frozenset(counted), trace
         self._lock = threading.Lock()
 
     def install(self) -> None:
@@ -65,10 +65,10 @@ class Reaper:
 
     def step(self, name: str, *values: Any) -> None:
         with self._lock:
-            self.calls += 1
+            self.calls += name in self._counted
             if self._trace is not None:
                 _write(self._trace, (json.dumps([name, *values]) + "\n").encode())
-            if self.calls == self._kill_at:
+            if self.calls == self._kill_at and name in self._counted:
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)
 
@@ -149,10 +149,12 @@ def do_full(vault: Vault, job: dict[str, Any]) -> Any:
     del vault
     room, place, sizes = Path(job["room"]), Path(job["place"]), job["sizes"]
     kept = {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    folders = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_dir())
     _private_mounts()
     _mount("none", place, "tmpfs", 0, "size=64m")
+    for folder in folders:
+        (place / folder).mkdir(mode=0o700)
     for path, data in kept.items():
-        (place / path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         (place / path).write_bytes(data)
         (place / path).chmod(0o600)
     outcomes = []
@@ -183,7 +185,9 @@ def do_init(vault: Vault, job: dict[str, Any]) -> Any:
 
 
 WORK = {
-    name.removeprefix("do_"): work for name, work in list(globals().items()) if name.startswith("do_") and callable(work)
+    name.removeprefix("do_"): work
+    for name, work in list(globals().items())
+    if name.startswith("do_") and callable(work)
 }
 
 
@@ -248,11 +252,16 @@ def child(job: dict[str, Any], answer: int) -> None:
     if "audit" in job:
         prefix = job["audit"]
         sys.addaudithook(
-            lambda event, args: opened.append([str(args[0]), args[2]])
-            if event == "open" and str(args[0]).startswith(prefix)
-            else None
+            lambda event, args: (
+                opened.append([str(args[0]), args[2]]) if event == "open" and str(args[0]).startswith(prefix) else None
+            )
         )
-    reaper = Reaper(job.get("kill_at", 0), torn=job.get("torn", False), trace=trace)
+    reaper = Reaper(
+        job.get("kill_at", 0),
+        torn=job.get("torn", False),
+        counted=job.get("counted", [*CHANGING, "commit", "committed"]),
+        trace=trace,
+    )
     work = WORK[job["do"]]
     if "kill_after" in job:
         threading.Thread(target=lambda: (time.sleep(job["kill_after"]), os.kill(os.getpid(), signal.SIGKILL))).start()

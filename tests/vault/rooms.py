@@ -103,7 +103,9 @@ class House:
         options = {"share": "1/2", **options}
         return self.vault.put(ModelSource.scan(source), name, by=OWNER, **options)
 
-    def reader(self, ref: str = REF, holder: str = OWNER, *, blobs: Blobs | None = None, workers: int = 2) -> ImageReader:
+    def reader(
+        self, ref: str = REF, holder: str = OWNER, *, blobs: Blobs | None = None, workers: int = 2
+    ) -> ImageReader:
         return ImageReader(blobs or self.vault.blobs, self.vault.bundle(ref, holder), workers=workers)
 
     def read(self, ref: str = REF, holder: str = OWNER) -> bytes:

@@ -11,7 +11,6 @@ from itertools import pairwise
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from vault.rooms import NAME, OWNER, REF, House
 
 from strongroom.core.limits import LIMITS
 from strongroom.crypto.keys import commitment
@@ -26,6 +25,7 @@ from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, Manifest, 
 from strongroom.formats.pack import trailer_bytes
 from strongroom.load.reader import ImageReader
 from strongroom.storage.image import SealedImage, read_trailer, sealed_segments
+from vault.rooms import NAME, OWNER, REF, House
 
 
 def manifest_of(house: House, ref: str = REF) -> Manifest:
@@ -37,7 +37,7 @@ def object_size(manifest: Manifest, pack: PackEntry) -> int:
 
 
 def unreadable(house: House, bundle: KeyBundle) -> IntegrityError:
-    """Opening or reading the whole image with `bundle` fails, and leaves nothing in the memory that was to be filled."""
+    """Opening or reading the image with `bundle` fails, and leaves nothing in the memory that was to be filled."""
     try:
         reader = ImageReader(house.vault.blobs, bundle, workers=2)
     except IntegrityError as error:
@@ -107,7 +107,13 @@ class TestSingleBits:
         layout = house.reader().layout
         for pack in manifest.packs:
             for number, variant, offset, length in sealed_segments(manifest, pack):
-                inside = [0, length - 1, length - TAG_BYTES, length - TAG_BYTES - 1, *range(number % 97 + 1, length - TAG_BYTES - 1, 1999)]
+                inside = [
+                    0,
+                    length - 1,
+                    length - TAG_BYTES,
+                    length - TAG_BYTES - 1,
+                    *range(number % 97 + 1, length - TAG_BYTES - 1, 1999),
+                ]
                 for at in inside:
                     with house.flipped(pack.name, offset + at, (number + at) % 8):
                         report = house.vault.verify(REF)
@@ -117,7 +123,9 @@ class TestSingleBits:
                         assert said == ("tampered", number, letter, pack.name)
                         segment = layout.common_segment(number)
                         if pack.kind == MARKED:
-                            segment = next(s for k in range(len(layout.stripes)) for s in layout.stripe(k) if s.index == number)
+                            segment = next(
+                                s for k in range(len(layout.stripes)) for s in layout.stripe(k) if s.index == number
+                            )
                         assert problem.file == ", ".join(layout.files_of(segment))
                         if pack.kind == COMMON or bundle.variant(number) == variant:
                             assert unreadable(house, bundle).code == "segment.tampered"
@@ -216,7 +224,7 @@ class TestSizes:
         for name, data in house.objects().items():
             path, aside = house.store / name, tmp_path / "aside"
             aside.write_bytes(data)
-            for make in (lambda p: p.symlink_to(tmp_path / "aside"), lambda p: os.mkfifo(p)):
+            for make in (lambda p: p.symlink_to(tmp_path / "aside"), os.mkfifo):
                 path.unlink()
                 make(path)
                 house.vault.blobs.close()
@@ -270,12 +278,18 @@ class TestSwaps:
     def test_neighbouring_and_distant_segments_of_a_pack(self, house, kind):
         manifest, bundle = manifest_of(house), house.vault.bundle(REF, OWNER)
         (pack,) = [pack for pack in manifest.packs if pack.kind == kind]
-        full = [s for s in sealed_segments(manifest, pack) if s[3] == (manifest.marked_segment if kind else manifest.common_segment) + 16]
+        full = [
+            s
+            for s in sealed_segments(manifest, pack)
+            if s[3] == (manifest.marked_segment if kind else manifest.common_segment) + 16
+        ]
         data = (house.store / pack.name).read_bytes()
         for one, two in [*list(pairwise(full))[::5], (full[0], full[-1])]:
             with house.altered(pack.name, self.swapped(data, one[2:], two[2:])):
                 problems = house.vault.verify(REF).problems
-                assert {(p.kind, p.segment, p.pack) for p in problems} == {("swapped", s[0], pack.name) for s in (one, two)}
+                assert {(p.kind, p.segment, p.pack) for p in problems} == {
+                    ("swapped", s[0], pack.name) for s in (one, two)
+                }
                 opened = kind == COMMON or any(bundle.variant(s[0]) == s[1] for s in (one, two))
                 if opened:
                     assert unreadable(house, bundle).code == "segment.tampered"
@@ -397,7 +411,7 @@ class TestRollback:
         assert isinstance(unreadable(house, pretender), Tampered)
 
     def test_a_manifest_signed_by_the_room_that_is_not_the_recorded_one(self, house):
-        """Same version, same revision, properly signed: an interrupted attempt's. Custodian and holder know the digest."""
+        """Same version, same revision, properly signed: an interrupted attempt's. The digest is known."""
         bundle, manifest = house.vault.bundle(REF, OWNER), manifest_of(house)
         other = replace(manifest, index_digest=bytes(32))
         signer = house.vault.keys.signer
@@ -516,7 +530,9 @@ class TestBundles:
             replace(theirs, version=ours.version),
             replace(theirs, version=ours.version, manifest_digest=ours.manifest_digest),
             replace(ours, common_key=theirs.common_key),
-            replace(ours, variant_keys=theirs.variant_keys[: len(ours.variant_keys)].ljust(len(ours.variant_keys), b"k")),
+            replace(
+                ours, variant_keys=theirs.variant_keys[: len(ours.variant_keys)].ljust(len(ours.variant_keys), b"k")
+            ),
             replace(ours, room=bytes(16)),
             replace(ours, signer=Signer(os.urandom(32)).public_key),
             replace(ours, suite=type(ours.suite).SHA256),

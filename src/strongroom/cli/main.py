@@ -20,6 +20,8 @@ from strongroom.cli import output
 from strongroom.cli.options import Group
 from strongroom.errors import StrongroomError, UsageError
 
+_COMPLETION = "_STRONGROOM_COMPLETE"  # click's name for it: bash_source prints what a shell needs
+
 # The help of a command is said twice, here and in its docstring, so that `strongroom --help` imports none of them.
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -85,7 +87,7 @@ def execute(arguments: Sequence[str]) -> int:
     ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
     printer = output.Output(json="--json" in ours)
     try:
-        code = _guarded(list(arguments), printer)
+        code = _completed() if _COMPLETION in os.environ else _guarded(list(arguments), printer)
         output.flush()
     except BrokenPipeError:
         output.discard()
@@ -95,7 +97,11 @@ def execute(arguments: Sequence[str]) -> int:
 
 def _guarded(arguments: list[str], printer: output.Output) -> int:
     try:
-        result: Any = cli.main(arguments, prog_name="strongroom", standalone_mode=False)
+        # Not cli.main(): it has answers of its own for interrupts and for pipes that nobody reads.
+        with cli.make_context("strongroom", arguments) as context:
+            result: Any = cli.invoke(context)
+    except click.exceptions.Exit as ending:  # --help and --version
+        return ending.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         if not printer.json:
             printer.note(error.format_message())
@@ -121,6 +127,12 @@ def _guarded(arguments: list[str], printer: output.Output) -> int:
         return result if isinstance(result, int) else 0
     printer.error(failure)
     return failure.exit_code
+
+
+def _completed() -> int:
+    from click.shell_completion import shell_complete
+
+    return shell_complete(cli, {}, "strongroom", _COMPLETION, os.environ[_COMPLETION])
 
 
 class Unexpected(StrongroomError):

@@ -89,10 +89,11 @@ def fsck(options: Options, repair: bool) -> int:
         rows = [(item["kind"], item["ref"], item["message"]) for item in report.problems]
         lines += table(("KIND", "VERSION", "WHAT"), rows)
     if report.orphans:
-        done = "deleted" if repair else "not needed by any version"
+        done = "deleted" if report.repaired else "not needed by any version"
         lines.append(f"{counted(len(report.orphans), 'object')} ({size(report.orphan_bytes)}) {done}")
     lines += [
-        f"interrupted put of {item['name']} by {item['by']}, {item['created_at']}: {counted(item['packs'], 'pack')}"
+        f"{'running' if item['running'] else 'interrupted'} put of {item['name']} by {item['by']}, "
+        f"{item['created_at']}: {counted(item['packs'], 'pack')}"
         for item in report.pending
     ]
     if report.ok:
@@ -102,6 +103,7 @@ def fsck(options: Options, repair: bool) -> int:
         options.output.note(
             "  → strongroom verify REF names every damaged segment; restore the objects from a copy of the store"
         )
-    elif report.orphans and not repair:
-        options.output.note("  → strongroom fsck --repair deletes what nothing refers to")
+    elif report.orphans and not report.repaired:
+        when = " once nobody puts or rotates" if repair else ""
+        options.output.note(f"  → strongroom fsck --repair deletes what nothing refers to{when}")
     return 0 if report.ok else IntegrityError.exit_code

@@ -39,8 +39,8 @@ def put(
     PATH is a model directory, a safetensors file or a GGUF file. The files themselves stay as they are.
     """
     output = options.output
-    begun = time.monotonic()
     with options.open() as room, output.progress(f"put {name}") as progress:
+        begun = time.monotonic()
         result = room.put(
             path,
             name,
@@ -136,8 +136,8 @@ def verify(options: Options, ref: str, deep: bool) -> int:
     Ends with 6 when something is wrong; each problem names file, segment and kind.
     """
     output = options.output
-    begun = time.monotonic()
     with options.open() as room, output.progress(f"verify {ref}") as progress:
+        begun = time.monotonic()
         report = room.verify(ref, deep=deep, progress=progress)
     took = time.monotonic() - begun
     if report.ok:

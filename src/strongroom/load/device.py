@@ -27,12 +27,7 @@ def to_device(weights: Weights, device: str | torch.device, *, window: int = _WI
     """All tensors of `weights` on `device`. UsageError ``device.unavailable`` when torch has no such device."""
     import torch
 
-    try:
-        target = torch.device(device)
-        torch.empty(1, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError("device.unavailable", f"torch can't use the device {str(device)!r}: {reason}") from None
+    target = available(device)
     tensors = {
         name: torch.empty(entry.info.size, dtype=torch.uint8, device=target) for name, entry in weights.entries.items()
     }
@@ -54,6 +49,19 @@ def to_device(weights: Weights, device: str | torch.device, *, window: int = _WI
         stage.sent()
     stage.finish()
     return {name: shaped(weights.entry(name).info, raw) for name, raw in tensors.items()}
+
+
+def available(device: str | torch.device) -> torch.device:
+    """The device of that name; UsageError ``device.unavailable`` when torch can't put a tensor on it."""
+    import torch
+
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError("device.unavailable", f"torch can't use the device {str(device)!r}: {reason}") from None
+    return found
 
 
 def _windows(layout: Layout, size: int) -> Iterator[tuple[int, int]]:

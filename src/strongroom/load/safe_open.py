@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from strongroom.errors import UsageError
 from strongroom.formats.tensors import TensorInfo
 from strongroom.load.arrays import array_shape, torch_view, view
+from strongroom.load.device import available
 from strongroom.load.reader import ImageReader
 from strongroom.load.weights import Entry, Weights
 
@@ -51,9 +52,11 @@ class SafeOpen:
         self._device = _device(device)
         if found == "numpy" and self._device != "cpu":
             raise UsageError("safe_open.device", f"NumPy has no device {self._device}", hint='framework="pt"')
+        if self._device != "cpu":
+            available(self._device)
         self._torch = found == "torch"
-        reader = source.reader if isinstance(source, Weights) else source
-        self._weights = Weights(reader, only=None if file is None else [file])
+        reader, only = (source.reader, source.only) if isinstance(source, Weights) else (source, None)
+        self._weights = Weights(reader, only=only if file is None else [file])
 
     def __enter__(self) -> Self:
         return self

@@ -64,7 +64,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def __init__(self, reader: ImageReader, *, only: Sequence[str] | None = None) -> None:
         self._reader: ImageReader | None = reader
-        self._only = None if only is None else tuple(only)
+        self.only = None if only is None else tuple(only)
         self._headers: tuple[_Header, ...] | None = None
         self._entries: dict[str, Entry] | None = None
 
@@ -243,8 +243,8 @@ class Weights(Mapping[str, NDArray[Any]]):
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _weights_files(self) -> list[FileEntry]:
-        if self._only is not None:
-            files = [self.file_entry(path) for path in sorted(set(self._only), key=str.encode)]
+        if self.only is not None:
+            files = [self.file_entry(path) for path in sorted(set(self.only), key=str.encode)]
             opaque = [file.path for file in files if file.kind == "opaque"]
             if opaque:
                 raise UsageError("weights.not_tensors", f"{opaque[0]} is neither a safetensors nor a GGUF file")
@@ -263,7 +263,7 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def _whole(self) -> memoryview:
         """The image, or of it what belongs to the files of `only`: the rest takes up addresses, but no memory."""
-        if self._only is None or self.nbytes == 0:
+        if self.only is None or self.nbytes == 0:
             return self.reader.read_all()
         buffer = anonymous(self.nbytes)
         for header in self.headers:

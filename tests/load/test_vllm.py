@@ -18,6 +18,8 @@ from strongroom.errors import UsageError
 from strongroom.load.grant import VARIABLE, Grant, hold, variable
 from strongroom.load.vllm import load_into, model_folder, ref_of, register, weights_iterator
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
 
 class TinyModel(torch.nn.Module):
     """With `load_weights` as vLLM's models have it: it takes an iterator and says what it used."""

@@ -120,7 +120,7 @@ class TestPutKilled:
             sound(house, readable={REF: first, NEXT: second, result.ref: second})
             tidied(house)
             house.close()
-        assert steps > (8 if torn else 50)
+        assert steps > (6 if torn else 50)
         assert resumed > steps / 2
 
     def test_at_every_commit(self, doom, ground, pristine, source, other_source, small_packs):
@@ -637,7 +637,8 @@ class TestBackends:
 
 
 class TestRotateKilled:
-    def test_at_every_step(self, doom, ground, pristine, source, small_packs):
+    def test_at_every_step(self, doom, ground, pristine, source, monkeypatch):
+        monkeypatch.setattr(packing, "PACK_BODY", 2 * BODY)
         image = original(pristine, REF, source)
         word = pristine.vault.bundle(REF, OWNER).word
         read = pristine.read()

@@ -61,7 +61,7 @@ class Story:
             "code word, no more than that."
         )
         self._tell(
-            "And whoever has this folder with its key file has the room: in a folder of your own, you are the custodian."
+            "And whoever has this folder with its key file has the room: in your own folder, you are the custodian."
         )
         return self.figures
 

@@ -33,7 +33,7 @@ class RunCommand(Command):
             ours, separator, command = args[:at], args[at], args[at + 1 :]
         rest = super().parse_args(ctx, ours)
         if not (separator and command):
-            raise click.UsageError("after the names of the weights come -- and a command", ctx)
+            ctx.fail("after the names of the weights come -- and a command")
         ctx.params["arguments"] = command
         return rest
 

@@ -5,13 +5,30 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from strongroom.core.limits import MIB
 from strongroom.errors import UsageError
 from strongroom.load.weights import Weights
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_WEIGHTS = frozenset(
-    (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".npy", ".npz", ".onnx", ".ot", ".pkl", ".pt", ".pth", ".safetensors")
+_SMALL = 128 * MIB
+_NOT_SMALL = frozenset(
+    (
+        ".bin",
+        ".ckpt",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".npy",
+        ".npz",
+        ".onnx",
+        ".ot",
+        ".pkl",
+        ".pt",
+        ".pth",
+        ".py",
+        ".safetensors",
+    )
 )
 
 
@@ -41,11 +58,11 @@ def checkpoint_files(weights: Weights) -> list[str]:
 
 
 def small_files(weights: Weights) -> list[str]:
-    """The files beside the weights: configuration, tokenizer and such; no code."""
+    """The files that go with the weights: configuration, tokenizer and such, each at most 128 MiB; no code."""
     return [
         file.path
         for file in weights.reader.layout.files
-        if file.kind == "opaque" and Path(file.path).suffix.lower() not in {*_WEIGHTS, ".py"}
+        if file.kind == "opaque" and file.bytes <= _SMALL and Path(file.path).suffix.lower() not in _NOT_SMALL
     ]
 
 

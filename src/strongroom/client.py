@@ -212,7 +212,8 @@ def safe_open(
 ) -> SafeOpen:
     """`safetensors.safe_open` for weights in the room: same methods, and a slice fetches only what it touches.
 
-    `file` names one weights file of the version (default: the tensors of all). Inside ``strongroom run`` the grant of the
+    `file` names one weights file of the version (default: the tensors of all). Inside ``strongroom run`` the grant of
+    the
     parent is used; elsewhere the room is opened.
     """
     from strongroom.load.safe_open import SafeOpen

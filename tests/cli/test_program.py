@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
 import os
 import pty
 import re
 import shlex
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import click
@@ -279,7 +283,10 @@ def test_interrupted(desk: Desk) -> None:
         stderr=subprocess.PIPE,
         text=True,
     ) as child:
-        wait_for_read(child.pid)
+        assert child.stdin is not None
+        child.stdin.write("srshare1-\n")
+        child.stdin.flush()
+        wait_until_read(child.stdin.fileno())
         child.send_signal(signal.SIGINT)
         out, err = child.communicate(timeout=TIMEOUT)
     assert child.returncode == 130
@@ -287,12 +294,10 @@ def test_interrupted(desk: Desk) -> None:
     assert err.startswith("strongroom: interrupted")
 
 
-def wait_for_read(pid: int) -> None:
-    """Until the process waits in a read of its stdin, a pipe."""
-    import time
-
+def wait_until_read(pipe: int) -> None:
+    """Until the other side has taken everything out of the pipe, and so waits for more."""
     deadline = time.monotonic() + TIMEOUT
-    while "pipe" not in Path(f"/proc/{pid}/wchan").read_text():
+    while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))) != (0,):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

@@ -96,6 +96,20 @@ def every_step(doom, ground, job: dict[str, object]):
     pytest.fail("it never ended")
 
 
+def interrupted(doom, folder: Path, *, packs: int = 2, **job: object) -> None:
+    """A put or rotation in this room was killed, perhaps more than once, after at least so many packs were journalled."""
+    for kill_at in range(1, 50):
+        defaults = {"do": "put", "room": folder, "pack_body": BODY, "counted": ["committed"]}
+        outcome = doom(**{**defaults, **job}, kill_at=kill_at)
+        assert outcome["killed"], outcome
+        with sqlite3.connect(folder / "room.db") as connection:
+            (count,) = connection.execute("SELECT count(*) FROM put_packs").fetchone()
+        connection.close()
+        if count >= packs:
+            return
+    pytest.fail("no pack was ever journalled")
+
+
 class TestPutKilled:
     @pytest.mark.parametrize("torn", [False, True])
     def test_at_every_step(self, doom, ground, pristine, source, other_source, monkeypatch, torn):
@@ -200,7 +214,7 @@ class TestPutKilled:
 
     def test_a_release_that_fills_packs_otherwise_starts_over(self, doom, ground, other_source, monkeypatch):
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        interrupted(doom, folder, source=other_source)
         monkeypatch.setattr(packing, "PACK_BODY", 2 * BODY)
         house = House(folder)
         house.put(other_source)
@@ -210,7 +224,7 @@ class TestPutKilled:
 
     def test_room_key_rotated_before_it_is_resumed(self, doom, ground, other_source, small_packs):
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        interrupted(doom, folder, source=other_source)
         house = House(folder)
         house.vault.keys.rotate()
         assert house.put(other_source).resumed_packs > 0
@@ -220,7 +234,7 @@ class TestPutKilled:
     def test_a_durable_pack_lost_before_it_is_resumed(self, doom, ground, other_source, small_packs):
         """Somebody tidied the store by hand: that pack is made again, with another identifier."""
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        interrupted(doom, folder, source=other_source)
         house = House(folder)
         packs = house.sql("SELECT pack_id FROM put_packs")
         for (pack,) in packs:
@@ -232,7 +246,7 @@ class TestPutKilled:
 
     def test_repair_drops_an_interrupted_put(self, doom, ground, other_source, small_packs):
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=other_source, pack_body=BODY, kill_at=60)["killed"]
+        interrupted(doom, folder, source=other_source)
         house = House(folder)
         before = len(house.objects())
         report = fsck(house.vault)
@@ -300,7 +314,7 @@ class TestSourceChanges:
     def test_between_kill_and_resume(self, doom, ground, model, small_packs):
         """It is another source now: the put starts over, and stores that."""
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=70)["killed"]
+        interrupted(doom, folder, source=model)
         self.changed(model / "model-00001-of-00002.safetensors", 70_000)
         house = House(folder)
         result = house.put(model)
@@ -321,7 +335,7 @@ class TestSourceChanges:
         of = Signature.of
         monkeypatch.setattr(Signature, "of", lambda status: of(status)._replace(mtime_ns=0, ctime_ns=0))
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=70, blind=True)["killed"]
+        interrupted(doom, folder, source=model, blind=True)
         self.changed(model / file, at)
         house = House(folder)
         with pytest.raises(Conflict) as caught:
@@ -342,7 +356,7 @@ class TestSourceChanges:
         of = Signature.of
         monkeypatch.setattr(Signature, "of", lambda status: of(status)._replace(mtime_ns=0, ctime_ns=0))
         folder = ground.fresh()
-        assert doom(do="put", room=folder, source=model, pack_body=BODY, kill_at=45, blind=True)["killed"]
+        interrupted(doom, folder, source=model, blind=True)
         shard = model / "model-00002-of-00002.safetensors"
         self.changed(shard, shard.stat().st_size - 1)
         house = House(folder)
@@ -427,7 +441,7 @@ class TestTogether:
         """One goes on where the killed one was; the other starts its own."""
         folder = ground.fresh()
         job = {"do": "put", "room": folder, "source": other_source, "pack_body": BODY}
-        assert doom(**job, kill_at=70)["killed"]
+        interrupted(doom, folder, source=other_source)
         outcomes = doom.all(job, job)
         assert sorted(outcome["result"]["ref"] for outcome in outcomes) == [NEXT, f"{NAME}@3"]
         house = House(folder)
@@ -714,7 +728,7 @@ class TestShred:
     def test_with_an_interrupted_rotation(self, doom, ground):
         """Its journal holds keys, its packs the weights: both go."""
         folder = ground.fresh()
-        assert doom(do="rotate", room=folder, ref=REF, pack_body=BODY, kill_at=70)["killed"]
+        interrupted(doom, folder, do="rotate", ref=REF)
         house = House(folder)
         ((record,),) = house.sql("SELECT record FROM puts")
         assert len(house.objects()) > 4

@@ -336,36 +336,36 @@ def _mapped() -> Iterator[None]:
 
 # Primary result codes of SQLite and SQLSTATE classes of PostgreSQL, and what they mean to the caller.
 _SQLITE = {
-    sqlite3.SQLITE_BUSY: "busy",
-    sqlite3.SQLITE_LOCKED: "busy",
-    sqlite3.SQLITE_FULL: "full",
-    sqlite3.SQLITE_READONLY: "read_only",
-    sqlite3.SQLITE_PERM: "read_only",
-    sqlite3.SQLITE_CORRUPT: "damaged",
-    sqlite3.SQLITE_NOTADB: "damaged",
-    sqlite3.SQLITE_CANTOPEN: "unreachable",
-    sqlite3.SQLITE_IOERR: "failed",
+    sqlite3.SQLITE_BUSY: "db.busy",
+    sqlite3.SQLITE_LOCKED: "db.busy",
+    sqlite3.SQLITE_FULL: "db.full",
+    sqlite3.SQLITE_READONLY: "db.read_only",
+    sqlite3.SQLITE_PERM: "db.read_only",
+    sqlite3.SQLITE_CORRUPT: "db.damaged",
+    sqlite3.SQLITE_NOTADB: "db.damaged",
+    sqlite3.SQLITE_CANTOPEN: "db.unreachable",
+    sqlite3.SQLITE_IOERR: "db.failed",
 }
 _POSTGRESQL = {
-    "40": "busy",
-    "55": "busy",
-    "53": "full",
-    "25": "read_only",
-    "42501": "read_only",
-    "XX": "damaged",
-    "08": "unreachable",
-    "57": "unreachable",
+    "40": "db.busy",
+    "55": "db.busy",
+    "53": "db.full",
+    "25": "db.read_only",
+    "42501": "db.read_only",
+    "XX": "db.damaged",
+    "08": "db.unreachable",
+    "57": "db.unreachable",
 }
 _MEANINGS = {
-    "busy": ("the database is in use by another writer", "run the command again"),
-    "full": ("the database can't grow", "free disk space and run the command again"),
-    "read_only": ("the database can't be written", "make the database and its folder writable for this user"),
-    "damaged": ("the database is damaged, or is no database", "restore it from a backup; strongroom doctor"),
-    "unreachable": (
+    "db.busy": ("the database is in use by another writer", "run the command again"),
+    "db.full": ("the database can't grow", "free disk space and run the command again"),
+    "db.read_only": ("the database can't be written", "make the database and its folder writable for this user"),
+    "db.damaged": ("the database is damaged, or is no database", "restore it from a backup; strongroom doctor"),
+    "db.unreachable": (
         "the database can't be opened",
         "see that it is there and, if it is a file, that its folder is writable: reading, too, keeps a log there",
     ),
-    "failed": ("the database failed", "strongroom doctor"),
+    "db.failed": ("the database failed", "strongroom doctor"),
 }
 
 
@@ -381,14 +381,20 @@ def _fail(error: SQLAlchemyError | sqlite3.Error) -> NoReturn:
         ) from None
     code = getattr(original, "sqlite_errorcode", None)
     if code is not None:
-        meaning = _SQLITE.get(code & 0xFF, "failed")
+        meaning = _SQLITE.get(code & 0xFF, "db.failed")
     else:
         state = getattr(original, "sqlstate", None) or ""
-        meaning = _POSTGRESQL.get(state) or _POSTGRESQL.get(state[:2]) or ("failed" if state else _without_code(error))
+        meaning = (
+            _POSTGRESQL.get(state) or _POSTGRESQL.get(state[:2]) or ("db.failed" if state else _without_code(error))
+        )
     what, hint = _MEANINGS[meaning]
-    raise BackendError(f"db.{meaning}", f"{what} ({reason})", hint=hint, reason=reason) from None
+    raise BackendError(meaning, f"{what} ({reason})", hint=hint, reason=reason) from None
 
 
 def _without_code(error: SQLAlchemyError | sqlite3.Error) -> str:
     """Neither database gives a code when there is no connection, nor for what SQLAlchemy itself finds."""
-    return "unreachable" if isinstance(error, DBAPIError) and isinstance(error, sa.exc.OperationalError) else "failed"
+    return (
+        "db.unreachable"
+        if isinstance(error, DBAPIError) and isinstance(error, sa.exc.OperationalError)
+        else "db.failed"
+    )

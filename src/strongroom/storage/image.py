@@ -91,12 +91,19 @@ def _naming(name: str) -> Iterator[None]:
         raise type(error)(error.code, f"{name}: {error.message}", hint=error.hint, **evidence) from None
 
 
+_CODES = {
+    "manifest": ("manifest.missing", "manifest.tampered"),
+    "index": ("index.missing", "index.tampered"),
+}
+
+
 def _read_small(blobs: Blobs, name: str, limit: int, what: str) -> bytes:
+    missing, tampered = _CODES[what]
     try:
         return blobs.read(name, limit=limit)
     except NotFound as error:
         raise Truncated(
-            f"{what}.missing",
+            missing,
             f"the store has no {what} {name}",
             hint="strongroom fsck; restore the object from a copy of the store",
             object=name,
@@ -104,7 +111,7 @@ def _read_small(blobs: Blobs, name: str, limit: int, what: str) -> bytes:
     except LimitExceeded as error:
         # Not too much asked for: nothing of ours is that large, so somebody else wrote it.
         raise Tampered(
-            f"{what}.tampered",
+            tampered,
             f"the {what} {name} is larger than it can be: {error.message}",
             hint="restore the object from a copy of the store",
             object=name,

@@ -154,7 +154,7 @@ def _prepare(file: SourceFile, memory: int, tensors: Any) -> tuple[int, int]:
         size = sum(math.prod(shape) * DTYPES[dtype].block_bytes for _, dtype, shape in table)
         head = encode_header(table, {"format": "pt"})
     except (TypeError, ValueError, KeyError):
-        _refuse(file, "unreadable", "its tensors have no names, or no sizes")
+        _refuse(file, "convert.unreadable", "its tensors have no names, or no sizes")
     # A tensor may repeat four bytes a billion times by its strides. Tied weights at most double a model.
     if len(table) > LIMITS.tensors or size > 4 * file.size + MIB:
         raise LimitExceeded(
@@ -175,7 +175,7 @@ class _Child:
         if importlib.util.find_spec("torch") is None:
             _no_torch("torch is not installed")
         if not sys.executable:
-            _refuse(file, "no_sandbox", "there is no Python interpreter to start for it")
+            _refuse(file, "convert.no_sandbox", "there is no Python interpreter to start for it")
         self._file = file
         # Isolated mode keeps the environment and the working directory out of the child's imports; what it may import
         # is what this process may.
@@ -225,12 +225,12 @@ class _Child:
             case "refused":
                 wants = shown(str(answer.get("wants", "")))
                 what = f"to read it would mean to call {wants}" if wants else "it does more than hold tensors"
-                _refuse(self._file, "refused", what, wants=wants)
+                _refuse(self._file, "convert.refused", what, wants=wants)
             case "no_sandbox" | "unfit" | "unreadable" | "memory" as reason:
-                _refuse(self._file, reason, message or "it is damaged")
+                _refuse(self._file, _ANSWERS[reason], message or "it is damaged")
             case _:
                 code = self._process.wait()
-                _refuse(self._file, "unreadable", f"the process that read it was stopped (status {code})")
+                _refuse(self._file, "convert.unreadable", f"the process that read it was stopped (status {code})")
 
     def close(self) -> None:
         self._process.kill()
@@ -243,7 +243,7 @@ class _Child:
             left = self._deadline - time.monotonic()
             if left <= 0 or not select.select([stdout], [], [], left)[0]:
                 self._process.kill()
-                _refuse(self._file, "unreadable", "reading it takes longer than its size explains")
+                _refuse(self._file, "convert.unreadable", "reading it takes longer than its size explains")
             piece = os.read(stdout.fileno(), MIB)
             if not piece or len(self._pending) > _ANSWER_MAX:
                 self._process.kill()
@@ -262,16 +262,24 @@ def _no_torch(what: str) -> NoReturn:
     )
 
 
-def _refuse(file: SourceFile, reason: str, what: str, **evidence: str) -> NoReturn:
+_ANSWERS = {  # of the child, to our codes
+    "no_sandbox": "convert.no_sandbox",
+    "unfit": "convert.unfit",
+    "unreadable": "convert.unreadable",
+    "memory": "convert.memory",
+}
+
+
+def _refuse(file: SourceFile, code: str, what: str, **evidence: str) -> NoReturn:
     hints = {
-        "refused": "do not load this file with anything; ask its publisher for safetensors",
-        "no_sandbox": "convert on a Linux machine that permits user namespaces or seccomp filters",
-        "unfit": "remove it if it belongs to training (optimizer, arguments, random state)",
+        "convert.refused": "do not load this file with anything; ask its publisher for safetensors",
+        "convert.no_sandbox": "convert on a Linux machine that permits user namespaces or seccomp filters",
+        "convert.unfit": "remove it if it belongs to training (optimizer, arguments, random state)",
     }
     raise UsageError(
-        f"convert.{reason}",
+        code,
         f"{file.path} was not converted: {what}",
-        hint=hints.get(reason, "fetch the file again, or ask its publisher for safetensors"),
+        hint=hints.get(code, "fetch the file again, or ask its publisher for safetensors"),
         path=file.path,
         **evidence,
     )

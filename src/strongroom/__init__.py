@@ -34,7 +34,7 @@ def _open_reader(ref: str) -> ImageReader:
     """How the loaders, which do not know rooms, come from a reference to a reader."""
     from strongroom import client
 
-    return client.open().reader(ref)
+    return client.read_once(ref)
 
 
 register_opener(_open_reader)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import unquote, urlsplit
 
 from strongroom.core.settings import Settings
 from strongroom.errors import UsageError
@@ -29,6 +30,28 @@ def _silent(done: int, total: int) -> None:
     pass
 
 
+def room_folder(room: str | Path) -> Path:
+    """The folder that a path or a ``file:`` URL names; UsageError ``room.not_a_folder`` for every other URL."""
+    if isinstance(room, Path) or "://" not in room:
+        return Path(room)
+    try:
+        parts = urlsplit(room)
+        path = unquote(parts.path) if parts.scheme == "file" and parts.netloc in ("", "localhost") else ""
+    except ValueError:  # brackets that hold no IPv6 address
+        raise _no_folder(room, "it is malformed") from None
+    if parts.scheme in ("http", "https"):
+        raise _no_folder(room, "rooms that a server offers come with a later release; this one opens rooms in folders")
+    if not path or "\0" in path or parts.query or parts.fragment:
+        raise _no_folder(room, "a room is a folder, or file:///its/path")
+    return Path(path)
+
+
+def _no_folder(room: str, why: str) -> UsageError:
+    return UsageError(
+        "room.not_a_folder", f"{room} is not a room that can be opened from here: {why}", hint="--room FOLDER"
+    )
+
+
 class Room:
     """A room, as one principal. Make one with `Room.init`, open one with `strongroom.open`."""
 
@@ -37,7 +60,7 @@ class Room:
     ) -> None:
         from strongroom.vault.vault import Vault
 
-        self._vault = Vault(Path(folder), passphrase=passphrase)
+        self._vault = Vault(room_folder(folder), passphrase=passphrase)
         self._principal = principal
 
     @classmethod
@@ -57,7 +80,13 @@ class Room:
         from strongroom.vault.vault import Vault
 
         vault, shares = Vault.init(
-            Path(folder), store=store, db=db, keystore=keystore, recovery=recovery, owner=owner, passphrase=passphrase
+            room_folder(folder),
+            store=store,
+            db=db,
+            keystore=keystore,
+            recovery=recovery,
+            owner=owner,
+            passphrase=passphrase,
         )
         vault.close()
         return cls(folder, owner, passphrase=passphrase), [str(share) for share in shares]
@@ -196,8 +225,8 @@ class Room:
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name
-    """Open a room: a folder (default: ``STRONGROOM_ROOM``, else ``./room``), as `principal` (default:
-    ``STRONGROOM_AS``, else the only local identity)."""
+    """Open a room: a folder or its ``file:`` URL (default: ``STRONGROOM_ROOM``, else ``./room``), as `principal`
+    (default: ``STRONGROOM_AS``, else the only local identity)."""
     settings = Settings.from_environment()
     return Room(room or settings.room, principal or settings.principal)
 
@@ -213,11 +242,26 @@ def safe_open(
     """`safetensors.safe_open` for weights in the room: same methods, and a slice fetches only what it touches.
 
     `file` names one weights file of the version (default: the tensors of all). Inside ``strongroom run`` the grant of
-    the
-    parent is used; elsewhere the room is opened.
+    the parent is used, and naming a `room` there is a UsageError; elsewhere the room is opened.
     """
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.source import resolve
 
-    reader = resolve(ref) if room is None else open(room).reader(ref)
+    if room is None:
+        reader = resolve(ref)
+    elif Settings.from_environment().grant is not None:
+        # A child that is denied something must not get round that by naming the room.
+        raise UsageError(
+            "grant.room",
+            "this process runs under strongroom run and reads what it was given; it opens no room",
+            hint="leave out room=, or run it without strongroom run",
+        )
+    else:
+        reader = read_once(ref, room)
     return SafeOpen(reader, framework, device, file=file)
+
+
+def read_once(ref: str, room: str | Path | None = None) -> ImageReader:
+    """A reader of `ref` that outlives the room it is from: it has its key bundle and the store, and no database."""
+    with open(room) as opened:
+        return opened.reader(ref)

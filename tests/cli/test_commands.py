@@ -337,6 +337,10 @@ def test_doctor_ends_with_the_worst_severity(empty: Desk) -> None:
     assert {check["name"] for check in warned.json["checks"] if check["level"] == "warn"} >= {"recovery"}
     assert warned.json["ok"] is False
     assert warned.code == 12
+    (recovery,) = (check for check in warned.json["checks"] if check["name"] == "recovery")
+    # No command gives a room recovery shares later.
+    assert recovery["hint"] == ""
+    assert "made by init only" in recovery["message"]
     (empty.room / "keys" / "room.key").unlink()
     failed = empty.run("doctor")
     assert failed.code == 14

@@ -49,6 +49,10 @@ def test_the_command_gets_one_bundle_and_nothing_that_opens_the_room(desk: Desk)
         "STRONGROOM_THREADS": "1",
         "BAO_TOKEN": "token",
         "VAULT_TOKEN": "token",
+        "BAO_TOKEN_PATH": "/token",
+        "BAO_CLIENT_KEY": "/key",
+        "VAULT_TOKEN_PATH": "/token",
+        "STRONGROOM_PASSPHRASE_OLD": "correct horse battery staple",
         "UNRELATED": "kept",
     }
     ended = desk.run("run", "acme/tiny@1", "--", *python(LOOK, "--json", "--", "x"), env=environment(**secrets))
@@ -84,6 +88,49 @@ def test_a_passphrase_in_a_descriptor_is_not_passed_on(empty: Desk) -> None:
     seen = json.loads(child.stdout)
     assert "STRONGROOM_PASSPHRASE_FD" not in seen["environment"]
     assert str(secret) not in seen["descriptors"].values()
+
+
+AGAIN = """
+import os, sys
+number = int(sys.argv[1])
+try:
+    os.lseek(number, 0, 0)
+except OSError:
+    pass
+print(os.read(number, 100), os.readlink(f"/proc/self/fd/{number}"), file=sys.stderr if number == 1 else sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_passphrase_in_a_standard_descriptor_is_not_passed_on(empty: Desk, number: int) -> None:
+    secret = empty.folder / "passphrase"
+    secret.write_text("correct horse battery staple")
+    first = environment(STRONGROOM_PASSPHRASE="correct horse battery staple")
+    assert empty.run("init", "--keystore", "passphrase:", env=first).code == 0
+    assert empty.run("put", "model", "acme/tiny", env=first).code == 0
+    with secret.open("r+b") as file:
+        streams: dict[str, int] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        streams[("stdin", "stdout", "stderr")[number]] = file.fileno()
+        child = subprocess.run(
+            [*PROGRAM, "run", "acme/tiny", "--", *python(AGAIN, str(number))],
+            cwd=empty.folder,
+            env=environment(STRONGROOM_PASSPHRASE_FD=str(number)),
+            stdin=streams["stdin"],
+            stdout=streams["stdout"],
+            stderr=streams["stderr"],
+            text=True,
+            timeout=TIMEOUT,
+        )
+    assert child.returncode == 0, child.stderr
+    assert (child.stderr if number == 1 else child.stdout) == "b'' /dev/null\n"
+    assert secret.read_text() == "correct horse battery staple"
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 22, "-1", "7", "200"])
+def test_a_number_that_names_no_descriptor_takes_nothing_away(desk: Desk, number: str) -> None:
+    # 7 is free at first, and then may be the grant's own.
+    ended = desk.run("run", "acme/tiny", "--", *python(READ), env=environment(STRONGROOM_NEW_PASSPHRASE_FD=number))
+    assert ended.code == 0, ended.err
 
 
 def test_several_versions_and_others_denied(empty: Desk) -> None:

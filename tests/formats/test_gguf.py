@@ -169,6 +169,9 @@ def test_headers_longer_than_a_chunk_are_read_in_pieces() -> None:
         (blob([], [tensor("w", [1], 2**32 - 1)], 4), "unknown_type"),
         (blob([], [tensor("w", [2**32, 2**32])], 4), "overflow"),
         (blob([], [tensor("w", [0, 2**64 - 1])], 4), "overflow"),
+        (blob([], [tensor("w", [0, 2**63 - 1])], 4), "overflow"),
+        (blob([], [tensor("w", [2**48 + 1, 0])], 4), "overflow"),
+        (blob([], [tensor("w", [2**30, 2**30, 0])], 4), "overflow"),
         (blob([], [tensor("w", [48, 2], Q4_0)], 60), "part_of_a_block"),
         (blob([], [tensor("w", [], Q4_0)], 60), "part_of_a_block"),
         (blob([], [tensor("w", [4]), tensor("w", [4], F32, 32)], 64), "duplicate_tensor"),
@@ -202,6 +205,8 @@ def test_limits_of_ours() -> None:
     with pytest.raises(LimitExceeded, match="header beyond"):
         parse_header(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"), huge)
     head = b"GGUF" + struct.pack("<IQQ", 3, LIMITS.gguf_tensors + 1, 0)
+    with pytest.raises(LimitExceeded, match="keys in one file"):
+        parse(blob([pair(f"{i:x}", 0, b"\0") for i in range(65_537)], []))
     with pytest.raises(LimitExceeded, match="tensors in one file"):
         parse_header(lambda offset, size: head[offset : offset + size].ljust(size, b"\0"), 1 << 40)
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<IIQ", 9, 0, LIMITS.gguf_metadata // 8 + 1)

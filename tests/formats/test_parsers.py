@@ -1,6 +1,7 @@
 """Manifest, envelope, trailer, bundle, index: round trips, and any bytes raise only our errors."""
 
 import os
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -111,6 +112,41 @@ def test_base64_with_stray_bits_is_refused():
     assert b'"eA=="' in data
     with pytest.raises(Tampered):
         Envelope.decode(data.replace(b'"eA=="', b'"eB=="'), payload_type=PAYLOAD_TYPE)
+
+
+def traced_peak(act):
+    tracemalloc.start()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [b"[%s{}]", b'{"a":[%s{}]}', b'{"payload":"","x":[%s{}]}', b'{"payload":"%s"}', b'{"payload":"%s'],
+)
+def test_a_large_envelope_makes_no_objects(wrap):
+    data = wrap % (b"{}," * (2 << 20))
+
+    def decode():
+        with pytest.raises(Tampered):
+            Envelope.decode(data, payload_type=PAYLOAD_TYPE)
+
+    assert traced_peak(decode) < 3 * len(data)
+
+
+def test_a_large_payload_is_read():
+    envelope = Envelope(PAYLOAD_TYPE, bytes(1 << 20), (("key", b"signature"),))
+    assert Envelope.decode(envelope.encode(), payload_type=PAYLOAD_TYPE) == envelope
+
+
+@pytest.mark.parametrize("payload", [b"5", b"null", b'"e\\u0041=="', b'"\xff"', b'"eA"', b'"eA==","payload":"eA=="'])
+def test_a_payload_has_one_form(payload):
+    data = Envelope(PAYLOAD_TYPE, b"x", (("key", b"s"),)).encode()
+    with pytest.raises(Tampered):
+        Envelope.decode(data.replace(b'"eA=="', payload, 1), payload_type=PAYLOAD_TYPE)
 
 
 def test_a_trailer_says_what_was_recorded():

@@ -20,7 +20,7 @@ from strongroom.formats.safetensors import SafetensorsHeader, encode_header, hea
 from strongroom.formats.tensors import DTYPES, TensorInfo
 
 # Where we refuse what the reference accepts; the module's docstring says why.
-STRICTER = {"not_an_object", "bad_entry", "unknown_dtype"}
+STRICTER = {"not_an_object", "bad_entry", "unknown_dtype", "shape_too_large"}
 
 
 def blob(header: str | bytes, data: bytes = b"") -> bytes:
@@ -135,6 +135,9 @@ def test_zero_dimensions_and_zero_elements_are_fine() -> None:
         (of(("a", entry(shape=[2**32, 2**32]))), "overflow"),
         (of(("a", entry(shape=[2**63, 2, 0], offsets=[0, 0])), data=0), "overflow"),
         (of(("a", entry(shape=[2**60], offsets=[0, 0])), data=0), "overflow"),  # bits, not bytes
+        (of(("a", entry(shape=[2**63, 0], offsets=[0, 0])), data=0), "shape_too_large"),
+        (of(("a", entry(shape=[0, 2**48 + 1], offsets=[0, 0])), data=0), "shape_too_large"),
+        (of(("a", entry(shape=[0, 2**30, 2**30], offsets=[0, 0])), data=0), "shape_too_large"),
         (of(("a", entry("F4", [3], [0, 1])), data=1), "part_of_a_byte"),
         (of(("a", entry("F6_E2M3", [2], [0, 1])), data=1), "part_of_a_byte"),
         (of(("a", entry(shape=[2, 3]))), "size_mismatch"),
@@ -169,8 +172,22 @@ def test_names_in_messages_cannot_drive_a_terminal() -> None:
 def test_limits_of_ours() -> None:
     with pytest.raises(LimitExceeded, match="9 dimensions"):
         parse(of(("a", entry(shape=[1] * 9, offsets=[0, 4])), data=4))
+    with pytest.raises(LimitExceeded, match="lists and objects"):
+        parse(blob('{"x":[' + "[]," * LIMITS.tensors + "0]}"))
+    with pytest.raises(LimitExceeded, match="tensors in one file"):
+        parse(blob('{"x":[' + '"data_offsets",' * (LIMITS.tensors + 1) + "0]}"))
     with pytest.raises(LimitExceeded, match="values"):
         parse(blob('{"x":[' + "0," * (16 * LIMITS.tensors + 1) + "0]}"))
+
+
+@pytest.mark.parametrize("shape", [(2**48, 0), (0, 2**48, 2**11), (2**47, 0, 2**12)])
+def test_the_largest_empty_shapes_can_be_loaded(shape: tuple[int, ...]) -> None:
+    torch = pytest.importorskip("torch")
+    header = parse(of(("a", entry("F64", list(shape), [0, 0])), data=0))
+    import numpy as np
+
+    assert np.empty(header.tensors["a"].shape, np.float64).size == 0
+    assert torch.empty(header.tensors["a"].shape, dtype=torch.float64).numel() == 0
 
 
 # --- against the reference -----------------------------------------------------------

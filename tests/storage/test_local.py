@@ -73,15 +73,20 @@ def test_what_must_be_durable_is_synced_in_order(folder, monkeypatch):
         real = getattr(os, name)
 
         def call(*args, **kwargs):
-            events.append((name, describe(*args)))
+            events.append((name, describe(*args, **kwargs)))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(os, name, call)
 
     record("fsync", path_of)
     record("write", lambda descriptor, data: path_of(descriptor))
-    record("mkdir", lambda path, *mode: os.path.relpath(path, folder))
-    record("link", lambda source, target: os.path.relpath(target, folder))
+
+    def inside(path, descriptor: int | None) -> str:
+        above = folder if descriptor is None else Path(f"/proc/self/fd/{descriptor}").readlink()
+        return os.path.relpath(above / path, folder)
+
+    record("mkdir", lambda path, *mode, dir_fd=None: inside(path, dir_fd))
+    record("link", lambda source, target, *, dst_dir_fd=None, **how: inside(target, dst_dir_fd))
     store = LocalBlobs(folder)
     store.write(NAME, [b"one", b"two"])
 
@@ -136,16 +141,27 @@ def test_sweep_spares_what_is_being_written(store, folder):
     assert store.read(NAME, limit=101) == b"x" * 100 + b"y"
 
 
-def test_sweep_spares_what_is_young_and_what_is_no_file(store, folder):
-    (folder / "tmp").mkdir(parents=True)
-    old, young = folder / "tmp" / "old", folder / "tmp" / "young"
-    old.write_bytes(b"123")
-    young.write_bytes(b"4")
-    (folder / "tmp" / "folder").mkdir()
-    os.utime(old, (time.time() - 7200, time.time() - 7200))
-    assert sorted(store.leftovers()) == [("tmp/old", 3), ("tmp/young", 1)]
+def test_sweep_spares_what_is_young_what_is_no_file_and_what_no_write_made(store, folder, tmp_path):
+    tmp = folder / "tmp"
+    tmp.mkdir(parents=True)
+    old, young, linked, inner = (letter * 32 for letter in "0a5f")
+    (tmp / old).write_bytes(b"123")
+    (tmp / young).write_bytes(b"4")
+    others = ["a" * 31, "b" * 33, "A" * 32, "g" * 32, f"{'c' * 32}.txt", f".{'d' * 31}", "e" * 32 + "\n", "thesis.txt"]
+    for name in others:
+        (tmp / name).write_bytes(b"not ours")
+    (tmp_path / "elsewhere").write_bytes(b"kept")
+    (tmp / linked).symlink_to(tmp_path / "elsewhere")
+    (tmp / inner).mkdir()
+    long_ago = time.time() - 7200
+    for path in (tmp / old, *(tmp / name for name in others), tmp / inner, tmp_path / "elsewhere"):
+        os.utime(path, (long_ago, long_ago))
+    os.utime(tmp / linked, (long_ago, long_ago), follow_symlinks=False)
+    assert sorted(store.leftovers()) == [(f"tmp/{old}", 3), (f"tmp/{young}", 1)]
     assert store.sweep() == 1
-    assert store.leftovers() == [("tmp/young", 1)]
+    assert store.leftovers() == [(f"tmp/{young}", 1)]
+    assert {entry.name for entry in tmp.iterdir()} == {young, linked, inner, *others}
+    assert (tmp_path / "elsewhere").read_bytes() == b"kept"
 
 
 # -- full, read-only, broken ------------------------------------------------------------------------------------------
@@ -273,12 +289,10 @@ def test_each_fault_of_a_read_is_told_apart(store, monkeypatch, number, code):
         ("preadv", lambda: store.read(NAME, limit=9)),
         ("open", lambda: LocalBlobs(store._folder).read_into(NAME, 0, memoryview(bytearray(1)))),
         ("scandir", lambda: list(store.list())),
-        ("lstat", lambda: store.size(NAME)),
+        ("stat", lambda: store.size(NAME)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(os, call, fail)
-            if call == "lstat":
-                patch.setattr(Path, "lstat", fail)
             with pytest.raises(BackendError) as caught:
                 read()
         assert caught.value.code == code, call
@@ -357,7 +371,8 @@ def test_descriptors_are_few_and_never_mixed_up_under_many_threads(folder):
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert max(most) <= 3 + 6  # those remembered, and one for each running read
+    # Those remembered, and for each running read its file, or a folder and what is just opened in it.
+    assert max(most) <= 3 + 2 * 6
     assert _open_in(folder) <= 3
     store.close()
     assert _open_in(folder) == 0
@@ -369,7 +384,9 @@ def test_what_is_read_often_stays_open(folder, monkeypatch):
         store.write(f"packs/{k}", [b"x"])
     opened = []
     real = os.open
-    monkeypatch.setattr(os, "open", lambda path, *rest: (opened.append(Path(path).name), real(path, *rest))[1])
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest, **how: (opened.append(Path(path).name), real(path, *rest, **how))[1]
+    )
     for k in range(1, 20):
         store.read_into("packs/0", 0, memoryview(bytearray(1)))
         store.read_into(f"packs/{k}", 0, memoryview(bytearray(1)))
@@ -427,6 +444,125 @@ def test_links_pipes_and_folders_in_the_store_are_not_followed(store, folder, tm
             store.write(name, [b"elsewhere"])
     assert dict(store.list()) == {NAME: 1}
     assert secret.read_bytes() == b"elsewhere"
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_linked_tmp_is_not_followed(store, folder, tmp_path):
+    store.write(NAME, [b"x"])
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("thesis.txt", "a" * 32):  # the second is named as a temporary file is
+        (home / name).write_bytes(b"years of work")
+        os.utime(home / name, (1, 1))
+    before = _contents(home)
+    (folder / "tmp").rmdir()
+    (folder / "tmp").symlink_to(home)
+    for call in (
+        store.sweep,
+        lambda: store.sweep(older_than_s=0),
+        lambda: LocalBlobs(folder).sweep(older_than_s=0),
+        store.leftovers,
+        lambda: store.write("packs/ab/new", [b"y"]),
+        lambda: LocalBlobs(folder).write("packs/ab/new", [b"y"]),
+    ):
+        with pytest.raises(Tampered) as caught:
+            call()
+        assert caught.value.code == "store.not_a_folder"
+        assert caught.value.evidence["folder"] == "tmp"
+        assert _contents(home) == before
+    assert dict(store.list()) == {NAME: 1}
+    assert store.read(NAME, limit=1) == b"x"
+
+
+@pytest.mark.parametrize("linked", ["packs", "packs/ab"])
+@pytest.mark.parametrize("known", [True, False], ids=["same process", "new process"])
+def test_a_linked_folder_is_not_followed(store, folder, tmp_path, linked, known):
+    store.write(NAME, [b"x"])
+    elsewhere = tmp_path / "elsewhere"
+    (folder / linked).rename(elsewhere)
+    (folder / linked).symlink_to(elsewhere)
+    before = _contents(elsewhere)
+    assert list(before.values()) == [b"x"]
+    if not known:
+        store = LocalBlobs(folder)
+    for call in (
+        lambda: store.write("packs/ab/new", [b"y"]),
+        lambda: store.write(NAME, [b"x"]),
+        lambda: store.write("packs/ab/deeper/new", [b"y"]),
+        lambda: store.delete(NAME),
+        lambda: store.read(NAME, limit=9),
+        lambda: store.read_into(NAME, 0, memoryview(bytearray(1))),
+        lambda: store.size(NAME),
+        lambda: list(store.list()),
+        lambda: list(store.list("packs")),
+        lambda: list(store.list("packs/ab")),
+    ):
+        with pytest.raises(Tampered) as caught:
+            call()
+        assert caught.value.code == "store.not_a_folder"
+        assert caught.value.evidence["folder"] == linked
+        assert _contents(elsewhere) == before
+    assert store.leftovers() == []
+    (folder / linked).unlink()
+    elsewhere.rename(folder / linked)
+    assert dict(store.list()) == {NAME: 1}
+    assert store.write("packs/ab/new", [b"y"]) == 1
+
+
+def test_a_folder_swapped_for_a_link_while_an_object_is_written(store, folder, tmp_path):
+    store.write(NAME, [b"x"])
+    elsewhere = tmp_path / "elsewhere"
+
+    def chunks():
+        yield b"first"
+        (folder / "tmp").rename(tmp_path / "moved")
+        elsewhere.mkdir()
+        (folder / "tmp").symlink_to(elsewhere)
+        (folder / "packs/ab").rename(tmp_path / "ab")
+        (folder / "packs/ab").symlink_to(elsewhere)
+        yield b"second"
+
+    with pytest.raises(Tampered) as caught:
+        store.write("packs/ab/new", chunks())
+    assert caught.value.evidence["folder"] == "packs/ab"
+    assert _contents(elsewhere) == {}
+    assert _contents(tmp_path / "moved") == {}  # the temporary file went all the same
+    assert _contents(tmp_path / "ab") == {"object": b"x"}
+
+
+def test_the_stores_own_folder_may_be_a_link(folder, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    folder.symlink_to(disk)
+    store = LocalBlobs(folder)
+    store.write(NAME, [b"x"])
+    assert dict(store.list()) == {NAME: 1}
+    assert (disk / NAME).read_bytes() == b"x"
+    store.delete(NAME)
+    assert dict(store.list()) == {}
+
+
+def test_no_call_leaves_a_folder_open(store, folder):
+    store.write(NAME, [b"x"])
+    (folder / "packs/link").symlink_to(folder)
+    for call in (
+        lambda: store.write("packs/link/new", [b"y"]),
+        lambda: store.delete("packs/link/new"),
+        lambda: next(store.list()),
+    ):
+        with pytest.raises(Tampered):
+            call()
+    (folder / "packs/link").unlink()
+    listing = store.list()
+    assert next(listing) == (NAME, 1)  # and no more is asked for
+    store.delete("packs/none/such")
+    store.sweep(older_than_s=0)
+    store.size(NAME)
+    store.delete(NAME)
+    assert _open_in(folder) == 0
 
 
 def test_an_object_is_no_folder(store):

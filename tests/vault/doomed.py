@@ -78,15 +78,16 @@ class Reaper:
                 return call(*args, **kwargs)
             if name == "write" and self._torn and self.calls + 1 == self._kill_at:
                 call(args[0], memoryview(args[1])[: len(args[1]) // 2])
-            self.step(name, *map(_told, args[:2]))
+            folders = (kwargs.get("src_dir_fd", kwargs.get("dir_fd")), kwargs.get("dst_dir_fd"))
+            self.step(name, *(_told(value, folder) for value, folder in zip(args[:2], folders, strict=False)))
             return call(*args, **kwargs)
 
         return stepped
 
 
-def _told(value: Any) -> Any:
+def _told(value: Any, folder: int | None = None) -> Any:
     if isinstance(value, str | Path):
-        return str(value)
+        return str(value if folder is None else Path(f"/proc/self/fd/{folder}").readlink() / value)
     if isinstance(value, int):
         try:
             return str(Path(f"/proc/self/fd/{value}").readlink())

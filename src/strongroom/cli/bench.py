@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import contextlib
 import statistics
 import threading
 import time
@@ -46,18 +46,18 @@ def bench(options: Options, ref: str, repeat: int) -> None:
     with options.open() as room:
         url, encoded = room.grant(ref)
     bundle = KeyBundle.decode(encoded)
-    blobs = open_blobs(url, create=False)
-    sealed = SealedImage.open(blobs, bundle)
-    image = sealed.layout.image
-    objects = [(pack.name, sealed.manifest.body_bytes(pack)) for pack in sealed.manifest.packs]
-    reader, workers = ImageReader(blobs, bundle), Settings.from_environment().workers
     ours: list[float] = []
     limit: list[float] = []
-    with output.progress(f"bench {bundle.ref}") as progress:
-        for done in range(repeat + 1):
-            ours.append(_timed(lambda: reader.read_all().release()))
-            limit.append(_timed(lambda: _read_plain(blobs, objects, image, workers)))
-            progress((done + 1) * image, (repeat + 1) * image)
+    with contextlib.closing(open_blobs(url, create=False)) as blobs:
+        sealed = SealedImage.open(blobs, bundle)
+        image = sealed.layout.image
+        objects = [(pack.name, sealed.manifest.body_bytes(pack)) for pack in sealed.manifest.packs]
+        reader, workers = ImageReader(blobs, bundle), Settings.from_environment().workers
+        with output.progress(f"bench {bundle.ref}") as progress:
+            for done in range(repeat + 1):
+                ours.append(_timed(lambda: reader.read_all().release()))
+                limit.append(_timed(lambda: _read_plain(blobs, objects, image, workers)))
+                progress((done + 1) * image, (repeat + 1) * image)
     ours, limit = ours[1:], limit[1:]
     answer = {
         "ref": bundle.ref,
@@ -93,11 +93,11 @@ def _timed(work: Callable[[], None]) -> float:
 
 def _read_plain(blobs: Blobs, objects: list[tuple[str, int]], wanted: int, workers: int) -> None:
     """`wanted` bytes of `objects` into fresh anonymous memory, on all cores."""
+    from strongroom.load.reader import abreast, anonymous
+
     if not wanted:
         return
-    memory = mmap.mmap(-1, wanted, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
+    view = anonymous(wanted)
     pieces: list[tuple[str, int, memoryview]] = []
     at = 0
     for name, length in objects:
@@ -115,15 +115,6 @@ def _read_plain(blobs: Blobs, objects: list[tuple[str, int]], wanted: int, worke
                 piece = next(queue, None)
             if piece is None:
                 return
-            try:
-                blobs.read_into(*piece)
-            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-                failures.append(error)
+            blobs.read_into(*piece)
 
-    threads = [threading.Thread(target=work, name="strongroom-bench") for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    abreast(work, workers, failures)

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 import click
 from click.core import ParameterSource
 
 from strongroom.cli.output import Output
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
 
 if TYPE_CHECKING:
     from strongroom.client import Room
@@ -36,17 +34,9 @@ class Options:
     @property
     def folder(self) -> Path:
         """The room's folder; UsageError for a URL, since this release knows rooms in folders only."""
-        text = self.room or Settings.from_environment().room
-        if "://" not in text:
-            return Path(text)
-        parts = urlsplit(text)
-        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path:
-            raise UsageError(
-                "room.not_a_folder",
-                f"{text} is not a room that can be opened from here: a room is a folder",
-                hint="--room FOLDER",
-            )
-        return Path(unquote(parts.path))
+        from strongroom.client import room_folder
+
+        return room_folder(self.room or Settings.from_environment().room)
 
     def identity(self) -> str | None:
         """Who to act as, if anybody said so."""

@@ -1,6 +1,9 @@
 """The only printer. Answers go to stdout, everything else (hints, warnings, progress, errors for people) to stderr.
 
 Under ``--json`` stdout carries exactly one object: the answer, or ``{"error": {…}}``.
+
+Names and times come from a database that somebody else may have written: nothing that a terminal would obey is printed
+as it is, neither to people (`printable`) nor in JSON.
 """
 
 from __future__ import annotations
@@ -30,33 +33,36 @@ class Output:
 
     def answer(self, value: Mapping[str, Any], lines: Iterable[str] = ()) -> None:
         """The answer of a command, once: `value` as one JSON object under ``--json``, else `lines`."""
-        text = json.dumps(value, ensure_ascii=False, default=str) if self.json else "\n".join(lines)
+        text = _as_json(value) if self.json else printable("\n".join(lines))
         if text:
             print(text, flush=True)
 
     def say(self, text: str = "") -> None:
         """One line of a longer answer, as it comes about; nothing under ``--json``."""
         if not self.json:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def heading(self, text: str) -> None:
         """A line of an answer that begins something; bold where that can be shown."""
         bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self.say(f"\x1b[1m{text}\x1b[0m" if bold else text)
+        if bold and not self.json:
+            print(f"\x1b[1m{printable(text)}\x1b[0m", flush=True)
+        else:
+            self.say(text)
 
     def note(self, text: str) -> None:
         """A hint for a person; ``--quiet`` silences it."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something that must not be missed, ``--quiet`` or not."""
-        print(f"strongroom: {text}", file=sys.stderr, flush=True)
+        print(f"strongroom: {printable(text)}", file=sys.stderr, flush=True)
 
     def error(self, error: StrongroomError) -> None:
         """The one shape of an error."""
         if self.json:
-            print(json.dumps({"error": error.as_json()}, ensure_ascii=False, default=str), flush=True)
+            print(_as_json({"error": error.as_json()}), flush=True)
         else:
             self.warn(str(error))
 
@@ -99,10 +105,27 @@ def traceback() -> None:
     """The traceback of the exception that is being handled, to stderr."""
     import traceback
 
-    traceback.print_exc(file=sys.stderr)
+    print(printable(traceback.format_exc()), end="", file=sys.stderr, flush=True)
 
 
 # -- text --------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str, *, kept: str = "\n\t") -> str:
+    r"""`text` with \xNN, \uNNNN or \UNNNNNNNN for every character that is not shown, except those `kept`.
+
+    Control characters could repaint what a terminal has shown, and characters that turn the direction of writing could
+    show another order than there is.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in kept else ascii(char)[1:-1] for char in text)
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    # JSON itself only wants U+0000 to U+001F escaped; a terminal obeys others, too.
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def size(count: float) -> str:
@@ -131,7 +154,8 @@ def counted(value: int, noun: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:
     """Lines of a table with columns as wide as they have to be; the columns `right` hold numbers."""
-    cells = [tuple(header), *(tuple(row) for row in rows)]
+    # A line break in a cell would make a row of its own, which nobody wrote.
+    cells = [tuple(header), *(tuple(printable(cell, kept="") for cell in row) for row in rows)]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
     numeric = set(right)
     return [
@@ -145,7 +169,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterab
 
 def facts(pairs: Iterable[tuple[str, object]]) -> list[str]:
     """Lines of ``name  value``, the values below each other."""
-    shown = [(name, str(value)) for name, value in pairs]
+    shown = [(name, printable(str(value), kept="")) for name, value in pairs]
     width = max((len(name) for name, _ in shown), default=0)
     return [f"{name.ljust(width)}  {value}" for name, value in shown]
 
@@ -175,14 +199,14 @@ def _bar(label: str) -> Iterator[Progress]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(printable(label), total=None)
 
         def callback(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)

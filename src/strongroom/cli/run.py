@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 from typing import NoReturn
@@ -20,7 +21,9 @@ from strongroom.errors import UsageError
 
 # What opens the room or its key store is not for the command: it gets bundles of the named versions, and no more.
 _SECRETS = ("STRONGROOM_PASSPHRASE", "STRONGROOM_NEW_PASSPHRASE")
-_REMOVED = ("BAO_TOKEN", "VAULT_TOKEN", "STRONGROOM_ROOM", "STRONGROOM_AS")
+_REMOVED = ("STRONGROOM_ROOM", "STRONGROOM_AS")
+# By prefix: tokens, client keys and the files that hold them go by many names.
+_REMOVED_PREFIXES = ("BAO_", "VAULT_", *_SECRETS)
 
 
 class RunCommand(Command):
@@ -45,8 +48,9 @@ class RunCommand(Command):
     explain="""The command gets one key bundle for each version: it opens one variant of every marked segment, in
     the order of this principal's code word, and nothing else in the room. The bundles are in sealed anonymous
     memory (memfd) that the command inherits; STRONGROOM_GRANT=fd:N says where. Taken out of its environment are the
-    passphrase, the key store's tokens, and the room itself. Core dumps are off. Whoever is the same user on this
-    machine, or root, can look into its memory.""",
+    passphrase, every variable of the key store (BAO_*, VAULT_*), and the room itself; a descriptor that the
+    passphrase came through is closed, and is /dev/null if it is a standard one. Core dumps are off. Whoever is the
+    same user on this machine, or root, can look into its memory.""",
 )
 @click.argument("refs", nargs=-1, required=True, metavar="REF... -- COMMAND...")
 @pass_options
@@ -61,13 +65,15 @@ def run(options: Options, refs: tuple[str, ...], arguments: list[str]) -> NoRetu
 
     # Before any key is in memory; the command inherits it.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Before anything else is opened here: what has these numbers now was inherited.
+    inherited = _passphrase_descriptors()
     with options.open() as room:
         grants = [Grant(*room.grant(str(Ref.parse(ref)))) for ref in refs]
+    for number in inherited:
+        _take_away(number)
     descriptor = hold(grants)
     environment = scrubbed(dict(os.environ))
     environment[VARIABLE] = variable(descriptor)
-    for name in _SECRETS:
-        _close_inherited(os.environ.get(f"{name}_FD"))
     _become(arguments, environment)
 
 
@@ -76,15 +82,33 @@ def scrubbed(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name not in _REMOVED and not any(name in (secret, f"{secret}_FD") for secret in _SECRETS)
+        if name not in _REMOVED and not name.startswith(_REMOVED_PREFIXES)
     }
 
 
-def _close_inherited(descriptor: str | None) -> None:
-    """The passphrase can still be read from the descriptor that it came through, if that is a file."""
-    if descriptor and descriptor.isdigit() and int(descriptor) > 2:
+def _passphrase_descriptors() -> set[int]:
+    """The descriptors that a passphrase was handed over in."""
+    found = set()
+    for secret in _SECRETS:
+        text = os.environ.get(f"{secret}_FD", "")
+        if re.fullmatch("[0-9]{1,9}", text, re.ASCII):
+            with contextlib.suppress(OSError):  # there is none of that number
+                os.fstat(int(text))
+                found.add(int(text))
+    return found
+
+
+def _take_away(number: int) -> None:
+    """The passphrase could be read once more from a descriptor that is a file: the command must not inherit it."""
+    if number > 2:
         with contextlib.suppress(OSError):  # closed already
-            os.close(int(descriptor))
+            os.close(number)
+        return
+    # A program relies on 0 to 2 being open: the next file that it opened would be taken for one of them.
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(nothing, number)
+    if nothing != number:
+        os.close(nothing)
 
 
 def _become(arguments: list[str], environment: dict[str, str]) -> NoReturn:

@@ -1,1 +1,1 @@
-"""Values that every other part shares: identifiers, canonical JSON, limits, settings. No I/O."""
+"""Values that all other parts share: identifiers, canonical JSON, limits, the clock, settings. No files, no network."""

@@ -14,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from strongroom.errors import UsageError
+from strongroom.errors import Tampered, UsageError
 
 _PART = r"(?!.*\.\.)[a-z0-9][a-z0-9._-]{0,63}"
 _NAME = re.compile(rf"{_PART}(/{_PART}){{0,7}}", re.ASCII)
@@ -59,6 +59,14 @@ def parse_principal(text: str) -> str:
             hint="strongroom principal ls",
         )
     return text
+
+
+def parse_id(text: object, size: int = 16) -> bytes:
+    """The bytes of an identifier in lower-case hexadecimal; Tampered otherwise (somebody wrote to the database: such a
+    text must become neither a path nor an exception of Python's)."""
+    if not isinstance(text, str) or not re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", text, re.ASCII):
+        raise Tampered("id.malformed", f"an identifier in the database is not {size} bytes in hexadecimal")
+    return bytes.fromhex(text)
 
 
 def random_id(size: int = 16) -> bytes:

@@ -1,9 +1,14 @@
-"""What the environment says. Read once a process, at the edge; everything else takes arguments."""
+"""What the environment says: asked for where a room or a reader is opened; everything else takes arguments."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+
+from strongroom.errors import UsageError
+
+_MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -17,15 +22,27 @@ class Settings:
 
     @classmethod
     def from_environment(cls) -> Settings:
+        """The variables as they are now; an empty one counts as unset. UsageError ``settings.threads``."""
         env = os.environ
-        threads = env.get("STRONGROOM_THREADS", "0")
         return cls(
             room=env.get("STRONGROOM_ROOM") or cls.room,
             principal=env.get("STRONGROOM_AS") or None,
             grant=env.get("STRONGROOM_GRANT") or None,
-            threads=int(threads) if threads.isdigit() else 0,
+            threads=_threads(env.get("STRONGROOM_THREADS") or None),
         )
 
     @property
     def workers(self) -> int:
         return self.threads or len(os.sched_getaffinity(0))
+
+
+def _threads(text: str | None) -> int:
+    if text is None:
+        return 0
+    if not re.fullmatch("[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= _MOST_THREADS:
+        raise UsageError(
+            "settings.threads",
+            f"STRONGROOM_THREADS is {text[:40]!r}, not a number from 1 to {_MOST_THREADS}",
+            hint="unset STRONGROOM_THREADS: then there are as many threads as cores",
+        )
+    return int(text)

@@ -11,6 +11,10 @@ from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered
 
+# Canonical JSON sorts its keys, so the payload comes first and only its text is ever long.
+_PAYLOAD = b'{"payload":"'
+_REST_MAX = 64 * 1024  # everything but the payload: the type and 16 signatures of up to 4 KiB
+
 
 def pre_authentication_encoding(payload_type: str, payload: bytes) -> bytes:
     """PAE: the bytes that are signed. Lengths keep type and payload from being shifted into each other."""
@@ -46,7 +50,13 @@ class Envelope:
             raise LimitExceeded(
                 "dsse.too_large", f"the envelope has {len(data)} bytes, at most {LIMITS.manifest} are read"
             )
-        value = canonical.decode(data, what="the envelope")
+        # The store can write anything here, and nothing is signed yet: 64 MiB of `{},` would become gigabytes of
+        # objects. The payload stays bytes; what is left to parse as JSON is short, or it is no envelope.
+        begin = len(_PAYLOAD) if data.startswith(_PAYLOAD) else 0
+        end = max(begin, data.find(b'"', begin)) if begin else 0
+        if len(data) - (end - begin) > _REST_MAX:
+            raise Tampered("dsse.malformed", f"the envelope has more than {_REST_MAX} bytes besides its payload")
+        value = canonical.decode(data[:begin] + data[end:], what="the envelope")
         if not isinstance(value, dict) or set(value) != {"payload", "payloadType", "signatures"}:
             raise Tampered("dsse.malformed", "the envelope does not have exactly payload, payloadType and signatures")
         if value["payloadType"] != payload_type:
@@ -56,7 +66,9 @@ class Envelope:
         signatures = value["signatures"]
         if not isinstance(signatures, list) or not 1 <= len(signatures) <= LIMITS.signatures:
             raise Tampered("dsse.malformed", f"the envelope has no list of 1 to {LIMITS.signatures} signatures")
-        return cls(payload_type, _unbase64(value["payload"]), tuple(_signature(item) for item in signatures))
+        # Nothing but base64 passes, which JSON has one spelling for: what was cut out is canonical as well.
+        payload = _decoded(data[begin:end]) if begin else _unbase64(value["payload"])
+        return cls(payload_type, payload, tuple(_signature(item) for item in signatures))
 
 
 def _signature(item: Any) -> tuple[str, bytes]:
@@ -68,11 +80,15 @@ def _signature(item: Any) -> tuple[str, bytes]:
 def _unbase64(text: object) -> bytes:
     if not isinstance(text, str):
         raise Tampered("dsse.malformed", "a part of the envelope is not base64 text")
+    return _decoded(text.encode("utf-8"))
+
+
+def _decoded(text: bytes) -> bytes:
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise Tampered("dsse.malformed", "a part of the envelope is not base64") from None
     # One text for one value: base64 with stray low bits would decode to the same bytes.
-    if base64.b64encode(data).decode() != text:
+    if base64.b64encode(data) != text:
         raise Tampered("dsse.malformed", "a part of the envelope is not canonical base64")
     return data

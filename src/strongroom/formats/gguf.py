@@ -6,6 +6,7 @@ room for what it announces, so that no header makes its reader allocate or loop 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ _CHUNK = 1 << 20
 _NAME_MAX = 65_535  # what the format allows a key; ggml itself stops at 63 for tensors
 _ARRAY_DEPTH = 4
 _ITEMS_MAX = LIMITS.gguf_metadata // 8  # values in all arrays together: a string takes eight bytes at least
-_INT64_MAX = 2**63 - 1  # ggml counts elements in int64
+_PAIRS_MAX = 65_536  # real files have some dozens
+_DIMENSION_MAX = 2**48
+_PRODUCT_END = 2**60  # of the dimensions that are not 0; times eight bytes it is the first that int64 has not
 
 GgufValue = int | float | bool | str | bytes | tuple["GgufValue", ...]
 
@@ -111,6 +114,9 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> GgufHeade
         _refuse("count_out_of_range", f"{tensor_count} tensors and {pair_count} keys do not fit {file_size} bytes")
     if tensor_count > LIMITS.gguf_tensors:
         raise LimitExceeded("gguf.limit", f"{tensor_count} tensors in one file; at most {LIMITS.gguf_tensors}")
+    # Of thirteen bytes each, millions of them would become a gigabyte of objects.
+    if pair_count > _PAIRS_MAX:
+        raise LimitExceeded("gguf.limit", f"{pair_count} keys in one file; at most {_PAIRS_MAX}")
     metadata = _metadata(cursor, pair_count)
     alignment = _alignment(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
     tensors = [_tensor(cursor) for _ in range(tensor_count)]
@@ -251,12 +257,11 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
     if number not in GGML_TYPES:
         _refuse("unknown_type", f"ggml type {number} is unknown or withdrawn", tensor=name)
     dtype = GGML_TYPES[number]
-    elements = 1
-    for n in shape:
-        elements *= n
-        # In 64-bit arithmetic the product wraps to a small number, and a reader allocates too little.
-        if elements > _INT64_MAX or n > _INT64_MAX:
-            _refuse("overflow", "a shape's product does not fit 63 bits", tensor=name)
+    # In 64-bit arithmetic the product wraps to a small number, and a reader allocates too little. Zeros don't count:
+    # they make the size nothing, but not the strides that a reader computes from the rest.
+    if any(n > _DIMENSION_MAX for n in shape) or math.prod(n for n in shape if n) >= _PRODUCT_END:
+        _refuse("overflow", "no array has so many elements along its dimensions", tensor=name)
+    elements = math.prod(shape)
     # Blocks run along rows; a row that ends inside a block has no size.
     if (shape[-1] if shape else 1) % dtype.block:
         _refuse("part_of_a_block", f"rows of {dtype.name} are not whole blocks of {dtype.block} elements", tensor=name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered, Truncated
-from strongroom.formats.manifest import COMMON, MARKED, Manifest, PackEntry
+from strongroom.formats.manifest import COMMON, MARKED, TAG_BYTES, Manifest, PackEntry
 from strongroom.formats.suites import DIGEST_BYTES, Suite
 
 _MAGIC = b"SRPACK01"
@@ -55,6 +55,12 @@ class Trailer:
         """Of a marked pack: (digest A, digest B, commitment A, commitment B) of each position."""
         joined = b"".join(part for record in records for part in record)
         return cls(suite, MARKED, first, len(records), segment, segment, pack_id, bytes(DIGEST_BYTES), joined)
+
+    @property
+    def body_bytes(self) -> int:
+        """The size of the body that this is the trailer of."""
+        each = (self.count - 1) * self.segment + self.last + self.count * TAG_BYTES
+        return 2 * each if self.kind == MARKED else each
 
     def encode(self) -> bytes:
         return (

@@ -7,12 +7,16 @@ What the reference implementation (safetensors 0.8, Rust) accepts is accepted he
 - duplicate keys: the page forbids them, the reference keeps the last of two tensors of one name, and another reader
   may keep the first, so that what was reviewed is not what runs;
 - a tensor's entry written as a JSON array, or its dtype as an object: accepted there by accident of its decoder;
-- more tensors, dimensions or JSON values than `strongroom.core.limits` allows.
+- a dimension over 2^48, or dimensions other than 0 with a product of 2^60 or more: only a tensor of no elements has
+  them, and NumPy and torch, whose strides are signed 64-bit numbers of bytes, cannot make it;
+- more tensors, dimensions or JSON values than `strongroom.core.limits` allows, or, where the tensors are few, than they
+  take.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +30,8 @@ from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 LENGTH_BYTES = 8
 _USIZE_MAX = 2**64 - 1
 _DEPTH_MAX = 127  # serde_json's
+_DIMENSION_MAX = 2**48
+_PRODUCT_END = 2**60  # of the dimensions that are not 0; times eight bytes it is the first that int64 has not
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -108,8 +114,15 @@ def _document(header: bytes) -> dict[str, Any]:
     if header[:1] != b"{":
         _refuse("not_an_object", "its header does not begin with '{'")
     # A hundred megabytes of two-byte values would become gigabytes of objects.
-    if header.count(b",") + header.count(b":") > 16 * LIMITS.tensors:
-        raise LimitExceeded("safetensors.limit", f"more than {16 * LIMITS.tensors} values in one header")
+    tensors = header.count(b'"data_offsets"')
+    if tensors > LIMITS.tensors:
+        raise LimitExceeded("safetensors.limit", f"{tensors} tensors in one file; at most {LIMITS.tensors}")
+    # A tensor of eight dimensions takes fifteen separators and three brackets; the rest is for the metadata's texts.
+    values = min(16 * tensors + 4 * LIMITS.tensors, 16 * LIMITS.tensors)
+    if header.count(b",") + header.count(b":") > values:
+        raise LimitExceeded("safetensors.limit", f"more than {values} values in one header")
+    if header.count(b"{") + header.count(b"[") > 3 * tensors + LIMITS.tensors:
+        raise LimitExceeded("safetensors.limit", f"more than {3 * tensors + LIMITS.tensors} lists and objects")
     try:
         text = header.decode("utf-8")
         document = json.loads(
@@ -208,6 +221,9 @@ def _byte_size(name: str, dtype: Dtype, shape: tuple[int, ...]) -> int:
             _refuse("overflow", "a shape's product does not fit 64 bits", name)
     if elements * dtype.bits > _USIZE_MAX:
         _refuse("overflow", "a tensor's size in bits does not fit 64 bits", name)
+    # A zero makes the size nothing, whatever else the shape says, and readers fail on the rest.
+    if any(n > _DIMENSION_MAX for n in shape) or math.prod(n for n in shape if n) >= _PRODUCT_END:
+        _refuse("shape_too_large", "no array has so many elements along its dimensions", name)
     if elements % dtype.block:
         _refuse("part_of_a_byte", f"{elements} elements of {dtype.name} do not end at a byte", name)
     return elements // dtype.block * dtype.block_bytes

@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
+from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import Layout, Segment
 from strongroom.storage.blobs import Blobs
@@ -52,16 +52,40 @@ class ImageReader:
             raise UsageError(
                 "read.buffer", f"the buffer has {out.nbytes} bytes, the image {self.layout.image}; it must be writable"
             )
-        self.read_range(0, out)
+        self._read(0, _flat(out))
 
     def read(self, begin: int, end: int) -> memoryview:
-        """Bytes `begin` to `end` of the image: only the segments that they touch are fetched."""
-        out = memoryview(bytearray(end - begin))
-        self.read_range(begin, out)
+        """Bytes `begin` to `end` of the image: only the segments that they touch are fetched.
+
+        UsageError ``read.range`` beyond the image, LimitExceeded ``read.memory``.
+        """
+        self._check_range(begin, end)
+        try:
+            out = memoryview(bytearray(end - begin))
+        except MemoryError:
+            raise _no_memory(end - begin) from None
+        self._read(begin, out)
         return out
 
     def read_range(self, begin: int, out: memoryview) -> None:
-        """Bytes of the image from `begin` into `out`. On any failure `out` is wiped."""
+        """Bytes of the image from `begin` into `out`. On any failure `out` is wiped.
+
+        UsageError ``read.range`` beyond the image (where nothing would be written, and `out` kept what it held before),
+        ``read.buffer`` if `out` is not writable and contiguous.
+        """
+        if out.readonly:
+            raise UsageError("read.buffer", "the buffer must be writable")
+        flat = _flat(out)
+        self._check_range(begin, begin + len(flat))
+        self._read(begin, flat)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _check_range(self, begin: int, end: int) -> None:
+        if not 0 <= begin <= end <= self.layout.image:
+            raise UsageError("read.range", f"bytes {begin} to {end} of an image that has {self.layout.image}")
+
+    def _read(self, begin: int, out: memoryview) -> None:
         if not len(out):
             return
         window = _Window(begin, begin + len(out), out)
@@ -71,35 +95,27 @@ class ImageReader:
         agenda = _Agenda(stretches, max(1, self._workers // 4))
         try:
             self._work(agenda, window, self._workers if len(stretches) > 1 else 1)
+        except MemoryError:
+            wipe(out)
+            raise _no_memory(len(out)) from None
         except BaseException:
             wipe(out)
             raise
-
-    # -- inside --------------------------------------------------------------------------------------------------
 
     def _work(self, agenda: _Agenda, window: _Window, workers: int) -> None:
         failures: list[BaseException] = []
 
         def run() -> None:
-            scratch = self._sealed.scratch()
+            scratch = None
             while not failures:
-                try:
-                    with agenda.task() as (marked, numbers):
-                        for number in numbers:
-                            (self._stripe if marked else self._common)(number, window, scratch)
-                        if not numbers:
-                            return
-                except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
-                    failures.append(error)
+                scratch = scratch or self._sealed.scratch()
+                with agenda.task() as (marked, numbers):
+                    for number in numbers:
+                        (self._stripe if marked else self._common)(number, window, scratch)
+                    if not numbers:
+                        return
 
-        threads = [threading.Thread(target=run, name="strongroom-read") for _ in range(workers - 1)]
-        for thread in threads:
-            thread.start()
-        run()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        abreast(run, workers, failures)
 
     def _common(self, number: int, window: _Window, scratch: memoryview) -> None:
         segment = self.layout.common_segment(number)
@@ -176,12 +192,85 @@ class _Agenda:
             return next(stretches, range(0))
 
 
+def abreast(run: Callable[[], None], workers: int, failures: list[BaseException]) -> None:
+    """`run` on `workers` threads, this one included; raises the first failure once all of them have ended.
+
+    `run` returns when nothing is left to do, and soon after `failures` is no longer empty. No thread outlives this
+    call: a buffer that is wiped after it stays so. Where the machine gives no more threads, those that there are do it.
+    """
+
+    def guarded() -> None:
+        try:
+            run()
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            failures.append(error)
+
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(workers - 1):
+            threads.append(threading.Thread(target=guarded, name="strongroom-read"))
+            try:
+                threads[-1].start()
+            except RuntimeError:  # the limit of threads is reached
+                threads.pop()
+                break
+        guarded()
+        _join(threads, failures)
+    except BaseException as error:
+        failures.append(error)  # tells the others to stop
+        raise
+    finally:
+        # One that has not begun to run yet sees the failure before it does anything.
+        _join(threads, failures)
+    if failures:
+        raise failures[0]
+
+
+def _join(threads: list[threading.Thread], failures: list[BaseException]) -> None:
+    interrupt: KeyboardInterrupt | None = None
+    for thread in threads:
+        while thread.is_alive():
+            try:
+                thread.join()
+            except KeyboardInterrupt as error:  # raised below: until then the thread still writes to the buffer
+                interrupt = error
+                failures.append(error)
+    if interrupt is not None:
+        raise interrupt
+
+
 def anonymous(size: int) -> memoryview:
-    """Memory that is zero until written, takes no room until then, and is backed by no file."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    memory.madvise(mmap.MADV_DONTDUMP)
+    """Memory that is zero until written, takes no room until then, and is backed by no file.
+
+    LimitExceeded ``read.memory`` if the machine, or this process's limit, does not give that much.
+    """
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, MemoryError, OverflowError):
+        raise _no_memory(size) from None
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTDUMP):
+        with contextlib.suppress(OSError):  # a kernel without it; the memory is as good
+            memory.madvise(advice)
     return memoryview(memory)
+
+
+def _no_memory(size: int) -> LimitExceeded:
+    return LimitExceeded(
+        "read.memory",
+        f"there is no memory for {size} bytes of weights",
+        hint="read single tensors, or give the process more memory",
+        bytes=size,
+    )
+
+
+def _flat(out: memoryview) -> memoryview:
+    """`out` as bytes, whatever its items are."""
+    if not out.nbytes:
+        return memoryview(b"")
+    try:
+        return out.cast("B")
+    except TypeError:
+        raise UsageError("read.buffer", "the buffer must be one contiguous stretch of memory") from None
 
 
 def wipe(out: memoryview) -> None:

@@ -102,6 +102,7 @@ put_packs = sa.Table(
     sa.Column("pack_id", sa.Text, nullable=False),
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("progress", sa.Text, nullable=False),
+    sa.Column("mac", sa.Text, nullable=False),
 )
 
 

@@ -10,6 +10,11 @@ into the caller's buffer.
 
     FOLDER/packs/ab/abcd…      an object, mode 0600, never changed
     FOLDER/tmp/…               being written, or left behind by a process that was killed; locked while being written
+
+Whoever can write FOLDER can put a link in the place of any folder in it. So each folder below FOLDER is opened from the
+one above it without following links, and files are made, read, linked and removed through its descriptor, never through
+a path: otherwise ``tmp`` linked to a home folder would have `sweep` empty that. FOLDER itself may be a link; it is the
+caller's to name.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 import threading
@@ -39,6 +45,7 @@ _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _WRITE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 _TMP = "tmp"
+_TEMPORARY = re.compile(r"[0-9a-f]{32}", re.ASCII)  # what `write` names its files in tmp; sweep touches no others
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "rootfs"})
 
 
@@ -55,7 +62,9 @@ class LocalBlobs:
         self._folder = Path(folder).absolute()
         self._descriptors = max(1, descriptors)
         self._open_files: dict[str, _OpenFile] = {}
-        self._synced: set[Path] = set()  # folders whose own entry in their parent is known to be durable
+        self._synced: set[str] = (
+            set()
+        )  # folders ("" the store's own) whose entry in their parent is known to be durable
         self._lock = threading.Lock()
         if not create and not self._folder.is_dir():
             raise BackendError(
@@ -71,48 +80,49 @@ class LocalBlobs:
     # -- writing -------------------------------------------------------------------------------------------------
 
     def write(self, name: str, chunks: Iterable[Buffer]) -> int:
-        target = self._path(name)
-        temporary = self._folder / _TMP / secrets.token_hex(16)
-        try:
-            self._make_folder(temporary.parent)
-            descriptor = os.open(temporary, _WRITE, 0o600)
-        except OSError as error:
-            _fail(error, name, writing=True)
-        try:
-            with contextlib.suppress(OSError):  # says to sweep() that somebody is at it; some file systems can't
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = _write_all(descriptor, chunks, name)
+        parent, leaf = _split(check_name(name))
+        with contextlib.ExitStack() as stack:
+            temporary = secrets.token_hex(16)
             try:
-                os.fsync(descriptor)
-                self._make_folder(target.parent)
-                self._publish(temporary, target, descriptor, name)
+                tmp = stack.enter_context(self._inside(_TMP, make=True))
+                descriptor = os.open(temporary, _WRITE, 0o600, dir_fd=tmp)
             except OSError as error:
                 _fail(error, name, writing=True)
-        finally:
-            # Whatever happened, the temporary name goes; if even that fails, sweep() removes it later.
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            try:
+                with contextlib.suppress(OSError):  # says to sweep() that somebody is at it; some file systems can't
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                size = _write_all(descriptor, chunks, name)
+                try:
+                    os.fsync(descriptor)
+                    with self._inside(parent, make=True) as folder:
+                        self._publish(tmp, temporary, folder, leaf, descriptor, name)
+                except OSError as error:
+                    _fail(error, name, writing=True)
+            finally:
+                # Whatever happened, the temporary name goes; if even that fails, sweep() removes it later.
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=tmp)
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
         return size
 
-    def _publish(self, temporary: Path, target: Path, descriptor: int, name: str) -> None:
+    def _publish(self, tmp: int, temporary: str, folder: int, leaf: str, descriptor: int, name: str) -> None:
         try:
             # A hard link, not a rename: it refuses an existing name in the same step, so of two writers one wins.
-            os.link(temporary, target, follow_symlinks=False)
+            os.link(temporary, leaf, src_dir_fd=tmp, dst_dir_fd=folder, follow_symlinks=False)
         except FileExistsError:
-            if not self._same(target, descriptor):
+            if not self._same(folder, leaf, descriptor):
                 raise Conflict(
                     "store.exists",
                     f"the store already has an object {name} with other content; objects are never overwritten",
                     object=name,
                 ) from None
             # The other writer may not have come to its own sync yet.
-        _sync_folder(target.parent)
+        os.fsync(folder)
 
-    def _same(self, target: Path, descriptor: int) -> bool:
-        """Whether the file at `target` has the bytes of `descriptor`, and is durable when this returns."""
-        other = os.open(target, _READ)
+    def _same(self, folder: int, leaf: str, descriptor: int) -> bool:
+        """Whether the file `leaf` in `folder` has the bytes of `descriptor`, and is durable when this returns."""
+        other = os.open(leaf, _READ, dir_fd=folder)
         try:
             status = os.fstat(other)
             size = os.fstat(descriptor).st_size
@@ -121,8 +131,8 @@ class LocalBlobs:
             ours, theirs = memoryview(bytearray(MIB)), memoryview(bytearray(MIB))
             for at in range(0, size, MIB):
                 count = min(MIB, size - at)
-                _read_exactly(descriptor, at, ours[:count], target.name)
-                _read_exactly(other, at, theirs[:count], target.name)
+                _read_exactly(descriptor, at, ours[:count], leaf)
+                _read_exactly(other, at, theirs[:count], leaf)
                 if ours != theirs:
                     return False
             os.fsync(other)
@@ -130,24 +140,49 @@ class LocalBlobs:
         finally:
             os.close(other)
 
-    def _make_folder(self, folder: Path) -> None:
-        """Make `folder` and those above it where missing, and make their names durable."""
-        if folder in self._synced and folder.is_dir():
-            return
-        if folder != self._folder:
-            self._make_folder(folder.parent)
-        else:
-            _make_parents(folder.parent)
-        # One that exists is synced too: whoever made it may not have come to that yet.
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(0o700)
+    @contextlib.contextmanager
+    def _inside(self, folder: str, *, make: bool = False) -> Iterator[int]:
+        """A descriptor of `folder` ("" the store's own), come to through real folders only; `make` those missing.
+
+        OSError where there is none; Tampered where a link stands in for one.
+        """
+        if make:
+            self._make_root()
+        descriptor = os.open(self._folder, _FOLDER)
         try:
-            _sync_folder(folder.parent)
-        except PermissionError:
-            if folder != self._folder:
-                raise
-            # Somebody made it for us inside a folder that we may not read: its durability is theirs.
-        self._synced.add(folder)
+            path = ""
+            for part in folder.split("/") if folder else ():
+                path = f"{path}/{part}" if path else part
+                deeper = self._make(descriptor, part, path) if make else _enter(descriptor, part, path)
+                descriptor, above = deeper, descriptor
+                os.close(above)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _make(self, above: int, part: str, path: str) -> int:
+        """Open the folder `part` of `above`, made if it is missing, its name durable."""
+        if path in self._synced:
+            with contextlib.suppress(FileNotFoundError):
+                return _enter(above, part, path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(part, 0o700, dir_fd=above)
+        # One that exists is synced too: whoever made it may not have come to that yet.
+        os.fsync(above)
+        descriptor = _enter(above, part, path)
+        self._synced.add(path)
+        return descriptor
+
+    def _make_root(self) -> None:
+        if "" in self._synced and self._folder.is_dir():
+            return
+        _make_parents(self._folder.parent)
+        with contextlib.suppress(FileExistsError):
+            self._folder.mkdir(0o700)
+        # Where somebody made it for us inside a folder that we may not read, its durability is theirs.
+        with contextlib.suppress(PermissionError):
+            _sync_folder(self._folder.parent)
+        self._synced.add("")
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -188,8 +223,10 @@ class LocalBlobs:
             self.read_into(name, offset, buffer)
 
     def size(self, name: str) -> int:
+        parent, leaf = _split(check_name(name))
         try:
-            status = self._path(name).lstat()
+            with self._inside(parent) as folder:
+                status = os.stat(leaf, dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             self._forget(name)
             _fail(error, name)
@@ -219,9 +256,10 @@ class LocalBlobs:
             self._open_files.pop(name, None)
 
     def _open(self, name: str) -> _OpenFile:
-        path = self._path(name)
+        parent, leaf = _split(check_name(name))
         try:
-            file = _OpenFile(os.open(path, _READ))
+            with self._inside(parent) as folder:
+                file = _OpenFile(os.open(leaf, _READ, dir_fd=folder))
             status = os.fstat(file.descriptor)
         except OSError as error:
             _fail(error, name)
@@ -232,77 +270,55 @@ class LocalBlobs:
     # -- the folder ----------------------------------------------------------------------------------------------
 
     def delete(self, name: str) -> None:
-        path = self._path(name)
+        parent, leaf = _split(check_name(name))
         self._forget(name)
         try:
-            path.unlink()
-            _sync_folder(path.parent)  # deleting is part of shredding: it has to last, too
+            with self._inside(parent) as folder:
+                os.unlink(leaf, dir_fd=folder)
+                os.fsync(folder)  # deleting is part of shredding: it has to last, too
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return  # there is no such object
         except OSError as error:
             _fail(error, name, writing=True)
 
     def list(self, folder: str = "") -> Iterator[tuple[str, int]]:
-        prefix = check_folder(folder)
-        return self._walk(self._folder / prefix, f"{prefix}/" if prefix else "")
+        return self._walk(check_folder(folder))
 
-    def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
+    def _walk(self, folder: str) -> Iterator[tuple[str, int]]:
         try:
-            with os.scandir(folder) as entries:
-                found = list(entries)
+            with self._inside(folder) as descriptor:
+                folders, files = _entries(descriptor, f"{folder}/" if folder else "")
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
-            _fail(error, prefix)
-        for entry in found:
-            name = prefix + entry.name
-            if not _is_name(name):
-                continue  # tmp, or nothing of ours
-            try:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from self._walk(folder / entry.name, f"{name}/")
-                elif entry.is_file(follow_symlinks=False):
-                    yield name, entry.stat(follow_symlinks=False).st_size
-            except FileNotFoundError:
-                continue  # deleted since it was listed
-            except OSError as error:
-                _fail(error, name)
+            _fail(error, folder)
+        yield from files
+        for deeper in folders:
+            yield from self._walk(deeper)
 
     def leftovers(self) -> Sequence[tuple[str, int]]:
-        return [(f"{_TMP}/{entry.name}", entry.stat(follow_symlinks=False).st_size) for entry in self._leftovers(0.0)]
-
-    def sweep(self, older_than_s: float = 3600.0) -> int:
-        removed = 0
-        for entry in self._leftovers(older_than_s):
-            try:
-                descriptor = os.open(entry.path, _READ)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    Path(entry.path).unlink()
-                    removed += 1
-                finally:
-                    os.close(descriptor)
-            except (BlockingIOError, FileNotFoundError):
-                continue  # being written, or gone: another process published it or swept it
-            except OSError as error:
-                _fail(error, f"{_TMP}/{entry.name}", writing=True)
-        return removed
-
-    def _leftovers(self, older_than_s: float) -> Sequence[os.DirEntry[str]]:
-        before = time.time() - older_than_s
-        found = []
         try:
-            with os.scandir(self._folder / _TMP) as entries:
-                for entry in entries:
-                    with contextlib.suppress(FileNotFoundError):
-                        status = entry.stat(follow_symlinks=False)
-                        if stat.S_ISREG(status.st_mode) and status.st_mtime <= before:
-                            found.append(entry)
+            with self._inside(_TMP) as tmp:
+                return [(f"{_TMP}/{name}", size) for name, size in _leftovers(tmp, 0.0)]
         except FileNotFoundError:
             return []
         except OSError as error:
             _fail(error, _TMP)
-        return found
+
+    def sweep(self, older_than_s: float = 3600.0) -> int:
+        removed = 0
+        try:
+            with self._inside(_TMP) as tmp:
+                for name, _ in _leftovers(tmp, older_than_s):
+                    with contextlib.suppress(BlockingIOError, FileNotFoundError):
+                        # Either it is being written, or it is gone: another process published it or swept it.
+                        _remove_unlocked(tmp, name)
+                        removed += 1
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            _fail(error, _TMP, writing=True)
+        return removed
 
     def check(self) -> dict[str, Any]:
         name = f"check/{secrets.token_hex(16)}"
@@ -337,9 +353,6 @@ class LocalBlobs:
         with self._lock:
             self._open_files.clear()
 
-    def _path(self, name: str) -> Path:
-        return self._folder / check_name(name)
-
 
 class _OpenFile:
     """A read descriptor that lives as long as somebody refers to it."""
@@ -353,6 +366,88 @@ class _OpenFile:
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound: modules may be gone at exit
         close(self.descriptor)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The folder of an object ("" the store's own) and its name in there."""
+    parent, _, leaf = name.rpartition("/")
+    return parent, leaf
+
+
+def _enter(above: int, part: str, path: str) -> int:
+    """Open the folder `part` of the folder `above`; Tampered where a link stands there, which is never followed."""
+    try:
+        return os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=above)
+    except OSError as error:
+        # Which of the two a link gives, with both flags, is up to the system; a plain file gives ENOTDIR, too.
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        if not stat.S_ISLNK(os.stat(part, dir_fd=above, follow_symlinks=False).st_mode):
+            raise
+    raise _linked(path)
+
+
+def _linked(path: str) -> Tampered:
+    return Tampered(
+        "store.not_a_folder",
+        f"at {path} the store has a link where a folder was expected; links in a store are never followed",
+        hint="put the folder itself back; to keep a store on another disk, link or mount the whole store",
+        folder=path,
+    )
+
+
+def _entries(folder: int, prefix: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """The folders in `folder`, and its objects with their sizes in bytes; what is not ours is left out."""
+    folders: list[str] = []
+    files: list[tuple[str, int]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if not _is_name(name):
+                continue  # tmp, or nothing of ours
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                elif entry.is_file(follow_symlinks=False):
+                    files.append((name, entry.stat(follow_symlinks=False).st_size))
+                elif _is_linked_folder(entry):
+                    # Left out, all that was in the folder would look deleted.
+                    raise _linked(name)
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+    return folders, files
+
+
+def _is_linked_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a link in a circle, or to where we may not look
+        return False
+
+
+def _leftovers(tmp: int, older_than_s: float) -> list[tuple[str, int]]:
+    """Name and size in bytes of the temporary files in the folder `tmp` that are at least so old."""
+    before = time.time() - older_than_s
+    found = []
+    with os.scandir(tmp) as entries:
+        for entry in entries:
+            if not _TEMPORARY.fullmatch(entry.name):
+                continue  # never made by write(), so not ours to remove
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_mtime <= before:
+                    found.append((entry.name, status.st_size))
+    return found
+
+
+def _remove_unlocked(tmp: int, name: str) -> None:
+    """Remove `name` from the folder `tmp`; BlockingIOError where somebody holds its lock."""
+    descriptor = os.open(name, _READ, dir_fd=tmp)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(name, dir_fd=tmp)
+    finally:
+        os.close(descriptor)
 
 
 def _make_parents(folder: Path) -> None:

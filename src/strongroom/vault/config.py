@@ -3,50 +3,91 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from strongroom.core import canonical
+from strongroom.core.limits import KIB
 from strongroom.errors import NotFound, Tampered
 
 FORMAT = 1
 NAME = "room.json"
 
 
+_MAX_BYTES = 64 * KIB
+
+
 @dataclass(frozen=True)
 class RoomConfig:
-    """`room`: 16 bytes. `store` and `db` are URLs; relative paths start at the room's folder."""
+    """`room`: 16 bytes. `store` and `db` are URLs; relative paths start at the room's folder.
+
+    `keystores` are the URIs of the key stores that the database may name: the one in use, and while the room moves to
+    another, both. They are here, not only there, because whoever can write to the database must not choose the server
+    that is asked, and given the key store's token.
+    """
 
     room: bytes
     store: str
     db: str
+    keystores: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: Path) -> RoomConfig:
+        """NotFound ``room.missing``; Tampered ``room.malformed``."""
         path = folder / NAME
         try:
-            data = path.read_bytes()
+            # Neither a link to another file nor a pipe that never answers.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             hint = f"strongroom --room {folder} init, or name another room with --room or STRONGROOM_ROOM"
             raise NotFound("room.missing", f"{folder} is not a room: it has no {NAME}", hint=hint) from None
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Tampered("room.malformed", f"{path} is not a plain file")
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise Tampered("room.malformed", f"{path} is larger than a room's configuration")
         value = canonical.decode(data, what=str(path))
         try:
-            if value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']!r}")
-            config = cls(bytes.fromhex(value["room"]), str(value["store"]), str(value["db"]))
-            if len(config.room) != 16:
-                raise ValueError("the room's identifier does not have 16 bytes")
+            return cls._of(value)
         except (KeyError, TypeError, ValueError) as error:
             raise Tampered("room.malformed", f"{path} does not hold together: {error}") from None
-        return config
+
+    @classmethod
+    def _of(cls, value: Any) -> RoomConfig:
+        if type(value["format"]) is not int or value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']!r}")
+        keystores = value["keystores"]
+        if not isinstance(keystores, list) or not keystores:
+            raise TypeError("no key store is named")
+        texts = [value["store"], value["db"], *keystores]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise TypeError("a URL is not a text")
+        if not isinstance(value["room"], str) or len(value["room"]) != 32:
+            raise ValueError("the room's identifier does not have 16 bytes")
+        return cls(bytes.fromhex(value["room"]), value["store"], value["db"], tuple(keystores))
+
+    def pin(self, folder: Path, keystores: Sequence[str]) -> None:
+        """Write this configuration with other key stores."""
+        replace(self, keystores=tuple(dict.fromkeys(keystores))).write(folder)
 
     def write(self, folder: Path) -> None:
-        """Durable and atomic; FileExistsError never, the caller has made sure that the folder is new."""
-        temporary = folder / f".{NAME}.new"
-        with temporary.open("xb") as file:
-            file.write(
-                canonical.encode({"format": FORMAT, "room": self.room.hex(), "store": self.store, "db": self.db})
-            )
+        """Durable and atomic: the old configuration or the new one."""
+        value = {
+            "format": FORMAT,
+            "room": self.room.hex(),
+            "store": self.store,
+            "db": self.db,
+            "keystores": list(self.keystores),
+        }
+        temporary = folder / f".{NAME}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(canonical.encode(value))
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(folder / NAME)

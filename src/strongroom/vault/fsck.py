@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import delete, select
 
-from strongroom.errors import IntegrityError, NotFound
+from strongroom.core.limits import LIMITS
+from strongroom.errors import Conflict, IntegrityError, NotFound, StrongroomError
+from strongroom.formats.dsse import Envelope
+from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.pack import trailer_bytes
 from strongroom.storage.db import put_packs, puts
-from strongroom.vault.journal import locked
+from strongroom.vault.journal import lock_path, locked
 from strongroom.vault.verify import Problem, problem_of
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
+
+# The only names that a room writes; whatever else somebody keeps in the store is not ours to delete.
+_OURS = re.compile(r"packs/[0-9a-f]{2}/[0-9a-f]{64}|versions/[0-9a-f]{32}/[0-9]{1,10}\.(manifest|index)", re.ASCII)
 
 
 @dataclass
@@ -28,6 +35,7 @@ class FsckReport:
     problems: list[dict[str, Any]] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
     orphan_bytes: int = 0
+    foreign: int = 0  # objects of a form that no room writes; never touched
     pending: list[dict[str, Any]] = field(default_factory=list)
     leftovers: int = 0
     repaired: bool = False
@@ -54,16 +62,36 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
         if info.state == "active":
             report.versions += 1
             needed |= _check_version(vault, info.ref, objects, report)
-    report.orphans = sorted(set(objects) - needed)
+    report.orphans = sorted(name for name in set(objects) - needed if _OURS.fullmatch(name))
+    report.foreign = len(set(objects) - needed) - len(report.orphans)
     report.orphan_bytes = sum(objects[name] for name in report.orphans)
     report.leftovers = len(vault.blobs.leftovers())
     # A job that is at it may have stored a pack and not yet noted it: what looks like an orphan may be that.
     if repair and not any(job["running"] for job in report.pending):
+        _refuse_shared(vault, report.orphans)
         for name in report.orphans:
             vault.blobs.delete(name)
         report.leftovers -= vault.blobs.sweep()
         report.repaired = True
     return report
+
+
+def _refuse_shared(vault: Vault, orphans: list[str]) -> None:
+    """Another room's objects look like orphans of this one: never delete in a store that has a manifest of one."""
+    for name in orphans:
+        if not name.endswith(".manifest"):
+            continue
+        try:
+            envelope = Envelope.decode(vault.blobs.read(name, limit=LIMITS.manifest), payload_type=PAYLOAD_TYPE)
+            other = Manifest.decode(envelope.payload).room
+        except StrongroomError:
+            continue  # not a manifest that any room can read
+        if other != vault.id:
+            raise Conflict(
+                "fsck.shared_store",
+                f"the store also holds versions of another room ({other.hex()}); nothing was deleted",
+                hint="give each room a store, or a prefix, of its own",
+            )
 
 
 def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: FsckReport) -> set[str]:
@@ -82,15 +110,23 @@ def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: Fsck
     for pack in manifest.packs:
         needed.add(pack.name)
         expected = manifest.body_bytes(pack) + trailer_bytes(pack.kind, pack.count)
-        size = objects.get(pack.name)
+        size = objects.get(pack.name) or _size_now(vault, pack.name)
         if size is None:
             note(Problem("missing", f"the store has no pack {pack.name}", pack=pack.name))
         elif size != expected:
             kind = "truncated" if size < expected else "tampered"
             note(Problem(kind, f"pack {pack.name} has {size} bytes, expected {expected}", pack=pack.name))
-    if objects.get(manifest.index_name) != manifest.index_bytes:
+    if (objects.get(manifest.index_name) or _size_now(vault, manifest.index_name)) != manifest.index_bytes:
         note(Problem("missing", f"the index {manifest.index_name} is missing or has the wrong size"))
     return needed
+
+
+def _size_now(vault: Vault, name: str) -> int | None:
+    """Of an object that was not in the listing: a put or rotation may have finished since."""
+    try:
+        return vault.blobs.size(name)
+    except NotFound:
+        return None
 
 
 def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
@@ -99,7 +135,7 @@ def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
     with vault.db.reading() as tx:
         rows = tx.execute(select(puts)).all()
     for row in rows:
-        with locked(vault.folder / "locks" / row.put_id) as idle, vault.db.transaction() as tx:
+        with locked(lock_path(vault.folder / "locks", row.put_id)) as idle, vault.db.transaction() as tx:
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == row.put_id)).all()
             report.pending.append(
                 {
@@ -113,7 +149,7 @@ def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
             if repair and idle:
                 tx.execute(delete(put_packs).where(put_packs.c.put_id == row.put_id))
                 tx.execute(delete(puts).where(puts.c.put_id == row.put_id))
-                (vault.folder / "locks" / row.put_id).unlink(missing_ok=True)
+                lock_path(vault.folder / "locks", row.put_id).unlink(missing_ok=True)
                 continue
         prefix = f"versions/{row.version_id}/{row.revision}"
         needed |= {f"{prefix}.manifest", f"{prefix}.index"}

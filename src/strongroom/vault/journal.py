@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hmac
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import RowMapping, delete, insert, select
 from sqlalchemy.engine import Connection
 
+from strongroom.core import canonical
 from strongroom.core.clock import now
-from strongroom.core.ids import random_id
-from strongroom.errors import BackendError, NotFound
+from strongroom.core.ids import parse_id, random_id
+from strongroom.errors import BackendError, IntegrityError, NotFound
 from strongroom.formats.manifest import PackEntry, pack_name
+from strongroom.formats.pack import Trailer, trailer_bytes
 from strongroom.storage.blobs import Blobs
 from strongroom.storage.db import Database, put_packs, puts
-from strongroom.vault.record import VersionRecord
+from strongroom.vault.record import VersionRecord, job_context
+
+if TYPE_CHECKING:
+    from strongroom.vault.roomkeys import RoomKeys
 
 
 class Journal:
@@ -34,7 +41,7 @@ class Journal:
         cls,
         db: Database,
         blobs: Blobs,
-        room_key: bytes,
+        keys: RoomKeys,
         locks: Path,
         *,
         fingerprint: str,
@@ -43,28 +50,28 @@ class Journal:
         start: VersionRecord | None,
     ) -> Iterator[Journal]:
         """The journal of the job that `fingerprint` names: an interrupted one's if nobody is at it, else a new one,
-        which
-        begins with the secrets `start` (default: fresh ones). A file lock holds it, which dies with its process."""
+        which begins with the secrets `start` (default: fresh ones). A file lock holds it, which dies with its
+        process."""
         with db.reading() as tx:
             waiting = [row.put_id for row in tx.execute(select(puts).where(puts.c.fingerprint == fingerprint))]
         for put_id in waiting:
-            with locked(locks / put_id) as mine:
-                journal = cls._reopen(db, blobs, room_key, put_id) if mine else None
+            with locked(lock_path(locks, put_id)) as mine:
+                journal = cls._reopen(db, blobs, keys, put_id) if mine else None
                 if journal is not None:
                     yield journal
-                    (locks / put_id).unlink(missing_ok=True)
+                    lock_path(locks, put_id).unlink(missing_ok=True)
                     return
         put_id = random_id().hex()
-        with locked(locks / put_id):
-            yield cls._begin(db, blobs, room_key, put_id, fingerprint, name, by, start)
-            (locks / put_id).unlink(missing_ok=True)
+        with locked(lock_path(locks, put_id)):
+            yield cls._begin(db, blobs, keys, put_id, fingerprint, name, by, start)
+            lock_path(locks, put_id).unlink(missing_ok=True)
 
     @classmethod
     def _begin(
         cls,
         db: Database,
         blobs: Blobs,
-        room_key: bytes,
+        keys: RoomKeys,
         put_id: str,
         fingerprint: str,
         name: str,
@@ -80,7 +87,7 @@ class Journal:
                     fingerprint=fingerprint,
                     version_id=record.version.hex(),
                     revision=record.revision,
-                    record=record.seal(room_key),
+                    record=record.seal(keys.current(tx), job_context(put_id, fingerprint)),
                     created_at=now(),
                     created_by=by,
                 )
@@ -88,41 +95,62 @@ class Journal:
         return cls(db, blobs, put_id, record)
 
     @classmethod
-    def _reopen(cls, db: Database, blobs: Blobs, room_key: bytes, put_id: str) -> Journal | None:
-        """None when its job was finished by somebody else meanwhile."""
+    def _reopen(cls, db: Database, blobs: Blobs, keys: RoomKeys, put_id: str) -> Journal | None:
+        """None when its job was finished by somebody else meanwhile. What is not provably ours is made again."""
         with db.reading() as tx:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
+            key = keys.current(tx)
         if row is None:
             return None
-        journal = cls(db, blobs, put_id, VersionRecord.unseal(room_key, row.record, bytes.fromhex(row.version_id)))
+        # The fingerprint is bound in: a row that somebody moved to another job, or kept from an older one, stays shut.
+        context = job_context(put_id, row.fingerprint)
+        journal = cls(db, blobs, put_id, VersionRecord.unseal(key, row.record, parse_id(row.version_id), context))
         for pack in packs:
-            pack_id, digest = bytes.fromhex(pack["pack_id"]), bytes.fromhex(pack["digest"])
-            entry = PackEntry(pack_id, pack["kind"], pack["first"], pack["count"], digest)
-            try:
-                blobs.size(entry.name)
-            except NotFound:  # somebody tidied the store: that pack is made again
+            entry = journal._proven(pack)
+            if entry is not None and _whole(blobs, entry):
+                journal.packs[pack["kind"], pack["ordinal"]] = (entry, pack["progress"])
+            else:
                 with db.transaction() as tx:
-                    tx.execute(delete(put_packs).where(put_packs.c.pack_id == pack["pack_id"]))
-                continue
-            journal.packs[pack["kind"], pack["ordinal"]] = (entry, pack["progress"])
+                    same = (put_packs.c.kind == pack["kind"]) & (put_packs.c.ordinal == pack["ordinal"])
+                    tx.execute(delete(put_packs).where(put_packs.c.put_id == put_id, same))
         return journal
 
     def add(self, pack: PackEntry, ordinal: int, progress: str) -> None:
         """Remember a pack that has just become durable."""
+        values: dict[str, Any] = {
+            "put_id": self.put_id,
+            "kind": pack.kind,
+            "ordinal": ordinal,
+            "first": pack.first,
+            "count": pack.count,
+            "pack_id": pack.id.hex(),
+            "digest": pack.digest.hex(),
+            "progress": progress,
+        }
         with self._db.transaction() as tx:
-            tx.execute(
-                insert(put_packs).values(
-                    put_id=self.put_id,
-                    kind=pack.kind,
-                    ordinal=ordinal,
-                    first=pack.first,
-                    count=pack.count,
-                    pack_id=pack.id.hex(),
-                    digest=pack.digest.hex(),
-                    progress=progress,
-                )
-            )
+            tx.execute(insert(put_packs).values(**values, mac=self._mac(values)))
+
+    def mark(self, read: bytes) -> str:
+        """A progress mark for the digest of everything read so far. Keyed: it must not confirm a guess of the
+        source."""
+        return hmac.new(self.record.journal_key, b"mark" + read, "sha256").hexdigest()
+
+    def _mac(self, row: Mapping[str, Any]) -> str:
+        text = canonical.encode({key: value for key, value in row.items() if key != "mac"})
+        return hmac.new(self.record.journal_key, b"pack" + text, "sha256").hexdigest()
+
+    def _proven(self, row: RowMapping) -> PackEntry | None:
+        """The pack of a row that this job wrote; None for one that somebody else wrote or changed."""
+        try:
+            mac = self._mac(dict(row))
+        except (TypeError, ValueError):  # a type that we never write
+            return None
+        if not isinstance(row["mac"], str) or not hmac.compare_digest(mac, row["mac"]):
+            return None
+        return PackEntry(
+            parse_id(row["pack_id"], 32), row["kind"], row["first"], row["count"], parse_id(row["digest"], 32)
+        )
 
     def close(self, tx: Connection) -> None:
         """Drop the journal, in the transaction that publishes what it led to."""
@@ -145,6 +173,24 @@ def forget_all(tx: Connection, version_id: str) -> Sequence[str]:
     tx.execute(delete(put_packs).where(put_packs.c.put_id.in_(jobs)))
     tx.execute(delete(puts).where(puts.c.version_id == version_id))
     return packs
+
+
+def lock_path(locks: Path, put_id: str) -> Path:
+    """The lock file of a job. Its name comes from the database, so it must be nothing but an identifier: else whoever
+    writes there could have any file made or deleted."""
+    return locks / parse_id(put_id).hex()
+
+
+def _whole(blobs: Blobs, entry: PackEntry) -> bool:
+    """Whether the store has all of a pack that was durable once: its size, and the trailer that was noted."""
+    try:
+        size, tail = blobs.size(entry.name), trailer_bytes(entry.kind, entry.count)
+        data = bytearray(min(size, tail))
+        blobs.read_into(entry.name, size - len(data), memoryview(data))
+        trailer = Trailer.decode(bytes(data))
+    except (NotFound, IntegrityError):
+        return False
+    return trailer.suite.digest(data) == entry.digest and size == trailer.body_bytes + tail
 
 
 @contextlib.contextmanager

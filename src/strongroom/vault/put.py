@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -45,7 +46,8 @@ class Plan:
     @classmethod
     def of(cls, source: ModelSource, *, share: Fraction, positions: int, suite: Suite) -> Plan:
         files = Layout.place([(file.path, file.kind, file.size, file.data_start) for file in source.files])
-        layout = Layout.plan(files, _runs(source, files), share=share, positions=positions)
+        planned = Layout.plan(files, _runs(source, files), share=share, positions=positions)
+        layout = Layout.from_json(planned.to_json())  # never write what no reader would accept
         unmarked = {reason: tally.bytes for reason, tally in source.unmarked_reasons.items()}
         return cls(source, layout, share, positions, suite, unmarked)
 
@@ -135,9 +137,9 @@ class ImageStream:
             self._hash = hashlib.sha256()
         return self._current
 
-    def mark(self) -> str:
-        """Names everything read so far: equal marks mean equal bytes."""
-        return hashlib.sha256("".join([*self.digests, self._hash.copy().hexdigest()]).encode()).hexdigest()
+    def digest(self) -> bytes:
+        """Of everything read so far: equal digests mean equal bytes."""
+        return hashlib.sha256("".join([*self.digests, self._hash.copy().hexdigest()]).encode()).digest()
 
 
 def put(
@@ -196,7 +198,7 @@ def _feed(
                 continue
             plain = stream.read(size)
             ordinal = writer.ends_pack(kind, begin + count)
-            mark = "" if ordinal is None else stream.mark()
+            mark = "" if ordinal is None else journal.mark(stream.digest())
             if not writer.skips(kind, begin):
                 writer.add(kind, begin, count, _sealing(kind, begin, plain, marker), mark)
             elif ordinal is not None and mark != journal.packs[kind, ordinal][1]:
@@ -250,11 +252,15 @@ def store_index(
 
 
 def parse_share(text: str) -> Fraction:
-    """1/8, 0.125 or 0; UsageError outside [0, 1/2] (each marked byte is stored twice)."""
-    try:
-        share = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(-1)
-    if not 0 <= share <= Fraction(1, 2):
-        raise UsageError("put.share", f"the marked share {text!r} is not a fraction from 0 to 1/2", hint="--share 1/8")
-    return share.limit_denominator(1 << 20)
+    """1/8, 0.125 or 0; UsageError outside [0, 1/2] (each marked byte is stored twice), or closer to 0 than 2^-20."""
+    share = Fraction(-1)
+    # Fraction itself reads exponents too, and computes a billion digits for 1e-999999999.
+    if re.fullmatch(r"[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?", text, re.ASCII):
+        with suppress(ZeroDivisionError):
+            share = Fraction(text)
+    near = share.limit_denominator(1 << 20)
+    if not 0 <= share <= Fraction(1, 2) or (share and not near):
+        raise UsageError(
+            "put.share", f"the marked share {text[:40]!r} is not a fraction from 0 to 1/2", hint="--share 1/8"
+        )
+    return near

@@ -34,6 +34,11 @@ class VersionRecord:
         return cls(version, 1, random_key(), random_key())
 
     @property
+    def journal_key(self) -> bytes:
+        """Authenticates what the journal says of this job's packs and source."""
+        return derive(self.version_key, "journal")
+
+    @property
     def mark_key(self) -> bytes:
         return derive(self.mark_root, "mark")
 
@@ -41,7 +46,8 @@ class VersionRecord:
     def code_key(self) -> bytes:
         return derive(self.mark_root, "code")
 
-    def seal(self, room_key: bytes) -> bytes:
+    def seal(self, room_key: bytes, context: str = "") -> bytes:
+        """For the database; `context` is set where it is the record of a job that is under way."""
         value: dict[str, Any] = {
             "version": self.version.hex(),
             "revision": self.revision,
@@ -52,11 +58,11 @@ class VersionRecord:
             "number": self.number,
             "manifest_digest": self.manifest_digest.hex(),
         }
-        return seal(room_key, canonical.encode(value), _context(self.version))
+        return seal(room_key, canonical.encode(value), context or _context(self.version))
 
     @classmethod
-    def unseal(cls, room_key: bytes, box: bytes, version: bytes) -> VersionRecord:
-        value = canonical.decode(unseal(room_key, box, _context(version)), what="the version record")
+    def unseal(cls, room_key: bytes, box: bytes, version: bytes, context: str = "") -> VersionRecord:
+        value = canonical.decode(unseal(room_key, box, context or _context(version)), what="the version record")
         try:
             return cls(
                 version=bytes.fromhex(value["version"]),
@@ -74,3 +80,8 @@ class VersionRecord:
 
 def _context(version: bytes) -> str:
     return f"version record {version.hex()}"
+
+
+def job_context(put_id: str, fingerprint: str) -> str:
+    """The purpose that the record of a job under way is sealed for."""
+    return f"job {put_id} {fingerprint}"

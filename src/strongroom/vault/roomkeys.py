@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select, update
+from sqlalchemy import Row, delete, select, update
+from sqlalchemy.engine import Connection
 
 from strongroom.core import canonical
 from strongroom.core.clock import now
+from strongroom.core.ids import parse_id
 from strongroom.crypto.keys import random_key
 from strongroom.crypto.keystores import Keystore, PassphraseSource, create_keystore, open_keystore
 from strongroom.crypto.recovery import create_recovery, open_with_shares, seal_for_recovery
 from strongroom.crypto.sealing import seal, unseal
 from strongroom.crypto.shamir import Share
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import NotFound, UsageError
-from strongroom.storage.db import Database, puts, room, versions
-from strongroom.vault.record import VersionRecord
+from strongroom.errors import IntegrityError, NotFound, Tampered, UsageError
+from strongroom.storage.db import Database, put_packs, puts, room, versions
+from strongroom.vault.config import RoomConfig
+from strongroom.vault.record import VersionRecord, job_context
 
 
 class RoomKeys:
@@ -28,13 +31,14 @@ class RoomKeys:
 
     def __init__(self, db: Database, folder: Path, room_id: bytes, passphrase: PassphraseSource | None = None) -> None:
         self._db, self._folder, self._room_id, self._passphrase = db, folder, room_id, passphrase
-        self._key: bytes | None = None
+        self._cached: tuple[int, bytes] | None = None  # the epoch of the room key, and the key
         self._lock = threading.Lock()
 
     # -- creating ------------------------------------------------------------------------------------------------
 
-    def create(self, keystore_uri: str, recovery: tuple[int, int] | None) -> list[Share]:
-        """New keys for a new room; returns the recovery shares, which are kept nowhere else."""
+    def create(self, keystore_uri: str, recovery: tuple[int, int] | None) -> tuple[str, list[Share]]:
+        """New keys for a new room; returns the key store's URI, and the recovery shares, which are kept nowhere
+        else."""
         keystore = create_keystore(keystore_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
         key = random_key()
         public, shares = create_recovery(*recovery) if recovery else (None, [])
@@ -52,27 +56,42 @@ class RoomKeys:
                     key_epoch=1,
                 )
             )
-        self._key = key
-        return shares
+        self._cached = (1, key)
+        return keystore.uri, shares
 
     # -- using ---------------------------------------------------------------------------------------------------
 
     @property
     def keystore(self) -> Keystore:
-        uri = self._row().keystore_uri
-        return open_keystore(uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
-
-    @property
-    def unsealed(self) -> bool:
-        """Whether this process has the room key in memory."""
-        return self._key is not None
+        return self._keystore(self._row())
 
     @property
     def room_key(self) -> bytes:
+        """The room key in use; unwrapped again if somebody else has rotated it since."""
+        return self._of(self._row())
+
+    def current(self, tx: Connection) -> bytes:
+        """The room key in use as `tx` sees it. Whatever is sealed for the database is sealed in a transaction, under
+        the
+        key that this returns: sealed under one that another process has just replaced, it could never be opened."""
+        return self._of(self._row(tx))
+
+    def _of(self, row: Row[Any]) -> bytes:
         with self._lock:
-            if self._key is None:
-                self._key = self.keystore.unwrap(self._row().wrapped_room_key, self._context())
-            return self._key
+            if self._cached is None or self._cached[0] != row.key_epoch:
+                self._cached = (row.key_epoch, self._keystore(row).unwrap(row.wrapped_room_key, self._context()))
+            return self._cached[1]
+
+    def _keystore(self, row: Row[Any]) -> Keystore:
+        config = RoomConfig.read(self._folder)
+        if row.keystore_uri not in config.keystores:
+            # Whoever writes to the database must not choose the server that is given the key store's token.
+            raise Tampered(
+                "keystore.not_pinned",
+                f"the database names a key store that is not one of this room's ({', '.join(config.keystores)})",
+                hint="the database was altered; restore it from a backup",
+            )
+        return open_keystore(row.keystore_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
 
     @property
     def signer(self) -> Signer:
@@ -85,12 +104,12 @@ class RoomKeys:
     def rotate(self, to_uri: str | None = None) -> dict[str, int | str]:
         """A new room key under a new key-encryption key (or another key store); everything sealed under the old room
         key is sealed anew, in one transaction. Packs stay as they are: they are encrypted under version keys."""
-        old_key, old_store = self.room_key, self.keystore
+        old_store = self.keystore
         if to_uri is None:
             new_store = old_store.rotate()
         else:
             new_store = create_keystore(to_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
-        resealed = self._install(old_key, random_key(), new_store)
+        resealed = self._install(None, random_key(), new_store)
         old_store.retire()
         return {"keystore": new_store.uri, "resealed": resealed, "key_epoch": int(self._row().key_epoch)}
 
@@ -117,39 +136,80 @@ class RoomKeys:
         self._open_secrets(key, row)  # the key is the one in use, not an older one
         return key
 
-    def _install(self, old_key: bytes, new_key: bytes, store: Keystore) -> int:
-        """Seal everything under `new_key` and wrap that; nothing changes unless all of it does."""
-        count = 0
-        with self._db.transaction() as tx:
-            row = tx.execute(select(room)).one()
-            for table in (versions, puts):
-                for item in tx.execute(select(table).where(table.c.record.is_not(None))).all():
-                    record = VersionRecord.unseal(old_key, item.record, bytes.fromhex(item.version_id))
-                    primary = next(iter(table.primary_key.columns))
-                    key_value = getattr(item, primary.name)
-                    tx.execute(update(table).where(primary == key_value).values(record=record.seal(new_key)))
-                    count += 1
-            seed, public = self._open_secrets(old_key, row)
-            tx.execute(
-                update(room).values(
-                    keystore_uri=store.uri,
-                    wrapped_room_key=store.wrap(new_key, self._context()),
-                    secrets=self._seal_secrets(new_key, seed, public),
-                    recovery_sealed=seal_for_recovery(public, new_key, self._room_id) if public else None,
-                    key_epoch=row.key_epoch + 1,
+    def _install(self, old_key: bytes | None, new_key: bytes, store: Keystore) -> int:
+        """Seal everything under `new_key` and wrap that; nothing changes unless all of it does.
+
+        `old_key` None is the one in use. Both key stores are pinned while the database changes from one to the other.
+        """
+        config = RoomConfig.read(self._folder)
+        config.pin(self._folder, [*config.keystores, store.uri])
+        try:
+            with self._db.transaction() as tx:
+                row = self._row(tx)
+                opening = old_key or self._of(row)
+                count = self._reseal(tx, opening, new_key)
+                seed, public = self._open_secrets(opening, row)
+                tx.execute(
+                    update(room).values(
+                        keystore_uri=store.uri,
+                        wrapped_room_key=store.wrap(new_key, self._context()),
+                        secrets=self._seal_secrets(new_key, seed, public),
+                        recovery_sealed=seal_for_recovery(public, new_key, self._room_id) if public else None,
+                        key_epoch=row.key_epoch + 1,
+                    )
                 )
-            )
+                epoch = row.key_epoch + 1
+        except BaseException:
+            # Only a key that the database certainly does not name may go.
+            if self._row().keystore_uri in config.keystores and store.uri not in config.keystores:
+                store.retire()
+                config.pin(self._folder, config.keystores)
+            raise
         with self._lock:
-            self._key = new_key
+            self._cached = (epoch, new_key)
+        config.pin(self._folder, [store.uri])
+        return count
+
+    def _reseal(self, tx: Connection, old_key: bytes, new_key: bytes) -> int:
+        """Every version's record, and those of jobs under way; a job's that does not open is dropped with its job."""
+        count = 0
+        for item in tx.execute(select(versions).where(versions.c.record.is_not(None))).all():
+            try:
+                record = VersionRecord.unseal(old_key, item.record, parse_id(item.version_id))
+            except IntegrityError as error:
+                raise Tampered(
+                    "record.unreadable",
+                    f"the record of {item.name}@{item.number} does not open: {error.message}",
+                    hint="restore the database from a backup; the room key was not changed",
+                ) from None
+            values = {"record": record.seal(new_key)}
+            tx.execute(update(versions).where(versions.c.version_id == item.version_id).values(values))
+            count += 1
+        for item in tx.execute(select(puts)).all():
+            context = job_context(item.put_id, item.fingerprint)
+            try:
+                record = VersionRecord.unseal(old_key, item.record, parse_id(item.version_id), context)
+            except IntegrityError:
+                tx.execute(delete(put_packs).where(put_packs.c.put_id == item.put_id))
+                tx.execute(delete(puts).where(puts.c.put_id == item.put_id))
+                continue
+            tx.execute(update(puts).where(puts.c.put_id == item.put_id).values(record=record.seal(new_key, context)))
+            count += 1
         return count
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _row(self) -> Row[Any]:
-        with self._db.reading() as tx:
-            row = tx.execute(select(room)).one_or_none()
+    def _row(self, tx: Connection | None = None) -> Row[Any]:
+        if tx is None:
+            with self._db.reading() as reading:
+                return self._row(reading)
+        row = tx.execute(select(room)).one_or_none()
         if row is None or row.room_id != self._room_id.hex():
             raise NotFound("room.missing", "the database holds no room, or another one", hint="strongroom init")
+        if not isinstance(row.key_epoch, int) or not all(
+            isinstance(value, bytes) for value in (row.wrapped_room_key, row.secrets)
+        ):
+            raise Tampered("room.malformed", "the room's row in the database is not one that a room writes")
         return row
 
     def _seal_secrets(self, key: bytes, seed: bytes, recovery_public: bytes | None) -> bytes:

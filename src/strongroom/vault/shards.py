@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from strongroom.errors import UsageError
+from strongroom.core.limits import LIMITS
+from strongroom.errors import LimitExceeded, UsageError
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX_MAX = 32 << 20  # bytes; an index of 100,000 tensors has ten million
 # model-00001-of-00002.safetensors, as transformers, diffusers and llama.cpp name shards.
 _NUMBERED = re.compile(r"(?P<stem>.*)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.safetensors|\.gguf)")
 
@@ -40,7 +42,7 @@ def check_index(path: str, text: bytes, shards: Mapping[str, frozenset[str]]) ->
 
     `shards` maps the path of every safetensors file to the names of its tensors. UsageError: ``source.index`` (not an
     index, or its names leave its folder), ``source.missing_shard``, ``source.missing_tensor``,
-    ``source.duplicate_tensor``.
+    ``source.duplicate_tensor``. LimitExceeded ``source.limit`` as `read_index`.
     """
     folder = path.rpartition("/")[0]
     weight_map = read_index(path, text)
@@ -75,7 +77,15 @@ def check_index(path: str, text: bytes, shards: Mapping[str, frozenset[str]]) ->
 
 
 def read_index(path: str, text: bytes) -> dict[str, str]:
-    """The ``weight_map`` of an index: tensor name to file name. UsageError ``source.index`` if it has none."""
+    """The ``weight_map`` of an index: tensor name to file name.
+
+    UsageError ``source.index`` if it has none; LimitExceeded ``source.limit`` for more bytes or entries than are read.
+    """
+    if len(text) > _INDEX_MAX:
+        raise LimitExceeded("source.limit", f"the index {path} has {len(text)} bytes; at most {_INDEX_MAX} are read")
+    # Megabytes of `{},` would become gigabytes of objects: a value takes a comma, so there are no more of them.
+    if text.count(b",") > LIMITS.tensors:
+        raise LimitExceeded("source.limit", f"the index {path} has more than {LIMITS.tensors} entries")
     try:
         document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
         json.dumps(document, ensure_ascii=False).encode("utf-8")  # fails on lone surrogates, which name nothing
@@ -99,8 +109,8 @@ def _missing(shard: str, named_by: str) -> NoReturn:
         "source.missing_shard",
         f"{shard[:300]!r} is missing; {named_by!r} names it",
         hint="download the model again; all its shards belong in one directory",
-        shard=shard,
-        named_by=named_by,
+        shard=shard[:300],
+        named_by=named_by[:300],
     )
 
 

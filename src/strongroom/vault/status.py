@@ -67,7 +67,7 @@ def _why_sealed(vault: Vault) -> str | None:
 
 def doctor(vault: Vault) -> list[Check]:
     """Everything about this machine and room that decides how safe and how fast it is."""
-    return [*_keystore(vault), *_recovery(vault), *_store(vault), *_folder(vault), *_machine()]
+    return [*_keystore(vault), *_recovery(vault), *_database(vault), *_store(vault), *_folder(vault), *_machine()]
 
 
 def _keystore(vault: Vault) -> list[Check]:
@@ -102,8 +102,7 @@ def _recovery(vault: Vault) -> list[Check]:
             Check(
                 "recovery",
                 "warn",
-                "no recovery shares: a lost key store is a lost room",
-                "strongroom init --recovery 2of3",
+                "no recovery shares: a lost key store is a lost room; recovery shares are made by init only",
             )
         ]
     scheme = f"{row.recovery_threshold} of {row.recovery_shares} shares"
@@ -112,12 +111,31 @@ def _recovery(vault: Vault) -> list[Check]:
     return [Check("recovery", "ok", f"{scheme}, last proven {row.recovery_proven_at}")]
 
 
+def _database(vault: Vault) -> list[Check]:
+    try:
+        faults = vault.db.check()
+    except StrongroomError as error:
+        return [Check("database", "fail", error.message, error.hint)]
+    if faults:
+        return [
+            Check("database", "fail", "; ".join(faults), "restore the database from a backup, then strongroom fsck")
+        ]
+    return [Check("database", "ok", "no faults found")]
+
+
 def _store(vault: Vault) -> list[Check]:
     try:
         facts = vault.blobs.check()
     except StrongroomError as error:
         return [Check("store", "fail", error.message, error.hint)]
-    return [Check("store", "ok", ", ".join(f"{key}: {value}" for key, value in facts.items()))]
+    problems = list(facts["problems"])
+    known = ", ".join(f"{key}: {value}" for key, value in facts.items() if key != "problems")
+    message = "; ".join([*problems, known])
+    if not facts["writable"]:
+        return [Check("store", "fail", message, "mend the store or its credentials, then strongroom doctor")]
+    if problems or not facts["durable"]:
+        return [Check("store", "warn", message)]
+    return [Check("store", "ok", message)]
 
 
 def _folder(vault: Vault) -> list[Check]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,23 @@ from typing import Any
 from sqlalchemy import Row, func, insert, select, update
 
 from strongroom.core.clock import now
-from strongroom.core.ids import Ref, parse_principal, random_id
+from strongroom.core.ids import Ref, parse_id, parse_principal, random_id
+from strongroom.core.limits import LIMITS
 from strongroom.core.settings import Settings
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
 from strongroom.crypto.shamir import Share
-from strongroom.errors import AuthRequired, Conflict, IntegrityError, NotFound, Rollback, Sealed, Tampered, UsageError
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    Conflict,
+    IntegrityError,
+    NotFound,
+    Rollback,
+    Sealed,
+    Tampered,
+    UsageError,
+)
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
@@ -91,7 +103,7 @@ class Vault:
     `Vault.init`."""
 
     def __init__(self, folder: Path, *, passphrase: PassphraseSource | None = None) -> None:
-        self.folder = folder
+        self.folder = folder = folder.absolute()
         config = RoomConfig.read(folder)
         self.id = config.room
         self.db = Database.open(config.db_url(folder))
@@ -122,21 +134,48 @@ class Vault:
                 )
         except OSError as error:
             raise UsageError("room.folder", f"can't make a room in {folder}: {error.strerror}") from None
+        config = RoomConfig(random_id(), store, db, (keystore,))
+        try:
+            shares = cls._furnish(folder.absolute(), config, recovery, owner, passphrase)
+        except BaseException:
+            # The folder was empty, so all that is in it now is ours; else the same command could not be given again.
+            for left in folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            raise
+        return cls(folder, passphrase=passphrase), shares
+
+    @staticmethod
+    def _furnish(
+        folder: Path,
+        config: RoomConfig,
+        recovery: tuple[int, int] | None,
+        owner: str,
+        passphrase: PassphraseSource | None,
+    ) -> list[Share]:
         for part in ("keys", "locks"):
             (folder / part).mkdir(mode=0o700)
-        config = RoomConfig(random_id(), store, db)
+        blobs = open_blobs(config.store_url(folder))
+        blobs.check()
+        if next(iter(blobs.list("")), None) is not None:
+            # One room to a store: fsck could not tell another room's objects from its own orphans.
+            raise Conflict(
+                "store.not_empty", f"the store {blobs.url} is not empty", hint="--store with a new folder or prefix"
+            )
         database = Database.open(config.db_url(folder), create=True)
-        open_blobs(config.store_url(folder)).check()
-        shares = RoomKeys(database, folder, config.room, passphrase).create(keystore, recovery)
-        with database.transaction() as tx:
-            tx.execute(insert(principals).values(path=owner, created_at=now()))
-        # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like one.
-        config.write(folder)
-        database.close()
-        return cls(folder, passphrase=passphrase), shares
+        try:
+            uri, shares = RoomKeys(database, folder, config.room, passphrase).create(config.keystores[0], recovery)
+            with database.transaction() as tx:
+                tx.execute(insert(principals).values(path=owner, created_at=now()))
+            # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like one.
+            config.pin(folder, [uri])
+        finally:
+            database.close()
+            blobs.close()
+        return shares
 
     def close(self) -> None:
         self.db.close()
+        self.blobs.close()
 
     # -- principals ----------------------------------------------------------------------------------------------
 
@@ -202,7 +241,7 @@ class Vault:
         # A database is not bound to what its columns were declared to hold.
         if not re.fullmatch(r"[0-9a-f]{32}", str(row.version_id), re.ASCII) or not isinstance(row.record, bytes):
             raise Tampered("record.malformed", f"the database's row of {row.name}@{row.number} does not hold together")
-        version = bytes.fromhex(row.version_id)
+        version = parse_id(row.version_id)
         record = VersionRecord.unseal(self.keys.room_key, row.record, version)
         if (record.name, record.number, record.version) != (row.name, row.number, version):
             raise Tampered(
@@ -268,8 +307,10 @@ class Vault:
         """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was."""
         if Ref.parse(name).number is not None:
             raise UsageError("put.numbered", f"put chooses the version's number itself; give {Ref.parse(name).name}")
-        if positions < 0:
-            raise UsageError("put.positions", "the number of positions is not negative", hint="--positions 16384")
+        if not 0 <= positions <= LIMITS.positions:
+            raise UsageError(
+                "put.positions", f"the number of positions is from 0 to {LIMITS.positions}", hint="--positions 16384"
+            )
         plan = Plan.of(source, share=parse_share(share), positions=positions, suite=suite)
         signer = self.keys.signer
         with self._journal(plan.fingerprint(name), name, by) as journal:
@@ -314,7 +355,7 @@ class Vault:
                     name=name,
                     number=number,
                     state="active",
-                    record=record.seal(self.keys.room_key),
+                    record=record.seal(self.keys.current(tx)),
                     bytes=sum(entry.bytes for entry in index.layout.files),
                     created_at=now(),
                     created_by=by,
@@ -330,7 +371,7 @@ class Vault:
         """Re-encrypt a version under a new version key. Bundles of the old revision stop opening anything."""
         row = self.find(ref)
         # One at a time: two would write their manifests to the same name, and the slower one over the faster one's.
-        with locked(self.folder / "locks" / f"rotate-{row.version_id}") as mine:
+        with locked(self.folder / "locks" / f"rotate-{parse_id(row.version_id).hex()}") as mine:
             if not mine:
                 raise Conflict("rotate.busy", f"{row.name}@{row.number} is being rotated", hint="wait for it to end")
             return self._rotate(f"{row.name}@{row.number}", by, progress)
@@ -352,13 +393,15 @@ class Vault:
                         versions.c.revision == row.revision,
                         versions.c.state == "active",
                     )
-                    .values(record=record.seal(self.keys.room_key), **_measured(manifest))
+                    .values(record=record.seal(self.keys.current(tx)), **_measured(manifest))
                 )
                 if changed.rowcount != 1:
                     raise Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile")
                 # With other rotations of it that were left unfinished: their keys open what this one replaced.
                 forget_all(tx, row.version_id)
-        self._delete_objects(old.manifest)
+        # Never what the new revision needs as well, whatever the journal was made to say.
+        for name in _names(old.manifest) - _names(manifest):
+            self.blobs.delete(name)
         return {"ref": ref, "revision": record.revision, "digest": f"sha256:{manifest.digest().hex()}"}
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
@@ -382,15 +425,23 @@ class Vault:
                 raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
             # An interrupted rotation holds the same weights under its own keys.
             names |= {pack_name(bytes.fromhex(pack)) for pack in forget_all(tx, row.version_id)}
+        remains = []
         try:
             self.db.scrub()
-        finally:
-            for item in names:
+        except BackendError as error:
+            remains.append(f"the database's log still holds the wrapped key until its next checkpoint: {error.message}")
+        deleted = 0
+        for item in names:
+            try:
                 self.blobs.delete(item)
+                deleted += 1
+            except BackendError as error:
+                remains.append(f"the store still has {item} (`strongroom fsck --repair` removes it): {error.message}")
         return {
             "ref": name,
-            "objects_deleted": len(names),
+            "objects_deleted": deleted,
             "means": [
+                *remains,
                 "the version key and the mark secrets are destroyed here: nobody can open this ciphertext through this "
                 "room",
                 "key bundles already released still open copies of the ciphertext that were made elsewhere",
@@ -400,15 +451,12 @@ class Vault:
             ],
         }
 
-    def _delete_objects(self, manifest: Manifest) -> None:
-        for name in _names(manifest):
-            self.blobs.delete(name)
-
     def _objects_of(self, row: Row[Any]) -> set[str]:
         """What the store has of a version, as far as the store still says so: a damaged one must be shreddable, too."""
-        names = {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
-        # Where that fails fsck finds the packs later: nothing refers to them any more.
-        with contextlib.suppress(IntegrityError, Sealed):
+        names: set[str] = set()
+        # Where that fails (a store that is down must not keep the keys alive) fsck finds them later.
+        with contextlib.suppress(IntegrityError, Sealed, BackendError):
+            names |= {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
             names |= _names(self.manifest(self.record(row)))
         return names
 
@@ -436,7 +484,7 @@ class Vault:
         return Journal.held(
             self.db,
             self.blobs,
-            self.keys.room_key,
+            self.keys,
             self.folder / "locks",
             fingerprint=fingerprint,
             name=name,

@@ -70,8 +70,8 @@ class SegmentCipher:
         """Check `sealed` (private memory: it is read twice) against `digest`, then decrypt it into `out`.
 
         The hash comes first: a holder of the common key who can write to the store could otherwise replace a segment,
-        with a correct tag. On any failure `out` is wiped (decrypt_into leaves unauthenticated plaintext) and Tampered
-        is raised.
+        with a correct tag. Tampered is raised on any failure; where a wrong tag has left unauthenticated plaintext in
+        `out` (decrypt_into does), it is wiped first.
         """
         if self._hasher(sealed).digest() != digest:
             raise Tampered(

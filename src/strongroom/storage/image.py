@@ -69,7 +69,7 @@ def read_manifest(blobs: Blobs, room: bytes, version: bytes, revision: int, sign
 def _check_signature(envelope: Envelope, signer: bytes) -> None:
     signed = pre_authentication_encoding(envelope.payload_type, envelope.payload)
     for name, signature in envelope.signatures:
-        # The key's name is not signed. It must fit all the same: no bit of the object may change unnoticed.
+        # The key's name is not signed. It must fit all the same, so that no bit of what the room wrote may change.
         if name == key_id(signer):
             with contextlib.suppress(IntegrityError):
                 verify(signer, signature, signed)
@@ -119,7 +119,7 @@ def _read_small(blobs: Blobs, name: str, limit: int, what: str) -> bytes:
 
 
 class SealedImage:
-    """Verified access to the segments of one revision. Thread-safe. Destinations are wiped on failure."""
+    """Verified access to the segments of one revision. Thread-safe. On a failure the caller wipes the destination."""
 
     def __init__(self, blobs: Blobs, manifest: Manifest, common_key: bytes) -> None:
         self.blobs = blobs

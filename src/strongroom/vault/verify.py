@@ -100,6 +100,7 @@ def verify_image(
             report.bytes += image.manifest.body_bytes(pack)
             done += image.manifest.body_bytes(pack)
             progress(done, total)
+    report.deep = record is not None and report.ok  # what does not match is not decrypted
     if record is not None and report.ok:
         report.problems += _compare(image, record)
 

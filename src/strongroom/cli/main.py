@@ -140,7 +140,11 @@ class Unexpected(StrongroomError):
 
 
 def _interrupted(printer: output.Output) -> int:
-    failure = Interrupted("interrupted.signal", "interrupted", hint="nothing is left half-done; run the command again")
+    failure = Interrupted(
+        "interrupted.signal",
+        "interrupted",
+        hint="run the command again: a put goes on where it was; fsck --repair drops what it stored",
+    )
     printer.error(failure)
     return failure.exit_code
 

@@ -6,6 +6,7 @@ rules; with NumPy they are narrower: integers, ascending slices inside the tenso
 
 from __future__ import annotations
 
+import importlib.util
 import operator
 import re
 from math import prod
@@ -55,6 +56,10 @@ class SafeOpen:
         if self._device != "cpu":
             available(self._device)
         self._torch = found == "torch"
+        if self._torch and importlib.util.find_spec("torch") is None:
+            raise UsageError(
+                "safe_open.no_torch", "framework 'pt' needs PyTorch", hint='pip install "strongroom[torch]"'
+            )
         reader, only = (source.reader, source.only) if isinstance(source, Weights) else (source, None)
         self._weights = Weights(reader, only=only if file is None else [file])
 

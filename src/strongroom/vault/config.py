@@ -42,8 +42,13 @@ class RoomConfig:
             # Neither a link to another file nor a pipe that never answers.
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
-            hint = f"strongroom --room {folder} init, or name another room with --room or STRONGROOM_ROOM"
-            raise NotFound("room.missing", f"{folder} is not a room: it has no {NAME}", hint=hint) from None
+            hint = (
+                f"strongroom --room {folder} init; or name another room with --room or STRONGROOM_ROOM; "
+                "or start the program with: strongroom run REF -- COMMAND"
+            )
+            raise NotFound(
+                "room.missing", f"there is no room at {folder.absolute()}: it has no {NAME}", hint=hint
+            ) from None
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise Tampered("room.malformed", f"{path} is not a plain file")

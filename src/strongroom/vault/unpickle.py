@@ -83,7 +83,7 @@ def main(source: int, memory: int, allowance: int, cpu_seconds: int) -> None:
 
 def _wanted(message: str) -> str:
     """The function or class that torch's message says it would not call."""
-    found = re.search(r"(?:GLOBAL|Unsupported global: GLOBAL|class|operand) ([\w.]+)", message)
+    found = re.search(r"(?:GLOBAL|Unsupported global: GLOBAL|class) ([\w.]+)", message)
     return found[1] if found else ""
 
 

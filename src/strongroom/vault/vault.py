@@ -40,6 +40,7 @@ from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, principals, versions
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.vault import packing
+from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.journal import Journal, forget_all, locked
 from strongroom.vault.put import Plan, Progress, parse_share, put
@@ -129,8 +130,12 @@ class Vault:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(folder.iterdir()):
+                if (folder / CONFIG).exists():
+                    raise Conflict("room.exists", f"{folder} is a room", hint=f"strongroom --room {folder} status")
                 raise Conflict(
-                    "room.exists", f"{folder} is not empty; a room is made in a new folder", hint="strongroom status"
+                    "room.not_empty",
+                    f"{folder} holds other files; a room is made in a new or empty folder",
+                    hint="strongroom --room NEW-FOLDER init",
                 )
         except OSError as error:
             raise UsageError("room.folder", f"can't make a room in {folder}: {error.strerror}") from None
@@ -198,8 +203,8 @@ class Vault:
                 return str(known[0])
             raise AuthRequired(
                 "principal.ambiguous",
-                f"the room has {len(known)} principals; say which one you are",
-                hint="--as user/NAME",
+                f"the room knows {', '.join(known) or 'no principal'}; say which one you are",
+                hint=f"--as {known[0]} or STRONGROOM_AS={known[0]}" if known else "strongroom principal add user/NAME",
             )
         if parse_principal(path) not in known:
             raise AuthRequired(

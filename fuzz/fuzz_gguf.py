@@ -7,11 +7,9 @@ python fuzz/fuzz_gguf.py CORPUS -max_total_time=60
 from __future__ import annotations
 
 import struct
-import sys
-import tempfile
-from pathlib import Path
 
 import atheris
+from harness import fuzz
 
 with atheris.instrument_imports():
     from strongroom.errors import StrongroomError
@@ -60,23 +58,5 @@ def TestOneInput(data: bytes) -> None:  # noqa: N802  # the name that fuzzers lo
         raise AssertionError(position)
 
 
-def write_seeds(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in seeds().items():
-        (folder / name).write_bytes(data)
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--seeds"]:
-        write_seeds(Path(sys.argv[2]))
-        return
-    corpus = []
-    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: a temporary one
-        corpus.append(tempfile.mkdtemp(prefix="corpus-"))
-        write_seeds(Path(corpus[0]))
-    atheris.Setup([*sys.argv, *corpus], TestOneInput)
-    atheris.Fuzz()
-
-
 if __name__ == "__main__":
-    main()
+    fuzz(TestOneInput, seeds())

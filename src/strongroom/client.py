@@ -226,8 +226,10 @@ class Room:
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name
     """Open a room: a folder or its ``file:`` URL (default: ``STRONGROOM_ROOM``, else ``./room``), as `principal`
-    (default: ``STRONGROOM_AS``, else the only local identity)."""
+    (default: ``STRONGROOM_AS``, else the only local identity). UsageError inside ``strongroom run``."""
     settings = Settings.from_environment()
+    if settings.grant is not None:
+        raise _no_room_here("strongroom.safe_open(REF, …) and the loaders read what this process was given")
     return Room(room or settings.room, principal or settings.principal)
 
 
@@ -251,14 +253,18 @@ def safe_open(
         reader = resolve(ref)
     elif Settings.from_environment().grant is not None:
         # A child that is denied something must not get round that by naming the room.
-        raise UsageError(
-            "grant.room",
-            "this process runs under strongroom run and reads what it was given; it opens no room",
-            hint="leave out room=, or run it without strongroom run",
-        )
+        raise _no_room_here("leave out room=, or run it without strongroom run")
     else:
         reader = read_once(ref, room)
     return SafeOpen(reader, framework, device, file=file)
+
+
+def _no_room_here(hint: str) -> UsageError:
+    return UsageError(
+        "grant.room",
+        "this process runs under strongroom run and reads what it was given; it opens no room",
+        hint=hint,
+    )
 
 
 def read_once(ref: str, room: str | Path | None = None) -> ImageReader:

@@ -130,7 +130,9 @@ class RoomKeys:
         row = self._row()
         if row.recovery_sealed is None:
             raise UsageError(
-                "recovery.none", "this room was made without recovery shares", hint="strongroom init --recovery 2of3"
+                "recovery.none",
+                "this room was made without recovery shares, and they can only be made with the room",
+                hint="put the weights into a new room: strongroom --room NEW-FOLDER init --recovery 2of3",
             )
         key = open_with_shares(row.recovery_sealed, shares, self._room_id)
         self._open_secrets(key, row)  # the key is the one in use, not an older one

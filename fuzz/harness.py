@@ -1,0 +1,33 @@
+"""What every fuzz target does besides its one input: write its seeds, or run with them.
+
+python fuzz/fuzz_X.py --seeds CORPUS      write the seed corpus
+python fuzz/fuzz_X.py [CORPUS] -max_total_time=60
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import atheris
+
+
+def fuzz(one_input: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None:
+    """Run `one_input` under atheris, from `seeds` unless a corpus is named on the command line."""
+    if sys.argv[1:2] == ["--seeds"]:
+        _write(Path(sys.argv[2]), seeds)
+        return
+    corpus = []
+    if all(argument.startswith("-") for argument in sys.argv[1:]):  # no corpus named: a temporary one
+        corpus.append(tempfile.mkdtemp(prefix="corpus-"))
+        _write(Path(corpus[0]), seeds)
+    atheris.Setup([*sys.argv, *corpus], one_input)
+    atheris.Fuzz()
+
+
+def _write(folder: Path, seeds: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in seeds.items():
+        (folder / name).write_bytes(data)

@@ -34,7 +34,7 @@ A_PACK = {
     "count": 1,
     "pack_id": "aa",
     "digest": "bb",
-    "progress": "{}",
+    "progress": "{}", "mac": "{}",
 }
 
 

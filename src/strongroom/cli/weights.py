@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 @click.argument("path")
 @click.argument("name")
 @click.option("--share", default="1/8", show_default=True, help="Which share of the weights is marked, 0 to 1/2.")
-@click.option("--positions", type=int, default=16384, show_default=True, help="How many marked segments to make.")
+@click.option(
+    "--positions",
+    type=int,
+    default=16384,
+    show_default=True,
+    help="At most so many marked segments; fewer when the weights are small.",
+)
 @click.option("--suite", type=click.Choice(["blake3", "sha256"]), default="blake3", show_default=True, help="The hash.")
 @click.option("--convert", is_flag=True, help="Convert pickle checkpoints to safetensors, in a sandbox.")
 @click.option("--follow-links", is_flag=True, help="Take in files that links inside PATH point at elsewhere.")
@@ -55,7 +61,12 @@ def put(
     output.answer({**result.as_json(), "seconds": round(took, 3)}, _put_lines(result, took))
     if not result.positions:
         output.note("  → nothing in it could be marked: copies of this version will not name their holder")
+    elif result.positions < _FEW_POSITIONS:
+        output.note("  → these are few positions: a copy of this version may not name its holder with any certainty")
     output.note("  → the original is still where it was, in plaintext; it is yours to remove")
+
+
+_FEW_POSITIONS = 256  # one leaker scores about 0.67 standard deviations times the root of their number
 
 
 def _put_lines(result: PutResult, took: float) -> list[str]:

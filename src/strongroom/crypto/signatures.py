@@ -15,7 +15,6 @@ from strongroom.errors import Tampered, UsageError
 
 SEED_BYTES = 32
 PUBLIC_KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 
 
 def key_id(public_key: bytes) -> str:

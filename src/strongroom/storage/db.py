@@ -38,7 +38,6 @@ room = sa.Table(
     sa.Column("keystore_uri", sa.Text, nullable=False),
     sa.Column("wrapped_room_key", sa.LargeBinary, nullable=False),
     sa.Column("secrets", sa.LargeBinary, nullable=False),  # sealed under the room key
-    sa.Column("recovery_public", sa.LargeBinary),
     sa.Column("recovery_sealed", sa.LargeBinary),
     sa.Column("recovery_threshold", sa.Integer),
     sa.Column("recovery_shares", sa.Integer),

@@ -34,7 +34,8 @@ A_PACK = {
     "count": 1,
     "pack_id": "aa",
     "digest": "bb",
-    "progress": "{}", "mac": "{}",
+    "progress": "{}",
+    "mac": "{}",
 }
 
 

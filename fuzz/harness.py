@@ -10,8 +10,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import atheris
+
+from strongroom.errors import StrongroomError
 
 
 def fuzz(one_input: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None:
@@ -25,6 +28,20 @@ def fuzz(one_input: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None
         _write(Path(corpus[0]), seeds)
     atheris.Setup([*sys.argv, *corpus], one_input)
     atheris.Fuzz()
+
+
+def one_spelling(decode: Callable[[bytes], Any], encode: Callable[[Any], bytes]) -> Callable[[bytes], None]:
+    """One input of a parser: it refuses with our errors only, and what it accepts has no other spelling."""
+
+    def one_input(data: bytes) -> None:
+        try:
+            value = decode(data)
+        except StrongroomError:
+            return
+        if encode(value) != data:
+            raise AssertionError(value)
+
+    return one_input
 
 
 def _write(folder: Path, seeds: Mapping[str, bytes]) -> None:

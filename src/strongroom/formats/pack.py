@@ -22,6 +22,11 @@ def trailer_bytes(kind: int, count: int) -> int:
     return _HEADER.size + count * _RECORD[kind]
 
 
+def object_bytes(manifest: Manifest, pack: PackEntry) -> int:
+    """The size of a whole pack in the store: body and trailer."""
+    return manifest.body_bytes(pack) + trailer_bytes(pack.kind, pack.count)
+
+
 @dataclass(frozen=True)
 class Trailer:
     """The records of one pack, kept as the bytes that were hashed."""

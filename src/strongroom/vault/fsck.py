@@ -12,7 +12,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.errors import Conflict, IntegrityError, NotFound, StrongroomError
 from strongroom.formats.dsse import Envelope
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
-from strongroom.formats.pack import trailer_bytes
+from strongroom.formats.pack import object_bytes
 from strongroom.storage.db import put_packs, puts
 from strongroom.vault.journal import lock_path, locked
 from strongroom.vault.verify import Problem, problem_of
@@ -109,7 +109,7 @@ def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: Fsck
         return {name for name in objects if name.startswith(("packs/", "versions/"))}
     for pack in manifest.packs:
         needed.add(pack.name)
-        expected = manifest.body_bytes(pack) + trailer_bytes(pack.kind, pack.count)
+        expected = object_bytes(manifest, pack)
         size = objects.get(pack.name) or _size_now(vault, pack.name)
         if size is None:
             note(Problem("missing", f"the store has no pack {pack.name}", pack=pack.name))

@@ -34,7 +34,7 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest, pack_name
-from strongroom.formats.pack import trailer_bytes
+from strongroom.formats.pack import object_bytes
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, principals, versions
@@ -504,7 +504,7 @@ def _names(manifest: Manifest) -> set[str]:
 
 def _measured(manifest: Manifest) -> dict[str, Any]:
     """The columns of a version that follow from its manifest."""
-    bodies = sum(manifest.body_bytes(pack) + trailer_bytes(pack.kind, pack.count) for pack in manifest.packs)
+    bodies = sum(object_bytes(manifest, pack) for pack in manifest.packs)
     return {
         "revision": manifest.revision,
         "manifest_sha256": manifest.digest().hex(),

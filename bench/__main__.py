@@ -18,12 +18,12 @@ from pathlib import Path
 
 from bench.limit import Limit
 from bench.machine import describe
-from bench.measure import MIB, READERS, Case, Failed, Sample, environment, measure
+from bench.measure import FRESH, MIB, READERS, REUSED, Case, Failed, Sample, environment, measure
 from bench.model import TINY, Model, extract_smollm, generate, shape_of, smollm, smollm_gguf
 from bench.ours import Strongroom, StrongroomTorch
 from bench.perplexity import perplexity
 from bench.reader import Reader, Setting
-from bench.report import Results, Series, requirements, write
+from bench.report import LOAD_FRESH, Results, Series, requirements, write
 
 OPERATIONS = ("load", "tensor", "first", "put", "perplexity")
 OURS = {Strongroom.name, StrongroomTorch.name}
@@ -96,7 +96,7 @@ class Bench:
                         (
                             sample.seconds
                             for _ in range(TRIES)
-                            if (sample := self._take(kind, operation, self.models[0], setting))
+                            if (sample := self._take(kind, operation, self.models[0], setting, REUSED))
                         ),
                         default=float("inf"),
                     )
@@ -111,9 +111,10 @@ class Bench:
             say(f"round {number + 1} of {self.rounds}")
             turns = list(self._turns(number))
             order.shuffle(turns)
-            for kind, operation, model in turns:
-                if sample := self._take(kind, operation, model, self._setting(kind, operation)):
-                    self.results.series.setdefault((model.name, operation, kind.name), Series()).samples.append(sample)
+            for kind, operation, model, memory in turns:
+                if sample := self._take(kind, operation, model, self._setting(kind, operation), memory):
+                    key = (model.name, LOAD_FRESH if memory == FRESH else operation, kind.name)
+                    self.results.series.setdefault(key, Series()).samples.append(sample)
 
     def measure_quality(self) -> None:
         directory = self.work / "models" / "smollm2"
@@ -127,7 +128,7 @@ class Bench:
         except (Failed, subprocess.TimeoutExpired) as error:
             self.results.skipped["perplexity"] = str(error)
 
-    def _turns(self, number: int) -> Iterator[tuple[type[Reader], str, Model]]:
+    def _turns(self, number: int) -> Iterator[tuple[type[Reader], str, Model, str]]:
         for kind in self.readers:
             for operation in ("load", "tensor", "first", "put"):
                 if operation not in kind.operations or operation not in self.operations:
@@ -136,9 +137,13 @@ class Bench:
                     continue
                 for model in self.models:
                     if operation == "load" or model.name == "llama":
-                        yield kind, operation, model
+                        yield kind, operation, model, "" if operation == "put" else REUSED
+                    if operation == "load" and model.name == "llama":
+                        yield kind, operation, model, FRESH
 
-    def _take(self, kind: type[Reader], operation: str, model: Model, setting: Setting) -> Sample | None:
+    def _take(
+        self, kind: type[Reader], operation: str, model: Model, setting: Setting, memory: str = ""
+    ) -> Sample | None:
         """One measurement; a failure is noted on the page and drops the reader."""
         if kind not in self.readers:
             return None
@@ -146,13 +151,15 @@ class Bench:
         try:
             if operation == "put":
                 with scratch(self.work) as folder:
-                    return measure(self._case(kind, operation, model, folder, setting))
-            return measure(self._case(kind, operation, model, place, setting))
+                    return measure(self._case(kind, operation, model, folder, setting, memory))
+            return measure(self._case(kind, operation, model, place, setting, memory))
         except (Failed, subprocess.TimeoutExpired) as error:
             self._drop(kind, error)
             return None
 
-    def _case(self, kind: type[Reader], operation: str, model: Model, place: Path, setting: Setting) -> Case:
+    def _case(
+        self, kind: type[Reader], operation: str, model: Model, place: Path, setting: Setting, memory: str
+    ) -> Case:
         return Case(
             reader=kind.name,
             operation="tensor" if operation == "first" else operation,
@@ -162,6 +169,7 @@ class Bench:
             setting=setting,
             tiny_directory=str(self.tiny.directory),
             tiny_place=str(self._place(kind, self.tiny)),
+            memory=memory,
         )
 
     def _setting(self, kind: type[Reader], operation: str) -> Setting:

@@ -52,7 +52,8 @@ class Limit(Reader):
 
 def _read(ranges: list[tuple[Path, int, int, int]], size: int, chunk: int) -> mmap.mmap:
     """Fill `size` bytes of fresh memory from (file, offset in it, offset in memory, bytes), a thread a core."""
-    memory = mmap.mmap(-1, size)
+    # Private: shared anonymous memory is a file in tmpfs to the kernel, which gives that no huge pages by default.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(memory)
     pieces: list[tuple[int, int, int, int]] = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -27,6 +28,8 @@ from bench.reader import Reader, bits
 READERS: dict[str, type[Reader]] = {reader.name: reader for reader in (Limit, Strongroom, StrongroomTorch, *PEERS)}
 MIB = 1 << 20
 TIMEOUT = 900
+REUSED, FRESH = MEMORY = ("reused", "fresh")
+FRESH_AFTER = 6.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Case:
     """What to measure: a reader, an operation (load, tensor, put) and where model and the reader's form of it lie.
 
     `tensor` is the name for the operation tensor, and the one that is compared with the original after a load.
-    `tiny_directory` and `tiny_place` are the warm-up's; without them there is none.
+    `tiny_directory` and `tiny_place` are the warm-up's; without them there is none. `memory` is the state that free
+    memory is brought into: one of `MEMORY`, or empty to leave it as it is.
     """
 
     reader: str
@@ -45,6 +49,7 @@ class Case:
     setting: dict[str, Any] = field(default_factory=dict)
     tiny_directory: str = ""
     tiny_place: str = ""
+    memory: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def run(case: Case) -> Sample:
         _rehearse(kind, case)
     staged = reader.stage(directory) if case.operation == "put" else None
     gc.collect()
+    _prepare_memory(case)
     _reset_peak()
     baseline = _status("VmRSS")
 
@@ -143,6 +149,26 @@ def run(case: Case) -> Sample:
     reader.open.close()
     stored = sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) if kind.own_form else 0
     return Sample(seconds, cpu, sync, baseline, peak, stored)
+
+
+def _prepare_memory(case: Case) -> None:
+    """Bring the memory that the operation is about to take into a known state.
+
+    A virtual machine gives memory that lies free for some seconds back to its host (free page reporting of the balloon
+    device), and gets it again page by page when it is touched: a load into such memory takes up to twenty times as long
+    as one into memory that was freed a moment ago, whoever reads. "reused": touched and freed right before.
+    "fresh": the same, and then left lying for `FRESH_AFTER` seconds.
+    """
+    if not case.memory:
+        return
+    size = 2 * sum(file.stat().st_size for file in Path(case.directory).iterdir())
+    for _ in range(2):  # the second time puts what the first has taken from the host at the head of the free lists
+        with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            for at in range(0, size, mmap.PAGESIZE):
+                memory[at] = 1
+    if case.memory == FRESH:
+        time.sleep(FRESH_AFTER)
 
 
 def _operate(reader: Reader, case: Case, staged: Any) -> Any:

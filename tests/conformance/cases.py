@@ -63,6 +63,15 @@ def mixed(kinds: list[tuple[str, int]]) -> bytes:
     )
 
 
+def short_stretches() -> bytes:
+    """Matrices too small for a marked segment between vectors, and then one that has room for many."""
+    tensors = {}
+    for i in range(6):
+        tensors[f"small.{i}"] = ("BF16", [15, 64], weights("BF16", [15, 64], f"small {i}"))
+        tensors[f"small.{i}.norm"] = ("BF16", [32], weights("BF16", [32], f"small norm {i}"))
+    return safetensors_file({**tensors, "wide": ("BF16", [128, 64], weights("BF16", [128, 64], "wide"))})
+
+
 def many_files() -> dict[str, bytes]:
     return {
         "LICENSE": b"Free as in weights.\n",
@@ -142,6 +151,9 @@ def valid() -> Iterator[Vector]:
     files = {"model.safetensors": four_pages(), "z": b"!"}
     model = Version(Identity("one byte"), files, share=(1, 2), wanted=1)
     yield Vector("last-is-short", "the last common segment has one byte", write(model))
+
+    model = Version(Identity("short stretches"), {"model.safetensors": short_stretches()}, share=(1, 1), wanted=6)
+    yield Vector("short-stretches", "much falls due at once, and is spread by the bound on a stripe", write(model))
 
     # The geometry of these two is none that the writer's rule gives; a reader takes it from the index.
     files = {"model.safetensors": four_pages()}

@@ -316,7 +316,8 @@ def writer_geometry(image: int, runs: list[Run], share: tuple[int, int], wanted:
         ahead = min(image, x + common)
         before = sum(min(end, ahead) - begin for begin, end, _ in runs if begin < ahead)
         room = next((end - x for begin, end in stretches if begin <= x < end), 0)
-        count = min(target * before // markable - placed, room // marked) if room else 0
+        due, most = target * before // markable - placed if room else 0, max(1, 2 * common // marked)
+        count = min(due, room // marked, most)
         stripes.append(count)
         placed += count
         x += count * marked

@@ -1,5 +1,6 @@
 """Geometry: whatever the files, segments fill the image, marked ones lie in markable runs, and reading finds each."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -92,6 +93,40 @@ def test_a_layout_that_is_changed_is_refused_or_is_another_sound_layout(layout, 
     ends = [0, *(segment.end for segment in changed.segments())]
     assert [segment.start for segment in changed.segments()] == ends[:-1]
     assert ends[-1] == changed.image == layout.image
+
+
+def test_no_stripe_grows_beyond_what_a_writer_holds_in_memory():
+    # A hundred MiB in stretches too short for a marked segment, and then a long one: all that is due falls due there.
+    size = 200 * 1024 * KIB
+    files = Layout.place([("a", "safetensors", size, 0)])
+    short = [Run(at, at + 4000, "BF16") for at in range(0, size // 2, 4096)]
+    layout = Layout.plan(files, [*short, Run(size // 2, size, "BF16")], share=Fraction(1, 8), positions=16384)
+    assert layout.positions > 0
+    assert max(layout.stripes) * layout.marked <= 2 * layout.common
+
+
+class Counted(tuple):
+    """Stripes that count how often somebody goes through all of them."""
+
+    __slots__ = ()
+    passes = 0
+
+    def __iter__(self):
+        type(self).passes += 1
+        return super().__iter__()
+
+
+def test_finding_a_segment_goes_through_no_list_of_all():
+    size = 64 * 1024 * KIB
+    planned = Layout.plan(
+        Layout.place([("a", "safetensors", size, 0)]), [Run(0, size, "BF16")], share=Fraction(1, 8), positions=1000
+    )
+    layout = replace(planned, stripes=Counted(planned.stripes))
+    Counted.passes = 0
+    for number in range(len(planned.stripes)):
+        assert layout.common_segment(number).bytes > 0
+        assert len(layout.stripe(number)) == planned.stripes[number]
+    assert Counted.passes <= 4  # else reading a model takes the square of its size
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,12 @@ class Layout:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """m: how many marked segments there are."""
         return sum(self.stripes)
 
-    @property
+    @cached_property
     def common_bytes(self) -> int:
         return self.image - self.positions * self.marked
 
@@ -311,6 +311,8 @@ def _stripes(image: int, runs: Sequence[Run], markable: int, common: int, marked
         k = bisect_right(begins, at) - 1
         return 0 if k < 0 else before[k] + min(at, stretches[k][1]) - begins[k]
 
+    # Where weights lie in stretches shorter than a segment, much falls due at once: put has a stripe in memory whole.
+    most = max(1, 2 * common // marked)
     stripes: list[int] = []
     position, placed = 0, 0
     while position < image:
@@ -319,7 +321,7 @@ def _stripes(image: int, runs: Sequence[Run], markable: int, common: int, marked
         k = bisect_right(begins, position) - 1
         if wanted and k >= 0 and position < stretches[k][1]:
             due = wanted * covered(min(image, position + common)) // markable - placed
-            count = max(0, min(due, (stretches[k][1] - position) // marked))
+            count = max(0, min(due, (stretches[k][1] - position) // marked, most))
         stripes.append(count)
         placed += count
         position += count * marked

@@ -14,6 +14,7 @@ from strongroom.formats.suites import DIGEST_BYTES, Suite
 
 _MAGIC = b"SRPACK01"
 _HEADER = struct.Struct("<8sBB2xIQII32s32s")
+_MARKED_RECORD = struct.Struct("32s32s32s32s")
 _RECORD = {COMMON: DIGEST_BYTES, MARKED: 4 * DIGEST_BYTES}
 
 
@@ -145,6 +146,10 @@ class Trailer:
 
     def marked_record(self, position: int, variant: int) -> tuple[bytes, bytes]:
         """H of the ciphertext of one variant, and the commitment to its key."""
-        at = (position - self.first) * _RECORD[MARKED] + variant * DIGEST_BYTES
-        commit = at + 2 * DIGEST_BYTES
-        return self.records[at : at + DIGEST_BYTES], self.records[commit : commit + DIGEST_BYTES]
+        record = self.marked_records(position, 1)[0]
+        return record[variant], record[2 + variant]
+
+    def marked_records(self, first: int, count: int) -> list[tuple[bytes, bytes, bytes, bytes]]:
+        """Of `count` positions from `first`: H of the ciphertexts of A and B, and the commitments to their keys."""
+        at = (first - self.first) * _RECORD[MARKED]
+        return list(_MARKED_RECORD.iter_unpack(self.records[at : at + count * _RECORD[MARKED]]))

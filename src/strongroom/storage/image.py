@@ -237,22 +237,15 @@ class SealedImage:
             trailer, count = self.trailer(pack), min(end, pack.end, position + self._batch) - position
             sealed = scratch[: 2 * count * sealed_size]
             self._fetch(pack, 2 * (position - pack.first) * sealed_size, sealed)
-            nonce, open_into = pack.id[:12], self.cipher.open_into
-            for k in range(position, position + count):
-                variant = bundle.variant(k)
-                at, to = (2 * (k - position) + variant) * sealed_size, (k - first) * size
-                digest, commit = trailer.marked_record(k, variant)
-                key = bundle.variant_key(k)
-                check_commitment(key, commit, k)
-                open_into(
-                    AESGCM(key),
-                    nonce,
-                    VARIANT_A + variant,
-                    k,
-                    sealed[at : at + sealed_size],
-                    digest,
-                    out[to : to + size],
-                )
+            self.cipher.open_variants(
+                position,
+                [bundle.variant(k) for k in range(position, position + count)],
+                [bundle.variant_key(k) for k in range(position, position + count)],
+                trailer.marked_records(position, count),
+                pack.id[:12],
+                sealed,
+                out[(position - first) * size : (position - first + count) * size],
+            )
             position += count
 
     def _fetch(self, pack: PackEntry, offset: int, sealed: memoryview) -> None:

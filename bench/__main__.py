@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.limit import Limit
+from bench.limit import Floor, Limit
 from bench.machine import describe
 from bench.measure import FRESH, MIB, READERS, REUSED, Case, Failed, Sample, environment, measure
 from bench.model import TINY, Model, extract_smollm, generate, shape_of, smollm, smollm_gguf
@@ -229,7 +229,9 @@ def size_of(text: str) -> int:
 def select(only: str, results: Results) -> tuple[list[type[Reader]], set[str]]:
     """Readers and operations that --only names; each kind that it doesn't name is complete."""
     words = [word.strip() for word in only.split(",") if word.strip()]
-    groups = {"ours": OURS, "peers": READERS.keys() - OURS - {Limit.name}} | {name: {name} for name in READERS}
+    groups = {"ours": OURS, "peers": READERS.keys() - OURS - {Limit.name, Floor.name}} | {
+        name: {name} for name in READERS
+    }
     if unknown := [word for word in words if word not in groups and word not in OPERATIONS]:
         raise SystemExit(f"--only knows {', '.join((*OPERATIONS, *groups))}; not {', '.join(unknown)}")
     names = set().union(*(groups[word] for word in words if word in groups)) or set(READERS)
@@ -251,7 +253,9 @@ def main() -> int:
         "--rounds", type=int, default=None, help="interleaved rounds (5; 2 with --quick); puts take at most 3"
     )
     parser.add_argument("--size", type=size_of, default=None, help="of the generated model (2GiB; 256MiB with --quick)")
-    parser.add_argument("--only", default="", help="readers (ours, peers, limit or a name) and operations, with commas")
+    parser.add_argument(
+        "--only", default="", help="readers (ours, peers, limit, floor or a name) and operations, with commas"
+    )
     parser.add_argument("--quick", action="store_true", help="small and short; prints the page unless --out is given")
     parser.add_argument("--out", type=Path, default=None, help="the page (docs/reference/bench.md)")
     parser.add_argument("--raw", type=Path, default=None, help="every sample as JSON")

@@ -20,12 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.limit import Limit
+from bench.limit import Floor, Limit
 from bench.ours import Strongroom, StrongroomTorch
 from bench.peers import PEERS
 from bench.reader import Reader, bits
 
-READERS: dict[str, type[Reader]] = {reader.name: reader for reader in (Limit, Strongroom, StrongroomTorch, *PEERS)}
+READERS: dict[str, type[Reader]] = {
+    reader.name: reader for reader in (Limit, Floor, Strongroom, StrongroomTorch, *PEERS)
+}
 MIB = 1 << 20
 TIMEOUT = 900
 REUSED, FRESH = MEMORY = ("reused", "fresh")

@@ -237,8 +237,8 @@ def _reachable(results: Results) -> list[str]:
             said.append(
                 f"In {memory} memory BLAKE3 and AES-256-GCM alone, in a bare loop without format and marks, take "
                 f"{floor.median / limit.median:.2f} times the machine's limit and are {slow.median / floor.median:.2f} "
-                f"times as fast as tensorizer encrypted; Strongroom takes {ours.median / floor.median:.2f} times as long "
-                "as that loop. No reader that checks and decrypts every byte goes beyond it on this machine."
+                f"times as fast as tensorizer encrypted; Strongroom takes {ours.median / floor.median:.2f} times as "
+                "long as that loop. No reader that checks and decrypts every byte goes beyond it on this machine."
             )
     return said
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from strongroom.load.weights import Weights
     from strongroom.vault.fsck import FsckReport
     from strongroom.vault.status import Check
-    from strongroom.vault.vault import PutResult, VersionInfo
+    from strongroom.vault.vault import PutResult
     from strongroom.vault.verify import VerifyReport
+    from strongroom.vault.versions import VersionInfo
 
 Progress = Callable[[int, int], None]
 

@@ -50,7 +50,7 @@ def refusal(reason):
         return Rollback
     if reason in {"manifest.missing", "index.missing", "pack.missing", "pack.size"}:
         return Truncated
-    if reason in {"bundle.format", "bundle.suite", "manifest.suite"}:
+    if reason in {"bundle.format", "bundle.suite", "manifest.format", "manifest.suite", "layout.format"}:
         return CannotVerify
     return IntegrityError
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.core import canonical
-from strongroom.errors import Tampered
+from strongroom.errors import CannotVerify, Tampered
 from strongroom.formats.layout import Layout, Run
 
 KIB = 1024
@@ -145,6 +145,18 @@ json_values = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=10,
 )
+
+
+@pytest.mark.parametrize("number", [2, 10**6])
+def test_another_format_is_not_called_tampered(number):
+    with pytest.raises(CannotVerify, match="upgrade"):
+        Layout.from_json({"format": number, "whatever": "it has"})
+
+
+@pytest.mark.parametrize("number", [0, -1, True, 1.0, "1", None])
+def test_what_is_no_number_of_a_format_is_tampered(number):
+    with pytest.raises(Tampered):
+        Layout.from_json({"format": number})
 
 
 @given(json_values)

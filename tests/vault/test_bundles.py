@@ -10,9 +10,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, VersionKeys, pack_key
+from strongroom.crypto.segments import VARIANT_A, VersionKeys, pack_key
 from strongroom.errors import Tampered
 from strongroom.formats.bundle import KeyBundle
+from strongroom.formats.manifest import TAG_BYTES
 from strongroom.load.reader import ImageReader
 from strongroom.marking.mark import Marker
 from strongroom.storage.image import SealedImage, sealed_segments

@@ -183,3 +183,53 @@ def test_an_init_that_failed_can_be_given_again(tmp_path):
         strongroom.Room.init(tmp_path / "room", recovery=(5, 3))
     made, _ = strongroom.Room.init(tmp_path / "room", recovery=(2, 3))
     made.close()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("name", 7),
+        ("name", "../../etc"),
+        ("version_id", "../x"),
+        ("number", "one"),
+        ("revision", 1.5),
+        ("manifest_sha256", b"\x00"),
+        ("record", "text"),
+        ("bytes", "many"),
+        ("stored_bytes", -1),
+        ("segments", None),
+        ("positions", 1.0),
+        ("state", "lost"),
+        ("created_at", 5),
+        ("created_by", b"ana"),
+        ("shredded_at", 3),
+    ],
+)
+def test_a_version_row_of_other_types_is_one_of_our_errors(room, column, value):
+    connection = sqlite3.connect(room / "room.db")
+    # The schema's own checks are no defence either: who can write the file can change it.
+    connection.execute("PRAGMA writable_schema=ON")
+    connection.execute("UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE name = 'versions'")
+    connection.commit()
+    connection.close()
+    change(room, f"UPDATE versions SET {column} = ?", value)
+    with strongroom.open(room) as opened:
+        for act in (
+            opened.ls,
+            opened.status,
+            opened.fsck,
+            lambda: opened.show("acme/tiny@1"),
+            lambda: opened.load("acme/tiny@1").read(),
+            lambda: opened.rotate("acme/tiny@1"),
+        ):
+            with pytest.raises(StrongroomError):
+                act()
+
+
+@pytest.mark.parametrize("value", [7, b"user/ana", 1.5])
+def test_a_principal_row_of_other_types_is_one_of_our_errors(room, value):
+    change(room, "UPDATE principals SET path = ?", value)
+    with strongroom.open(room) as opened:
+        for act in (opened.principal_ls, opened.status, lambda: opened.load("acme/tiny@1")):
+            with pytest.raises(StrongroomError):
+                act()

@@ -16,12 +16,12 @@ from strongroom.core.limits import LIMITS
 from strongroom.crypto.keys import commitment
 from strongroom.crypto.sealing import seal
 from strongroom.crypto.segments import COMMON as KIND_COMMON
-from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, SegmentCipher, pack_key
+from strongroom.crypto.segments import VARIANT_A, SegmentCipher, pack_key
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import IntegrityError, NotFound, Rollback, StrongroomError, Tampered, Truncated
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
-from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, Manifest, PackEntry
+from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, TAG_BYTES, Manifest, PackEntry
 from strongroom.formats.pack import trailer_bytes
 from strongroom.load.reader import ImageReader
 from strongroom.storage.image import SealedImage, read_trailer, sealed_segments

@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from strongroom.crypto.keys import commitment, derive, keystream, wrong_key
 from strongroom.errors import Tampered
+from strongroom.formats.manifest import TAG_BYTES
 from strongroom.formats.suites import FORMAT, Suite
 
-TAG_BYTES = 16
 COMMON, VARIANT_A, VARIANT_B = 0, 1, 2
 _AAD = struct.Struct("<4sBBBx16sI")
 _INDEX = struct.Struct("<Q")

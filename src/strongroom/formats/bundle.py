@@ -78,7 +78,9 @@ class KeyBundle:
         if magic != b"SRKB" or data[10:12] != b"\0\0":
             raise Tampered("bundle.malformed", "these bytes are not a key bundle")
         if version != FORMAT:
-            raise CannotVerify("bundle.unknown_format", f"key bundle of format {version}, expected {FORMAT}")
+            raise CannotVerify(
+                "bundle.unknown_format", f"key bundle of format {version}, expected {FORMAT}", hint="upgrade strongroom"
+            )
         word_size = -(-positions // 8)
         sizes = (_HEADER.size, holder_size, ref_size, word_size, positions * _KEY, 32)
         if positions > LIMITS.positions or len(data) != sum(sizes):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from strongroom.core import canonical
 from strongroom.core.limits import KIB, LIMITS, MIB
 from strongroom.errors import LimitExceeded, Tampered
-from strongroom.formats.suites import FORMAT, Suite
+from strongroom.formats.suites import FORMAT, Suite, check_format
 
 ALIGNMENT = 64
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -133,10 +133,9 @@ class Layout:
     def from_json(cls, value: Any) -> Layout:
         """Check everything that section 8 asks for; Tampered otherwise."""
         try:
+            check_format(value["format"], "the layout")
             if set(value) != {"format", "image", "files", "runs", "common", "marked", "stripes"}:
                 raise ValueError("unexpected members")
-            if type(value["format"]) is not int or value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']!r}")
             files = tuple(FileEntry(**item) for item in value["files"])
             runs = tuple(Run(*item) for item in value["runs"])
             layout = cls(value["image"], files, runs, value["common"], value["marked"], tuple(value["stripes"]))

@@ -11,7 +11,7 @@ from typing import Any
 from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
 from strongroom.errors import Tampered
-from strongroom.formats.suites import FORMAT, Suite
+from strongroom.formats.suites import FORMAT, Suite, check_format
 
 PAYLOAD_TYPE = "application/vnd.strongroom.manifest.v1+json"
 COMMON, MARKED = 0, 1
@@ -121,12 +121,11 @@ class Manifest:
         """Parse and check a payload; Tampered unless it holds together (section 12, step 3)."""
         value = canonical.decode(payload, what="the manifest")
         try:
+            check_format(value["format"], "the manifest")  # first: another format may have other members
             _members(value, {"format", "suite", "room", "version", "revision", "common", "marked", "index"})
             _members(value["common"], {"bytes", "segment", "packs"})
             _members(value["marked"], {"positions", "segment", "packs"})
             _members(value["index"], {"bytes", "digest"})
-            if type(value["format"]) is not int or value["format"] != FORMAT:
-                raise ValueError(f"format {value['format']!r}")
             suite = Suite.of(value["suite"])
             manifest = cls(
                 suite=suite,

@@ -15,6 +15,18 @@ FORMAT = 1
 DIGEST_BYTES = 32
 
 
+def check_format(number: object, what: str) -> None:
+    """CannotVerify for a format that this release does not know; ValueError for what is no number of a format."""
+    if type(number) is not int or number < 1:
+        raise ValueError(f"format {number!r}")
+    if number != FORMAT:
+        raise CannotVerify(
+            "format.unknown",
+            f"{what} is of format {number}; this release reads format {FORMAT}",
+            hint="upgrade strongroom",
+        )
+
+
 class Suite(IntEnum):
     """AES-256-GCM throughout; the hash differs."""
 

@@ -19,7 +19,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.crypto.keys import check_commitment
 from strongroom.crypto.sealing import unseal
 from strongroom.crypto.segments import COMMON as KIND_COMMON
-from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, SegmentCipher, pack_key
+from strongroom.crypto.segments import VARIANT_A, SegmentCipher, pack_key
 from strongroom.crypto.signatures import key_id, verify
 from strongroom.errors import (
     CannotVerify,
@@ -33,7 +33,7 @@ from strongroom.errors import (
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
-from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, Manifest, PackEntry
+from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, TAG_BYTES, Manifest, PackEntry
 from strongroom.formats.pack import Trailer, trailer_bytes
 from strongroom.storage.blobs import Blobs
 

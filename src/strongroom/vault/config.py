@@ -12,8 +12,8 @@ from typing import Any
 from strongroom.core import canonical
 from strongroom.core.limits import KIB
 from strongroom.errors import NotFound, Tampered
+from strongroom.formats.suites import FORMAT, check_format
 
-FORMAT = 1
 NAME = "room.json"
 
 
@@ -36,7 +36,7 @@ class RoomConfig:
 
     @classmethod
     def read(cls, folder: Path) -> RoomConfig:
-        """NotFound ``room.missing``; Tampered ``room.malformed``."""
+        """NotFound ``room.missing``; Tampered ``room.malformed``; CannotVerify ``format.unknown``."""
         path = folder / NAME
         try:
             # Neither a link to another file nor a pipe that never answers.
@@ -63,8 +63,7 @@ class RoomConfig:
 
     @classmethod
     def _of(cls, value: Any) -> RoomConfig:
-        if type(value["format"]) is not int or value["format"] != FORMAT:
-            raise ValueError(f"format {value['format']!r}")
+        check_format(value["format"], f"this room ({NAME})")
         keystores = value["keystores"]
         if not isinstance(keystores, list) or not keystores:
             raise TypeError("no key store is named")

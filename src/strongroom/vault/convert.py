@@ -32,7 +32,7 @@ from strongroom.formats.safetensors import encode_header
 from strongroom.formats.tensors import DTYPES
 from strongroom.vault.names import check_collisions, shown
 from strongroom.vault.pickles import SUFFIXES
-from strongroom.vault.shards import read_index
+from strongroom.vault.shards import INDEX_MAX, read_index
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
@@ -101,8 +101,8 @@ def _reindexed(
     if name in present:
         walk.skipped.append(file.path)
         return None
-    if file.size > LIMITS.safetensors_header:
-        raise LimitExceeded("source.limit", f"{file.path} is larger than {LIMITS.safetensors_header} bytes")
+    if file.size > INDEX_MAX:
+        raise LimitExceeded("source.limit", f"{file.path} is larger than {INDEX_MAX} bytes")
     with file.opened() as fd:
         weight_map = read_index(file.path, file.read(fd, 0, file.size))
     folder = file.path.rpartition("/")[0]

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from strongroom.core.limits import LIMITS
 from strongroom.crypto.keys import commitment
 from strongroom.crypto.segments import COMMON as KIND_COMMON
-from strongroom.crypto.segments import TAG_BYTES, VARIANT_A, SegmentCipher, VersionKeys, pack_key
+from strongroom.crypto.segments import VARIANT_A, SegmentCipher, VersionKeys, pack_key
 from strongroom.formats.layout import Layout
-from strongroom.formats.manifest import COMMON, MARKED, PackEntry
+from strongroom.formats.manifest import COMMON, MARKED, TAG_BYTES, PackEntry
 from strongroom.formats.pack import Trailer
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs

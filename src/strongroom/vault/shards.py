@@ -15,7 +15,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, UsageError
 
 INDEX_SUFFIX = ".safetensors.index.json"
-_INDEX_MAX = 32 << 20  # bytes; an index of 100,000 tensors has ten million
+INDEX_MAX = 32 << 20  # bytes; an index of 100,000 tensors has ten million
 # model-00001-of-00002.safetensors, as transformers, diffusers and llama.cpp name shards.
 _NUMBERED = re.compile(r"(?P<stem>.*)-[0-9]{5}-of-(?P<count>[0-9]{5})(?P<suffix>\.safetensors|\.gguf)")
 
@@ -81,8 +81,8 @@ def read_index(path: str, text: bytes) -> dict[str, str]:
 
     UsageError ``source.index`` if it has none; LimitExceeded ``source.limit`` for more bytes or entries than are read.
     """
-    if len(text) > _INDEX_MAX:
-        raise LimitExceeded("source.limit", f"the index {path} has {len(text)} bytes; at most {_INDEX_MAX} are read")
+    if len(text) > INDEX_MAX:
+        raise LimitExceeded("source.limit", f"the index {path} has {len(text)} bytes; at most {INDEX_MAX} are read")
     # Megabytes of `{},` would become gigabytes of objects: a value takes a comma, so there are no more of them.
     if text.count(b",") > LIMITS.tensors:
         raise LimitExceeded("source.limit", f"the index {path} has more than {LIMITS.tensors} entries")

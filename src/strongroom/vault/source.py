@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded
 from strongroom.formats.tensors import TensorInfo
 from strongroom.vault.names import check_collisions
-from strongroom.vault.shards import INDEX_SUFFIX, check_index, check_numbered
+from strongroom.vault.shards import INDEX_MAX, INDEX_SUFFIX, check_index, check_numbered
 from strongroom.vault.sourcefile import SourceFile, check_limits
 from strongroom.vault.walk import Walk
 
@@ -99,7 +98,7 @@ class ModelSource:
         }
         for file in self.files:
             if file.path.endswith(INDEX_SUFFIX):
-                if file.size > LIMITS.safetensors_header:
-                    raise LimitExceeded("source.limit", f"{file.path} is larger than {LIMITS.safetensors_header} bytes")
+                if file.size > INDEX_MAX:
+                    raise LimitExceeded("source.limit", f"{file.path} is larger than {INDEX_MAX} bytes")
                 with file.opened() as fd:
                     check_index(file.path, file.read(fd, 0, file.size), shards)

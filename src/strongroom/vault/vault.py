@@ -4,7 +4,6 @@ it."""
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from strongroom.errors import (
     NotFound,
     Rollback,
     Sealed,
+    StrongroomError,
     Tampered,
     UsageError,
 )
@@ -34,7 +34,6 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest, pack_name
-from strongroom.formats.pack import object_bytes
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, principals, versions
@@ -50,35 +49,11 @@ from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.rotate import next_revision, reencrypt
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
+from strongroom.vault.versions import VersionInfo, check_row, measured, object_names
 
 
 def silent(done: int, total: int) -> None:
     """A progress callback that says nothing."""
-
-
-@dataclass(frozen=True)
-class VersionInfo:
-    """What the room knows of a version without opening it; sizes in bytes."""
-
-    name: str
-    number: int
-    state: str
-    revision: int
-    digest: str
-    bytes: int
-    stored_bytes: int
-    segments: int
-    positions: int
-    created_at: str
-    created_by: str
-    shredded_at: str | None
-
-    @property
-    def ref(self) -> str:
-        return f"{self.name}@{self.number}"
-
-    def as_json(self) -> dict[str, Any]:
-        return {"ref": self.ref, **{key: value for key, value in vars(self).items() if key not in ("name", "number")}}
 
 
 @dataclass(frozen=True)
@@ -193,7 +168,11 @@ class Vault:
 
     def principal_ls(self) -> list[dict[str, Any]]:
         with self.db.reading() as tx:
-            return [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
+            found = [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
+        for row in found:
+            if not all(isinstance(row[column], str) for column in ("path", "created_at")):
+                raise Tampered("principal.malformed", "the database's row of a principal does not hold together")
+        return found
 
     def principal(self, path: str | None) -> str:
         """The principal to act as: `path`, else the only one there is."""
@@ -215,15 +194,27 @@ class Vault:
     # -- versions ------------------------------------------------------------------------------------------------
 
     def ls(self, name: str | None = None) -> list[VersionInfo]:
-        """All versions, or those of one name, oldest first. Needs no key."""
+        """All versions, or those of one name, oldest first. Needs no key. NotFound for a name that nothing has."""
         query = select(versions).order_by(versions.c.name, versions.c.number)
         if name is not None:
             query = query.where(versions.c.name == Ref.parse(name).name)
         with self.db.reading() as tx:
-            return [_info(row) for row in tx.execute(query)]
+            found = [VersionInfo.of(row) for row in tx.execute(query)]
+        if name is not None and not found:
+            raise NotFound("weights.missing", f"the room has no weights {name}", hint="strongroom ls")
+        return found
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise."""
+        row = self._row(ref)
+        if row.state != "active":
+            raise NotFound(
+                "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
+            )
+        return row
+
+    def _row(self, ref: str) -> Row[Any]:
+        """The row of a numbered version, whatever its state, or of the newest that is active."""
         parsed = Ref.parse(ref)
         query = select(versions).where(versions.c.name == parsed.name)
         if parsed.number is not None:
@@ -234,18 +225,11 @@ class Vault:
             row = tx.execute(query.order_by(versions.c.number.desc())).first()
         if row is None:
             raise NotFound("weights.missing", f"the room has no weights {ref}", hint="strongroom ls")
-        if row.state != "active":
-            raise NotFound(
-                "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
-            )
-        return row
+        return check_row(row)
 
     def record(self, row: Row[Any]) -> VersionRecord:
         """The secrets of a version; Tampered or Rollback when the database says something else than the sealed
         record."""
-        # A database is not bound to what its columns were declared to hold.
-        if not re.fullmatch(r"[0-9a-f]{32}", str(row.version_id), re.ASCII) or not isinstance(row.record, bytes):
-            raise Tampered("record.malformed", f"the database's row of {row.name}@{row.number} does not hold together")
         version = parse_id(row.version_id)
         record = VersionRecord.unseal(self.keys.room_key, row.record, version)
         if (record.name, record.number, record.version) != (row.name, row.number, version):
@@ -275,7 +259,7 @@ class Vault:
         image = self.image(self.record(row))
         layout, report = image.layout, image.index.report
         return {
-            **_info(row).as_json(),
+            **VersionInfo.of(row).as_json(),
             "version": row.version_id,
             "suite": image.manifest.suite.name,
             "signed_by": self.keys.signer.key_id,
@@ -364,7 +348,7 @@ class Vault:
                     bytes=sum(entry.bytes for entry in index.layout.files),
                     created_at=now(),
                     created_by=by,
-                    **_measured(manifest),
+                    **measured(manifest),
                 )
             )
             journal.close(tx)
@@ -387,7 +371,12 @@ class Vault:
         old = self.image(old_record)
         fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
         with self._journal(fingerprint, row.name, by, start=next_revision(old_record)) as journal:
-            manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
+            try:
+                manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
+            except StrongroomError as error:
+                if self._is_current(row):
+                    raise
+                raise _raced(ref) from error
             self._sign(manifest, self.keys.signer)
             record = replace(journal.record, manifest_digest=manifest.digest())
             with self.db.transaction() as tx:
@@ -398,20 +387,29 @@ class Vault:
                         versions.c.revision == row.revision,
                         versions.c.state == "active",
                     )
-                    .values(record=record.seal(self.keys.current(tx)), **_measured(manifest))
+                    .values(record=record.seal(self.keys.current(tx)), **measured(manifest))
                 )
                 if changed.rowcount != 1:
-                    raise Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile")
+                    raise _raced(ref)
                 # With other rotations of it that were left unfinished: their keys open what this one replaced.
                 forget_all(tx, row.version_id)
         # Never what the new revision needs as well, whatever the journal was made to say.
-        for name in _names(old.manifest) - _names(manifest):
+        for name in object_names(old.manifest) - object_names(manifest):
             self.blobs.delete(name)
         return {"ref": ref, "revision": record.revision, "digest": f"sha256:{manifest.digest().hex()}"}
 
+    def _is_current(self, row: Row[Any]) -> bool:
+        """Whether the version of `row` is still active, and in that revision."""
+        query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
+        with self.db.reading() as tx:
+            return bool(tx.execute(query).one_or_none() == ("active", row.revision))
+
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
-        """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere."""
-        row = self.find(ref)
+        """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere.
+
+        Given again for a shredded version it removes what the first time could not.
+        """
+        row = self._row(ref)
         name = f"{row.name}@{row.number}"
         if confirm != name:
             raise UsageError(
@@ -420,21 +418,16 @@ class Vault:
                 hint=f"strongroom shred {name} --confirm {name}",
             )
         names = self._objects_of(row)
-        with self.db.transaction() as tx:
-            changed = tx.execute(
-                update(versions)
-                .where(versions.c.version_id == row.version_id, versions.c.state == "active")
-                .values(state="shredded", record=None, shredded_at=now())
-            )
-            if changed.rowcount != 1:
-                raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
-            # An interrupted rotation holds the same weights under its own keys.
-            names |= {pack_name(bytes.fromhex(pack)) for pack in forget_all(tx, row.version_id)}
+        if row.state == "active":
+            names |= self._destroy_keys(row)
         remains = []
         try:
             self.db.scrub()
         except BackendError as error:
-            remains.append(f"the database's log still holds the wrapped key until its next checkpoint: {error.message}")
+            remains.append(
+                f"the database's log still holds the wrapped key until its next checkpoint, or until "
+                f"`strongroom shred {name} --confirm {name}` is given again: {error.message}"
+            )
         deleted = 0
         for item in names:
             try:
@@ -456,13 +449,27 @@ class Vault:
             ],
         }
 
+    def _destroy_keys(self, row: Row[Any]) -> set[str]:
+        """Drop the secrets of a version; returns the objects that only its unfinished jobs knew of."""
+        with self.db.transaction() as tx:
+            changed = tx.execute(
+                update(versions)
+                .where(versions.c.version_id == row.version_id, versions.c.state == "active")
+                .values(state="shredded", record=None, shredded_at=now())
+            )
+            if changed.rowcount != 1:
+                raise Conflict("shred.raced", f"{row.name}@{row.number} was shredded by somebody else meanwhile")
+            # An interrupted rotation holds the same weights under its own keys.
+            return {pack_name(parse_id(pack, 32)) for pack in forget_all(tx, row.version_id)}
+
     def _objects_of(self, row: Row[Any]) -> set[str]:
         """What the store has of a version, as far as the store still says so: a damaged one must be shreddable, too."""
         names: set[str] = set()
         # Where that fails (a store that is down must not keep the keys alive) fsck finds them later.
         with contextlib.suppress(IntegrityError, Sealed, BackendError):
             names |= {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
-            names |= _names(self.manifest(self.record(row)))
+            if row.state == "active":
+                names |= object_names(self.manifest(self.record(row)))
         return names
 
     # -- verify --------------------------------------------------------------------------------------------------
@@ -498,34 +505,5 @@ class Vault:
         )
 
 
-def _names(manifest: Manifest) -> set[str]:
-    return {manifest.name, manifest.index_name, *(pack.name for pack in manifest.packs)}
-
-
-def _measured(manifest: Manifest) -> dict[str, Any]:
-    """The columns of a version that follow from its manifest."""
-    bodies = sum(object_bytes(manifest, pack) for pack in manifest.packs)
-    return {
-        "revision": manifest.revision,
-        "manifest_sha256": manifest.digest().hex(),
-        "stored_bytes": bodies + manifest.index_bytes,
-        "segments": manifest.common_count + 2 * manifest.positions,
-        "positions": manifest.positions,
-    }
-
-
-def _info(row: Row[Any]) -> VersionInfo:
-    return VersionInfo(
-        name=row.name,
-        number=row.number,
-        state=row.state,
-        revision=row.revision,
-        digest=f"sha256:{row.manifest_sha256}",
-        bytes=row.bytes,
-        stored_bytes=row.stored_bytes,
-        segments=row.segments,
-        positions=row.positions,
-        created_at=row.created_at,
-        created_by=row.created_by,
-        shredded_at=row.shredded_at,
-    )
+def _raced(ref: str) -> Conflict:
+    return Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile", hint="strongroom ls")

@@ -166,7 +166,8 @@ def test_ls(desk: Desk) -> None:
     (found,) = desk.run("ls", "acme/tiny", "--json").json["versions"]
     assert found["ref"] == "acme/tiny@1"
     assert found["created_by"] == "user/ana"
-    assert desk.run("ls", "acme/none", "--json").json == {"versions": []}
+    unknown = desk.run("ls", "acme/none", "--json")
+    assert (unknown.error["code"], unknown.code) == ("weights.missing", 8)
 
 
 def test_show(desk: Desk) -> None:

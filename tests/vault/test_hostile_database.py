@@ -1,5 +1,7 @@
 """Somebody who can write to the room's database, but has no key (threat model, G4): what they change is refused."""
 
+import base64
+import json
 import sqlite3
 
 import pytest
@@ -185,51 +187,103 @@ def test_an_init_that_failed_can_be_given_again(tmp_path):
     made.close()
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("name", 7),
-        ("name", "../../etc"),
-        ("version_id", "../x"),
-        ("number", "one"),
-        ("revision", 1.5),
-        ("manifest_sha256", b"\x00"),
-        ("record", "text"),
-        ("bytes", "many"),
-        ("stored_bytes", -1),
-        ("segments", None),
-        ("positions", 1.0),
-        ("state", "lost"),
-        ("created_at", 5),
-        ("created_by", b"ana"),
-        ("shredded_at", 3),
-    ],
-)
-def test_a_version_row_of_other_types_is_one_of_our_errors(room, column, value):
-    connection = sqlite3.connect(room / "room.db")
-    # The schema's own checks are no defence either: who can write the file can change it.
-    connection.execute("PRAGMA writable_schema=ON")
-    connection.execute("UPDATE sqlite_schema SET sql = replace(sql, 'NOT NULL', '') WHERE name = 'versions'")
-    connection.commit()
-    connection.close()
+# SQLite turns a number into text where a column's type is text, and the other way round where it can.
+STRANGE = [
+    ("name", b"acme/tiny"),
+    ("name", "../../etc"),
+    ("version_id", "../x"),
+    ("number", "one"),
+    ("revision", 1.5),
+    ("manifest_sha256", b"\x00"),
+    ("record", "text"),
+    ("record", 7),
+    ("bytes", "many"),
+    ("stored_bytes", -1),
+    ("positions", 1.5),
+    ("state", "lost"),
+    ("created_at", b"5"),
+    ("created_by", b"ana"),
+    ("shredded_at", b"3"),
+]
+
+
+def refusals(*acts):
+    """That each of `acts` ends, if it fails, in an error of ours; returns whether each failed."""
+    failed = []
+    for act in acts:
+        try:
+            act()
+        except StrongroomError:
+            failed.append(True)
+        else:
+            failed.append(False)
+    return failed
+
+
+@pytest.mark.parametrize(("column", "value"), STRANGE)
+def test_a_version_row_of_other_types_is_one_of_our_errors(room, tmp_path, column, value):
     change(room, f"UPDATE versions SET {column} = ?", value)
     with strongroom.open(room) as opened:
-        for act in (
-            opened.ls,
-            opened.status,
-            opened.fsck,
+        assert all(refusals(opened.ls, opened.status))
+        assert not opened.fsck().ok
+        refusals(
             lambda: opened.show("acme/tiny@1"),
             lambda: opened.load("acme/tiny@1").read(),
+            lambda: opened.verify("acme/tiny@1"),
             lambda: opened.rotate("acme/tiny@1"),
-        ):
-            with pytest.raises(StrongroomError):
-                act()
+            lambda: opened.put(write_model(tmp_path / "next", seed=4), "acme/tiny"),
+            opened.keystore_rotate,
+        )
 
 
-@pytest.mark.parametrize("value", [7, b"user/ana", 1.5])
-def test_a_principal_row_of_other_types_is_one_of_our_errors(room, value):
-    change(room, "UPDATE principals SET path = ?", value)
+@pytest.mark.parametrize(
+    ("column", "value"), [item for item in STRANGE if item[0] not in ("name", "number", "state", "version_id")]
+)
+def test_a_version_row_of_other_types_can_be_shredded(room, column, value):
+    change(room, f"UPDATE versions SET {column} = ?", value)
     with strongroom.open(room) as opened:
-        for act in (opened.principal_ls, opened.status, lambda: opened.load("acme/tiny@1")):
-            with pytest.raises(StrongroomError):
-                act()
+        opened.shred("acme/tiny@1", confirm="acme/tiny@1")
+    assert query(room, "SELECT state, record FROM versions") == [("shredded", None)]
+
+
+@pytest.mark.parametrize("column", ["path", "created_at", "suspended_at"])
+def test_a_principal_row_of_other_types_is_one_of_our_errors(room, column):
+    change(room, f"UPDATE principals SET {column} = ?", b"user/ana")
+    with strongroom.open(room) as opened:
+        assert all(refusals(opened.principal_ls, opened.status, lambda: opened.load("acme/tiny@1")))
+
+
+@pytest.mark.parametrize("pack_id", ["x", None, "of another version"])
+def test_a_forged_job_saves_no_key_from_being_shredded_and_takes_no_other_pack(room, tmp_path, pack_id):
+    with strongroom.open(room) as opened:
+        opened.put(write_model(tmp_path / "other", seed=8), "acme/other")
+    if pack_id == "of another version":
+        (number,) = query(room, "SELECT version_id FROM versions WHERE name = 'acme/other'")[0]
+        manifest = (room / "store" / "versions" / number / "1.manifest").read_bytes()
+        payload = json.loads(base64.b64decode(json.loads(manifest)["payload"]))
+        pack_id = payload["common"]["packs"][0]["id"]
+    version = query(room, "SELECT version_id FROM versions WHERE name = 'acme/tiny'")[0][0]
+    columns = "put_id, name, fingerprint, version_id, revision, record, created_at, created_by"
+    change(room, f"INSERT INTO puts ({columns}) VALUES (?, 'n', 'f', ?, 1, x'00', 't', 'user/ana')", "0" * 32, version)
+    columns = "put_id, kind, ordinal, first, count, pack_id, digest, progress, mac"
+    if pack_id is not None:
+        change(room, f"INSERT INTO put_packs ({columns}) VALUES (?, 0, 0, 0, 1, ?, 'd', '', '')", "0" * 32, pack_id)
+    with strongroom.open(room) as opened:
+        opened.shred("acme/tiny@1", confirm="acme/tiny@1")
+        assert opened.verify("acme/other@1", deep=True).ok
+    assert query(room, "SELECT state, record FROM versions WHERE name = 'acme/tiny'") == [("shredded", None)]
+    assert query(room, "SELECT * FROM puts") == []
+
+
+def test_what_a_raced_rotation_left_goes_with_the_next_shred(room):
+    """A rotation that began its job right after a shred had looked for jobs."""
+    version = query(room, "SELECT version_id FROM versions")[0][0]
+    with strongroom.open(room) as opened:
+        opened.shred("acme/tiny@1", confirm="acme/tiny@1")
+        columns = "put_id, name, fingerprint, version_id, revision, record, created_at, created_by"
+        change(
+            room, f"INSERT INTO puts ({columns}) VALUES (?, 'n', 'f', ?, 2, x'00', 't', 'user/ana')", "0" * 32, version
+        )
+        said = opened.shred("acme/tiny@1", confirm="acme/tiny@1")
+    assert "fsck --repair" in said["means"][0]
+    assert query(room, "SELECT * FROM puts") == []

@@ -34,6 +34,8 @@ def seal(key: bytes, plaintext: bytes, context: str) -> bytes:
 
 def unseal(key: bytes, box: bytes, context: str) -> bytes:
     """Open a box; Truncated or Tampered when it is not whole, or was sealed under another key or context."""
+    if not isinstance(box, bytes):  # it comes from a database, which may hold anything
+        raise Tampered("box.malformed", f"a sealed box is bytes, and not {type(box).__name__}")
     if len(box) < OVERHEAD:
         raise Truncated("box.truncated", f"a sealed box has at least {OVERHEAD} bytes, this one {len(box)}")
     header, ciphertext = box[:72], box[72:]

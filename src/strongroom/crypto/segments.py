@@ -92,7 +92,8 @@ class SegmentCipher:
         sealed: memoryview,
         out: memoryview,
     ) -> None:
-        """As `open_into`, for neighbouring positions from `first`, after the commitment to each key was checked.
+        """As `open_into`, for neighbouring positions from `first`, checking the commitment to each key first. On any
+        error the caller wipes `out`: positions before the one that failed are in it.
 
         Of each position one of 0 (A) and 1 (B), its key, and its record in the trailer; `sealed` holds A, then B, of
         each, and `out` takes the plaintexts. One plain loop on purpose: a load goes through it 16,384 times, holding

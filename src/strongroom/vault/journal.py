@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import hmac
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from strongroom.core import canonical
 from strongroom.core.clock import now
 from strongroom.core.ids import parse_id, random_id
 from strongroom.errors import BackendError, IntegrityError, NotFound
-from strongroom.formats.manifest import PackEntry, pack_name
+from strongroom.formats.manifest import PackEntry
 from strongroom.formats.pack import Trailer, trailer_bytes
 from strongroom.storage.blobs import Blobs
 from strongroom.storage.db import Database, put_packs, puts
@@ -34,6 +34,7 @@ class Journal:
     def __init__(self, db: Database, blobs: Blobs, put_id: str, record: VersionRecord) -> None:
         self._db, self._blobs, self.put_id, self.record = db, blobs, put_id, record
         self.packs: dict[tuple[int, int], tuple[PackEntry, str]] = {}
+        self._added: list[PackEntry] = []
 
     @classmethod
     @contextlib.contextmanager
@@ -128,6 +129,7 @@ class Journal:
             "digest": pack.digest.hex(),
             "progress": progress,
         }
+        self._added.append(pack)
         with self._db.transaction() as tx:
             tx.execute(insert(put_packs).values(**values, mac=self._mac(values)))
 
@@ -158,19 +160,18 @@ class Journal:
         tx.execute(delete(puts).where(puts.c.put_id == self.put_id))
 
     def forget(self) -> None:
-        """Drop the journal and the packs that it remembers, this run's included: nothing of them can be used."""
+        """Drop the journal and its packs, this run's included: nothing of them can be used. Only packs that are
+        provably its own: a row that somebody else wrote could name those of any version."""
         with self._db.transaction() as tx:
-            found = tx.execute(select(put_packs.c.pack_id).where(put_packs.c.put_id == self.put_id)).scalars().all()
             self.close(tx)
-        for pack_id in found:
-            self._blobs.delete(pack_name(bytes.fromhex(pack_id)))
+        for pack in [*(entry for entry, _ in self.packs.values()), *self._added]:
+            self._blobs.delete(pack.name)
 
 
-def forget_all(tx: Connection, version_id: str) -> Sequence[str]:
-    """Drop every journal that holds secrets of a version; returns the identifiers of their packs."""
+def forget_all(tx: Connection, version_id: str) -> int:
+    """Drop every journal that holds secrets of a version; returns how many packs they remembered."""
     jobs = select(puts.c.put_id).where(puts.c.version_id == version_id)
-    packs = tx.execute(select(put_packs.c.pack_id).where(put_packs.c.put_id.in_(jobs))).scalars().all()
-    tx.execute(delete(put_packs).where(put_packs.c.put_id.in_(jobs)))
+    packs = tx.execute(delete(put_packs).where(put_packs.c.put_id.in_(jobs))).rowcount
     tx.execute(delete(puts).where(puts.c.version_id == version_id))
     return packs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from strongroom.crypto.shamir import Share
 from strongroom.errors import (
     AuthRequired,
     BackendError,
+    CannotVerify,
     Conflict,
     IntegrityError,
     NotFound,
@@ -33,7 +35,7 @@ from strongroom.errors import (
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
-from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest, pack_name
+from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.suites import Suite
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, principals, versions
@@ -170,7 +172,8 @@ class Vault:
         with self.db.reading() as tx:
             found = [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
         for row in found:
-            if not all(isinstance(row[column], str) for column in ("path", "created_at")):
+            texts = all(isinstance(row[column], str) for column in ("path", "created_at"))
+            if not texts or not isinstance(row["suspended_at"], str | None):
                 raise Tampered("principal.malformed", "the database's row of a principal does not hold together")
         return found
 
@@ -206,7 +209,7 @@ class Vault:
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise."""
-        row = self._row(ref)
+        row = check_row(self._row(ref))
         if row.state != "active":
             raise NotFound(
                 "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
@@ -214,7 +217,7 @@ class Vault:
         return row
 
     def _row(self, ref: str) -> Row[Any]:
-        """The row of a numbered version, whatever its state, or of the newest that is active."""
+        """The row, unchecked, of a numbered version, whatever its state, or of the newest that is active."""
         parsed = Ref.parse(ref)
         query = select(versions).where(versions.c.name == parsed.name)
         if parsed.number is not None:
@@ -225,7 +228,7 @@ class Vault:
             row = tx.execute(query.order_by(versions.c.number.desc())).first()
         if row is None:
             raise NotFound("weights.missing", f"the room has no weights {ref}", hint="strongroom ls")
-        return check_row(row)
+        return row
 
     def record(self, row: Row[Any]) -> VersionRecord:
         """The secrets of a version; Tampered or Rollback when the database says something else than the sealed
@@ -336,6 +339,8 @@ class Vault:
         digest = manifest.digest()
         with self.db.transaction() as tx:
             newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
+            if not isinstance(newest, int | None):
+                raise Tampered("record.malformed", f"the database numbers a version of {name} {newest!r:.40}")
             number = (newest or 0) + 1
             record = replace(journal.record, name=name, number=number, manifest_digest=digest)
             tx.execute(
@@ -368,15 +373,12 @@ class Vault:
     def _rotate(self, ref: str, by: str, progress: Progress) -> dict[str, Any]:
         row = self.find(ref)
         old_record = self.record(row)
-        old = self.image(old_record)
+        with self._or_raced(row):
+            old = self.image(old_record)
         fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
-        with self._journal(fingerprint, row.name, by, start=next_revision(old_record)) as journal:
-            try:
-                manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
-            except StrongroomError as error:
-                if self._is_current(row):
-                    raise
-                raise _raced(ref) from error
+        job = self._journal(fingerprint, row.name, by, start=next_revision(old_record))
+        with job as journal, self._or_raced(row, journal):
+            manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
             self._sign(manifest, self.keys.signer)
             record = replace(journal.record, manifest_digest=manifest.digest())
             with self.db.transaction() as tx:
@@ -390,7 +392,7 @@ class Vault:
                     .values(record=record.seal(self.keys.current(tx)), **measured(manifest))
                 )
                 if changed.rowcount != 1:
-                    raise _raced(ref)
+                    raise _raced(row)
                 # With other rotations of it that were left unfinished: their keys open what this one replaced.
                 forget_all(tx, row.version_id)
         # Never what the new revision needs as well, whatever the journal was made to say.
@@ -398,18 +400,28 @@ class Vault:
             self.blobs.delete(name)
         return {"ref": ref, "revision": record.revision, "digest": f"sha256:{manifest.digest().hex()}"}
 
-    def _is_current(self, row: Row[Any]) -> bool:
-        """Whether the version of `row` is still active, and in that revision."""
-        query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
-        with self.db.reading() as tx:
-            return bool(tx.execute(query).one_or_none() == ("active", row.revision))
+    @contextlib.contextmanager
+    def _or_raced(self, row: Row[Any], journal: Journal | None = None) -> Iterator[None]:
+        """An error is Conflict ``rotate.raced`` if the version of `row` was rotated or shredded meanwhile. The journal
+        goes then: its keys open the same weights, which must not outlive a shred."""
+        try:
+            yield
+        except StrongroomError as error:
+            query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
+            with contextlib.suppress(BackendError), self.db.reading() as tx:
+                if tx.execute(query).one_or_none() == ("active", row.revision):
+                    raise
+            if journal is not None:
+                journal.forget()
+            raise _raced(row) from error
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere.
 
-        Given again for a shredded version it removes what the first time could not.
+        Whatever else the database or the store says of the version, its keys go. Given again for a shredded version, it
+        destroys what unfinished jobs may hold, and clears the database's log.
         """
-        row = self._row(ref)
+        row = self._row(ref)  # unchecked: a damaged version must be shreddable, too
         name = f"{row.name}@{row.number}"
         if confirm != name:
             raise UsageError(
@@ -417,19 +429,30 @@ class Vault:
                 f"shredding {name} can't be undone; confirm it by its full name",
                 hint=f"strongroom shred {name} --confirm {name}",
             )
-        names = self._objects_of(row)
-        if row.state == "active":
-            names |= self._destroy_keys(row)
-        remains = []
+        active = row.state == "active"
+        names, remains = self._objects_of(row) if active else (set[str](), [])
+        with self.db.transaction() as tx:
+            if active:
+                changed = tx.execute(
+                    update(versions)
+                    .where(versions.c.version_id == row.version_id, versions.c.state == "active")
+                    .values(state="shredded", record=None, shredded_at=now())
+                )
+                if changed.rowcount != 1:
+                    raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
+            # An interrupted rotation holds the same weights under its own keys. What its packs are is not proven
+            # without them: deleting by these names could hit another version, so fsck does it, which looks at all.
+            if forget_all(tx, row.version_id) or not active:
+                remains.append("`strongroom fsck --repair` removes what the store may still have of it")
         try:
             self.db.scrub()
         except BackendError as error:
             remains.append(
-                f"the database's log still holds the wrapped key until its next checkpoint, or until "
+                "the database's log still holds the wrapped key until its next checkpoint, or until "
                 f"`strongroom shred {name} --confirm {name}` is given again: {error.message}"
             )
         deleted = 0
-        for item in names:
+        for item in sorted(names):
             try:
                 self.blobs.delete(item)
                 deleted += 1
@@ -449,36 +472,31 @@ class Vault:
             ],
         }
 
-    def _destroy_keys(self, row: Row[Any]) -> set[str]:
-        """Drop the secrets of a version; returns the objects that only its unfinished jobs knew of."""
-        with self.db.transaction() as tx:
-            changed = tx.execute(
-                update(versions)
-                .where(versions.c.version_id == row.version_id, versions.c.state == "active")
-                .values(state="shredded", record=None, shredded_at=now())
-            )
-            if changed.rowcount != 1:
-                raise Conflict("shred.raced", f"{row.name}@{row.number} was shredded by somebody else meanwhile")
-            # An interrupted rotation holds the same weights under its own keys.
-            return {pack_name(parse_id(pack, 32)) for pack in forget_all(tx, row.version_id)}
-
-    def _objects_of(self, row: Row[Any]) -> set[str]:
-        """What the store has of a version, as far as the store still says so: a damaged one must be shreddable, too."""
+    def _objects_of(self, row: Row[Any]) -> tuple[set[str], list[str]]:
+        """What the store has of a version, as far as the store and the record still say so, and else what is left."""
         names: set[str] = set()
-        # Where that fails (a store that is down must not keep the keys alive) fsck finds them later.
-        with contextlib.suppress(IntegrityError, Sealed, BackendError):
+        try:
+            parse_id(row.version_id)
             names |= {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
-            if row.state == "active":
-                names |= object_names(self.manifest(self.record(row)))
-        return names
+            names |= object_names(self.manifest(self.record(check_row(row))))
+        # A store that is down, or a release that is too old for it, must not keep the keys alive.
+        except (IntegrityError, CannotVerify, Sealed, BackendError) as error:
+            said = "`strongroom fsck --repair` removes what the store may still have of it"
+            return names, [f"{said}: {error.message}"]
+        return names, []
 
     # -- verify --------------------------------------------------------------------------------------------------
 
     def verify(self, ref: str, *, deep: bool = False, progress: Progress = silent) -> VerifyReport:
         """Check every byte of a version; what is wrong is in the report, not raised. CannotVerify, Sealed and
         BackendError are raised: they say nothing about the bytes."""
-        row = self.find(ref)
+        row = self._row(ref)
         report = VerifyReport(f"{row.name}@{row.number}", deep)
+        try:
+            row = self.find(ref)
+        except IntegrityError as error:
+            report.problems.append(problem_of(error))
+            return report
         try:
             record = self.record(row)
             image = self.image(record)
@@ -505,5 +523,6 @@ class Vault:
         )
 
 
-def _raced(ref: str) -> Conflict:
+def _raced(row: Row[Any]) -> Conflict:
+    ref = f"{row.name}@{row.number}"
     return Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile", hint="strongroom ls")

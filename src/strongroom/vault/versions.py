@@ -4,7 +4,6 @@ the database can put anything there."""
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -72,7 +71,6 @@ def check_row(row: Row[Any]) -> Row[Any]:
         and values["state"] in ("active", "shredded")
         and isinstance(values["record"], bytes if values["state"] == "active" else type(None))
         and isinstance(values["shredded_at"], str | None)
-        and re.fullmatch(r"[0-9a-f]{64}", values["manifest_sha256"], re.ASCII) is not None
         and _is_named(values)
     )
     if not sound:

@@ -19,8 +19,7 @@ MAX_INTEGER = 2**53 - 1  # RFC 8785 section 3.2.2.3: beyond it readers of other 
 
 def encode(value: Any) -> bytes:
     """The canonical bytes of `value`; TypeError or ValueError on a value the format has no form for (a bug of ours)."""
-    _check(value, 0)
-    return json.dumps(_ordered(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    return json.dumps(_form(value, 0), ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
 
 
 def decode(data: bytes, *, what: str = "document") -> Any:
@@ -35,31 +34,32 @@ def decode(data: bytes, *, what: str = "document") -> Any:
     return value
 
 
-def _check(value: Any, depth: int) -> None:
+def _form(value: Any, depth: int) -> Any:
+    """`value` with the keys of its objects in order; TypeError or ValueError where it has no canonical form."""
     if depth > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise TypeError("object keys are strings")
-            _check(item, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check(item, depth + 1)
-    elif isinstance(value, int) and not isinstance(value, bool):
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             raise ValueError("integer out of range")
-    elif value is not None and not isinstance(value, str | bool):
-        raise TypeError(f"no canonical form for {type(value).__name__}")
-
-
-def _ordered(value: Any) -> Any:
-    # RFC 8785 section 3.2.3: keys in the order of their UTF-16 code units.
+        return value
     if isinstance(value, dict):
-        return {key: _ordered(value[key]) for key in sorted(value, key=lambda k: k.encode("utf-16-be"))}
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("object keys are strings")
+        # RFC 8785 section 3.2.3: keys in the order of their UTF-16 code units.
+        return {key: _form(value[key], depth + 1) for key in sorted(value, key=_utf16)}
     if isinstance(value, list | tuple):
-        return [_ordered(item) for item in value]
-    return value
+        if depth < MAX_DEPTH and set(map(type, value)) == {int}:  # a layout has a number for each segment
+            if max(value) > MAX_INTEGER or min(value) < -MAX_INTEGER:
+                raise ValueError("integer out of range")
+            return value
+        return [_form(item, depth + 1) for item in value]
+    raise TypeError(f"no canonical form for {type(value).__name__}")
+
+
+def _utf16(key: str) -> bytes:
+    return key.encode("utf-16-be")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -39,6 +40,12 @@ class VersionKeys:
         """K(i,A) for variant 0, K(i,B) for variant 1."""
         at = (2 * position + variant) * _KEY
         return self.variants[at : at + _KEY]
+
+    def chosen(self, word: bytes) -> bytes:
+        """For each position the key of the variant that a code word names: bit i mod 8 of byte i // 8, 1 for B."""
+        table = np.frombuffer(self.variants, np.uint8).reshape(-1, 2, _KEY)
+        bits = np.unpackbits(np.frombuffer(word, np.uint8), bitorder="little")[: len(table)]
+        return table[np.arange(len(table)), bits].tobytes()
 
 
 def pack_key(common_key: bytes, pack_id: bytes) -> bytes:

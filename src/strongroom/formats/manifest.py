@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from strongroom.core import canonical
@@ -114,6 +115,10 @@ class Manifest:
 
     def digest(self) -> bytes:
         """SHA-256 of the payload: the manifest digest that custodian and bundles remember."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> bytes:
         return hashlib.sha256(self.encode()).digest()
 
     @classmethod

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _HEADERS_AT_ONCE = 8
+_MAPPED = 8 * MIB
 _GROUP = 128 * MIB  # read in one go by `stream`
 
 
@@ -236,7 +237,10 @@ class Weights(Mapping[str, NDArray[Any]]):
 
     def read_bytes(self, begin: int, end: int) -> memoryview:
         """Bytes of the image in fresh memory, aligned like it as far as any tensor needs."""
-        buffer = np.empty(end - begin + begin % 64, np.uint8).data[begin % 64 :]
+        size = end - begin + begin % 64
+        # Much memory at once comes in huge pages; small pieces are not worth a mapping of their own.
+        whole = anonymous(size) if size >= _MAPPED else np.empty(size, np.uint8).data
+        buffer = whole[begin % 64 :]
         self.reader.read_range(begin, buffer)
         return buffer
 

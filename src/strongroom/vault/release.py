@@ -16,9 +16,6 @@ def bundle_for(record: VersionRecord, manifest: Manifest, signer: bytes, holder:
     """
     keys = VersionKeys.of(record.version_key, manifest.positions)
     word = Code(record.code_key, manifest.positions, record.colluders).word(holder)
-    variant_keys = b"".join(
-        keys.variant_key(position, word[position >> 3] >> (position & 7) & 1) for position in range(manifest.positions)
-    )
     return KeyBundle(
         suite=manifest.suite,
         room=manifest.room,
@@ -30,5 +27,5 @@ def bundle_for(record: VersionRecord, manifest: Manifest, signer: bytes, holder:
         ref=f"{record.name}@{record.number}",
         common_key=keys.common,
         word=word,
-        variant_keys=variant_keys,
+        variant_keys=keys.chosen(word),
     )

@@ -41,7 +41,8 @@ class _Open:
     ordinal: int
     first: int
     count: int
-    body: bytearray
+    buffer: bytearray
+    body: memoryview  # the part of the buffer that the pack fills
     missing: int
     last: int
     aead: AESGCM  # of a common pack; marked segments bring their own keys
@@ -80,6 +81,7 @@ class PackWriter:
         self._sealers = ThreadPoolExecutor(workers, "strongroom-seal")
         self._writers = ThreadPoolExecutor(_BUFFERS, "strongroom-write")
         self._slots = {kind: threading.Semaphore(_BUFFERS) for kind in (COMMON, MARKED)}
+        self._spare: dict[int, list[bytearray]] = {COMMON: [], MARKED: []}
         self._queue = threading.Semaphore(4 * workers)
         self._lock = threading.Lock()
         self._failed = threading.Event()
@@ -98,10 +100,17 @@ class PackWriter:
         return ordinal if first + count == end else None
 
     def add(
-        self, kind: int, number: int, count: int, seal: Callable[[], tuple[memoryview, ...]], progress: str
+        self,
+        kind: int,
+        number: int,
+        count: int,
+        seal: Callable[[], tuple[memoryview, ...]],
+        progress: str,
+        sealed: Callable[[], None] = lambda: None,
     ) -> None:
         """Queue `count` segments from `number`, all of one pack: one common segment, or a stripe of marked ones. On a
-        worker, `seal` gives their plaintext: one memory (common), or one for each variant (marked).
+        worker, `seal` gives their plaintext: one memory (common), or one for each variant (marked). `sealed` is called
+        once nothing reads that memory any more.
 
         `progress` is kept with the pack if the last of them ends it.
         """
@@ -110,6 +119,7 @@ class PackWriter:
             pack.progress = progress
         self._wait(self._queue)
         future = self._sealers.submit(self._seal, pack, number, count, seal)
+        future.add_done_callback(lambda _: sealed())
         future.add_done_callback(self._sealed)
 
     def finish(self) -> tuple[list[PackEntry], list[PackEntry]]:
@@ -156,10 +166,21 @@ class PackWriter:
         if kind == COMMON:
             last = min(layout.common, layout.common_bytes - (first + count - 1) * layout.common)
             size = (count - 1) * layout.common + last + count * TAG_BYTES
-        pack = _Open(pack_id, kind, ordinal, first, count, bytearray(size), count, last, AESGCM(key), commitment(key))
+        buffer = self._buffer(kind)
+        body = memoryview(buffer)[:size]
+        pack = _Open(pack_id, kind, ordinal, first, count, buffer, body, count, last, AESGCM(key), commitment(key))
         pack.digests = [b""] * count
         pack.records = [(b"", b"", b"", b"")] * count
         return pack
+
+    def _buffer(self, kind: int) -> bytearray:
+        """Memory for any pack of `kind`: that of one written before, since new memory costs as much as sealing does."""
+        with self._lock:
+            if self._spare[kind]:
+                return self._spare[kind].pop()
+        layout = self._layout
+        each = 2 * (layout.marked + TAG_BYTES) if kind == MARKED else layout.common + TAG_BYTES
+        return bytearray(each * max(count for _, count in self._ranges[kind]))
 
     def _seal(self, pack: _Open, number: int, count: int, seal: Callable[[], tuple[memoryview, ...]]) -> None:
         if self._failed.is_set():
@@ -170,7 +191,7 @@ class PackWriter:
         else:
             at = number - pack.first
             start = at * (self._layout.common + TAG_BYTES)
-            out = memoryview(pack.body)[start : start + len(plain[0]) + TAG_BYTES]
+            out = pack.body[start : start + len(plain[0]) + TAG_BYTES]
             nonce = number.to_bytes(12, "little")
             pack.digests[at] = self._cipher.seal_into(pack.aead, nonce, KIND_COMMON, number, plain[0], out)
         with self._lock:
@@ -181,7 +202,7 @@ class PackWriter:
 
     def _seal_marked(self, pack: _Open, first: int, count: int, plain: tuple[memoryview, ...]) -> None:
         size = self._layout.marked
-        nonce, body, seal_into = pack.id[:12], memoryview(pack.body), self._cipher.seal_into
+        nonce, body, seal_into = pack.id[:12], pack.body, self._cipher.seal_into
         at = 2 * (first - pack.first) * (size + TAG_BYTES)
         for k in range(count):
             digests, commits = [], []
@@ -210,6 +231,7 @@ class PackWriter:
         with self._lock:
             self._finished[pack.kind, pack.ordinal] = entry
             del self._open[pack.kind, pack.ordinal]
+            self._spare[pack.kind].append(pack.buffer)
         self._slots[pack.kind].release()
 
     def _sealed(self, future: Future[None]) -> None:

@@ -6,10 +6,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 from strongroom.core import canonical
@@ -93,16 +95,28 @@ class ImageStream:
         self._hash = hashlib.sha256()
         self._at = 0
         self.digests: list[str] = []
+        self._spare: defaultdict[int, deque[memoryview]] = defaultdict(deque)
+
+    def give_back(self, buffer: memoryview) -> None:
+        """Let `read` use that memory again: new memory costs about as much as sealing what is in it."""
+        self._spare[len(buffer)].append(buffer)
+
+    def _buffer(self, size: int) -> memoryview:
+        """Memory with anything in it. Common segments have one size, stripes have few."""
+        with suppress(IndexError):
+            return self._spare[size].pop()
+        return memoryview(bytearray(size))
 
     def read(self, size: int) -> memoryview:
         """The next `size` bytes of the image; Conflict when a file has become shorter since it was scanned."""
-        buffer = memoryview(bytearray(size))
+        buffer = self._buffer(size)
         done = 0
         while done < size:
             entry = self._entry()
             if entry is None or self._at < entry.offset:  # the gap before a file: zeros
                 stop = self._layout.image if entry is None else entry.offset
                 step = min(size - done, stop - self._at)
+                buffer[done : done + step] = bytes(step)
             else:
                 piece = buffer[done : done + min(size - done, entry.end - self._at)]
                 try:
@@ -200,7 +214,8 @@ def _feed(
             ordinal = writer.ends_pack(kind, begin + count)
             mark = "" if ordinal is None else journal.mark(stream.digest())
             if not writer.skips(kind, begin):
-                writer.add(kind, begin, count, _sealing(kind, begin, plain, marker), mark)
+                sealing = _sealing(kind, begin, plain, marker)
+                writer.add(kind, begin, count, sealing, mark, partial(stream.give_back, plain))
             elif ordinal is not None and mark != journal.packs[kind, ordinal][1]:
                 raise Conflict(
                     "source.changed",

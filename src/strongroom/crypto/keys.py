@@ -45,13 +45,8 @@ def commitment(key: bytes) -> bytes:
 def check_commitment(key: bytes, expected: bytes, what: object) -> None:
     """Tampered unless `expected` commits to `key`; `what` names the key's place."""
     if not hmac.compare_digest(commitment(key), expected):
-        raise wrong_key(what)
-
-
-def wrong_key(what: object) -> Tampered:
-    """The error for a key that is not the one committed to; `what` names its place."""
-    return Tampered(
-        "key.wrong",
-        f"the key for {what} is not the one that was committed to when it was sealed",
-        hint="use the key bundle or key store that belongs to this version and room",
-    )
+        raise Tampered(
+            "key.wrong",
+            f"the key for {what} is not the one that was committed to when it was sealed",
+            hint="use the key bundle or key store that belongs to this version and room",
+        )

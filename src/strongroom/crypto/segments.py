@@ -10,7 +10,7 @@ import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from strongroom.crypto.keys import commitment, derive, keystream, wrong_key
+from strongroom.crypto.keys import check_commitment, derive, keystream
 from strongroom.errors import Tampered
 from strongroom.formats.manifest import TAG_BYTES
 from strongroom.formats.suites import FORMAT, Suite
@@ -82,12 +82,20 @@ class SegmentCipher:
         `out` (decrypt_into does), it is wiped first.
         """
         if self._hasher(sealed).digest() != digest:
-            raise _not_pinned(index)
+            raise Tampered(
+                "segment.tampered",
+                f"segment {index} is not the one that the signed manifest pins",
+                hint="strongroom verify names every damaged segment; restore the pack from a copy of the store",
+            )
         try:
             aead.decrypt_into(nonce, sealed, self._associated_data(kind, index), out)
         except InvalidTag:
             out[:] = bytes(len(out))
-            raise _undecryptable(index) from None
+            raise Tampered(
+                "segment.undecryptable",
+                f"segment {index} does not open: it was sealed for another place or variant, or under another key",
+                hint="the key bundle or layout does not belong to this version; ask for a new release",
+            ) from None
 
     def open_variants(
         self,
@@ -103,44 +111,14 @@ class SegmentCipher:
         error the caller wipes `out`: positions before the one that failed are in it.
 
         Of each position one of 0 (A) and 1 (B), its key, and its record in the trailer; `sealed` holds A, then B, of
-        each, and `out` takes the plaintexts. One plain loop on purpose: a load goes through it 16,384 times, holding
-        the interpreter's lock between two calls of a few microseconds.
+        each, and `out` takes the plaintexts.
         """
         size = len(out) // len(variants)
         sealed_size = size + TAG_BYTES
-        hasher, index_bytes, layout_digest = self._hasher, _INDEX.pack, self._layout_digest
-        prefixes = self._prefixes[VARIANT_A], self._prefixes[VARIANT_B]
-        position, start, to = first, 0, 0
-        for variant, key, record in zip(variants, keys, records, strict=True):
+        start = to = 0
+        for position, (variant, key, record) in enumerate(zip(variants, keys, records, strict=True), first):
+            check_commitment(key, record[2 + variant], position)
             piece = sealed[start + variant * sealed_size : start + (variant + 1) * sealed_size]
-            if commitment(key) != record[2 + variant]:  # both are public: no secret to compare in constant time
-                raise wrong_key(position)
-            if hasher(piece).digest() != record[variant]:
-                raise _not_pinned(position)
-            try:
-                AESGCM(key).decrypt_into(
-                    nonce,
-                    piece,
-                    prefixes[variant] + index_bytes(position) + layout_digest,
-                    out[to : to + size],
-                )
-            except InvalidTag:
-                out[:] = bytes(len(out))
-                raise _undecryptable(position) from None
-            position, start, to = position + 1, start + 2 * sealed_size, to + size
-
-
-def _not_pinned(index: int) -> Tampered:
-    return Tampered(
-        "segment.tampered",
-        f"segment {index} is not the one that the signed manifest pins",
-        hint="strongroom verify names every damaged segment; restore the pack from a copy of the store",
-    )
-
-
-def _undecryptable(index: int) -> Tampered:
-    return Tampered(
-        "segment.undecryptable",
-        f"segment {index} does not open: it was sealed for another place or variant, or under another key",
-        hint="the key bundle or layout does not belong to this version; ask for a new release",
-    )
+            kind = VARIANT_A + variant
+            self.open_into(AESGCM(key), nonce, kind, position, piece, record[variant], out[to : to + size])
+            start, to = start + 2 * sealed_size, to + size

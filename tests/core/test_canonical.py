@@ -46,6 +46,9 @@ def test_keys_are_in_the_order_of_utf16():
         b'"\\ud800"',
         b"\xff",
         b"[1,]",
+        b"[1,9007199254740992]",
+        b"[-9007199254740992,1]",
+        b"[" * (canonical.MAX_DEPTH + 1) + b"1" + b"]" * (canonical.MAX_DEPTH + 1),
         b"[" * 100_000,
         b"9" * 10_000,
         b" 1",
@@ -55,6 +58,11 @@ def test_keys_are_in_the_order_of_utf16():
 def test_what_is_not_canonical_is_refused(data):
     with pytest.raises(Tampered):
         canonical.decode(data)
+
+
+def test_the_deepest_value_is_read():
+    data = b"[" * canonical.MAX_DEPTH + b"1" + b"]" * canonical.MAX_DEPTH
+    assert canonical.encode(canonical.decode(data)) == data
 
 
 @given(st.binary(max_size=100))

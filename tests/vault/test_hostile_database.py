@@ -7,7 +7,10 @@ import sqlite3
 import pytest
 
 import strongroom
-from strongroom.errors import Conflict, StrongroomError, Tampered
+from strongroom.core import canonical
+from strongroom.errors import CannotVerify, Conflict, StrongroomError, Tampered
+from strongroom.formats.dsse import Envelope
+from strongroom.formats.manifest import PAYLOAD_TYPE
 from vault.rooms import write_model
 
 
@@ -237,7 +240,7 @@ def test_a_version_row_of_other_types_is_one_of_our_errors(room, tmp_path, colum
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [item for item in STRANGE if item[0] not in ("name", "number", "state", "version_id")]
+    ("column", "value"), [item for item in STRANGE if item[0] not in ("name", "number", "version_id")]
 )
 def test_a_version_row_of_other_types_can_be_shredded(room, column, value):
     change(room, f"UPDATE versions SET {column} = ?", value)
@@ -273,6 +276,34 @@ def test_a_forged_job_saves_no_key_from_being_shredded_and_takes_no_other_pack(r
         assert opened.verify("acme/other@1", deep=True).ok
     assert query(room, "SELECT state, record FROM versions WHERE name = 'acme/tiny'") == [("shredded", None)]
     assert query(room, "SELECT * FROM puts") == []
+
+
+def later(room):
+    """A manifest of format 2, as of a later release, which no version of this room refers to."""
+    payload = canonical.encode({"format": 2, "what": "this release can not know"})
+    place = room / "store" / "versions" / ("0" * 32)
+    place.mkdir(parents=True)
+    (place / "1.manifest").write_bytes(Envelope(PAYLOAD_TYPE, payload, (("a" * 64, bytes(64)),)).encode())
+    return place / "1.manifest"
+
+
+def test_fsck_deletes_nothing_of_a_later_release(room):
+    manifest = later(room)
+    with strongroom.open(room) as opened, pytest.raises(CannotVerify):
+        opened.fsck(repair=True)
+    assert manifest.exists()
+
+
+def test_what_a_later_release_wrote_can_be_shredded(room, monkeypatch):
+    with strongroom.open(room) as opened:
+
+        def later_format(_record):
+            raise CannotVerify("format.unknown", "the manifest is of format 2")
+
+        monkeypatch.setattr(opened._vault, "manifest", later_format)
+        said = opened.shred("acme/tiny@1", confirm="acme/tiny@1")
+    assert "fsck --repair" in said["means"][0]
+    assert query(room, "SELECT state, record FROM versions") == [("shredded", None)]
 
 
 def test_what_a_raced_rotation_left_goes_with_the_next_shred(room):

@@ -523,6 +523,37 @@ class TestTogether:
         tidied(house)
         assert house.objects() == {}
 
+    @pytest.mark.parametrize("database_too", [False, True])
+    def test_a_rotation_that_the_store_refuses_says_so_and_is_continued(
+        self, house, small_packs, monkeypatch, database_too
+    ):
+        """It was raced by nobody: the error is the store's own, and what is durable is kept for the next time."""
+        write, written = house.vault.blobs.write, []
+
+        def fails(name, chunks):
+            if len(written) == 2:
+                if database_too:
+                    patch.setattr(house.vault.db, "reading", no_database)
+                raise BackendError("store.full", "no space is left")
+            written.append(name)
+            return write(name, chunks)
+
+        def no_database():
+            raise BackendError("db.unreachable", "the database is gone, too")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(house.vault.blobs, "write", fails)
+            with pytest.raises(BackendError) as caught:
+                house.vault.rotate(REF, by=OWNER)
+        assert caught.value.code == "store.full"
+        assert house.sql("SELECT count(*) FROM puts") == [(1,)]
+        kept = set(house.objects())
+        assert set(written) <= kept
+        house.vault.rotate(REF, by=OWNER)
+        assert set(written) <= set(house.objects()), "the packs of the first attempt are part of the revision"
+        assert house.vault.verify(REF, deep=True).ok
+        tidied(house)
+
 
 class TestBackends:
     def test_disk_full(self, doom, ground, other_source, tmp_path):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -95,17 +95,19 @@ class ImageStream:
         self._hash = hashlib.sha256()
         self._at = 0
         self.digests: list[str] = []
-        self._spare: defaultdict[int, deque[memoryview]] = defaultdict(deque)
+        # One size serves them all: of odd layouts, where stripes have many, no more is kept than was in use at once.
+        self._most = max(layout.common, layout.marked * max(layout.stripes, default=0))
+        self._spare: deque[memoryview] = deque()
 
     def give_back(self, buffer: memoryview) -> None:
         """Let `read` use that memory again: new memory costs about as much as sealing what is in it."""
-        self._spare[len(buffer)].append(buffer)
+        self._spare.append(memoryview(buffer.obj))
 
     def _buffer(self, size: int) -> memoryview:
-        """Memory with anything in it. Common segments have one size, stripes have few."""
+        """Memory with anything in it."""
         with suppress(IndexError):
-            return self._spare[size].pop()
-        return memoryview(bytearray(size))
+            return self._spare.pop()[:size]
+        return memoryview(bytearray(self._most))[:size]
 
     def read(self, size: int) -> memoryview:
         """The next `size` bytes of the image; Conflict when a file has become shorter since it was scanned."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, func, insert, or_, select, update
 
 from strongroom.core.clock import now
 from strongroom.core.ids import Ref, parse_id, parse_principal, random_id
@@ -52,6 +52,8 @@ from strongroom.vault.rotate import next_revision, reencrypt
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
 from strongroom.vault.versions import VersionInfo, check_row, measured, object_names
+
+_REST = "`strongroom fsck --repair` removes what the store may still have of it"
 
 
 def silent(done: int, total: int) -> None:
@@ -208,9 +210,11 @@ class Vault:
         return found
 
     def find(self, ref: str) -> Row[Any]:
-        """The database row of a version that can be read; NotFound otherwise."""
-        row = check_row(self._row(ref))
-        if row.state != "active":
+        """The database row of a version that can be read; NotFound otherwise, Tampered if it does not hold together."""
+        return self._readable(self._row(ref))
+
+    def _readable(self, row: Row[Any]) -> Row[Any]:
+        if check_row(row).state != "active":
             raise NotFound(
                 "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
             )
@@ -407,13 +411,21 @@ class Vault:
         try:
             yield
         except StrongroomError as error:
-            query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
-            with contextlib.suppress(BackendError), self.db.reading() as tx:
-                if tx.execute(query).one_or_none() == ("active", row.revision):
-                    raise
-            if journal is not None:
-                journal.forget()
+            if self._is_current(row):
+                raise
+            with contextlib.suppress(BackendError):  # what is left of it goes with the next shred or fsck
+                if journal is not None:
+                    journal.forget()
             raise _raced(row) from error
+
+    def _is_current(self, row: Row[Any]) -> bool:
+        """Whether the version of `row` is active in that revision still, as far as the database can say."""
+        query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
+        try:
+            with self.db.reading() as tx:
+                return bool(tx.execute(query).one_or_none() == ("active", row.revision))
+        except BackendError:
+            return True
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere.
@@ -429,21 +441,25 @@ class Vault:
                 f"shredding {name} can't be undone; confirm it by its full name",
                 hint=f"strongroom shred {name} --confirm {name}",
             )
-        active = row.state == "active"
-        names, remains = self._objects_of(row) if active else (set[str](), [])
+        # Not by its state: in a database that somebody wrote to, any row that has a record has keys.
+        again = row.state == "shredded" and row.record is None
+        names, remains = (set[str](), []) if again else self._objects_of(row)
         with self.db.transaction() as tx:
-            if active:
+            if not again:
                 changed = tx.execute(
                     update(versions)
-                    .where(versions.c.version_id == row.version_id, versions.c.state == "active")
+                    .where(
+                        versions.c.version_id == row.version_id,
+                        or_(versions.c.state != "shredded", versions.c.record.is_not(None)),
+                    )
                     .values(state="shredded", record=None, shredded_at=now())
                 )
                 if changed.rowcount != 1:
                     raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
             # An interrupted rotation holds the same weights under its own keys. What its packs are is not proven
             # without them: deleting by these names could hit another version, so fsck does it, which looks at all.
-            if forget_all(tx, row.version_id) or not active:
-                remains.append("`strongroom fsck --repair` removes what the store may still have of it")
+            if forget_all(tx, row.version_id) or again:
+                remains.append(_REST)
         try:
             self.db.scrub()
         except BackendError as error:
@@ -481,8 +497,7 @@ class Vault:
             names |= object_names(self.manifest(self.record(check_row(row))))
         # A store that is down, or a release that is too old for it, must not keep the keys alive.
         except (IntegrityError, CannotVerify, Sealed, BackendError) as error:
-            said = "`strongroom fsck --repair` removes what the store may still have of it"
-            return names, [f"{said}: {error.message}"]
+            return names, [f"{_REST}: {error.message}"]
         return names, []
 
     # -- verify --------------------------------------------------------------------------------------------------
@@ -493,7 +508,7 @@ class Vault:
         row = self._row(ref)
         report = VerifyReport(f"{row.name}@{row.number}", deep)
         try:
-            row = self.find(ref)
+            self._readable(row)  # its NotFound is raised: that a version was shredded is no problem of its bytes
         except IntegrityError as error:
             report.problems.append(problem_of(error))
             return report

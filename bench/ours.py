@@ -40,7 +40,7 @@ class Strongroom(Reader):
     def put(self, staged: Any, place: Path) -> None:
         import strongroom
 
-        room, _ = strongroom.Room.init(place / "room")
+        room, _ = strongroom.Room.init(place / "room", custody="solo")
         with room:
             room.put(staged, WEIGHTS)
 

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +23,9 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith(("STRONGROOM_", "AWS_", "GOOGLE_", "AZURE_"))]:
     del os.environ[name]
+# What tests see of logs is not for the developer's own memory of them.
+_state = tempfile.TemporaryDirectory(prefix="strongroom-state-")
+os.environ["XDG_STATE_HOME"] = _state.name
 # A proxy is for the way out; every server of the tests is on this machine.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 

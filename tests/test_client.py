@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     save_file({"w": np.arange(6, dtype=np.float32)}, model / "model.safetensors")
-    room, _ = Room.init(tmp_path / "a room")
+    room, _ = Room.init(tmp_path / "a room", custody="solo")
     with room:
         room.put(model, "acme/tiny", share="0")
     return tmp_path / "a room"

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
+from strongroom.errors import Conflict, NotFound, UsageError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from strongroom.crypto.keystores import PassphraseSource
+    from strongroom.formats.bundle import KeyBundle
+    from strongroom.formats.checkpoint import Checkpoint
+    from strongroom.formats.entry import Private
     from strongroom.load.reader import ImageReader
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
     from strongroom.vault.fsck import FsckReport
     from strongroom.vault.status import Check
-    from strongroom.vault.vault import PutResult
+    from strongroom.vault.vault import PutResult, Vault
     from strongroom.vault.verify import VerifyReport
     from strongroom.vault.versions import VersionInfo
 
@@ -62,7 +65,7 @@ class Room:
         from strongroom.vault.vault import Vault
 
         self._vault = Vault(room_folder(folder), passphrase=passphrase)
-        self._principal = principal
+        self._as = principal
 
     @classmethod
     def init(
@@ -74,10 +77,11 @@ class Room:
         keystore: str = "file:keys/room.key",
         recovery: tuple[int, int] | None = None,
         owner: str = "user/owner",
+        custody: str = "team",
         passphrase: PassphraseSource | None = None,
     ) -> tuple[Room, list[str]]:
         """Make a room; returns it and its recovery shares (`recovery` = (needed, made)), which are kept nowhere
-        else."""
+        else. `custody`: the policy that it starts with, ``team`` (several people approve) or ``solo``."""
         from strongroom.vault.vault import Vault
 
         vault, shares = Vault.init(
@@ -87,6 +91,7 @@ class Room:
             keystore=keystore,
             recovery=recovery,
             owner=owner,
+            custody=custody,
             passphrase=passphrase,
         )
         vault.close()
@@ -106,7 +111,7 @@ class Room:
     @property
     def principal(self) -> str:
         """Who this room is opened as."""
-        return self._vault.principal(self._principal)
+        return self._vault.principal(self._as)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -131,6 +136,7 @@ class Room:
 
         if suite.upper() not in Suite.__members__:
             raise UsageError("put.suite", f"there is no suite {suite!r}", hint="--suite blake3 or --suite sha256")
+        self._vault.custodian.authorise(self.principal, "put")
         with contextlib.ExitStack() as stack:
             if convert:
                 source = stack.enter_context(converted(Path(path), follow_links=follow_links))
@@ -160,35 +166,243 @@ class Room:
 
     def rotate(self, ref: str, *, progress: Progress = _silent) -> dict[str, Any]:
         """Re-encrypt one version under new keys; marks and code words stay."""
+        self._vault.custodian.authorise(self.principal, "administer", ref)
         return self._vault.rotate(ref, by=self.principal, progress=progress)
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy one version's keys and ciphertext; `confirm` repeats its full name."""
-        return self._vault.shred(ref, confirm=confirm)
+        self._vault.custodian.authorise(self.principal, "administer", ref)
+        return self._vault.shred(ref, confirm=confirm, by=self.principal)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def reader(self, ref: str) -> ImageReader:
-        """A reader of one version, with this principal's key bundle."""
+    def reader(self, ref: str, *, break_glass: str | None = None) -> ImageReader:
+        """A reader of one version, with this principal's key bundle: a release, which is recorded first, and which
+        needs what policy asks for, a lease as a rule. `break_glass`: the reason for going past the lease in an
+        emergency."""
         from strongroom.load.reader import ImageReader
 
-        return ImageReader(self._vault.blobs, self._vault.bundle(ref, self.principal))
+        return ImageReader(self._vault.blobs, self._release(ref, "load", break_glass))
 
-    def load(self, ref: str) -> Weights:
+    def load(self, ref: str, *, break_glass: str | None = None) -> Weights:
         """One version as a lazy mapping from tensor names to arrays; see `Weights` for whole-model reads."""
         from strongroom.load.weights import Weights
 
-        return Weights(self.reader(ref))
+        return Weights(self.reader(ref, break_glass=break_glass))
 
-    def grant(self, ref: str) -> tuple[str, bytes]:
+    def grant(self, ref: str, *, break_glass: str | None = None) -> tuple[str, bytes]:
         """The store's URL and this principal's encoded key bundle: what ``strongroom run`` hands to its child.
         Secret."""
-        return self._vault.blobs.url, self._vault.bundle(ref, self.principal).encode()
+        return self._vault.blobs.url, self._release(ref, "load", break_glass).encode()
+
+    def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = _silent) -> dict[str, Any]:
+        """Write the holder's marked plaintext copy of one version into the new folder `out`; needs its approved
+        request.
+
+        `to` is who the copy is for: this principal itself, whose code word it carries.
+        """
+        from strongroom.load.copy import write_copy
+        from strongroom.load.reader import ImageReader
+
+        if to != self.principal:
+            raise UsageError(
+                "copy.other",
+                f"a copy carries its holder's code word, so {to} has to take it",
+                hint=f"strongroom copy {ref} --to {to} --out DIR --as {to}",
+            )
+        folder = Path(out)
+        if folder.exists():
+            raise UsageError("copy.exists", f"{folder} is there already", hint="--out with a new folder")
+        bundle = self._release(ref, "copy")
+        written = write_copy(ImageReader(self._vault.blobs, bundle), folder, progress=progress)
+        size = sum(count for _, count in written)
+        body = {"holder": to, "release": self._released, "files": len(written), "bytes": size}
+        receipt = self._vault.custodian.record("copy", to, bundle.ref, body)
+        files = [path for path, _ in written]
+        return {"ref": bundle.ref, "to": to, "files": files, "bytes": size, "entry": receipt.index}
+
+    def _release(self, ref: str, action: str, break_glass: str | None = None) -> KeyBundle:
+        """spec/release.md, both sides of it: this is an embedded room."""
+        from strongroom.crypto.release import ReleaseKey
+        from strongroom.formats.entry import Private
+        from strongroom.formats.statement import Statement
+        from strongroom.load.receive import Released, Remembered, accept
+
+        custodian, log = self._vault.custodian, self._vault.log_key
+        row = self._vault.find(ref)
+        key = ReleaseKey()
+        reason = Private.fresh("reason", break_glass) if break_glass is not None else None
+        envelope = self._say(
+            "release",
+            {
+                "action": action,
+                "ref": f"{row.name}@{row.number}",
+                "holder": self.principal,
+                "public_key": key.public_key.hex(),
+                "challenge": custodian.challenge().hex(),
+                "break_glass": break_glass is not None,
+                "reason": reason.commitment if reason is not None else "",
+            },
+        )
+        answer = custodian.release(envelope, reason)
+        self._released = answer.index
+        return accept(
+            Released(answer.entry, answer.index, answer.proof, answer.checkpoint, answer.sealed),
+            Statement.decode(envelope),
+            key,
+            log=log,
+            signer=self._vault.signer,
+            remembered=Remembered(Settings.from_environment().state_folder, log),
+            consistency=custodian.ledger.consistency,
+        )
+
+    @property
+    def log(self) -> RoomLog:
+        """The log of this room."""
+        return RoomLog(self._vault)
+
+    def set_clock(self, reason: str) -> dict[str, Any]:
+        """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
+        return self._vault.custodian.set_clock(self.principal, reason)
+
+    # -- custody -------------------------------------------------------------------------------------------------
+
+    def request(
+        self,
+        ref: str,
+        *,
+        action: str = "load",
+        reason: str,
+        holder: str | None = None,
+        duration: int = 8 * 3600,
+        uses: int | None = None,
+    ) -> dict[str, Any]:
+        """Ask for a lease of `duration` seconds, for `holder` (default: this principal)."""
+        row = self._vault.find(ref)
+        note = self._private("reason", reason)
+        body = {
+            "action": action,
+            "ref": f"{row.name}@{row.number}",
+            "for": holder or self.principal,
+            "duration": duration,
+            "uses": uses,
+            "reason": note.commitment,
+        }
+        return self._vault.custodian.request(self._say("request", body), note)
+
+    def requests(self) -> list[dict[str, Any]]:
+        """All requests, oldest first."""
+        return self._vault.custodian.requests()
+
+    def approve(self, identifier: str, *, duration: int = 0, uses: int | None = None) -> dict[str, Any]:
+        """Approve a request or a proposed policy, by its identifier; an approver may shorten, and count the uses."""
+        body = {"request": self._asked(identifier), "duration": duration, "uses": uses}
+        return self._vault.custodian.approve(self._say("approve", body))
+
+    def deny(self, identifier: str, *, reason: str) -> dict[str, Any]:
+        """Refuse a request or a proposed policy, or take back one's own."""
+        note = self._private("reason", reason)
+        body = {"request": self._asked(identifier), "reason": note.commitment}
+        return self._vault.custodian.deny(self._say("deny", body), note)
+
+    def revoke(self, target: str, *, reason: str) -> dict[str, Any]:
+        """End a lease, suspend a principal, or freeze a version; in force at once."""
+        note = self._private("reason", reason)
+        return self._vault.custodian.revoke(self._say("revoke", {"target": target, "reason": note.commitment}), note)
+
+    def who(self, ref: str) -> list[dict[str, Any]]:
+        """For every principal and action, whether it can reach the version: now, with approvals, never; and by what."""
+        row = self._vault.find(ref)
+        return self._vault.custodian.who(f"{row.name}@{row.number}")
+
+    def reach(self, principal: str) -> list[dict[str, Any]]:
+        """The same of one principal, for the room and every version in it."""
+        return self._vault.custodian.reach(principal)
+
+    def policy(self) -> dict[str, Any]:
+        """The policy in force: `text`, `digest`, `rules`; and the `proposals` that are open."""
+        return self._vault.custodian.policy()
+
+    def propose(self, text: str, *, reason: str) -> dict[str, Any]:
+        """Propose another policy: it takes a second person, and a day, before it can be enacted."""
+        from strongroom.policy.engine import Policies
+
+        note = self._private("reason", reason)
+        body = {"digest": Policies.parse(text).digest, "reason": note.commitment}
+        return self._vault.custodian.propose(self._say("propose", body), text, note)
+
+    def enact(self, proposal: str) -> dict[str, Any]:
+        """Make a proposal the policy in force; Pending until it may be."""
+        return self._vault.custodian.enact(proposal, self.principal)
+
+    def _asked(self, identifier: str) -> str:
+        return str(self._vault.custodian.show_request(identifier)["digest"])
+
+    def _private(self, name: str, value: str) -> Private:
+        from strongroom.formats.entry import Private
+
+        return Private.fresh(name, value)
+
+    def _say(self, kind: str, body: dict[str, Any]) -> str:
+        """A statement by this principal, signed with the key that this machine has of it."""
+        from strongroom.formats.statement import Statement
+
+        vault, who = self._vault, self.principal
+        signer = vault.identities.signer(who)
+        now = vault.clock()
+        return Statement.sign(kind, body, room=vault.id.hex(), by=who, at=now, signer=signer).envelope
 
     # -- the room itself -----------------------------------------------------------------------------------------
 
-    def principal_add(self, path: str) -> None:
-        self._vault.principal_add(path)
+    def principal_add(
+        self,
+        path: str,
+        *,
+        roles: Sequence[str] = (),
+        teams: Sequence[str] = (),
+        person: str | None = None,
+        public_key: str | None = None,
+    ) -> dict[str, Any]:
+        """Register a principal. Without `public_key` (64 hexadecimal digits) its key is made here, among this machine's
+        identities. `person`: the principal of the same human that was registered first, if this is a further one."""
+        from strongroom.core.ids import parse_principal
+
+        parse_principal(path)
+        if any(item["path"] == path and item["state"] != "removed" for item in self.principal_ls()):
+            raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
+        identities = self._vault.identities
+        key = public_key or identities.create(path).public_key.hex()
+        try:
+            return self._principal(path, key, person or path, roles, teams, "active")
+        except BaseException:
+            if public_key is None:
+                identities.remove(path)
+            raise
+
+    def principal_change(
+        self, path: str, *, roles: Sequence[str] | None = None, state: str | None = None
+    ) -> dict[str, Any]:
+        """Give a principal other roles, or another state: active, suspended, removed."""
+        before = self._vault.custodian.known(path)
+        chosen = before.roles if roles is None else roles
+        return self._principal(path, before.key, before.person, chosen, before.teams, state or before.state)
+
+    def _principal(
+        self, path: str, key: str, person: str, roles: Sequence[str], teams: Sequence[str], state: str
+    ) -> dict[str, Any]:
+        body = {
+            "principal": path,
+            "key": key,
+            "person": person,
+            "roles": sorted(set(roles)),
+            "teams": sorted(set(teams)),
+            "state": state,
+        }
+        return self._vault.custodian.change_principal(self._say("principal", body))
+
+    def principal_show(self, path: str) -> dict[str, Any]:
+        """One principal, and the leases that it holds."""
+        return self._vault.custodian.show_principal(path)
 
     def principal_ls(self) -> list[dict[str, Any]]:
         return self._vault.principal_ls()
@@ -223,6 +437,84 @@ class Room:
         from strongroom.crypto.shamir import Share
 
         return self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
+
+
+class RoomLog:
+    """The log of a room."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._ledger = vault.custodian.ledger
+
+    @property
+    def key(self) -> str:
+        """The log's public key in the form of a C2SP signed note's verifier key."""
+        return self._vault.log_key.verifier.encode()
+
+    def show(self, index: int) -> dict[str, Any]:
+        """One entry; `private` has what is kept beside it, checked against its commitments."""
+        found = self._entries(index, index + 1)[0]
+        from strongroom.formats.entry import Entry
+
+        entry = Entry(**{name: found[name] for name in ("type", "at", "by", "ref", "body", "private")})
+        return {**found, "private": self._ledger.private(index, entry)}
+
+    def tail(self, count: int = 20) -> list[dict[str, Any]]:
+        """The newest entries, oldest first."""
+        size = self._ledger.checkpoint()[0].size
+        return self._entries(max(0, size - count), size)
+
+    def _entries(self, begin: int, end: int) -> list[dict[str, Any]]:
+        from strongroom.formats.entry import Entry
+        from strongroom.formats.merkle import leaf_hash
+
+        size = self._ledger.checkpoint()[0].size
+        if not begin < end <= size:
+            raise NotFound("log.no_entry", f"the log has entries 0 to {size - 1}", hint="strongroom log tail")
+        return [
+            {"index": index, "leaf": leaf_hash(data).hex(), **vars(Entry.decode(data))}
+            for index, data in enumerate(self._ledger.entries(begin, end), begin)
+        ]
+
+    def prove(self, index: int) -> dict[str, Any]:
+        """The C2SP tlog-proof of one entry, and the entry."""
+        from strongroom.formats.tlogproof import LogProof
+
+        found = self._entries(index, index + 1)[0]
+        checkpoint, note = self._ledger.checkpoint()
+        proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
+        return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
+
+    def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
+        """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:
+        the pinned key, and the newest checkpoint seen by this user. IntegrityError when it does not hold together."""
+        from strongroom.load.receive import Remembered
+
+        if folder is None:
+            self._vault.publish_log()
+        remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key)
+        return verify_log(
+            folder or self._vault.folder / "log", self.key, witnesses=witnesses, remembered=remembered.newest()
+        )
+
+
+def verify_log(
+    folder: str | Path, key: str, *, witnesses: Sequence[str] = (), remembered: Checkpoint | None = None
+) -> dict[str, Any]:
+    """Check an exported log by its public key alone (`RoomLog.key`); IntegrityError when it does not hold together."""
+    from strongroom.crypto import signatures
+    from strongroom.formats.note import VerifierKey
+    from strongroom.ledger.published import read_from
+    from strongroom.ledger.verify import verify_log as verify
+
+    report = verify(
+        read_from(Path(folder)),
+        VerifierKey.parse(key),
+        signatures.verify,
+        witnesses=[VerifierKey.parse(each) for each in witnesses],
+        remembered=remembered,
+    )
+    return report.as_json()
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

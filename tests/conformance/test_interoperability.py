@@ -136,7 +136,7 @@ def test_decoder_reads_what_put_wrote(tmp_path, files, share, positions, suite) 
     for path, data in files.items():
         (tmp_path / "model" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / path).write_bytes(data)
-    vault, _ = Vault.init(tmp_path / "room", owner="user/ana")
+    vault, _ = Vault.init(tmp_path / "room", owner="user/ana", custody="solo")
     try:
         source = ModelSource.scan(tmp_path / "model")
         ref = vault.put(source, "acme/tiny", by="user/ana", share=share, positions=positions, suite=suite).ref

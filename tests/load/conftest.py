@@ -33,7 +33,7 @@ class Room:
     """A room on disk with one principal, user/ana; `blobs` has what a recorded reader read from its store."""
 
     def __init__(self, folder: Path) -> None:
-        self.vault, _ = Vault.init(folder, owner="user/ana")
+        self.vault, _ = Vault.init(folder, owner="user/ana", custody="solo")
         self.blobs = RecordingBlobs(self.vault.blobs)
 
     def put(self, source: Path, name: str = "acme/tiny", **options: Any) -> str:

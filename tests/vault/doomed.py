@@ -180,7 +180,7 @@ def do_read_only(vault: Vault, job: dict[str, Any]) -> Any:
 
 
 def do_init(vault: Vault, job: dict[str, Any]) -> Any:
-    made, _ = Vault.init(Path(job["room"]), owner="user/ana")
+    made, _ = Vault.init(Path(job["room"]), owner="user/ana", custody="solo")
     made.close()
     return made.id.hex()
 

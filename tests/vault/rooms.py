@@ -91,9 +91,22 @@ class House:
 
     @classmethod
     def build(cls, folder: Path, **options: str) -> House:
-        vault, _ = Vault.init(folder, owner=OWNER, **options)
+        vault, _ = Vault.init(folder, owner=OWNER, custody="solo", **options)
         vault.close()
         return cls(folder)
+
+    def register(self, path: str) -> None:
+        """A principal of that path, without a key or a role: somebody whose bundle is looked at."""
+        body = {
+            "principal": path,
+            "key": "",
+            "person": path,
+            "roles": [],
+            "teams": [],
+            "state": "active",
+            "statement": "",
+        }
+        self.vault.custodian.record("principal", OWNER, path, body)
 
     def close(self) -> None:
         self.vault.close()

@@ -163,7 +163,7 @@ def test_words_of_many_holders_differ(version):
 
 def test_the_word_stays_over_releases_and_rotations(house):
     """A holder who reads before and after must not own two differently marked copies."""
-    house.vault.principal_add("team/red")
+    house.register("team/red")
     for holder in (OWNER, "team/red"):
         before, image = house.vault.bundle(REF, holder), house.read(REF, holder)
         assert house.vault.bundle(REF, holder) == before

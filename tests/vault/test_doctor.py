@@ -17,7 +17,7 @@ from strongroom.vault.vault import Vault
 
 @pytest.fixture
 def vault(tmp_path: Path) -> Iterator[Vault]:
-    vault, _ = Vault.init(tmp_path / "room", owner="user/ana")
+    vault, _ = Vault.init(tmp_path / "room", owner="user/ana", custody="solo")
     yield vault
     vault.close()
 

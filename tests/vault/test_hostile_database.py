@@ -33,7 +33,7 @@ def query(folder, statement):
 
 @pytest.fixture
 def room(tmp_path):
-    made, _ = strongroom.Room.init(tmp_path / "room", owner="user/ana")
+    made, _ = strongroom.Room.init(tmp_path / "room", owner="user/ana", custody="solo")
     made.put(write_model(tmp_path / "model", seed=3), "acme/tiny")
     made.close()
     return tmp_path / "room"
@@ -166,7 +166,7 @@ def test_a_store_that_is_in_use_is_not_taken_for_a_new_room(room, tmp_path):
 
 
 def test_fsck_does_not_delete_another_rooms_versions(room, tmp_path):
-    second, _ = strongroom.Room.init(tmp_path / "second", owner="user/ben")
+    second, _ = strongroom.Room.init(tmp_path / "second", owner="user/ben", custody="solo")
     second.close()
     config = (tmp_path / "second" / "room.json").read_text().replace('"store":"store"', f'"store":"{room / "store"}"')
     (tmp_path / "second" / "room.json").write_text(config)
@@ -186,7 +186,7 @@ def test_a_room_row_of_other_types_is_one_of_our_errors(room, value):
 def test_an_init_that_failed_can_be_given_again(tmp_path):
     with pytest.raises(StrongroomError):
         strongroom.Room.init(tmp_path / "room", recovery=(5, 3))
-    made, _ = strongroom.Room.init(tmp_path / "room", recovery=(2, 3))
+    made, _ = strongroom.Room.init(tmp_path / "room", recovery=(2, 3), custody="solo")
     made.close()
 
 

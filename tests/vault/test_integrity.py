@@ -544,7 +544,7 @@ class TestBundles:
         ours = theirs = house.vault.bundle(REF, OWNER)
         others = iter(range(100))
         while theirs.word == ours.word:  # in a code as short as this it happens
-            house.vault.principal_add(other := f"user/bo-{next(others)}")
+            house.register(other := f"user/bo-{next(others)}")
             theirs = house.vault.bundle(REF, other)
         assert unreadable(house, replace(ours, word=theirs.word)).code == "key.wrong"
         assert unreadable(house, replace(ours, variant_keys=theirs.variant_keys)).code == "key.wrong"

@@ -28,7 +28,7 @@ def peak():
 
 room, model = Path(sys.argv[1]), Path(sys.argv[2])
 before = peak()
-vault, _ = Vault.init(room, owner="user/ana")
+vault, _ = Vault.init(room, owner="user/ana", custody="solo")
 result = vault.put(ModelSource.scan(model), "acme/large", by="user/ana")
 put = peak() - before
 report = vault.verify(result.ref)

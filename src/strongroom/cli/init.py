@@ -48,6 +48,13 @@ class Recovery(click.ParamType[tuple[int, int]]):
 )
 @click.option("--recovery", type=Recovery(), metavar="KofN", help="Make N recovery shares, of which K open the room.")
 @click.option("--owner", metavar="PRINCIPAL", help="The first principal.  [default: --as, else user/LOGIN]")
+@click.option(
+    "--custody",
+    type=click.Choice(["team", "solo"]),
+    default="team",
+    show_default=True,
+    help="The policy to begin with: several people approve, or you are alone here.",
+)
 @click.option("--shares-dir", metavar="DIR", help="Write each share to a file of its own there instead of printing it.")
 @pass_options
 def init(
@@ -57,6 +64,7 @@ def init(
     keystore: str,
     recovery: tuple[int, int] | None,
     owner: str | None,
+    custody: str,
     shares_dir: str | None,
 ) -> None:
     """Make a room.
@@ -68,7 +76,9 @@ def init(
     output, folder = options.output, options.folder
     owner = parse_principal(owner or options.identity() or default_owner())
     directory = _shares_directory(shares_dir, folder, recovery)
-    room, shares = Room.init(folder, store=store, db=db, keystore=keystore, recovery=recovery, owner=owner)
+    room, shares = Room.init(
+        folder, store=store, db=db, keystore=keystore, recovery=recovery, owner=owner, custody=custody
+    )
     with room:
         status = room.status()
     files = [_write_share(directory, number, share) for number, share in enumerate(shares, 1)] if directory else []
@@ -79,6 +89,7 @@ def init(
         "store": status["store"],
         "keystore": status["keystore"],
         "owner": owner,
+        "custody": custody,
         "recovery": scheme,
         "shares": [] if files else shares,
         "share_files": files,

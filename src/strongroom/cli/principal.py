@@ -1,37 +1,122 @@
-"""``strongroom principal``: who may hold weights."""
+"""``strongroom principal``: who there is, in which roles."""
 
 from __future__ import annotations
 
 import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
-from strongroom.cli.output import table
+from strongroom.cli.output import facts, table
+
+ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
 
 
 @click.group("principal", cls=Group)
 def principal() -> None:
-    """Who may hold weights."""
+    """Who there is, in which roles."""
 
 
-@command("add", explain="The name is registered in the room's database; it is given no weights and no key by that.")
+@command(
+    "add",
+    explain="""Registering is an entry of the log, signed by you. The principal's key is made among this machine's
+    identities, in the room's folder, unless --public-key names one that was made elsewhere. No weights and no lease
+    come with it.""",
+)
 @click.argument("path", metavar="PRINCIPAL")
+@click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="May be given several times.")
+@click.option("--team", "teams", multiple=True, metavar="team/NAME", help="May be given several times.")
+@click.option("--person", metavar="PRINCIPAL", help="The same human's first principal, if this is a further one.")
+@click.option("--public-key", metavar="HEX", help="Its Ed25519 public key, if the private one is elsewhere.")
 @pass_options
-def add(options: Options, path: str) -> None:
+def add(
+    options: Options,
+    path: str,
+    roles: tuple[str, ...],
+    teams: tuple[str, ...],
+    person: str | None,
+    public_key: str | None,
+) -> None:
     """Register a principal: user/NAME, workload/NAME or team/NAME."""
     with options.open() as room:
-        room.principal_add(path)
-    options.output.answer({"principal": path}, [f"{path} is registered"])
+        done = room.principal_add(path, roles=roles, teams=teams, person=person, public_key=public_key)
+    options.output.answer(done, [f"{path} is registered" + (f": {', '.join(done['roles'])}" if roles else "")])
+    if not roles:
+        options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
 
 
-@command("ls", explain="Read from the room's database; no key is needed.")
+@command("ls", explain="Read from the log, and applied in order; no key is needed.")
 @pass_options
 def ls(options: Options) -> None:
     """List the principals."""
     with options.open() as room:
         found = room.principal_ls()
-    rows = [(item["path"], item["created_at"], item.get("suspended_at") or "") for item in found]
-    options.output.answer({"principals": found}, table(("PRINCIPAL", "SINCE", "SUSPENDED"), rows))
+    rows = [
+        (
+            item["path"],
+            item["state"],
+            ", ".join(item["roles"]),
+            "" if item["person"] == item["path"] else item["person"],
+            item["since"],
+        )
+        for item in found
+    ]
+    header = ("PRINCIPAL", "STATE", "ROLES", "SAME PERSON AS", "SINCE")
+    options.output.answer({"principals": found}, table(header, rows))
 
 
-principal.add_command(add)
-principal.add_command(ls)
+@command("show", explain="Read from the log: who it is, and what it holds.")
+@click.argument("path", metavar="PRINCIPAL")
+@pass_options
+def show(options: Options, path: str) -> None:
+    """Everything about one principal."""
+    with options.open() as room:
+        found = room.principal_show(path)
+    leases = ", ".join(f"{item['action']} {item['ref']}" for item in found["leases"]) or "none"
+    lines = facts(
+        [
+            ("principal", found["path"]),
+            ("state", found["state"]),
+            ("person", found["person"]),
+            ("roles", ", ".join(found["roles"]) or "none"),
+            ("teams", ", ".join(found["teams"]) or "none"),
+            ("key", found["key"] or "none"),
+            ("since", found["since"]),
+            ("leases", leases),
+        ]
+    )
+    options.output.answer(found, lines)
+
+
+@command("role", explain="The roles replace those that it had. Nobody gives roles to themselves, under any name.")
+@click.argument("path", metavar="PRINCIPAL")
+@click.argument("roles", nargs=-1, type=click.Choice(ROLES))
+@pass_options
+def role(options: Options, path: str, roles: tuple[str, ...]) -> None:
+    """Give a principal these roles, and no others."""
+    with options.open() as room:
+        done = room.principal_change(path, roles=roles)
+    options.output.answer(done, [f"{path}: {', '.join(done['roles']) or 'no role'}"])
+
+
+def _state(name: str, state: str, text: str, explain: str) -> click.Command:
+    @command(name, explain=explain)
+    @click.argument("path", metavar="PRINCIPAL")
+    @pass_options
+    def change(options: Options, path: str) -> None:
+        with options.open() as room:
+            done = room.principal_change(path, state=state)
+        options.output.answer(done, [f"{path} is {done['state']}"])
+
+    change.help = text
+    return change
+
+
+for each in (
+    add,
+    ls,
+    show,
+    role,
+    _state("suspend", "suspended", "Take everything from a principal, for now.", "Its leases end; its key is refused."),
+    _state("restore", "active", "Let a suspended principal act again.", "Leases that ended stay ended."),
+    _state("rm", "removed", "Remove a principal for good.", "Its entries in the log stay; so does its code word."),
+):
+    principal.add_command(each)

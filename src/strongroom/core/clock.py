@@ -1,10 +1,24 @@
-"""Time, as text: RFC 3339, UTC, whole seconds."""
+"""Time in whole seconds: as text (RFC 3339, UTC), and as a number."""
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 
 
 def now() -> str:
     """For example 2026-03-01T09:30:00Z."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def unix() -> int:
+    """Seconds since 1970-01-01 UTC."""
+    return int(time.time())
+
+
+def text(seconds: int) -> str:
+    """The same time as text; what no calendar has is said as the number that it is."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (ValueError, OverflowError, OSError):
+        return f"@{seconds}"

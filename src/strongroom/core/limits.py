@@ -29,6 +29,8 @@ class Limits:
     index: int = 256 * MIB
     bundle: int = 64 * MIB
     signatures: int = 16
+    entry: int = 65_535  # C2SP tlog-tiles: the length of an entry has two bytes
+    note: int = 1 * MIB
 
 
 LIMITS = Limits()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from strongroom.errors import UsageError
 
@@ -19,6 +20,7 @@ class Settings:
     principal: str | None = None
     grant: str | None = None
     threads: int = 0  # 0: as many as there are cores
+    state: str = ""  # where newest checkpoints are remembered; empty: the user's own folder for such things
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -29,7 +31,16 @@ class Settings:
             principal=env.get("STRONGROOM_AS") or None,
             grant=env.get("STRONGROOM_GRANT") or None,
             threads=_threads(env.get("STRONGROOM_THREADS") or None),
+            state=env.get("STRONGROOM_STATE") or "",
         )
+
+    @property
+    def state_folder(self) -> Path:
+        """``STRONGROOM_STATE``, else ``$XDG_STATE_HOME/strongroom``, else ``~/.local/state/strongroom``."""
+        if self.state:
+            return Path(self.state)
+        base = os.environ.get("XDG_STATE_HOME") or ""
+        return (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "strongroom"
 
     @property
     def workers(self) -> int:

@@ -1,4 +1,5 @@
-"""The database: which versions there are, where their packs lie, and the room's wrapped keys. SQLite or PostgreSQL.
+"""The database: which versions there are, where their packs lie, the room's wrapped keys, and the log. SQLite or
+PostgreSQL.
 
 The database is trusted with no plaintext and no unwrapped key: whatever is secret in a column (wrapped_room_key,
 secrets, recovery_sealed, record) is sealed, and bound to its row by its own associated data. Numbers of bytes are
@@ -21,8 +22,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 
 from strongroom.errors import BackendError, Conflict, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 _BUSY_MS = 30_000
+_SEQUENCER = 0x5374726F6E67  # the key of PostgreSQL's advisory lock: one room to a database
 
 metadata = sa.MetaData()
 
@@ -43,14 +45,6 @@ room = sa.Table(
     sa.Column("recovery_shares", sa.Integer),
     sa.Column("recovery_proven_at", sa.Text),
     sa.Column("key_epoch", sa.Integer, nullable=False),
-)
-
-principals = sa.Table(
-    "principals",
-    metadata,
-    sa.Column("path", sa.Text, primary_key=True),
-    sa.Column("created_at", sa.Text, nullable=False),
-    sa.Column("suspended_at", sa.Text),
 )
 
 versions = sa.Table(
@@ -102,6 +96,56 @@ put_packs = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("progress", sa.Text, nullable=False),
     sa.Column("mac", sa.Text, nullable=False),
+)
+
+
+# The log (spec/ledger.md). Nothing in these tables is believed: entries and nodes are checked against the signed
+# checkpoint, documents against their digest, private values against their commitment, the snapshot by its signature.
+log_state = sa.Table(
+    "log_state",
+    metadata,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="log_state_one"), primary_key=True),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("checkpoint", sa.LargeBinary, nullable=False),
+)
+
+log_entries = sa.Table(
+    "log_entries",
+    metadata,
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("entry", sa.LargeBinary, nullable=False),
+)
+
+# Hashes of complete subtrees: level 0 are the leaves, and then every eighth level, as in tiles.
+log_nodes = sa.Table(
+    "log_nodes",
+    metadata,
+    sa.Column("level", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("hash", sa.LargeBinary, nullable=False),
+)
+
+log_private = sa.Table(
+    "log_private",
+    metadata,
+    sa.Column("position", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+)
+
+log_snapshot = sa.Table(
+    "log_snapshot",
+    metadata,
+    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="log_snapshot_one"), primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
+)
+
+documents = sa.Table(
+    "documents",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
 )
 
 
@@ -160,6 +204,25 @@ class Database:
             yield connection
 
     @contextmanager
+    def sequencing(self) -> Iterator[sa.Connection]:
+        """As `transaction`, and no other process is in one of these until it ends; what was committed before it began
+        is seen. `savepoint` undoes a part of it. Errors as `transaction`."""
+        if self._engine.dialect.name != "postgresql":
+            with self.transaction() as connection:
+                yield connection
+            return
+        # Not SERIALIZABLE: its snapshot is taken before the lock is had, and would be outdated once it is.
+        with self._session("", isolation_level="READ COMMITTED") as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SEQUENCER)))
+            yield connection
+
+    @contextmanager
+    def savepoint(self, tx: sa.Connection) -> Iterator[None]:
+        """A part of a transaction that is undone alone when it raises. Errors as `transaction`."""
+        with _mapped(), tx.begin_nested():
+            yield
+
+    @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """Read only, from one consistent state, without waiting for writers. Errors as `transaction`."""
         with self._session("BEGIN") as connection:
@@ -199,13 +262,13 @@ class Database:
         self._engine.dispose()
 
     @contextmanager
-    def _session(self, begin: str) -> Iterator[sa.Connection]:
+    def _session(self, begin: str, **options: Any) -> Iterator[sa.Connection]:
         if getattr(self._inside, "yes", False):
             # A second connection would wait for the first one's lock until it times out.
             raise RuntimeError("transactions don't nest")
         self._inside.yes = True
         try:
-            with _mapped(), self._engine.connect().execution_options(strongroom_begin=begin) as connection:
+            with _mapped(), self._engine.connect().execution_options(strongroom_begin=begin, **options) as connection:
                 if begin == "BEGIN" and self._engine.dialect.name == "postgresql":
                     connection = connection.execution_options(postgresql_readonly=True)  # noqa: PLW2901
                 with connection.begin():
@@ -221,6 +284,14 @@ class Database:
         if found is None:
             raise BackendError(
                 "db.missing", f"{self.url} holds no room", hint="strongroom init, or correct the database's URL"
+            )
+        if found < SCHEMA:
+            raise BackendError(
+                "db.older_schema",
+                f"the database was written by an older Strongroom (schema {found}; this one needs {SCHEMA})",
+                hint="use the release that made the room, or put its weights into a new room",
+                schema=found,
+                known=SCHEMA,
             )
         if found > SCHEMA:
             raise BackendError(

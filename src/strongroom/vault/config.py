@@ -26,13 +26,15 @@ class RoomConfig:
 
     `keystores` are the URIs of the key stores that the database may name: the one in use, and while the room moves to
     another, both. They are here, not only there, because whoever can write to the database must not choose the server
-    that is asked, and given the key store's token.
+    that is asked, and given the key store's token. `log_key`: the 32-byte public key of the log, for the same reason:
+    what the database says was decided is believed only where that key has signed it.
     """
 
     room: bytes
     store: str
     db: str
     keystores: tuple[str, ...]
+    log_key: bytes
 
     @classmethod
     def read(cls, folder: Path) -> RoomConfig:
@@ -72,7 +74,12 @@ class RoomConfig:
             raise TypeError("a URL is not a text")
         if not isinstance(value["room"], str) or len(value["room"]) != 32:
             raise ValueError("the room's identifier does not have 16 bytes")
-        return cls(bytes.fromhex(value["room"]), value["store"], value["db"], tuple(keystores))
+        if "log" not in value:
+            raise ValueError("it names no log key: the room was made by a release that had no log")
+        if not isinstance(value["log"], str) or len(value["log"]) != 64:
+            raise ValueError("the log's public key does not have 32 bytes")
+        room, log_key = bytes.fromhex(value["room"]), bytes.fromhex(value["log"])
+        return cls(room, value["store"], value["db"], tuple(keystores), log_key)
 
     def pin(self, folder: Path, keystores: Sequence[str]) -> None:
         """Write this configuration with other key stores."""
@@ -86,6 +93,7 @@ class RoomConfig:
             "store": self.store,
             "db": self.db,
             "keystores": list(self.keystores),
+            "log": self.log_key.hex(),
         }
         temporary = folder / f".{NAME}.{os.getpid()}"
         temporary.unlink(missing_ok=True)

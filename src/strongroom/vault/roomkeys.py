@@ -14,13 +14,14 @@ from sqlalchemy.engine import Connection
 from strongroom.core import canonical
 from strongroom.core.clock import now
 from strongroom.core.ids import parse_id
-from strongroom.crypto.keys import random_key
+from strongroom.crypto.keys import derive, random_key
 from strongroom.crypto.keystores import Keystore, PassphraseSource, create_keystore, open_keystore
 from strongroom.crypto.recovery import create_recovery, open_with_shares, seal_for_recovery
 from strongroom.crypto.sealing import seal, unseal
 from strongroom.crypto.shamir import Share
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import IntegrityError, NotFound, Tampered, UsageError
+from strongroom.ledger.key import log_signer
 from strongroom.storage.db import Database, put_packs, puts, room, versions
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.record import VersionRecord, job_context
@@ -96,8 +97,22 @@ class RoomKeys:
     @property
     def signer(self) -> Signer:
         """The room's signature key."""
+        return Signer(self._seed)
+
+    @property
+    def log_signer(self) -> Signer:
+        """The key that signs the log's checkpoints."""
+        return log_signer(self._seed)
+
+    @property
+    def challenge_key(self) -> bytes:
+        """What challenges of this room are recognised by."""
+        return derive(self._seed, "challenge")
+
+    @property
+    def _seed(self) -> bytes:
         seed, _ = self._open_secrets(self.room_key, self._row())
-        return Signer(seed)
+        return seed
 
     # -- rotating and recovering ---------------------------------------------------------------------------------
 

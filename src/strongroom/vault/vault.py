@@ -5,55 +5,60 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, func, insert, or_, select, update
+from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy.engine import Connection
 
-from strongroom.core.clock import now
+from strongroom.core.clock import now, text, unix
 from strongroom.core.ids import Ref, parse_id, parse_principal, random_id
 from strongroom.core.limits import LIMITS
 from strongroom.core.settings import Settings
+from strongroom.crypto.identity import Identities
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
 from strongroom.crypto.shamir import Share
 from strongroom.errors import (
     AuthRequired,
     BackendError,
-    CannotVerify,
     Conflict,
     IntegrityError,
     NotFound,
     Rollback,
-    Sealed,
     StrongroomError,
     Tampered,
     UsageError,
 )
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.suites import Suite
+from strongroom.ledger.key import LogKey
+from strongroom.ledger.log import Draft, Ledger
+from strongroom.ledger.published import Published
+from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
-from strongroom.storage.db import Database, principals, versions
+from strongroom.storage.db import Database, versions
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.vault import packing
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
+from strongroom.vault.custodian import FIRST_ROLES, Custodian
 from strongroom.vault.journal import Journal, forget_all, locked
 from strongroom.vault.put import Plan, Progress, parse_share, put
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
 from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.rotate import next_revision, reencrypt
+from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
 from strongroom.vault.versions import VersionInfo, check_row, measured, object_names
-
-_REST = "`strongroom fsck --repair` removes what the store may still have of it"
 
 
 def silent(done: int, total: int) -> None:
@@ -73,6 +78,7 @@ class PutResult:
     files: tuple[str, ...]
     unmarked: dict[str, int]
     resumed_packs: int
+    entry: int
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "files": list(self.files)}
@@ -82,14 +88,27 @@ class Vault:
     """An embedded room: a folder with a database, a key store and a store. Open with `Vault.open` or make with
     `Vault.init`."""
 
-    def __init__(self, folder: Path, *, passphrase: PassphraseSource | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        passphrase: PassphraseSource | None = None,
+        clock: Callable[[], int] = unix,
+        config: RoomConfig | None = None,
+    ) -> None:
         self.folder = folder = folder.absolute()
-        config = RoomConfig.read(folder)
+        self.clock = clock  # seconds since 1970
+        config = config or RoomConfig.read(folder)
         self.id = config.room
         self.db = Database.open(config.db_url(folder))
         self.blobs: Blobs = open_blobs(config.store_url(folder), create=False)
         self.keys = RoomKeys(self.db, folder, self.id, passphrase)
         self.workers = Settings.from_environment().workers
+        self.identities = Identities(folder / "identities")
+        self.log_key = key = LogKey(self.id, config.log_key)
+        published = Published(folder / "log", key)
+        ledger = Ledger(self.db, key, lambda: self.keys.log_signer, State, clock=clock, published=published)
+        self.custodian = Custodian(self, ledger)
 
     @classmethod
     def init(
@@ -101,11 +120,14 @@ class Vault:
         keystore: str = "file:keys/room.key",
         recovery: tuple[int, int] | None = None,
         owner: str,
+        custody: str = "team",
         passphrase: PassphraseSource | None = None,
     ) -> tuple[Vault, list[Share]]:
         """Make a room in a new or empty folder, with `owner` as its first principal; returns it and the recovery
-        shares."""
+        shares. `custody` is the policy that it starts with: team or solo."""
         parse_principal(owner)
+        if custody not in FIRST_ROLES:
+            raise UsageError("init.custody", f"there is no custody {custody!r:.40}", hint="--custody team or solo")
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -118,9 +140,9 @@ class Vault:
                 )
         except OSError as error:
             raise UsageError("room.folder", f"can't make a room in {folder}: {error.strerror}") from None
-        config = RoomConfig(random_id(), store, db, (keystore,))
+        config = RoomConfig(random_id(), store, db, (keystore,), b"")
         try:
-            shares = cls._furnish(folder.absolute(), config, recovery, owner, passphrase)
+            shares = cls._furnish(folder.absolute(), config, recovery, owner, custody, passphrase)
         except BaseException:
             # The folder was empty, so all that is in it now is ours; else the same command could not be given again.
             for left in folder.iterdir():
@@ -128,12 +150,14 @@ class Vault:
             raise
         return cls(folder, passphrase=passphrase), shares
 
-    @staticmethod
+    @classmethod
     def _furnish(
+        cls,
         folder: Path,
         config: RoomConfig,
         recovery: tuple[int, int] | None,
         owner: str,
+        custody: str,
         passphrase: PassphraseSource | None,
     ) -> list[Share]:
         for part in ("keys", "locks"):
@@ -145,16 +169,24 @@ class Vault:
             raise Conflict(
                 "store.not_empty", f"the store {blobs.url} is not empty", hint="--store with a new folder or prefix"
             )
-        database = Database.open(config.db_url(folder), create=True)
+        blobs.close()
+        Database.open(config.db_url(folder), create=True).close()
+        vault = cls(folder, passphrase=passphrase, config=config)
         try:
-            uri, shares = RoomKeys(database, folder, config.room, passphrase).create(config.keystores[0], recovery)
-            with database.transaction() as tx:
-                tx.execute(insert(principals).values(path=owner, created_at=now()))
+            uri, shares = vault.keys.create(config.keystores[0], recovery)
+            config = replace(config, log_key=vault.keys.log_signer.public_key)
+        finally:
+            vault.close()
+        keys = vault.keys  # its key store can't be opened before room.json names it
+        vault = cls(folder, passphrase=passphrase, config=config)
+        vault.keys = keys
+        try:
+            identity = vault.identities.create(owner)
+            vault.custodian.begin(owner, identity.public_key, custody, keys.signer.public_key)
             # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like one.
             config.pin(folder, [uri])
         finally:
-            database.close()
-            blobs.close()
+            vault.close()
         return shares
 
     def close(self) -> None:
@@ -163,28 +195,39 @@ class Vault:
 
     # -- principals ----------------------------------------------------------------------------------------------
 
-    def principal_add(self, path: str) -> None:
-        """Register somebody who may hold weights. Conflict when already registered."""
-        with self.db.transaction() as tx:
-            if tx.execute(select(principals).where(principals.c.path == parse_principal(path))).first():
-                raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
-            tx.execute(insert(principals).values(path=path, created_at=now()))
+    def publish_log(self) -> None:
+        """Bring the published tiles and checkpoint up to the newest entry."""
+        self.custodian.ledger.publish()
+
+    @property
+    def signer(self) -> bytes:
+        """The room's public key for manifests, as the first entry of the log has it."""
+        with self.custodian.ledger.view() as state:
+            return bytes.fromhex(state.signer)
 
     def principal_ls(self) -> list[dict[str, Any]]:
-        with self.db.reading() as tx:
-            found = [dict(row._mapping) for row in tx.execute(select(principals).order_by(principals.c.path))]
-        for row in found:
-            texts = all(isinstance(row[column], str) for column in ("path", "created_at"))
-            if not texts or not isinstance(row["suspended_at"], str | None):
-                raise Tampered("principal.malformed", "the database's row of a principal does not hold together")
-        return found
+        """Everybody whom the log knows, by path."""
+        with self.custodian.ledger.view() as state:
+            found = sorted(state.principals.values(), key=lambda each: each.path)
+            return [
+                {
+                    "path": each.path,
+                    "person": each.person,
+                    "roles": list(each.roles),
+                    "teams": list(each.teams),
+                    "state": each.state,
+                    "since": text(each.since),
+                }
+                for each in found
+            ]
 
     def principal(self, path: str | None) -> str:
-        """The principal to act as: `path`, else the only one there is."""
-        known = [item["path"] for item in self.principal_ls() if not item["suspended_at"]]
+        """The principal to act as: `path`, else the only one that this machine has the key of, else the only one."""
+        known = [str(item["path"]) for item in self.principal_ls() if item["state"] == "active"]
         if path is None:
-            if len(known) == 1:
-                return str(known[0])
+            mine = [item for item in self.identities.ls() if item in known]
+            if len(mine) == 1:
+                return mine[0]
             raise AuthRequired(
                 "principal.ambiguous",
                 f"the room knows {', '.join(known) or 'no principal'}; say which one you are",
@@ -211,7 +254,7 @@ class Vault:
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise, Tampered if it does not hold together."""
-        return self._readable(self._row(ref))
+        return self._readable(self.row(ref))
 
     def _readable(self, row: Row[Any]) -> Row[Any]:
         if check_row(row).state != "active":
@@ -220,7 +263,7 @@ class Vault:
             )
         return row
 
-    def _row(self, ref: str) -> Row[Any]:
+    def row(self, ref: str) -> Row[Any]:
         """The row, unchecked, of a numbered version, whatever its state, or of the newest that is active."""
         parsed = Ref.parse(ref)
         query = select(versions).where(versions.c.name == parsed.name)
@@ -318,7 +361,7 @@ class Vault:
                     journal.forget()
                 raise
             self._sign(manifest, signer)
-            row = self._publish(journal, manifest, index, name, by)
+            row, entry = self._publish(journal, manifest, index, name, by)
         return PutResult(
             ref=f"{row.name}@{row.number}",
             digest=f"sha256:{row.manifest_sha256}",
@@ -326,9 +369,10 @@ class Vault:
             stored_bytes=row.stored_bytes,
             segments=row.segments,
             positions=row.positions,
-            files=tuple(entry.path for entry in index.layout.files),
+            files=tuple(file.path for file in index.layout.files),
             unmarked=plan.unmarked,
             resumed_packs=resumed,
+            entry=entry,
         )
 
     def _sign(self, manifest: Manifest, signer: Any) -> None:
@@ -338,14 +382,17 @@ class Vault:
         self.blobs.delete(manifest.name)  # an interrupted attempt may have left one that nothing refers to
         self.blobs.write(manifest.name, [envelope.encode()])
 
-    def _publish(self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str) -> Row[Any]:
+    def _publish(self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str) -> tuple[Row[Any], int]:
         """One transaction: the version appears, and its journal goes."""
         digest = manifest.digest()
-        with self.db.transaction() as tx:
+
+        def decide(tx: Connection, state: State, at: int) -> Draft:
             newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
             if not isinstance(newest, int | None):
                 raise Tampered("record.malformed", f"the database numbers a version of {name} {newest!r:.40}")
-            number = (newest or 0) + 1
+            # The log knows of those that somebody has deleted from the table, and no number is given twice.
+            logged = [Ref.parse(ref) for ref in state.versions]
+            number = max(newest or 0, *(ref.number or 0 for ref in logged if ref.name == name), 0) + 1
             record = replace(journal.record, name=name, number=number, manifest_digest=digest)
             tx.execute(
                 insert(versions).values(
@@ -361,7 +408,19 @@ class Vault:
                 )
             )
             journal.close(tx)
-            return tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one()
+            body = {
+                "version": record.version.hex(),
+                "revision": record.revision,
+                "manifest": digest.hex(),
+                "bytes": sum(entry.bytes for entry in index.layout.files),
+                "positions": manifest.positions,
+            }
+            return Draft(Entry("put", at, by, f"{name}@{number}", body))
+
+        receipt = self.custodian.ledger.append(decide, writes=True)
+        query = select(versions).where(versions.c.version_id == journal.record.version.hex())
+        with self.db.reading() as tx:
+            return tx.execute(query).one(), receipt.index
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
 
@@ -385,7 +444,8 @@ class Vault:
             manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
             self._sign(manifest, self.keys.signer)
             record = replace(journal.record, manifest_digest=manifest.digest())
-            with self.db.transaction() as tx:
+
+            def decide(tx: Connection, _: State, at: int) -> Draft:
                 changed = tx.execute(
                     update(versions)
                     .where(
@@ -399,10 +459,15 @@ class Vault:
                     raise _raced(row)
                 # With other rotations of it that were left unfinished: their keys open what this one replaced.
                 forget_all(tx, row.version_id)
+                body = {"revision": record.revision, "manifest": manifest.digest().hex()}
+                return Draft(Entry("rotate", at, by, ref, body))
+
+            receipt = self.custodian.ledger.append(decide, writes=True)
         # Never what the new revision needs as well, whatever the journal was made to say.
         for name in object_names(old.manifest) - object_names(manifest):
             self.blobs.delete(name)
-        return {"ref": ref, "revision": record.revision, "digest": f"sha256:{manifest.digest().hex()}"}
+        digest = f"sha256:{manifest.digest().hex()}"
+        return {"ref": ref, "revision": record.revision, "digest": digest, "entry": receipt.index}
 
     @contextlib.contextmanager
     def _or_raced(self, row: Row[Any], journal: Journal | None = None) -> Iterator[None]:
@@ -427,85 +492,16 @@ class Vault:
         except BackendError:
             return True
 
-    def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
-        """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere.
-
-        Whatever else the database or the store says of the version, its keys go. Given again for a shredded version, it
-        destroys what unfinished jobs may hold, and clears the database's log.
-        """
-        row = self._row(ref)  # unchecked: a damaged version must be shreddable, too
-        name = f"{row.name}@{row.number}"
-        if confirm != name:
-            raise UsageError(
-                "shred.confirm",
-                f"shredding {name} can't be undone; confirm it by its full name",
-                hint=f"strongroom shred {name} --confirm {name}",
-            )
-        # Not by its state: in a database that somebody wrote to, any row that has a record has keys.
-        again = row.state == "shredded" and row.record is None
-        names, remains = (set[str](), []) if again else self._objects_of(row)
-        with self.db.transaction() as tx:
-            if not again:
-                changed = tx.execute(
-                    update(versions)
-                    .where(
-                        versions.c.version_id == row.version_id,
-                        or_(versions.c.state != "shredded", versions.c.record.is_not(None)),
-                    )
-                    .values(state="shredded", record=None, shredded_at=now())
-                )
-                if changed.rowcount != 1:
-                    raise Conflict("shred.raced", f"{name} was shredded by somebody else meanwhile")
-            # An interrupted rotation holds the same weights under its own keys. What its packs are is not proven
-            # without them: deleting by these names could hit another version, so fsck does it, which looks at all.
-            if forget_all(tx, row.version_id) or again:
-                remains.append(_REST)
-        try:
-            self.db.scrub()
-        except BackendError as error:
-            remains.append(
-                "the database's log still holds the wrapped key until its next checkpoint, or until "
-                f"`strongroom shred {name} --confirm {name}` is given again: {error.message}"
-            )
-        deleted = 0
-        for item in sorted(names):
-            try:
-                self.blobs.delete(item)
-                deleted += 1
-            except BackendError as error:
-                remains.append(f"the store still has {item} (`strongroom fsck --repair` removes it): {error.message}")
-        return {
-            "ref": name,
-            "objects_deleted": deleted,
-            "means": [
-                *remains,
-                "the version key and the mark secrets are destroyed here: nobody can open this ciphertext through this "
-                "room",
-                "key bundles already released still open copies of the ciphertext that were made elsewhere",
-                "marked copies that left stay with their holders, and can no longer be traced to them",
-                "backups of the room's database hold the wrapped key until they expire; `strongroom keystore rotate` "
-                "makes them useless where the old key-encryption key is destroyed",
-            ],
-        }
-
-    def _objects_of(self, row: Row[Any]) -> tuple[set[str], list[str]]:
-        """What the store has of a version, as far as the store and the record still say so, and else what is left."""
-        names: set[str] = set()
-        try:
-            parse_id(row.version_id)
-            names |= {name for name, _ in self.blobs.list(f"versions/{row.version_id}")}
-            names |= object_names(self.manifest(self.record(check_row(row))))
-        # A store that is down, or a release that is too old for it, must not keep the keys alive.
-        except (IntegrityError, CannotVerify, Sealed, BackendError) as error:
-            return names, [f"{_REST}: {error.message}"]
-        return names, []
+    def shred(self, ref: str, *, confirm: str, by: str = CUSTODIAN) -> dict[str, Any]:
+        """Destroy a version's keys, then its ciphertext; see `strongroom.vault.shred`."""
+        return shred(self, ref, confirm=confirm, by=by)
 
     # -- verify --------------------------------------------------------------------------------------------------
 
     def verify(self, ref: str, *, deep: bool = False, progress: Progress = silent) -> VerifyReport:
         """Check every byte of a version; what is wrong is in the report, not raised. CannotVerify, Sealed and
         BackendError are raised: they say nothing about the bytes."""
-        row = self._row(ref)
+        row = self.row(ref)
         report = VerifyReport(f"{row.name}@{row.number}", deep)
         try:
             self._readable(row)  # its NotFound is raised: that a version was shredded is no problem of its bytes

@@ -1,0 +1,164 @@
+"""``strongroom request``, ``requests``, ``approve``, ``deny``, ``revoke`` and ``copy``: who may, and who said so."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from strongroom.cli.options import Options, command, pass_options
+from strongroom.cli.output import counted, size, table
+from strongroom.core.clock import text
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Duration(click.ParamType[int]):
+    """``8h``, ``30m``, ``2d``: seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", value, re.ASCII)
+        if match is None:
+            self.fail(f"{value!r} is not a duration such as 30m, 8h or 2d", param, ctx)
+        return int(match[1]) * _UNITS[match[2]]
+
+
+def duration(seconds: int) -> str:
+    """8h, or 90m: the largest unit that says it exactly."""
+    for unit, count in reversed(_UNITS.items()):
+        if seconds and seconds % count == 0:
+            return f"{seconds // count}{unit}"
+    return f"{seconds}s"
+
+
+@command(
+    "request",
+    explain="""The request is a statement, signed with your key; it and every approval are entries of the log. Policy
+    says how many people, and in which roles, have to approve; nobody approves their own request, under any name.""",
+)
+@click.argument("ref")
+@click.option("--action", type=click.Choice(["load", "copy", "trace"]), default="load", show_default=True)
+@click.option("--for", "holder", metavar="PRINCIPAL", help="Who is to have it.  [default: you]")
+@click.option("--duration", "seconds", type=Duration(), default="8h", show_default=True, help="How long, e.g. 30m, 8h.")
+@click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.  [default: any number]")
+@click.option("--reason", required=True, metavar="TEXT", help="Why: the approvers read it, and the log keeps it.")
+@pass_options
+def request(
+    options: Options, ref: str, action: str, holder: str | None, seconds: int, uses: int | None, reason: str
+) -> None:
+    """Ask for a lease on one version."""
+    with options.open() as room:
+        found = room.request(ref, action=action, reason=reason, holder=holder, duration=seconds, uses=uses)
+    options.output.answer(
+        found,
+        [f"{found['id']}: {found['for']} asks to {found['action']} {found['ref']} for {duration(found['duration'])}"],
+    )
+    _next(options, found)
+
+
+@command("requests", explain="Read from the log, and applied in order; no key is needed.")
+@click.option("--all", "everything", is_flag=True, help="Those that are over, too.")
+@pass_options
+def requests(options: Options, everything: bool) -> None:
+    """List the requests and leases that are open."""
+    with options.open() as room:
+        found = [item for item in room.requests() if everything or item["state"] in ("pending", "approved")]
+    rows = [
+        (
+            item["id"],
+            item["state"],
+            item["action"],
+            item["ref"],
+            item["for"],
+            duration(item["duration"]),
+            text(item["expires_at"]),
+            ", ".join(item["needs"] or item["approved_by"]),
+        )
+        for item in found
+    ]
+    header = ("ID", "STATE", "ACTION", "REF", "FOR", "TIME", "UNTIL", "NEEDS, OR WHO APPROVED")
+    options.output.answer({"requests": found}, table(header, rows) if rows else ["no request is open"])
+
+
+@command(
+    "approve",
+    explain="""Your approval names the whole request by its hash, so it holds for nothing else. It counts for you as a
+    person, with the roles that you have. The approval that completes what policy asks for grants the lease.""",
+)
+@click.argument("identifier", metavar="ID")
+@click.option("--duration", "seconds", type=Duration(), default=0, help="Shorten the lease to this.")
+@click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.")
+@pass_options
+def approve(options: Options, identifier: str, seconds: int, uses: int | None) -> None:
+    """Approve somebody else's request, or a policy that somebody proposes."""
+    with options.open() as room:
+        found = room.approve(identifier, duration=seconds, uses=uses)
+    if found["lease"]:
+        what = f"{found['for']} may {found['action']} {found['ref']}"
+        line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}"
+    else:
+        line = f"{found['id']}: your approval is recorded"
+    options.output.answer(found, [line])
+    _next(options, found)
+
+
+@command("deny", explain="One no, of somebody who could approve, ends a request. Your own you may take back.")
+@click.argument("identifier", metavar="ID")
+@click.option("--reason", required=True, metavar="TEXT")
+@pass_options
+def deny(options: Options, identifier: str, reason: str) -> None:
+    """Refuse a request, or take back your own."""
+    with options.open() as room:
+        found = room.deny(identifier, reason=reason)
+    options.output.answer(found, [f"{found['id']} is denied"])
+
+
+@command(
+    "revoke",
+    explain="""In force for every entry of the log after this one: a release that is recorded later is refused, whatever
+    clocks say. Keys that were released before stay where they are; `strongroom rotate` makes them useless for the
+    store.""",
+)
+@click.argument("target", metavar="LEASE|PRINCIPAL|REF")
+@click.option("--reason", required=True, metavar="TEXT")
+@pass_options
+def revoke(options: Options, target: str, reason: str) -> None:
+    """End a lease, suspend a principal, or freeze a version, at once."""
+    with options.open() as room:
+        found = room.revoke(target, reason=reason)
+    options.output.answer(found, [f"{target} is revoked, in entry {found['entry']}"])
+    options.output.note("  → keys that were released before still open the store: strongroom rotate REF ends that")
+
+
+@command(
+    "copy",
+    explain="""The one way in which plaintext leaves: under a lease for this action, counted against the ceilings of
+    the version, and marked with the holder's code word at every position.""",
+)
+@click.argument("ref")
+@click.option("--to", required=True, metavar="PRINCIPAL", help="The holder: whose code word it carries.")
+@click.option("--out", required=True, metavar="DIR", help="A new folder.")
+@pass_options
+def copy(options: Options, ref: str, to: str, out: str) -> None:
+    """Write a holder's marked plaintext copy to a folder."""
+    output = options.output
+    with options.open() as room, output.progress(f"copy {ref}") as progress:
+        done = room.copy(ref, to, out, progress=progress)
+    output.answer(
+        done,
+        [f"{done['ref']}: {counted(len(done['files']), 'file')}, {size(done['bytes'])}, marked for {to}, in {out}"],
+    )
+    output.note("  → this is plaintext: whoever gets it has the weights, and the weights name its holder")
+
+
+def _next(options: Options, found: dict[str, Any]) -> None:
+    if found["state"] != "pending":
+        return
+    if found["needs"]:
+        options.output.note(f"  → still needed: {'; '.join(found['needs'])}")
+    options.output.note(f"  → strongroom approve {found['id']}")

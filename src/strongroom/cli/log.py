@@ -1,0 +1,152 @@
+"""``strongroom log``: the record of everything, and whether it holds together."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from strongroom.cli.options import Group, Options, command, pass_options
+from strongroom.cli.output import facts, number, seconds, table
+from strongroom.core.clock import text
+
+_LAST = 20
+
+
+@click.group("log", cls=Group)
+def log() -> None:
+    """The record of everything, and whether it holds together."""
+
+
+@command("show", explain="The entry as it is in the log, with what is kept beside it checked against its commitments.")
+@click.argument("entry", type=click.IntRange(min=0))
+@pass_options
+def show(options: Options, entry: int) -> None:
+    """One entry, whole."""
+    with options.open() as room:
+        found = room.log.show(entry)
+    body = [(f"  {name}", value) for name, value in found["body"].items() if name != "statement"]
+    lines = facts(
+        [
+            ("entry", found["index"]),
+            ("type", found["type"]),
+            ("at", text(found["at"])),
+            ("by", found["by"]),
+            ("about", found["ref"] or "the room"),
+            *body,
+            ("signed", "yes, by a statement of its own" if found["body"].get("statement") else "by the custodian"),
+            *((f"  {name}", value) for name, value in found["private"].items()),
+            ("leaf hash", found["leaf"]),
+        ]
+    )
+    options.output.answer(found, lines)
+
+
+@command("tail", explain="The newest entries. They are checked against the signed root before one is shown.")
+@click.option("-n", "count", type=click.IntRange(1, 1000), default=_LAST, show_default=True)
+@pass_options
+def tail(options: Options, count: int) -> None:
+    """The newest entries."""
+    with options.open() as room:
+        found = room.log.tail(count)
+    rows = [
+        (str(item["index"]), text(item["at"]), item["type"], item["by"], item["ref"], _gist(item)) for item in found
+    ]
+    header = ("ENTRY", "AT", "TYPE", "BY", "ABOUT", "")
+    options.output.answer({"entries": found}, table(header, rows, right=(0,)))
+
+
+def _gist(item: dict[str, Any]) -> str:
+    body = item["body"]
+    match item["type"]:
+        case "approve":
+            return f"{body['id']}" + (": lease granted" if body["lease"] else "")
+        case "request":
+            return f"{body['id']}: {body['action']} for {body['for']}"
+        case "deny":
+            return str(body["id"])
+        case "release":
+            return f"{body['action']} by lease {body['lease']}" if body["lease"] else f"{body['action']}, no lease"
+        case "revoke":
+            return str(body["target"])
+        case "refused":
+            return f"{body['action']}: {body['rule'] or body['code']}"
+        case "principal":
+            return f"{body['state']}, {', '.join(body['roles']) or 'no role'}"
+    return ""
+
+
+@command(
+    "verify",
+    explain="""From what is published of the log and its public key alone: every entry is hashed, the tiles and the
+    signed root are compared, and every signed statement is checked with the key that the log itself gave its principal
+    before. Then the newest checkpoint that this machine has seen has to be one of this log.""",
+)
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--key", "verifier", metavar="VKEY", help="The log's public key, for a FOLDER without its room.")
+@click.option("--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have cosigned.")
+@pass_options
+def verify(options: Options, folder: Path | None, verifier: str | None, witnesses: tuple[str, ...]) -> None:
+    """Check the whole log, offline.
+
+    FOLDER is an exported log; without it, the room's own.
+    """
+    from strongroom.client import verify_log
+
+    output = options.output
+    begun = time.monotonic()
+    if folder is not None and verifier is not None:
+        found = verify_log(folder, verifier, witnesses=witnesses)
+    else:
+        with options.open() as room:
+            found = room.log.verify(folder, witnesses=witnesses)
+    took = time.monotonic() - begun
+    holds = f"{number(found['size'])} entries, {number(found['statements'])} signed statements"
+    lines = [
+        f"the log holds together: {holds}, all under the signed root ({seconds(took)})",
+        *facts(
+            [
+                ("root", found["root"]),
+                ("origin", found["origin"]),
+                ("witnesses", ", ".join(found["witnessed_by"]) or "none"),
+            ]
+        ),
+    ]
+    output.answer({**found, "seconds": round(took, 3)}, lines)
+    if not found["witnessed_by"]:
+        output.note("  → nobody else has cosigned: that there is only one log rests on what this machine remembers")
+
+
+@command("prove", explain="A C2SP tlog-proof: whoever has it and the log's public key can check it without the log.")
+@click.argument("entry", type=click.IntRange(min=0))
+@pass_options
+def prove(options: Options, entry: int) -> None:
+    """The proof that an entry is in the log, for somebody else."""
+    with options.open() as room:
+        found = room.log.prove(entry)
+    options.output.answer(found, found["proof"].rstrip("\n").split("\n"))
+
+
+@command("key", explain="What a verifier or a witness is given beforehand, over a channel that it trusts.")
+@pass_options
+def key(options: Options) -> None:
+    """The log's public key, as verifiers and witnesses take it."""
+    with options.open() as room:
+        found = room.log.key
+    options.output.answer({"key": found}, [found])
+
+
+@command("clock", explain="Every lease ends, since nobody can say which of them had ended while the clock was ahead.")
+@click.option("--reason", required=True, metavar="TEXT")
+@pass_options
+def clock(options: Options, reason: str) -> None:
+    """After this machine's clock was ahead: take the room's time back to now."""
+    with options.open() as room:
+        found = room.set_clock(reason)
+    options.output.answer(found, [f"the room's time is {text(found['now'])}, and was {text(found['before'])}"])
+
+
+for each in (show, tail, verify, prove, key, clock):
+    log.add_command(each)

@@ -1,0 +1,224 @@
+"""Entries of the ledger (spec/ledger.md, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from strongroom.core import canonical
+from strongroom.core.limits import LIMITS
+from strongroom.errors import CannotVerify, LimitExceeded, Tampered
+
+FORMAT = 1
+CUSTODIAN = "custodian"
+UNKNOWN = "unknown"
+_MEMBERS = {"format", "type", "at", "by", "ref", "body", "private"}
+_PRIVATE = b"strongroom/1 private\x00"
+_SALT = 32
+
+Kind = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= canonical.MAX_INTEGER
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _hexadecimal(digits: int) -> Kind:
+    pattern = re.compile(rf"[0-9a-f]{{{digits}}}", re.ASCII)
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _or_empty(kind: Kind) -> Kind:
+    return lambda value: value == "" or kind(value)
+
+
+def _or_null(kind: Kind) -> Kind:
+    return lambda value: value is None or kind(value)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_text, value)) and value == sorted(set(value))
+
+
+def _object(**members: Kind) -> Kind:
+    return lambda value: isinstance(value, dict) and conforms(value, members)
+
+
+def one_of(*texts: str) -> Kind:
+    """A kind: one of `texts`."""
+    return lambda value: isinstance(value, str) and value in texts
+
+
+def conforms(value: Mapping[str, Any], members: Mapping[str, Kind]) -> bool:
+    """Whether `value` has exactly `members`, each of its kind."""
+    return value.keys() == members.keys() and all(kind(value[name]) for name, kind in members.items())
+
+
+TEXT, COUNT, FLAG, TEXTS = _text, _count, _flag, _texts
+ID, SHORT, DIGEST = _hexadecimal(32), _hexadecimal(16), _hexadecimal(64)
+STATE = one_of("active", "suspended", "removed")
+ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant", "audit", "administer")
+LEASED = one_of("load", "copy", "trace")
+_LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=_or_null(_count))
+
+# What the body of each type has.
+BODIES: dict[str, dict[str, Kind]] = {
+    "genesis": {"room": ID, "signer": DIGEST, "policy": DIGEST, "custody": TEXT},
+    "principal": {
+        "principal": TEXT,
+        "key": _or_empty(DIGEST),
+        "person": TEXT,
+        "roles": TEXTS,
+        "teams": TEXTS,
+        "state": STATE,
+        "statement": TEXT,
+    },
+    "policy": {"digest": DIGEST, "proposal": _or_null(SHORT)},
+    "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": COUNT, "statement": TEXT},
+    "put": {"version": ID, "revision": COUNT, "manifest": DIGEST, "bytes": COUNT, "positions": COUNT},
+    "rotate": {"revision": COUNT, "manifest": DIGEST},
+    "shred": {},
+    "request": {
+        "id": SHORT,
+        "action": LEASED,
+        "for": TEXT,
+        "duration": COUNT,
+        "uses": _or_null(_count),
+        "expires_at": COUNT,
+        "statement": TEXT,
+    },
+    "approve": {
+        "id": SHORT,
+        "duration": COUNT,
+        "uses": _or_null(_count),
+        "roles": TEXTS,
+        "statement": TEXT,
+        "lease": _or_null(_LEASE),
+    },
+    "deny": {"id": SHORT, "statement": TEXT},
+    "release": {
+        "action": one_of("load", "copy"),
+        "holder": TEXT,
+        "lease": _or_null(SHORT),
+        "revision": COUNT,
+        "manifest": DIGEST,
+        "public_key": DIGEST,
+        "challenge": DIGEST,
+        "break_glass": FLAG,
+        "statement": TEXT,
+    },
+    "copy": {"holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT},
+    "renew": {"lease": SHORT, "expires_at": COUNT, "statement": TEXT},
+    "revoke": {"target": TEXT, "statement": TEXT},
+    "refused": {"action": TEXT, "code": TEXT, "rule": TEXT},
+    "clock": {"before": COUNT},
+    "trace": {"verdict": TEXT, "accused": TEXTS},
+    "review": {"findings": COUNT, "removed": COUNT},
+    "login": {"method": TEXT},
+    "keystore": {"operation": TEXT, "epoch": COUNT},
+    "redact": {"entry": COUNT},
+}
+# What `private` may have.
+_PRIVATE_NAMES: dict[str, frozenset[str]] = {
+    "principal": frozenset({"oidc", "spiffe", "contact"}),
+    "refused": frozenset({"detail"}),
+    "trace": frozenset({"detail"}),
+    "login": frozenset({"address"}),
+    **{kind: frozenset({"reason"}) for kind in ("proposal", "request", "deny", "release", "revoke", "clock")},
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry. `body` has the members that the type demands; `private` maps names to commitments in hexadecimal."""
+
+    type: str
+    at: int
+    by: str
+    ref: str = ""
+    body: Mapping[str, Any] = field(default_factory=dict)
+    private: Mapping[str, str] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        """Canonical JSON. ValueError or TypeError when it is not of its type (a fault of ours), LimitExceeded
+        ``entry.too_large``."""
+        value = {"format": FORMAT, **vars(self), "body": dict(self.body), "private": dict(self.private)}
+        if wrong := _fault(value):
+            raise ValueError(f"not an entry of type {self.type}: {wrong}")
+        data = canonical.encode(value)
+        if len(data) > LIMITS.entry:
+            raise LimitExceeded(
+                "entry.too_large", f"an entry of {len(data)} bytes; the log takes at most {LIMITS.entry}"
+            )
+        return data
+
+    @classmethod
+    def decode(cls, data: bytes) -> Entry:
+        """The reverse: Tampered ``entry.malformed``, CannotVerify ``format.unknown``, LimitExceeded."""
+        if len(data) > LIMITS.entry:
+            raise LimitExceeded("entry.too_large", f"an entry of {len(data)} bytes; at most {LIMITS.entry} are read")
+        value = canonical.decode(data, what="an entry of the log")
+        if isinstance(value, dict) and type(value.get("format")) is int and value["format"] > FORMAT:
+            raise CannotVerify(
+                "format.unknown", f"the log has an entry of format {value['format']}", hint="upgrade strongroom"
+            )
+        if wrong := _fault(value):
+            raise Tampered("entry.malformed", f"an entry of the log is malformed: {wrong}")
+        del value["format"]
+        return cls(**value)
+
+
+def _fault(value: Any) -> str:
+    """What is wrong with the parsed entry `value`, or nothing."""
+    if not isinstance(value, dict) or value.keys() != _MEMBERS:
+        return "it does not have exactly the members of one"
+    if value["format"] != FORMAT or type(value["format"]) is not int:
+        return "it is of another format"
+    body = BODIES.get(value["type"]) if isinstance(value["type"], str) else None
+    if body is None:
+        return "its type is not known"
+    if not _count(value["at"]) or not _text(value["by"]) or not _text(value["ref"]):
+        return "time, principal or reference is not one"
+    names = _PRIVATE_NAMES.get(value["type"], frozenset())
+    if not isinstance(value["body"], dict) or not conforms(value["body"], body):
+        return f"its body is not that of type {value['type']}"
+    private = value["private"]
+    if not isinstance(private, dict) or not private.keys() <= names or not all(map(DIGEST, private.values())):
+        return "what it says to be private is not"
+    return ""
+
+
+@dataclass(frozen=True)
+class Private:
+    """A value that is kept beside the log, which has its commitment only. `repr` does not show it."""
+
+    name: str
+    value: str = field(repr=False)
+    salt: bytes = field(repr=False)
+
+    @classmethod
+    def fresh(cls, name: str, value: str) -> Private:
+        return cls(name, value, os.urandom(_SALT))
+
+    @property
+    def commitment(self) -> str:
+        """SHA-256 over label, salt, and canonical JSON of name and value, in hexadecimal."""
+        return hashlib.sha256(_PRIVATE + self.salt + canonical.encode([self.name, self.value])).hexdigest()
+
+    def check(self, commitment: str) -> None:
+        """Tampered ``entry.private`` unless this is the value that was committed to."""
+        if len(self.salt) != _SALT or not hmac.compare_digest(self.commitment, commitment):
+            raise Tampered("entry.private", f"the {self.name} kept beside the log is not the one that was recorded")

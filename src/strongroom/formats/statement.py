@@ -1,0 +1,159 @@
+"""Signed statements: what a principal decides, under that principal's key (spec/ledger.md, section 4)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from strongroom.core import canonical
+from strongroom.core.limits import LIMITS
+from strongroom.errors import LimitExceeded, Tampered
+from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, LEASED, SHORT, STATE, TEXT, TEXTS, Kind, conforms, one_of
+
+PAYLOAD_TYPE = "application/vnd.strongroom.statement+json"
+
+
+class Signing(Protocol):
+    """What signs; `strongroom.crypto.signatures.Signer` is one."""
+
+    @property
+    def key_id(self) -> str: ...
+
+    def sign(self, data: bytes) -> bytes: ...
+
+
+_MEMBERS = {"statement": TEXT, "room": ID, "by": TEXT, "at": COUNT, "nonce": ID}
+
+
+def _uses(value: Any) -> bool:
+    return value is None or COUNT(value)
+
+
+def _key(value: Any) -> bool:
+    return value == "" or DIGEST(value)
+
+
+BODIES: dict[str, dict[str, Kind]] = {
+    "request": {
+        "action": LEASED,
+        "ref": TEXT,
+        "for": TEXT,
+        "duration": COUNT,
+        "uses": _uses,
+        "reason": DIGEST,
+    },
+    "approve": {"request": DIGEST, "duration": COUNT, "uses": _uses},
+    "deny": {"request": DIGEST, "reason": DIGEST},
+    "renew": {"lease": SHORT, "duration": COUNT},
+    "revoke": {"target": TEXT, "reason": DIGEST},
+    "release": {
+        "action": one_of("load", "copy"),
+        "ref": TEXT,
+        "holder": TEXT,
+        "public_key": DIGEST,
+        "challenge": DIGEST,
+        "break_glass": FLAG,
+        "reason": _key,
+    },
+    "propose": {"digest": DIGEST, "reason": DIGEST},
+    "principal": {
+        "principal": TEXT,
+        "key": _key,
+        "person": TEXT,
+        "roles": TEXTS,
+        "teams": TEXTS,
+        "state": STATE,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement by a principal. Parsed, it is only that: `verify` says whether the principal made it."""
+
+    kind: str
+    room: str
+    by: str
+    at: int
+    nonce: str
+    body: Mapping[str, Any]
+    envelope: str = field(repr=False, compare=False)
+
+    @classmethod
+    def sign(
+        cls,
+        kind: str,
+        body: Mapping[str, Any],
+        *,
+        room: str,
+        by: str,
+        at: int,
+        signer: Signing,
+        nonce: str = "",
+    ) -> Statement:
+        """A new statement under the key of `signer`; ValueError when `body` is not one of `kind` (a fault of ours)."""
+        value = {"statement": kind, "room": room, "by": by, "at": at, "nonce": nonce or os.urandom(16).hex()}
+        payload = canonical.encode({**value, "body": dict(body)})
+        signature = signer.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
+        envelope = Envelope(PAYLOAD_TYPE, payload, ((signer.key_id, signature),)).encode().decode()
+        try:
+            return cls.decode(envelope)
+        except Tampered as error:
+            raise ValueError(f"not a statement of the kind {kind}: {error.message}") from None
+
+    @classmethod
+    def decode(cls, envelope: str) -> Statement:
+        """Parse; Tampered ``statement.malformed`` or what `Envelope.decode` raises."""
+        if len(envelope) > LIMITS.entry:
+            raise LimitExceeded("statement.too_large", f"a statement of {len(envelope)} characters")
+        try:
+            data = envelope.encode()
+        except UnicodeEncodeError:
+            raise _malformed("it is not text") from None
+        parsed = Envelope.decode(data, payload_type=PAYLOAD_TYPE)
+        if len(parsed.signatures) != 1:
+            raise _malformed("it does not have exactly one signature")
+        value = canonical.decode(parsed.payload, what="a statement")
+        if not isinstance(value, dict) or not isinstance(value.get("body"), dict):
+            raise _malformed("it has no body")
+        body = value.pop("body")
+        if not conforms(value, _MEMBERS):
+            raise _malformed("it does not have exactly the members of one")
+        members = BODIES.get(value["statement"])
+        if members is None or not conforms(body, members):
+            raise _malformed(f"its body is not that of the kind {value['statement']!r:.40}")
+        return cls(value["statement"], value["room"], value["by"], value["at"], value["nonce"], body, envelope)
+
+    @property
+    def payload(self) -> bytes:
+        """The signed bytes."""
+        return Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE).payload
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the payload in hexadecimal: what an approval names."""
+        return hashlib.sha256(self.payload).hexdigest()
+
+    @property
+    def id(self) -> str:
+        """The identifier of what this statement begins: the first 16 digits of `digest`."""
+        return self.digest[:16]
+
+    def verify(self, public_key: str, verify: Callable[[bytes, bytes, bytes], None]) -> None:
+        """Tampered unless signed by `public_key` (64 hexadecimal digits). `verify` takes key, signature and message,
+        and raises Tampered, as `strongroom.crypto.signatures.verify` does."""
+        parsed = Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE)
+        ((key_id, signature),) = parsed.signatures
+        key = bytes.fromhex(public_key)
+        # Named and not only tried: a text for one statement, whoever looks at it later.
+        if key_id != hashlib.sha256(key).hexdigest():
+            raise Tampered("statement.other_key", f"the statement by {self.by} is signed with another key")
+        verify(key, signature, pre_authentication_encoding(PAYLOAD_TYPE, parsed.payload))
+
+
+def _malformed(why: str) -> Tampered:
+    return Tampered("statement.malformed", f"a signed statement is malformed: {why}")

@@ -1,0 +1,408 @@
+"""Appending: one sequencer at a time, one transaction a batch, an answer only when it is durable (spec/ledger.md,
+section 5)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from strongroom.core import canonical
+from strongroom.crypto import signatures
+from strongroom.crypto.signatures import Signer
+from strongroom.errors import CannotVerify, Forked, NotFound, Rollback, StrongroomError, Tampered, Truncated
+from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.entry import Entry, Private
+from strongroom.formats.merkle import Frontier, consistency_proof, inclusion_proof, leaf_hash, node_hash
+from strongroom.ledger.key import LogKey
+from strongroom.ledger.published import Published
+from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
+
+SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
+_CHUNK = 2048
+_SNAPSHOT_EVERY = 512  # entries, or more of them where the state is large
+_TILE_BITS = 8
+_PUBLISH_EVERY = 1.0  # seconds
+
+
+class Fold(Protocol):
+    """A state that entries are applied to in order."""
+
+    def apply(self, index: int, entry: Entry) -> None: ...
+
+    def as_json(self) -> dict[str, Any]: ...
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self: ...
+
+
+S = TypeVar("S", bound=Fold)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a decision wants recorded: the entry, and what its commitments stand for."""
+
+    entry: Entry
+    private: Sequence[Private] = ()
+
+
+# Given the transaction, the state that all entries before it leave, and the time: the entry, or an error that refuses.
+Decision = Callable[[Connection, S, int], Draft]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A durable entry. `note` is the signed checkpoint of the batch that it was in, `size` that checkpoint's."""
+
+    index: int
+    entry: Entry
+    data: bytes = field(repr=False)
+    size: int
+    note: bytes = field(repr=False)
+    nodes: Mapping[tuple[int, int], bytes] = field(repr=False)
+
+    def proof(self) -> list[bytes]:
+        """The audit path of the entry in the tree of `size`. The hashes left of the entry are those that the tree
+        before the batch had at its edge, those right of it are the batch's: no database is asked."""
+        return inclusion_proof(self.index, self.size, lambda level, position: self.nodes[level, position])
+
+
+@dataclass
+class _Loaded(Generic[S]):
+    frontier: Frontier
+    state: S
+    note: bytes = b""
+
+
+class _Waiting(Generic[S]):
+    def __init__(self, decide: Decision[S], *, writes: bool) -> None:
+        self.decide, self.writes = decide, writes
+        self.woken = threading.Event()
+        self.receipt: Receipt | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.receipt is not None or self.error is not None
+
+
+class Ledger(Generic[S]):
+    """The log of one room, and the state that its entries make. Thread-safe; any number of processes may have one.
+
+    Errors of everything here: Rollback ``log.rollback`` for a log that is shorter than what was seen or published;
+    Forked ``log.forked``; Tampered, Truncated for one that does not have the root that was signed; Sealed;
+    BackendError.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        key: LogKey,
+        signer: Callable[[], Signer],
+        fold: type[S],
+        *,
+        clock: Callable[[], int],
+        published: Published | None = None,
+    ) -> None:
+        self._db, self._key, self._signer, self._fold, self._clock = db, key, signer, fold, clock
+        self._published = published
+        self._loaded: _Loaded[S] | None = None
+        self._state_lock = threading.RLock()
+        self._queue: list[_Waiting[S]] = []
+        self._queue_lock = threading.Lock()
+        self._leading = False
+        self._snapshot_due = 0
+        self._published_at = -_PUBLISH_EVERY
+
+    # -- appending -----------------------------------------------------------------------------------------------
+
+    def append(self, decide: Decision[S], *, writes: bool = False) -> Receipt:
+        """Let `decide` look at the newest state and append what it returns; back when that is durable.
+
+        What `decide` raises is raised here, and nothing is recorded. It runs while nobody else appends, so it is quick,
+        and calls nothing that appends or opens a transaction. `writes`: it changes tables, too; that is committed with
+        the entry, and undone when it raises.
+        """
+        waiting = _Waiting(decide, writes=writes)
+        with self._queue_lock:
+            self._queue.append(waiting)
+            lead, self._leading = not self._leading, True
+        if not lead:
+            waiting.woken.wait()
+        if not waiting.done:
+            self._lead()
+        if waiting.error is not None:
+            raise waiting.error
+        assert waiting.receipt is not None  # noqa: S101 - `done` says so
+        return waiting.receipt
+
+    def _lead(self) -> None:
+        """Append all that wait, in one batch, and hand the lead to somebody who came meanwhile."""
+        with self._queue_lock:
+            batch, self._queue = self._queue, []
+        try:
+            self._sequence(batch)
+        except BaseException as error:
+            for waiting in batch:
+                waiting.receipt, waiting.error = None, waiting.error or error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            with self._queue_lock:
+                successor = self._queue[0] if self._queue else None
+                self._leading = successor is not None
+            for waiting in batch:
+                waiting.woken.set()
+            if successor is not None:
+                successor.woken.set()
+
+    def _sequence(self, batch: list[_Waiting[S]]) -> None:
+        signer = self._signer()  # outside: it may have to ask the key store
+        with self._state_lock:
+            try:
+                with self._db.sequencing() as tx:
+                    receipts = self._append(tx, batch, signer)
+            except BaseException:
+                self._loaded = None  # it may be ahead of what is durable
+                raise
+        for waiting, receipt in receipts:
+            waiting.receipt = receipt
+        if receipts and time.monotonic() - self._published_at > _PUBLISH_EVERY:
+            self.publish()
+
+    def publish(self) -> None:
+        """Bring what is published up to the newest entry; appending does it about once a second."""
+        if self._published is not None:
+            self._published_at = time.monotonic()
+            self._published.publish(self)
+
+    def _append(self, tx: Connection, batch: list[_Waiting[S]], signer: Signer) -> list[tuple[_Waiting[S], Receipt]]:
+        loaded = self._catch_up(tx)
+        before = loaded.frontier.size
+        nodes = {(level, position): value for level, position, value in loaded.frontier.nodes()}
+        accepted: list[tuple[_Waiting[S], Entry, bytes]] = []
+        private: list[dict[str, Any]] = []
+        now = self._clock()
+        for waiting in batch:
+            index = before + len(accepted)
+            try:
+                if waiting.writes:
+                    with self._db.savepoint(tx):
+                        draft = waiting.decide(tx, loaded.state, now)
+                else:
+                    draft = waiting.decide(tx, loaded.state, now)
+                data = draft.entry.encode()
+            except Exception as error:  # noqa: BLE001 - it is the caller's; the others in the batch go on
+                waiting.error = error
+                continue
+            loaded.state.apply(index, draft.entry)
+            accepted.append((waiting, draft.entry, data))
+            private += [{"position": index, **vars(value)} for value in draft.private]
+        if not accepted:
+            return []
+        stored: list[dict[str, Any]] = []
+        for level, position, value in loaded.frontier.extend([leaf_hash(data) for _, _, data in accepted]):
+            nodes[level, position] = value
+            if level and level % _TILE_BITS == 0:
+                stored.append({"level": level, "position": position, "hash": value})
+        size = loaded.frontier.size
+        loaded.note = self._key.sign(Checkpoint(self._key.origin, size, loaded.frontier.root()), signer)
+        rows = [{"position": before + k, "entry": data} for k, (_, _, data) in enumerate(accepted)]
+        tx.execute(sa.insert(log_entries), rows)
+        if stored:
+            tx.execute(sa.insert(log_nodes), stored)
+        if private:
+            tx.execute(sa.insert(log_private), private)
+        values = {"size": size, "checkpoint": loaded.note}
+        if before:
+            tx.execute(sa.update(log_state).values(values))
+        else:
+            tx.execute(sa.insert(log_state).values(id=1, **values))
+        self._keep_snapshot(tx, loaded, signer)
+        return [
+            (waiting, Receipt(before + k, entry, data, size, loaded.note, nodes))
+            for k, (waiting, entry, data) in enumerate(accepted)
+        ]
+
+    # -- the state -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def view(self) -> Iterator[S]:
+        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
+        with self._state_lock:
+            try:
+                with self._db.reading() as tx:
+                    loaded = self._catch_up(tx)
+            except BaseException:
+                self._loaded = None
+                raise
+            yield loaded.state
+
+    def checkpoint(self) -> tuple[Checkpoint, bytes]:
+        """The newest checkpoint, and its signed note; NotFound ``log.empty``."""
+        with self._state_lock, self.view():
+            loaded = self._loaded
+            if loaded is None or not loaded.note:
+                raise NotFound("log.empty", "the log of this room has no entry yet", hint="strongroom init")
+            return self._key.open(loaded.note), loaded.note
+
+    def _catch_up(self, tx: Connection) -> _Loaded[S]:
+        """Steps 1 of section 5: read what others have appended, and check all of it against the signed root."""
+        row = tx.execute(sa.select(log_state.c.size, log_state.c.checkpoint)).one_or_none()
+        size, note = (row.size, row.checkpoint) if row else (0, b"")
+        if not isinstance(size, int) or not isinstance(note, bytes):
+            raise Tampered("log.malformed", "the database's row of the log's state is not one that a custodian writes")
+        loaded = self._loaded
+        if loaded is None:
+            self._check_published(size)
+            loaded = self._from_snapshot(tx, size)
+        if size < loaded.frontier.size:
+            raise Rollback(
+                "log.rollback",
+                f"the log has {size} entries, and had {loaded.frontier.size}",
+                hint="the database was set back: restore the newest copy of it",
+            )
+        if note == loaded.note:
+            self._loaded = loaded
+            return loaded
+        checkpoint = self._key.open(note)
+        same = size == loaded.frontier.size and bool(loaded.note)
+        for begin in range(loaded.frontier.size, size, _CHUNK):
+            found = self._read(tx, begin, min(begin + _CHUNK, size))
+            for index, data in enumerate(found, begin):
+                loaded.state.apply(index, Entry.decode(data))
+            for _ in loaded.frontier.extend([leaf_hash(data) for data in found]):
+                pass
+        if checkpoint.size != size or checkpoint.root != loaded.frontier.root():
+            kind = Forked if same else Tampered
+            raise kind(
+                "log.forked" if same else "log.tampered",
+                f"the {size} entries in the database are not those that were signed",
+                hint="strongroom log verify; restore the database from a backup",
+            )
+        loaded.note = note
+        self._loaded = loaded
+        return loaded
+
+    def _check_published(self, size: int) -> None:
+        newest = self._published.newest() if self._published is not None else None
+        if newest is not None and newest.size > size:
+            raise Rollback(
+                "log.rollback",
+                f"the log in the database has {size} entries, and {newest.size} were published",
+                hint="the database was set back: restore the newest copy of it",
+            )
+
+    def _read(self, tx: Connection, begin: int, end: int) -> list[bytes]:
+        rows = tx.execute(
+            sa.select(log_entries.c.position, log_entries.c.entry)
+            .where(log_entries.c.position >= begin, log_entries.c.position < end)
+            .order_by(log_entries.c.position)
+        ).all()
+        if [row.position for row in rows] != list(range(begin, end)):
+            raise Truncated("log.truncated", f"entries between {begin} and {end} are missing from the log")
+        if not all(isinstance(row.entry, bytes) for row in rows):
+            raise Tampered("log.malformed", f"an entry between {begin} and {end} is no entry")
+        return [row.entry for row in rows]
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def _keep_snapshot(self, tx: Connection, loaded: _Loaded[S], signer: Signer) -> None:
+        if loaded.frontier.size < max(self._snapshot_due, _SNAPSHOT_EVERY):
+            return
+        value = {
+            "frontier": loaded.frontier.encode().hex(),
+            "origin": self._key.origin,
+            "state": loaded.state.as_json(),
+        }
+        payload = canonical.encode(value)
+        signature = signer.sign(pre_authentication_encoding(SNAPSHOT_TYPE, payload))
+        data = Envelope(SNAPSHOT_TYPE, payload, ((signer.key_id, signature),)).encode()
+        tx.execute(sa.delete(log_snapshot))
+        tx.execute(sa.insert(log_snapshot).values(id=1, data=data))
+        self._snapshot_due = loaded.frontier.size + max(_SNAPSHOT_EVERY, len(data) // 256)
+
+    def _from_snapshot(self, tx: Connection, size: int) -> _Loaded[S]:
+        """The newest snapshot that is the log key's own, else the beginning. An older one costs time, no more."""
+        empty = _Loaded(Frontier(), self._fold())
+        row = tx.execute(sa.select(log_snapshot.c.data)).one_or_none()
+        if row is None:
+            return empty
+        try:
+            envelope = Envelope.decode(row.data, payload_type=SNAPSHOT_TYPE)
+            (_, signature), *_ = envelope.signatures
+            signed = pre_authentication_encoding(SNAPSHOT_TYPE, envelope.payload)
+            signatures.verify(self._key.public_key, signature, signed)
+            value = canonical.decode(envelope.payload, what="the snapshot of the log")
+            if value["origin"] != self._key.origin:
+                return empty
+            found = _Loaded(Frontier.decode(bytes.fromhex(value["frontier"])), self._fold.from_json(value["state"]))
+        except (StrongroomError, TypeError, KeyError, ValueError):
+            return empty  # somebody wrote to it, or another release did: the entries say it all
+        self._snapshot_due = found.frontier.size + _SNAPSHOT_EVERY
+        # One that is ahead of the log shows a log that was set back, which the caller refuses.
+        return found if size else empty if found.frontier.size == 0 else found
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def entries(self, begin: int, end: int) -> list[bytes]:
+        """The encoded entries from `begin` to before `end`. Not checked: a proof, or `verify`, does that."""
+        with self._db.reading() as tx:
+            return self._read(tx, begin, end)
+
+    def private(self, index: int, entry: Entry) -> dict[str, str]:
+        """What was kept beside the entry, checked against its commitments; redacted values are missing."""
+        query = sa.select(log_private).where(log_private.c.position == index)
+        with self._db.reading() as tx:
+            rows = tx.execute(query).all()
+        found = {}
+        for row in rows:
+            value = Private(row.name, row.value, row.salt)
+            value.check(entry.private.get(row.name, ""))
+            found[row.name] = row.value
+        return found
+
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """The audit path of the entry at `index` in the tree of `size`."""
+        with self._db.reading() as tx:
+            return inclusion_proof(index, size, lambda level, position: self._node(tx, level, position))
+
+    def consistency(self, old: int, new: int) -> list[bytes]:
+        """The proof that the tree of size `new` extends that of size `old`."""
+        with self._db.reading() as tx:
+            return consistency_proof(old, new, lambda level, position: self._node(tx, level, position))
+
+    def hashes(self, level: int, begin: int, end: int) -> list[bytes]:
+        """Hashes of complete subtrees of a level that is a multiple of 8, as a tile has them."""
+        with self._db.reading() as tx:
+            return self._hashes(tx, level, begin, end)
+
+    def _node(self, tx: Connection, level: int, position: int) -> bytes:
+        """The hash of a complete subtree, from those of the tile level below it."""
+        stored = level // _TILE_BITS * _TILE_BITS
+        span = 1 << (level - stored)
+        hashes = self._hashes(tx, stored, position * span, position * span + span)
+        while len(hashes) > 1:
+            hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
+        return hashes[0]
+
+    def _hashes(self, tx: Connection, level: int, begin: int, end: int) -> list[bytes]:
+        if level == 0:
+            return [leaf_hash(data) for data in self._read(tx, begin, end)]
+        rows = tx.execute(
+            sa.select(log_nodes.c.hash)
+            .where(log_nodes.c.level == level, log_nodes.c.position >= begin, log_nodes.c.position < end)
+            .order_by(log_nodes.c.position)
+        ).all()
+        hashes = [row.hash for row in rows]
+        if len(hashes) != end - begin or not all(isinstance(value, bytes) for value in hashes):
+            raise CannotVerify("log.nodes", f"nodes of level {level} are missing from the log", hint="strongroom fsck")
+        return hashes

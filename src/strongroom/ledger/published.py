@@ -1,0 +1,110 @@
+"""What is published of the log: tiles, entry bundles and the checkpoint in C2SP tlog-tiles layout, in a folder.
+
+All of it can be made anew from the database; anybody may serve it, and `strongroom log verify` reads it. The checkpoint
+is replaced last, so whoever reads it finds the tiles that it stands for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from strongroom.errors import LimitExceeded, NotFound, StrongroomError, Tampered
+from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.tiles import Tile, encode_bundle, new_tiles
+from strongroom.ledger.key import LogKey
+
+_LOCK = ".lock"
+_CHECKPOINT = "checkpoint"
+_MOST = 256 * 65_537  # a bundle of 256 entries of the largest size, with their lengths
+
+
+class Source(Protocol):
+    """The log to publish: `strongroom.ledger.log.Ledger` is one."""
+
+    def checkpoint(self) -> tuple[Checkpoint, bytes]: ...
+
+    def entries(self, begin: int, end: int) -> list[bytes]: ...
+
+    def hashes(self, level: int, begin: int, end: int) -> list[bytes]: ...
+
+
+class Published:
+    """The folder `folder`, of the log of `key`."""
+
+    def __init__(self, folder: Path, key: LogKey) -> None:
+        self.folder, self._key = folder, key
+
+    def newest(self) -> Checkpoint | None:
+        """The published checkpoint; None if there is none, or none that the log key signed."""
+        try:
+            return self._key.open((self.folder / _CHECKPOINT).read_bytes())
+        except (OSError, StrongroomError):
+            return None
+
+    def publish(self, log: Source) -> None:
+        """Bring the folder up to date. What can't be written is left for the next time: the log itself is durable."""
+        with contextlib.suppress(OSError), self._locked() as mine:
+            if not mine:
+                return  # another process is at it
+            checkpoint, note = log.checkpoint()
+            newest = self.newest()
+            size = newest.size if newest is not None else 0
+            if checkpoint.size <= size:
+                return
+            for tile in new_tiles(size, checkpoint.size):
+                self._write(tile.path, _content(tile, log))
+            self._write(_CHECKPOINT, note)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self.folder / name
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(data)
+        temporary.rename(path)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[bool]:
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(descriptor)
+
+
+def _content(tile: Tile, log: Source) -> bytes:
+    begin = tile.index * 256
+    if tile.level is None:
+        return encode_bundle(log.entries(begin, begin + tile.width))
+    return b"".join(log.hashes(tile.level * 8, begin, begin + tile.width))
+
+
+def read_from(folder: Path) -> Callable[[str], bytes]:
+    """How a verifier reads a published or exported log in a folder: by name; NotFound ``log.missing_file``."""
+
+    def read(name: str) -> bytes:
+        path = folder / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            raise NotFound("log.missing_file", f"{path} is missing", hint="strongroom log verify FOLDER") from None
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise Tampered("log.not_a_file", f"{path} is not a plain file")
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise LimitExceeded("log.file_too_large", f"{path} is larger than any file of a log")
+        return data
+
+    return read

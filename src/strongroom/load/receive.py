@@ -1,0 +1,172 @@
+"""The receiver's side of a release (spec/release.md, section 3): no bundle is opened without the proof that its
+release is recorded, in a log that extends the one seen before."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from strongroom.crypto.release import ReleaseKey
+from strongroom.errors import BackendError, Forked, Rollback, StrongroomError, Tampered
+from strongroom.formats.bundle import KeyBundle
+from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.entry import Entry
+from strongroom.formats.merkle import leaf_hash, verify_consistency, verify_inclusion
+from strongroom.formats.statement import Statement
+from strongroom.ledger.key import LogKey
+
+Consistency = Callable[[int, int], list[bytes]]
+
+
+@dataclass(frozen=True)
+class Released:
+    """A release as it came over: all of it is checked here. `proof` is the audit path, `checkpoint` the signed note."""
+
+    entry: bytes
+    index: int
+    proof: tuple[bytes, ...]
+    checkpoint: bytes
+    sealed: bytes
+
+
+class Remembered:
+    """The newest checkpoint of a log that this user of this machine has seen, in a file."""
+
+    def __init__(self, folder: Path, key: LogKey) -> None:
+        self._key = key
+        self._path = folder / "checkpoints" / f"{key.room.hex()}-{key.public_key[:8].hex()}"
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint; None the first time. A file that is damaged is not passed over: with it goes the memory that
+        a rollback would be seen by. Tampered ``checkpoint.damaged``."""
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BackendError("checkpoint.unreadable", f"can't read {self._path}: {error.strerror}") from None
+        if not data:
+            return None
+        try:
+            return self._key.open(data)
+        except StrongroomError as error:
+            raise Tampered(
+                "checkpoint.damaged",
+                f"the newest checkpoint that was seen of this log does not verify: {error.message}",
+                hint=f"strongroom log verify; then remove {self._path}",
+            ) from None
+
+    def advance(self, note: bytes, consistency: Consistency) -> None:
+        """Remember `note`, a checkpoint that this log signed, if it extends the newest that was seen.
+
+        Rollback ``log.rollback``; Forked ``log.forked``. `consistency` gives the proof between two sizes. Two processes
+        that advance at the same time take turns, so neither forgets what the other has seen.
+        """
+        checkpoint = self._key.open(note)
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BackendError(
+                "checkpoint.unwritable",
+                f"can't remember the log's checkpoint in {self._path.parent}: {error.strerror}",
+                hint="STRONGROOM_STATE=FOLDER names another place",
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            seen = self.newest()
+            if seen is not None:
+                _extends(seen, checkpoint, consistency)
+            if seen is None or seen.size < checkpoint.size:
+                temporary = self._path.with_suffix(f".{os.getpid()}")
+                temporary.write_bytes(note)
+                temporary.rename(self._path)
+        except OSError as error:
+            raise BackendError(
+                "checkpoint.unwritable", f"can't remember the log's checkpoint: {error.strerror}"
+            ) from None
+        finally:
+            os.close(lock)
+
+
+def _extends(seen: Checkpoint, now: Checkpoint, consistency: Consistency) -> None:
+    """Either way round: a release that took long may come back after a younger one was seen, and is fine if both are
+    of one history."""
+    older, newer = sorted((seen, now), key=lambda each: each.size)
+    if older.size == newer.size:
+        if older.root != newer.root:
+            raise _forked(older)
+        return
+    try:
+        path = consistency(older.size, newer.size)
+    except StrongroomError as error:
+        if newer is seen:  # the log that answers does not have what was seen
+            raise Rollback(
+                "log.rollback",
+                f"the log has {now.size} entries, and had {seen.size} before",
+                hint="keep the checkpoint that was seen: it proves what the log said",
+            ) from error
+        raise
+    try:
+        verify_consistency(older.size, older.root, newer.size, newer.root, path)
+    except Tampered:
+        raise _forked(older) from None
+
+
+def _forked(older: Checkpoint) -> Forked:
+    return Forked(
+        "log.forked",
+        f"the log is not the one that was seen before: its first {older.size} entries are others",
+        hint="keep both checkpoints: somebody was shown another history",
+    )
+
+
+def accept(
+    released: Released,
+    statement: Statement,
+    key: ReleaseKey,
+    *,
+    log: LogKey,
+    signer: bytes,
+    remembered: Remembered,
+    consistency: Consistency,
+) -> KeyBundle:
+    """The key bundle of a release that `statement` asked for, to `key`. Steps as in spec/release.md, section 3.
+
+    `signer` is the room's public key for manifests. Tampered, Rollback, Forked; nothing is opened before all of it
+    holds.
+    """
+    # Step 1.
+    checkpoint = log.open(released.checkpoint)
+    # Step 2.
+    leaf = leaf_hash(released.entry)
+    verify_inclusion(leaf, released.index, checkpoint.size, list(released.proof), checkpoint.root)
+    # Step 3: the entry says what was asked, and nothing else.
+    entry = Entry.decode(released.entry)
+    asked = statement.body
+    expected = {name: asked[name] for name in ("action", "holder", "public_key", "challenge", "break_glass")}
+    said = {name: entry.body.get(name) for name in expected}
+    if (
+        entry.type != "release"
+        or (entry.by, entry.ref) != (statement.by, asked["ref"])
+        or said != expected
+        or entry.body["statement"] != statement.envelope
+    ):
+        raise Tampered("release.other_entry", "the log's entry is not about the release that was asked for")
+    # Step 4.
+    remembered.advance(released.checkpoint, consistency)
+    # Step 5.
+    bundle = KeyBundle.decode(key.open(released.sealed, released.index, leaf))
+    if (
+        bundle.room != log.room
+        or bundle.signer != signer
+        or (bundle.ref, bundle.holder) != (asked["ref"], asked["holder"])
+        or bundle.revision != entry.body["revision"]
+        or bundle.manifest_digest.hex() != entry.body["manifest"]
+    ):
+        raise Tampered("release.other_bundle", "the key bundle is not the one that the log's entry is about")
+    # Step 6 is the reader's: it checks the manifest against this digest and signer.
+    return bundle

@@ -1,0 +1,484 @@
+"""The rules of custody: what a signed statement does to the state that the log has made, or why it is refused.
+
+Every method is a decision: a function of the state, the time and a statement, that returns the entry to append. The
+sequencer calls it right before the entry is appended, so what was checked is still true when the entry is there.
+Steps of `release` are numbered as in spec/release.md, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from strongroom.core.ids import Ref, parse_principal
+from strongroom.crypto import signatures
+from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Pending, Sealed, UsageError
+from strongroom.formats.entry import Entry
+from strongroom.formats.statement import Statement
+from strongroom.policy.engine import Decision, Policies
+from strongroom.policy.explain import explain
+from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
+from strongroom.policy.state import TOLERANCE, Approval, Principal, Proposal, Request, State, Version
+
+REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
+WAITING = 86_400  # seconds between a proposal and its policy
+_RANKS = ("executive", "officer", "operator")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """How many may have one version: holders in all, plaintext copies, and people who have such copies."""
+
+    holders: int = 100
+    copies: int = 5
+    copiers: int = 3
+
+
+CEILINGS = Ceilings()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the custodian's sealed record says of a version."""
+
+    revision: int
+    manifest: str
+
+
+class Custody:
+    """The rules, over the policies that `policies` finds by their digest."""
+
+    def __init__(self, policies: Callable[[str], Policies]) -> None:
+        self._policies = policies
+
+    # -- who is speaking -----------------------------------------------------------------------------------------
+
+    def authenticate(self, state: State, statement: Statement, now: int) -> Principal:
+        """The principal that signed: steps 1 and 2. AuthRequired, and it does not say what was wrong with whom: nobody
+        learns from it which principals there are. Conflict ``statement.replayed``, Sealed ``clock.backwards``."""
+        who = state.principals.get(statement.by)
+        if who is None or not who.key or not who.active or statement.room != state.room:
+            raise _nobody(statement.by)
+        try:
+            statement.verify(who.key, signatures.verify)
+        except Exception:  # noqa: BLE001 - whatever it is: this is not that principal
+            raise _nobody(statement.by) from None
+        check_clock(state, now)
+        if abs(now - statement.at) > TOLERANCE:
+            raise AuthRequired(
+                "statement.stale",
+                f"the statement was signed {abs(now - statement.at)} seconds off the custodian's clock; "
+                f"at most {TOLERANCE} are accepted",
+                hint="set this machine's clock, and run the command again",
+            )
+        if statement.digest in state.recent:
+            raise Conflict("statement.replayed", "this very statement is in the log already", hint="sign a new one")
+        return who
+
+    def may(self, state: State, who: Principal, action: str, ref: str = ROOM, *, now: int) -> Decision:
+        """Denied, explained, unless policy lets `who` do this directly."""
+        query = Query(subject(who), action, resource(state, ref), situation(state, who, ref, now, stage="direct"))
+        return self._ask(state, query)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def request(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
+        """Somebody asks for a lease. Denied at once if no approval could ever make policy allow it."""
+        who = self.authenticate(state, statement, now)
+        body = statement.body
+        version = usable(state, body["ref"])
+        holder = state.principals.get(body["for"])
+        if holder is None or not holder.active:
+            raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
+        if holder.person != who.person and not set(_RANKS) & set(who.roles):
+            raise Denied(
+                "request.for_other",
+                f"{who.path} may ask for itself, and not for {holder.path}",
+                hint=f"strongroom request {version.ref} --action {body['action']} --for {who.path}",
+            )
+        if not body["duration"] or body["uses"] == 0:
+            raise UsageError(
+                "request.nothing", "a request is for some time, and at least one use", hint="--duration 8h"
+            )
+        query = self._grant(state, holder, body["action"], version.ref, [], body["duration"], now)
+        policies = self._policies(state.policy)
+        if policies.decide(query).allowed:
+            raise UsageError(
+                "request.not_needed",
+                f"{holder.path} needs nobody's approval to {body['action']} {version.ref}",
+                hint=f"strongroom {'copy' if body['action'] == 'copy' else 'run'} {version.ref}",
+            )
+        explanation = explain(policies, query)
+        if not explanation.needs:
+            raise explanation.denied()
+        return Entry(
+            "request",
+            now,
+            who.path,
+            version.ref,
+            {
+                "id": statement.id,
+                "action": body["action"],
+                "for": holder.path,
+                "duration": body["duration"],
+                "uses": body["uses"],
+                "expires_at": now + REQUEST_LIFE,
+                "statement": statement.envelope,
+            },
+            {"reason": reason},
+        )
+
+    def approve(self, state: State, statement: Statement, now: int) -> Entry:
+        """One more person's yes; the last one that policy asks for grants the lease."""
+        who = self.authenticate(state, statement, now)
+        proposal = _find(state.proposals, statement.body["request"], lambda found: found.statement)
+        if proposal is not None:
+            return self._agree(state, who, proposal, statement, now)
+        request = _find(state.requests, statement.body["request"], lambda found: found.digest)
+        if request is None:
+            raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
+        self._pending(request, now)
+        asker, holder = state.principals[request.by], state.principals[request.holder]
+        own = who.person in (asker.person, holder.person)
+        if own:
+            raise Denied(
+                "approve.own",
+                f"nobody approves their own request: {request.id} was asked for by {asker.path} for {holder.path}, "
+                f"and {who.path} is the same person",
+                hint=f"somebody else runs: strongroom approve {request.id}",
+            )
+        self._approver(state, who, request.ref, request.action, own=own, now=now)
+        _once(request.approvals, who)
+        usable(state, request.ref)
+        duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
+        approval = Approval(who.path, who.person, sorted(who.roles), now, 0)
+        given = [*request.approvals, approval]
+        query = self._grant(state, holder, request.action, request.ref, given, duration, now)
+        lease = None
+        if self._policies(state.policy).decide(query).allowed:
+            lease = {
+                "id": request.id,
+                "holder": holder.path,
+                "action": request.action,
+                "ref": request.ref,
+                "expires_at": now + duration,
+                "uses": uses,
+            }
+        body = {"id": request.id, "duration": duration, "uses": uses, "roles": sorted(who.roles), "lease": lease}
+        return Entry("approve", now, who.path, request.ref, {**body, "statement": statement.envelope})
+
+    def deny(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
+        """A no ends the request. Who asked for it may take it back."""
+        who = self.authenticate(state, statement, now)
+        digest = statement.body["request"]
+        proposal = _find(state.proposals, digest, lambda found: found.statement)
+        request = _find(state.requests, digest, lambda found: found.digest)
+        found: Request | Proposal | None = proposal or request
+        if found is None:
+            raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
+        if request is not None:
+            self._pending(request, now)
+        elif found.state != "pending":
+            raise Conflict("request.over", f"{found.id} is {found.state}", hint="strongroom policy show")
+        ref = request.ref if request is not None else ROOM
+        asked = request.action if request is not None else "administer"
+        if state.principals[found.by].person != who.person:
+            self._approver(state, who, ref, asked, own=False, now=now)
+        body = {"id": found.id, "statement": statement.envelope}
+        return Entry("deny", now, who.path, "" if ref == ROOM else ref, body, {"reason": reason})
+
+    def revoke(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
+        """End a lease or request, suspend a principal, freeze a version: in force for every entry after this one.
+
+        Whoever may approve may revoke, alone: taking a right away must never wait for others.
+        """
+        who = self.authenticate(state, statement, now)
+        target = statement.body["target"]
+        ref = ""
+        if target in state.requests:
+            request = state.requests[target]
+            ref = request.ref
+            mine = state.principals[request.holder].person == who.person
+        elif target in state.principals or target in state.versions:
+            mine = False
+            ref = target
+        else:
+            raise NotFound("revoke.unknown", f"{target!r:.80} is no lease, principal or version here", hint=_REQUESTS)
+        if not mine:
+            about = ref if ref in state.versions else ROOM
+            self._approver(state, who, about, "load", own=False, now=now)
+        return Entry(
+            "revoke", now, who.path, ref, {"target": target, "statement": statement.envelope}, {"reason": reason}
+        )
+
+    # -- release -------------------------------------------------------------------------------------------------
+
+    def release(
+        self, state: State, statement: Statement, facts: Facts, now: int, *, reason: str | None = None
+    ) -> Entry:
+        """A key bundle for one holder; spec/release.md, section 2. Whether the challenge is this room's, and young, the
+        caller has checked (its key is none of policy's business)."""
+        # Steps 1 and 2.
+        who = self.authenticate(state, statement, now)
+        body = statement.body
+        # Step 3, the rest of it: a challenge is used once.
+        if body["challenge"] in state.recent:
+            raise Conflict("challenge.used", "the challenge was used before", hint="ask for a new one")
+        # Step 4: nobody takes a bundle for somebody else, whose code word it would carry.
+        if body["holder"] != who.path:
+            raise Denied("release.holder", f"{who.path} can't take the keys of {body['holder']!r:.80}")
+        # Step 5.
+        version = usable(state, body["ref"])
+        if (facts.revision, facts.manifest) != (version.revision, version.manifest):
+            raise Conflict(
+                "release.revision",
+                f"the room's record of {version.ref} is not the one that the log has (revision {version.revision})",
+                hint="strongroom fsck; if the database was set back, restore the newest copy of it",
+            )
+        # Step 6: the lease; whether one is needed is policy's to say, in step 7.
+        lease = state.lease_for(who.path, body["action"], version.ref, now)
+        here = situation(
+            state, who, version.ref, now, stage="release", lease=lease is not None, break_glass=body["break_glass"]
+        )
+        # Step 7.
+        self._ask(state, Query(subject(who), body["action"], resource(state, version.ref), here))
+        if body["action"] == "copy" and lease is None:
+            raise Denied("release.no_lease", "a copy leaves under a lease only", hint=_asking(version.ref, "copy", who))
+        return Entry(
+            "release",
+            now,
+            who.path,
+            version.ref,
+            {
+                "action": body["action"],
+                "holder": who.path,
+                "lease": lease.id if lease else None,
+                "revision": version.revision,
+                "manifest": version.manifest,
+                "public_key": body["public_key"],
+                "challenge": body["challenge"],
+                "break_glass": body["break_glass"],
+                "statement": statement.envelope,
+            },
+            {"reason": reason} if reason else {},
+        )
+
+    # -- principals and policies ---------------------------------------------------------------------------------
+
+    def principal(self, state: State, statement: Statement, now: int) -> Entry:
+        """Register or change a principal. Nobody changes their own rights."""
+        who = self.authenticate(state, statement, now)
+        self.may(state, who, "grant", now=now)
+        body = dict(statement.body)
+        for path in (body["principal"], body["person"], *body["teams"]):
+            parse_principal(path)
+        before = state.principals.get(body["principal"])
+        if who.person in (body["person"], before.person if before else ""):
+            gained = set(body["roles"]) - set(before.roles if before else ())
+            if gained or (before and before.person != body["person"]):
+                raise Denied(
+                    "grant.own",
+                    f"{who.path} can't give rights to {body['principal']}, which is the same person",
+                    hint="somebody else who may grant has to do it",
+                )
+        return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
+
+    def propose(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
+        """A new policy; it needs a second person and a waiting time."""
+        who = self.authenticate(state, statement, now)
+        self.may(state, who, "administer", now=now)
+        self._policies(statement.body["digest"])  # it has to be valid, and at hand
+        body = {"id": statement.id, "digest": statement.body["digest"], "enact_after": now + WAITING}
+        return Entry("proposal", now, who.path, "", {**body, "statement": statement.envelope}, {"reason": reason})
+
+    def enact(self, state: State, proposal_id: str, who: Principal, now: int) -> Entry:
+        """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy."""
+        check_clock(state, now)
+        self.may(state, who, "administer", now=now)
+        proposal = state.proposals.get(proposal_id)
+        if proposal is None or proposal.state != "pending":
+            raise NotFound(
+                "policy.no_proposal", f"no proposal {proposal_id!r:.40} is open", hint="strongroom policy show"
+            )
+        proposer = state.principals[proposal.by].person
+        others = {each.person for each in proposal.approvals if state.principals[each.by].active} - {proposer}
+        if not others:
+            raise Pending(
+                "policy.needs_second",
+                f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
+                hint=f"strongroom approve {proposal.id}",
+            )
+        if now < proposal.enact_after:
+            raise Pending(
+                "policy.waiting",
+                f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds",
+                hint=f"strongroom policy enact {proposal.id}",
+                enact_after=proposal.enact_after,
+            )
+        return Entry("policy", now, who.path, "", {"digest": proposal.digest, "proposal": proposal.id})
+
+    def _agree(self, state: State, who: Principal, proposal: Proposal, statement: Statement, now: int) -> Entry:
+        if proposal.state != "pending":
+            raise Conflict("request.over", f"{proposal.id} is {proposal.state}", hint="strongroom policy show")
+        if state.principals[proposal.by].person == who.person:
+            raise Denied("approve.own", "nobody approves their own policy", hint="somebody else has to")
+        self._approver(state, who, ROOM, "administer", own=False, now=now)
+        _once(proposal.approvals, who)
+        body = {"id": proposal.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
+        return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})
+
+    # -- what is missing -----------------------------------------------------------------------------------------
+
+    def missing(self, state: State, request: Request, now: int) -> list[str]:
+        """What a pending request still needs, for people."""
+        holder = state.principals[request.holder]
+        query = self._grant(state, holder, request.action, request.ref, request.approvals, request.duration, now)
+        policies = self._policies(state.policy)
+        return [] if policies.decide(query).allowed else list(explain(policies, query).needs)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _ask(self, state: State, query: Query) -> Decision:
+        policies = self._policies(state.policy)
+        decision = policies.decide(query)
+        if not decision.allowed:
+            raise explain(policies, query).denied()
+        return decision
+
+    def _approver(self, state: State, who: Principal, ref: str, asked: str, *, own: bool, now: int) -> None:
+        here = situation(state, who, ref, now, stage="direct", asked=asked, same_person=own)
+        self._ask(state, Query(subject(who), "approve", resource(state, ref), here))
+
+    def _pending(self, request: Request, now: int) -> None:
+        current = request.state_at(now)
+        if current != "pending":
+            raise Conflict("request.over", f"the request {request.id} is {current}", hint=_REQUESTS, state=current)
+
+    def _grant(
+        self,
+        state: State,
+        holder: Principal,
+        action: str,
+        ref: str,
+        approvals: list[Approval],
+        duration: int,
+        now: int,
+    ) -> Query:
+        """The question whether these approvals are enough. Those of people who are suspended since don't count, nor do
+        roles that they have lost."""
+        counted: dict[str, set[str]] = {}
+        for approval in approvals:
+            by = state.principals[approval.by]
+            if by.active and by.person != holder.person:
+                counted.setdefault(by.person, set()).update(set(approval.roles) & set(by.roles))
+        # Each under one role, the highest, so that sums of roles count people.
+        ranks = [next((rank for rank in _RANKS if rank in roles), "") for roles in counted.values()]
+        here = situation(
+            state,
+            holder,
+            ref,
+            now,
+            stage="grant",
+            duration=duration,
+            approvals=len(counted),
+            operators=ranks.count("operator"),
+            officers=ranks.count("officer"),
+            executives=ranks.count("executive"),
+        )
+        return Query(subject(holder), action, resource(state, ref), here)
+
+
+def check_clock(state: State, now: int) -> None:
+    """Sealed ``clock.backwards`` while the clock is behind what the log has seen: a clock that is set back must not
+    bring a lease to life that has ended."""
+    if now < state.latest - TOLERANCE:
+        raise Sealed(
+            "clock.backwards",
+            f"this machine's clock is {state.latest - now} seconds behind the newest entry of the log",
+            hint="set the clock; if it was ahead before: strongroom log clock --reason TEXT, which ends all leases",
+        )
+
+
+def usable(state: State, ref: str) -> Version:
+    """The version that is in the log under the full reference `ref`, and can be used; NotFound, Denied."""
+    parsed = Ref.parse(ref)
+    version = state.versions.get(str(parsed))
+    if parsed.number is None or version is None or version.shredded:
+        raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
+    if version.frozen:
+        raise Denied("version.frozen", f"{ref} was revoked: nobody is given its keys", hint="strongroom log tail")
+    return version
+
+
+def narrowed(request: Request, duration: int, uses: int | None) -> tuple[int, int | None]:
+    """What is left of a request when an approver allows `duration` (0: as asked) and `uses`; never more than before."""
+    if duration > request.duration:
+        raise UsageError(
+            "approve.longer",
+            f"an approver may shorten {request.duration} seconds, not lengthen them",
+            hint="--duration",
+        )
+    counts = [count for count in (request.uses, uses) if count is not None]
+    if 0 in counts:
+        raise UsageError("approve.nothing", "a lease is for at least one use", hint="strongroom deny, to refuse")
+    return duration or request.duration, min(counts, default=None)
+
+
+def situation(state: State, who: Principal, ref: str, now: int, **more: Any) -> Situation:
+    """What policy may look at, with the counts of the version that leave `who` out."""
+    uses = [use for use in state.uses.values() if use.ref == ref]
+    others = [use for use in uses if use.holder != who.path]
+    return Situation(
+        now=now,
+        holders=len(others),
+        copies=sum(use.copies for use in uses),
+        copiers=sum(use.copies > 0 for use in others),
+        **more,
+    )
+
+
+def subject(who: Principal) -> Subject:
+    """The principal as policy sees it."""
+    return Subject(who.path, tuple(who.roles), tuple(who.teams), who.person, suspended=not who.active)
+
+
+def resource(state: State, ref: str) -> Resource:
+    """A version under its full reference, or `ROOM`, as policy sees it."""
+    if ref == ROOM:
+        return Resource.room()
+    version = state.versions.get(ref)
+    return Resource(
+        ref,
+        max_holders=CEILINGS.holders,
+        max_copies=CEILINGS.copies,
+        max_copiers=CEILINGS.copiers,
+        frozen=version.frozen if version else False,
+    )
+
+
+_REQUESTS = "strongroom requests"
+_PRINCIPALS = "strongroom principal ls"
+
+
+def _asking(ref: str, action: str, who: Principal) -> str:
+    return f"strongroom request {ref} --action {action} --for {who.path} --duration 8h --reason TEXT"
+
+
+def _nobody(path: str) -> AuthRequired:
+    return AuthRequired(
+        "auth.refused",
+        f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",
+        hint="--as PRINCIPAL, with that principal's own key",
+    )
+
+
+def _once(approvals: list[Approval], who: Principal) -> None:
+    if any(each.person == who.person for each in approvals):
+        raise Conflict("approve.duplicate", f"{who.path}, or the same person, has approved this already")
+
+
+def _find(found: dict[str, T], digest: str, of: Callable[[T], str]) -> T | None:
+    item = found.get(digest[:16])
+    return item if item is not None and of(item) == digest else None

@@ -1,0 +1,351 @@
+"""What a room's log says, applied in order: principals, requests, leases, versions, use (spec/ledger.md, section 6).
+
+Nothing here decides anything: an entry that is in the log has been decided. The state must not grow with the number of
+releases, so of those it keeps one record for each pair of holder and version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from strongroom.errors import Tampered
+from strongroom.formats.entry import Entry
+from strongroom.formats.statement import Statement
+
+TOLERANCE = 300  # seconds that a clock may be off
+_REMEMBERED = 4 * TOLERANCE  # a statement is too old long before its digest is forgotten
+
+
+@dataclass
+class Principal:
+    """`key`: Ed25519 in hexadecimal, or empty. `person`: the principal path of the human behind it."""
+
+    path: str
+    key: str
+    person: str
+    roles: list[str]
+    teams: list[str]
+    state: str
+    since: int  # when it was added, in seconds
+    entry: int
+
+    @property
+    def active(self) -> bool:
+        return self.state == "active"
+
+
+@dataclass
+class Approval:
+    """One person's yes, with the roles that the person had."""
+
+    by: str
+    person: str
+    roles: list[str]
+    at: int
+    entry: int
+
+
+@dataclass
+class Request:
+    """`digest` is that of the signed request; `duration` and `uses` are what the approvers have left of what was asked
+    for. `state`: pending, approved, denied, revoked; a pending one that is past `expires_at` has expired."""
+
+    id: str
+    digest: str
+    action: str
+    ref: str
+    holder: str
+    by: str
+    duration: int
+    uses: int | None
+    at: int
+    expires_at: int
+    entry: int
+    state: str = "pending"
+    approvals: list[Approval] = field(default_factory=list)
+
+    def state_at(self, now: int) -> str:
+        return "expired" if self.state == "pending" and now >= self.expires_at else self.state
+
+
+@dataclass
+class Lease:
+    """The right of one holder to one version, for a time. `uses` None: any number; `ended`: why, or empty."""
+
+    id: str
+    holder: str
+    action: str
+    ref: str
+    granted_at: int
+    expires_at: int
+    uses: int | None
+    used: int = 0
+    ended: str = ""
+
+    def holds(self, now: int) -> bool:
+        within = self.granted_at - TOLERANCE <= now < self.expires_at
+        return within and not self.ended and (self.uses is None or self.used < self.uses)
+
+
+@dataclass
+class Version:
+    """What was put under a reference, and the revision that is current."""
+
+    ref: str
+    version: str
+    revision: int
+    manifest: str
+    shredded: bool = False
+    frozen: bool = False
+
+
+@dataclass
+class Use:
+    """What one holder has had of one version: releases (loads) and plaintext copies."""
+
+    holder: str
+    ref: str
+    first: int
+    last: int
+    releases: int = 0
+    copies: int = 0
+
+
+@dataclass
+class Proposal:
+    """A policy that somebody proposes, and who agrees. `statement` is the digest of the signed proposal."""
+
+    id: str
+    digest: str
+    statement: str
+    by: str
+    at: int
+    enact_after: int
+    state: str = "pending"
+    approvals: list[Approval] = field(default_factory=list)
+
+
+@dataclass
+class State:
+    """The fold. `latest` is the greatest time that an entry has had; `recent` the digests of statements and challenges
+    that are young enough to be replayed."""
+
+    room: str = ""
+    signer: str = ""
+    custody: str = ""
+    policy: str = ""
+    policy_since: int = 0
+    latest: int = 0
+    principals: dict[str, Principal] = field(default_factory=dict)
+    versions: dict[str, Version] = field(default_factory=dict)
+    requests: dict[str, Request] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict)
+    uses: dict[str, Use] = field(default_factory=dict)
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+    recent: dict[str, int] = field(default_factory=dict)
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def use(self, holder: str, ref: str) -> Use | None:
+        return self.uses.get(f"{holder} {ref}")
+
+    def lease_for(self, holder: str, action: str, ref: str, now: int) -> Lease | None:
+        """The lease that covers this, of several the one that ends last."""
+        found = [
+            lease
+            for lease in self.leases.values()
+            if (lease.holder, lease.action, lease.ref) == (holder, action, ref) and lease.holds(now)
+        ]
+        return max(found, key=lambda lease: lease.expires_at, default=None)
+
+    # -- applying ------------------------------------------------------------------------------------------------
+
+    def apply(self, index: int, entry: Entry) -> None:
+        """Take in the entry at `index`; Tampered ``log.malformed`` for one that can't follow those before it."""
+        if (index == 0) != (entry.type == "genesis"):
+            raise Tampered("log.malformed", f"entry {index} is {entry.type}: the first entry, and only it, is genesis")
+        # `clock` is how an administrator sets the room's time back; every other entry only moves it on.
+        self.latest = entry.at if entry.type == "clock" else max(self.latest, entry.at)
+        if statement := entry.body.get("statement"):
+            self._remember(Statement.decode(statement).digest, entry.at)
+        if apply := _APPLY.get(entry.type):
+            try:
+                apply(self, index, entry)
+            except KeyError as error:
+                raise Tampered("log.malformed", f"entry {index} ({entry.type}) refers to nothing: {error}") from None
+
+    def _remember(self, digest: str, at: int) -> None:
+        self.recent[digest] = at
+        if len(self.recent) % 64 == 0:
+            old = self.latest - _REMEMBERED
+            self.recent = {key: when for key, when in self.recent.items() if when >= old}
+
+    def _genesis(self, _: int, entry: Entry) -> None:
+        body = entry.body
+        self.room, self.signer, self.custody = body["room"], body["signer"], body["custody"]
+        self.policy, self.policy_since = body["policy"], entry.at
+
+    def _principal(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        path = body["principal"]
+        before = self.principals.get(path)
+        self.principals[path] = Principal(
+            path,
+            body["key"],
+            body["person"],
+            list(body["roles"]),
+            list(body["teams"]),
+            body["state"],
+            before.since if before else entry.at,
+            index,
+        )
+        if body["state"] != "active" or (before and before.key != body["key"]):
+            self._end_leases(lambda lease: lease.holder == path, f"the principal changed in entry {index}")
+
+    def _proposal(self, _: int, entry: Entry) -> None:
+        body = entry.body
+        digest = Statement.decode(body["statement"]).digest
+        self.proposals[body["id"]] = Proposal(
+            body["id"], body["digest"], digest, entry.by, entry.at, body["enact_after"]
+        )
+
+    def _policy(self, _: int, entry: Entry) -> None:
+        self.policy, self.policy_since = entry.body["digest"], entry.at
+        if entry.body["proposal"] is not None:
+            self.proposals[entry.body["proposal"]].state = "enacted"
+
+    def _put(self, _: int, entry: Entry) -> None:
+        body = entry.body
+        self.versions[entry.ref] = Version(entry.ref, body["version"], body["revision"], body["manifest"])
+
+    def _rotate(self, _: int, entry: Entry) -> None:
+        version = self.versions[entry.ref]
+        version.revision, version.manifest = entry.body["revision"], entry.body["manifest"]
+
+    def _shred(self, index: int, entry: Entry) -> None:
+        self.versions[entry.ref].shredded = True
+        self._end_leases(lambda lease: lease.ref == entry.ref, f"shredded in entry {index}")
+
+    def _request(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        self.requests[body["id"]] = Request(
+            body["id"],
+            Statement.decode(body["statement"]).digest,
+            body["action"],
+            entry.ref,
+            body["for"],
+            entry.by,
+            body["duration"],
+            body["uses"],
+            entry.at,
+            body["expires_at"],
+            index,
+        )
+
+    def _approve(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        person = self.principals[entry.by].person
+        approval = Approval(entry.by, person, list(body["roles"]), entry.at, index)
+        if body["id"] in self.proposals:
+            self.proposals[body["id"]].approvals.append(approval)
+            return
+        request = self.requests[body["id"]]
+        request.approvals.append(approval)
+        request.duration, request.uses = body["duration"], body["uses"]
+        if lease := body["lease"]:
+            request.state = "approved"
+            self.leases[lease["id"]] = Lease(
+                lease["id"],
+                lease["holder"],
+                lease["action"],
+                lease["ref"],
+                entry.at,
+                lease["expires_at"],
+                lease["uses"],
+            )
+
+    def _deny(self, _: int, entry: Entry) -> None:
+        found: Request | Proposal = self.requests.get(entry.body["id"]) or self.proposals[entry.body["id"]]
+        found.state = "denied"
+
+    def _release(self, _: int, entry: Entry) -> None:
+        body = entry.body
+        self._remember(body["challenge"], entry.at)
+        fresh = Use(body["holder"], entry.ref, entry.at, entry.at)
+        use = self.uses.setdefault(f"{body['holder']} {entry.ref}", fresh)
+        use.last = entry.at
+        use.releases += 1
+        if body["action"] == "copy":
+            use.copies += 1
+        if body["lease"] is not None:
+            self.leases[body["lease"]].used += 1
+
+    def _renew(self, _: int, entry: Entry) -> None:
+        self.leases[entry.body["lease"]].expires_at = entry.body["expires_at"]
+
+    def _revoke(self, index: int, entry: Entry) -> None:
+        target, why = entry.body["target"], f"revoked in entry {index}"
+        if target in self.requests:
+            self.requests[target].state = "revoked"
+            self._end_leases(lambda lease: lease.id == target, why)
+        elif target in self.principals:
+            self.principals[target].state = "suspended"
+            self._end_leases(lambda lease: lease.holder == target, why)
+        else:
+            self.versions[target].frozen = True
+            self._end_leases(lambda lease: lease.ref == target, why)
+
+    def _clock(self, index: int, _: Entry) -> None:
+        self._end_leases(lambda _: True, f"the clock was set back in entry {index}")
+
+    def _end_leases(self, which: Callable[[Lease], bool], why: str) -> None:
+        for lease in self.leases.values():
+            if which(lease) and not lease.ended:
+                lease.ended = why
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> State:
+        """The reverse of `as_json`, of a snapshot that the log key signed; Tampered for anything else."""
+        try:
+            return cls(
+                **{
+                    **value,
+                    "principals": {key: Principal(**item) for key, item in value["principals"].items()},
+                    "versions": {key: Version(**item) for key, item in value["versions"].items()},
+                    "requests": {key: _approved(Request, item) for key, item in value["requests"].items()},
+                    "leases": {key: Lease(**item) for key, item in value["leases"].items()},
+                    "uses": {key: Use(**item) for key, item in value["uses"].items()},
+                    "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Tampered("log.snapshot", f"the snapshot of the log does not hold together: {error}") from None
+
+
+def _approved(kind: Callable[..., Any], item: dict[str, Any]) -> Any:
+    return kind(**{**item, "approvals": [Approval(**each) for each in item["approvals"]]})
+
+
+_APPLY: dict[str, Callable[[State, int, Entry], None]] = {
+    "genesis": State._genesis,
+    "principal": State._principal,
+    "proposal": State._proposal,
+    "policy": State._policy,
+    "put": State._put,
+    "rotate": State._rotate,
+    "shred": State._shred,
+    "request": State._request,
+    "approve": State._approve,
+    "deny": State._deny,
+    "release": State._release,
+    "renew": State._renew,
+    "revoke": State._revoke,
+    "clock": State._clock,
+}

@@ -1,0 +1,473 @@
+"""The custodian: who may, who approved, and what is recorded before a key leaves (spec/ledger.md, spec/release.md).
+
+It takes signed statements and nothing else at their word: an embedded room and a server hand them in alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import insert, select
+from sqlalchemy.engine import Connection
+
+from strongroom.core.clock import text
+from strongroom.crypto.release import check_challenge, make_challenge, seal_bundle
+from strongroom.errors import (
+    AuthRequired,
+    Conflict,
+    Denied,
+    NotFound,
+    StrongroomError,
+    Tampered,
+    UsageError,
+)
+from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
+from strongroom.formats.merkle import leaf_hash
+from strongroom.formats.statement import Statement
+from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
+from strongroom.policy.custody import Custody, Facts, check_clock, resource, situation, subject, usable
+from strongroom.policy.engine import Policies
+from strongroom.policy.query import ROOM
+from strongroom.policy.reach import reach
+from strongroom.policy.state import Principal, Request, State
+from strongroom.storage.db import documents
+from strongroom.vault.release import bundle_for
+
+if TYPE_CHECKING:
+    from strongroom.vault.vault import Vault
+
+FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
+_DETAIL = 500  # characters of what is recorded of a refusal
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a release hands out; `sealed` opens for the requester only. Sizes: `proof` hashes of 32 bytes."""
+
+    entry: bytes
+    index: int
+    proof: tuple[bytes, ...]
+    checkpoint: bytes
+    sealed: bytes = field(repr=False)
+    store: str
+
+
+class Custodian:
+    """The custody of one room."""
+
+    def __init__(self, vault: Vault, ledger: Ledger[State]) -> None:
+        self._vault, self.ledger = vault, ledger
+        self._parsed: dict[str, Policies] = {}
+        self._texts: dict[str, str] = {}
+        self._deciding = threading.local()
+        self.rules = Custody(self.policies)
+
+    # -- the beginning -------------------------------------------------------------------------------------------
+
+    def begin(self, owner: str, key: bytes, custody: str, signer: bytes) -> None:
+        """The first two entries of a new room: the room itself under a shipped policy, and its owner."""
+        text = Policies.shipped(custody).text
+
+        def genesis(tx: Connection, state: State, now: int) -> Draft:
+            if state.room:
+                raise Conflict("room.exists", "the log of this room has begun already")
+            digest = self._keep(tx, text)
+            body = {"room": self._vault.id.hex(), "signer": signer.hex(), "policy": digest, "custody": custody}
+            return Draft(Entry("genesis", now, CUSTODIAN, "", body))
+
+        def first(_: Connection, state: State, now: int) -> Draft:
+            if state.principals:
+                raise Conflict("room.exists", "the room has an owner already")
+            body = {
+                "principal": owner,
+                "key": key.hex(),
+                "person": owner,
+                "roles": sorted(FIRST_ROLES[custody]),
+                "teams": [],
+                "state": "active",
+                "statement": "",
+            }
+            return Draft(Entry("principal", now, CUSTODIAN, owner, body))
+
+        self.ledger.append(genesis, writes=True)
+        self.ledger.append(first)
+
+    # -- principals and policies ---------------------------------------------------------------------------------
+
+    def principal(self, path: str) -> Principal:
+        """An active principal; AuthRequired ``principal.unknown``."""
+        with self.ledger.view() as state:
+            found = state.principals.get(path)
+        if found is None or not found.active:
+            raise AuthRequired(
+                "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
+            )
+        return found
+
+    def known(self, path: str) -> Principal:
+        """A principal in any state; NotFound ``principal.missing``."""
+        with self.ledger.view() as state:
+            return self._known(state, path)
+
+    def _known(self, state: State, path: str) -> Principal:
+        found = state.principals.get(path)
+        if found is None:
+            raise NotFound(
+                "principal.missing", f"there is no {path!r:.80} in this room", hint="strongroom principal ls"
+            )
+        return found
+
+    def show_principal(self, path: str) -> dict[str, Any]:
+        """One principal, and the leases that it holds now."""
+        now = self._now()
+        who = self.known(path)
+        with self.ledger.view() as state:
+            leases = [
+                {"id": lease.id, "action": lease.action, "ref": lease.ref, "expires_at": lease.expires_at}
+                for lease in state.leases.values()
+                if lease.holder == path and lease.holds(now)
+            ]
+        return {**vars(who), "since": text(who.since), "leases": leases}
+
+    def change_principal(self, envelope: str) -> dict[str, Any]:
+        """Register somebody, or change roles, key or state: a statement of the kind ``principal``."""
+        statement = self._statement(envelope, "principal")
+        receipt = self._append(statement, lambda state, now: Draft(self.rules.principal(state, statement, now)))
+        body = receipt.entry.body
+        return {name: body[name] for name in ("principal", "person", "roles", "teams", "state")} | {
+            "entry": receipt.index
+        }
+
+    def policies(self, digest: str) -> Policies:
+        """The parsed policies of a digest, from the documents; checked against it."""
+        if digest not in self._parsed:
+            text = self.document(digest)
+            self._parsed[digest] = Policies.parse(text)
+        return self._parsed[digest]
+
+    def document(self, digest: str) -> str:
+        """The text kept under its SHA-256; NotFound, Tampered."""
+        if digest in self._texts:
+            return self._texts[digest]
+        return self._texts.setdefault(digest, self._read_document(digest))
+
+    def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
+        """A new policy, as a proposal."""
+        statement = self._statement(envelope, "propose")
+        policies = Policies.parse(text)
+        if policies.digest != statement.body["digest"]:
+            raise UsageError("policy.other_text", "the statement is about another policy text")
+        self._parsed[policies.digest] = policies
+        reason.check(statement.body["reason"])
+
+        def decide(tx: Connection, state: State, now: int) -> Draft:
+            entry = self.rules.propose(state, statement, reason.commitment, now)
+            self._keep(tx, text)
+            return Draft(entry, [reason])
+
+        with self._refusals(statement):
+            receipt = self._decide(decide, writes=True)
+        return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
+
+    def enact(self, proposal: str, by: str) -> dict[str, Any]:
+        """A proposal becomes the policy."""
+        who = self.principal(by)
+        receipt = self._decide(lambda _, state, now: Draft(self.rules.enact(state, proposal, who, now)))
+        return {"policy": receipt.entry.body["digest"], "proposal": proposal, "entry": receipt.index}
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def request(self, envelope: str, reason: Private) -> dict[str, Any]:
+        """Ask for a lease."""
+        statement = self._statement(envelope, "request")
+        reason.check(statement.body["reason"])
+        receipt = self._append(
+            statement,
+            lambda state, now: Draft(self.rules.request(state, statement, reason.commitment, now), [reason]),
+        )
+        return self.show_request(statement.id) | {"entry": receipt.index}
+
+    def approve(self, envelope: str) -> dict[str, Any]:
+        """One more approval of a request or a proposal."""
+        statement = self._statement(envelope, "approve")
+        receipt = self._append(statement, lambda state, now: Draft(self.rules.approve(state, statement, now)))
+        return self.show_request(receipt.entry.body["id"]) | {"entry": receipt.index}
+
+    def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
+        """A no."""
+        statement = self._statement(envelope, "deny")
+        reason.check(statement.body["reason"])
+        receipt = self._append(
+            statement, lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason])
+        )
+        return self.show_request(receipt.entry.body["id"]) | {"entry": receipt.index}
+
+    def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
+        """End a lease or request, suspend a principal, freeze a version."""
+        statement = self._statement(envelope, "revoke")
+        reason.check(statement.body["reason"])
+        receipt = self._append(
+            statement, lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason])
+        )
+        return {"target": statement.body["target"], "state": "revoked", "entry": receipt.index}
+
+    def requests(self) -> list[dict[str, Any]]:
+        """All requests, oldest first."""
+        now = self._now()
+        with self.ledger.view() as state:
+            return [self._describe(state, request, now) for request in state.requests.values()]
+
+    def show_request(self, identifier: str) -> dict[str, Any]:
+        """One request or proposal; NotFound ``request.unknown``."""
+        now = self._now()
+        with self.ledger.view() as state:
+            if identifier in state.requests:
+                return self._describe(state, state.requests[identifier], now)
+            if identifier in state.proposals:
+                found = state.proposals[identifier]
+                approvers = [each.by for each in found.approvals]
+                return {
+                    "id": found.id,
+                    "digest": found.statement,
+                    "action": "policy",
+                    "state": found.state,
+                    "by": found.by,
+                    "approved_by": approvers,
+                    "needs": [] if approvers else [f"the approval of somebody else than {found.by}"],
+                    "enact_after": found.enact_after,
+                    "lease": None,
+                    "expires_at": None,
+                }
+        raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+
+    def _describe(self, state: State, request: Request, now: int) -> dict[str, Any]:
+        lease = state.leases.get(request.id)
+        pending = request.state_at(now) == "pending"
+        found = request.state_at(now)
+        if lease is not None and found == "approved" and not lease.holds(now):
+            found = "revoked" if lease.ended else "expired"
+        return {
+            "id": request.id,
+            "digest": request.digest,
+            "action": request.action,
+            "ref": request.ref,
+            "for": request.holder,
+            "by": request.by,
+            "duration": request.duration,
+            "uses": request.uses,
+            "state": found,
+            "needs": self.rules.missing(state, request, now) if pending else [],
+            "approved_by": [each.by for each in request.approvals],
+            "lease": None
+            if lease is None
+            else {
+                "id": lease.id,
+                "holder": lease.holder,
+                "expires_at": lease.expires_at,
+                "used": lease.used,
+                "ended": lease.ended,
+            },
+            "expires_at": lease.expires_at if lease is not None else request.expires_at,
+        }
+
+    # -- who can what --------------------------------------------------------------------------------------------
+
+    def who(self, ref: str) -> list[dict[str, Any]]:
+        """Every principal's access to one version, by the policy in force, with the counts and leases of now."""
+        now = self._now()
+        with self.ledger.view() as state:
+            usable(state, ref)
+            everybody = [each for each in state.principals.values() if each.state != "removed"]
+            return [item for each in everybody for item in self._access(state, each, ref, now)]
+
+    def reach(self, path: str) -> list[dict[str, Any]]:
+        """One principal's access to the room and to every version that is not shredded."""
+        now = self._now()
+        with self.ledger.view() as state:
+            principal = self._known(state, path)
+            refs = [ROOM, *(each.ref for each in state.versions.values() if not each.shredded)]
+            return [item for ref in refs for item in self._access(state, principal, ref, now)]
+
+    def _access(self, state: State, principal: Principal, ref: str, now: int) -> list[dict[str, Any]]:
+        if principal.path.startswith("team/"):
+            return []  # a team acts through its members
+        leases = frozenset((each.holder, each.action, each.ref) for each in state.leases.values() if each.holds(now))
+        found = reach(
+            self.policies(state.policy),
+            subject(principal),
+            [resource(state, ref)],
+            situation=situation(state, principal, ref, now),
+            leases=leases,
+        )
+        return [item.as_json() for item in found]
+
+    def policy(self) -> dict[str, Any]:
+        """The policy in force, and the proposals that are open."""
+        with self.ledger.view() as state:
+            found = self.policies(state.policy)
+            proposals = [
+                {"id": each.id, "digest": each.digest, "by": each.by, "enact_after": each.enact_after}
+                for each in state.proposals.values()
+                if each.state == "pending"
+            ]
+            rules = [vars(rule) for rule in found.rules.values()]
+            return {
+                "digest": found.digest,
+                "since": text(state.policy_since),
+                "text": found.text,
+                "rules": rules,
+                "proposals": proposals,
+            }
+
+    # -- release -------------------------------------------------------------------------------------------------
+
+    def challenge(self) -> bytes:
+        """A fresh challenge of 32 bytes, good for 300 seconds."""
+        return make_challenge(self._vault.keys.challenge_key, self._vault.id, self._now())
+
+    def release(self, envelope: str, reason: Private | None = None) -> Answer:
+        """Record a release, and only then seal the key bundle to the key that asked for it."""
+        statement = self._statement(envelope, "release")
+        body = statement.body
+        if reason is not None:
+            reason.check(body["reason"])
+        elif body["break_glass"]:
+            raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
+        with self._refusals(statement):
+            check_challenge(
+                bytes.fromhex(body["challenge"]), self._vault.keys.challenge_key, self._vault.id, self._now()
+            )
+            # Before the entry: what can fail must not be recorded as done.
+            record = self._vault.record(self._vault.find(body["ref"]))
+            manifest = self._vault.manifest(record)
+            facts = Facts(record.revision, record.manifest_digest.hex())
+            receipt = self._decide(lambda _, state, now: self._draft(state, statement, facts, now, reason))
+        bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
+        leaf = leaf_hash(receipt.data)
+        sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
+        return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
+
+    def _draft(self, state: State, statement: Statement, facts: Facts, now: int, reason: Private | None) -> Draft:
+        commitment = reason.commitment if reason is not None else None
+        entry = self.rules.release(state, statement, facts, now, reason=commitment)
+        return Draft(entry, [reason] if reason is not None else [])
+
+    # -- everything else that is recorded ------------------------------------------------------------------------
+
+    def authorise(self, by: str, action: str, ref: str = ROOM) -> None:
+        """Denied, explained and recorded, unless policy lets `by` do this directly."""
+        now = self._now()
+        with self.ledger.view() as state:
+            who = self._active(state, by)
+            try:
+                self.rules.may(state, who, action, ref, now=now)
+                return
+            except Denied as error:
+                denied = error
+        self.refuse(by, action, ref, denied)
+        raise denied
+
+    def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
+        """An entry about what was done already."""
+        return self.ledger.append(lambda _, __, now: Draft(Entry(kind, now, by, ref, body)))
+
+    def refuse(self, by: str, action: str, ref: str, error: StrongroomError) -> None:
+        """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside."""
+        detail = Private.fresh("detail", error.message[:_DETAIL])
+        rule = str(error.evidence.get("rule", ""))[:80]
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            known = by if by in state.principals else UNKNOWN
+            about = ref if ref in state.versions else ""
+            body = {"action": action, "code": error.code, "rule": rule}
+            return Draft(Entry("refused", now, known, about, body, {"detail": detail.commitment}), [detail])
+
+        self.ledger.append(decide)
+
+    def set_clock(self, by: str, reason: str) -> dict[str, Any]:
+        """After the clock had been ahead: take the room's time back to now. Ends every lease."""
+        note = Private.fresh("reason", reason)
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            self.rules.may(state, self._active(state, by), "administer", now=now)
+            with contextlib.suppress(StrongroomError):
+                check_clock(state, now)
+                raise UsageError("clock.right", "the clock is not behind the log: nothing has to be mended")
+            body = {"before": state.latest}
+            return Draft(Entry("clock", now, by, "", body, {"reason": note.commitment}), [note])
+
+        receipt = self._decide(decide)
+        return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _append(self, statement: Statement, decide: Any) -> Receipt:
+        with self._refusals(statement):
+            return self._decide(lambda _, state, now: decide(state, now))
+
+    def _decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
+        """Append what `decide` returns; policies that it asks for are read in the sequencer's own transaction."""
+
+        def within(tx: Connection, state: State, now: int) -> Draft:
+            self._deciding.tx = tx
+            try:
+                return decide(tx, state, now)
+            finally:
+                self._deciding.tx = None
+
+        return self.ledger.append(within, writes=writes)
+
+    @contextlib.contextmanager
+    def _refusals(self, statement: Statement) -> Iterator[None]:
+        """What is refused here is recorded, then raised."""
+        try:
+            yield
+        except (Denied, AuthRequired, Conflict) as error:
+            ref = str(statement.body.get("ref", ""))
+            self.refuse(statement.by, str(statement.body.get("action", statement.kind)), ref, error)
+            raise
+
+    def _statement(self, envelope: str, kind: str) -> Statement:
+        statement = Statement.decode(envelope)
+        if statement.kind != kind:
+            raise UsageError("statement.kind", f"this takes a statement of the kind {kind}, not {statement.kind}")
+        return statement
+
+    def _active(self, state: State, path: str) -> Principal:
+        found = state.principals.get(path)
+        if found is None or not found.active:
+            raise AuthRequired(
+                "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
+            )
+        return found
+
+    def _keep(self, tx: Connection, text: str) -> str:
+        data = text.encode()
+        digest = hashlib.sha256(data).hexdigest()
+        if tx.execute(select(documents.c.digest).where(documents.c.digest == digest)).first() is None:
+            tx.execute(insert(documents).values(digest=digest, data=data))
+        return digest
+
+    def _read_document(self, digest: str) -> str:
+        query = select(documents.c.data).where(documents.c.digest == digest)
+        tx: Connection | None = getattr(self._deciding, "tx", None)
+        if tx is not None:
+            data = tx.execute(query).scalar()
+        else:
+            with self._vault.db.reading() as reading:
+                data = reading.execute(query).scalar()
+        if data is None:
+            raise NotFound(
+                "document.missing", f"the text {digest[:16]}… is not in the database", hint="strongroom fsck"
+            )
+        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
+            raise Tampered("document.tampered", f"the text {digest[:16]}… in the database was altered")
+        return data.decode()
+
+    def _now(self) -> int:
+        return self._vault.clock()

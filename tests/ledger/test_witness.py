@@ -1,0 +1,141 @@
+"""Witnesses sign only what extends what they have signed; a log that shows two histories gets no second signature."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from ledger.logs import KEY, NOW, Desk
+
+from strongroom.crypto import signatures
+from strongroom.crypto.signatures import Signer
+from strongroom.errors import BackendError, Conflict, Denied, NotFound, StrongroomError, Tampered
+from strongroom.formats.checkpoint import verify_cosignature
+from strongroom.formats.note import Note
+from strongroom.formats.witness import AddCheckpoint
+from strongroom.ledger.witness import Witness, cosign
+
+_STATUS = {NotFound: 404, Denied: 403, Tampered: 400, Conflict: 409}
+
+
+@pytest.fixture
+def witness(tmp_path):
+    return Witness("witness.example", Signer(b"w" * 32), tmp_path / "seen", {KEY.origin: KEY.verifier}, lambda: NOW)
+
+
+def door(witness, asked=None):
+    """The witness behind HTTP, without a network."""
+
+    def post(url, body):
+        assert url == "https://witness.example/add-checkpoint"
+        if asked is not None:
+            asked.append(body)
+        try:
+            return 200, witness.add_checkpoint(body)
+        except Conflict as error:
+            return 409, f"{error.evidence['size']}\n".encode()
+        except StrongroomError as error:
+            return _STATUS[type(error)], b""
+
+    return post
+
+
+def ask(desk, witness, ledger=None, **options):
+    ledger = ledger or desk.log
+    _, note = ledger.checkpoint()
+    post = options.pop("post", None) or door(witness)
+    return cosign("https://witness.example/", witness.key, note, ledger.consistency, post=post, **options)
+
+
+def test_a_log_that_grows(desk, witness):
+    for _ in range(5):
+        desk.login(7)
+        note = Note.decode(ask(desk, witness))
+        assert verify_cosignature(note, witness.key, signatures.verify) == NOW
+        assert KEY.open(note.encode()).size == desk.log.checkpoint()[0].size
+    ask(desk, witness)  # the same checkpoint again
+
+
+def test_a_split_view_is_caught(desk, witness, tmp_path):
+    """Two histories under one log key, shown to two clients: only one of them can be cosigned."""
+    desk.login(20)
+    ask(desk, witness)
+    (tmp_path / "other").mkdir()
+    other = Desk(tmp_path / "other")
+    other.begin()
+    other.login(30)
+    with pytest.raises((BackendError, Tampered)):
+        ask(other, witness)
+    other.db.close()
+    desk.login(1)
+    ask(desk, witness)
+
+
+def test_a_log_that_was_set_back(desk, witness):
+    desk.login(20)
+    _, old = desk.log.checkpoint()
+    desk.login(5)
+    ask(desk, witness)
+    with pytest.raises(Conflict) as caught:
+        cosign("https://witness.example", witness.key, old, desk.log.consistency, post=door(witness))
+    assert caught.value.code == "witness.ahead"
+
+
+def test_requests_that_are_refused(desk, witness):
+    desk.login(9)
+    _, note = desk.log.checkpoint()
+    witness.add_checkpoint(AddCheckpoint(0, (), note).encode())
+    desk.login(9)
+    size, newer = desk.log.checkpoint()
+    proof = tuple(desk.log.consistency(10, size.size))
+    unsigned = newer.replace(newer.rpartition(b" ")[2], note.rpartition(b" ")[2])
+    foreign = newer.replace(KEY.origin.encode(), b"strongroom/other")
+    for request, error in (
+        (AddCheckpoint(10, proof, foreign), NotFound),
+        (AddCheckpoint(10, proof, unsigned), Denied),
+        (AddCheckpoint(99, proof, newer), Tampered),
+        (AddCheckpoint(3, proof, newer), Conflict),
+        (AddCheckpoint(10, (), newer), Tampered),
+        (AddCheckpoint(10, proof[::-1], newer), Tampered),
+        (AddCheckpoint(10, (bytes(32), *proof[1:]), newer), Tampered),
+    ):
+        with pytest.raises(error):
+            witness.add_checkpoint(request.encode())
+    for body in (b"", b"old 10\n", newer, AddCheckpoint(10, proof, newer).encode()[:-1]):
+        with pytest.raises(Tampered):
+            witness.add_checkpoint(body)
+    assert witness.add_checkpoint(AddCheckpoint(10, proof, newer).encode())
+
+
+def test_an_older_request_never_rolls_the_record_back(desk, witness, tmp_path):
+    """Many at a time: whatever the order, the record only grows (C2SP tlog-witness, the race it warns of)."""
+    requests = []
+    for _ in range(8):
+        desk.login(3)
+        requests.append(desk.log.checkpoint())
+    done = []
+
+    def run(checkpoint, note):
+        for _ in range(6):
+            try:
+                cosign("https://witness.example", witness.key, note, desk.log.consistency, post=door(witness))
+                done.append(checkpoint.size)
+            except (Conflict, BackendError):
+                pass
+
+    threads = [threading.Thread(target=run, args=each) for each in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with witness._record(KEY.origin) as record:
+        assert record.read().size >= max(done)
+
+
+def test_a_signature_of_somebody_else_is_not_taken(desk, witness):
+    desk.login(3)
+    other = Witness(
+        "witness.example", Signer(b"x" * 32), witness._folder / "x", {KEY.origin: KEY.verifier}, lambda: NOW
+    )
+    with pytest.raises(Tampered):
+        ask(desk, witness, post=door(other))

@@ -3,7 +3,7 @@ room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
@@ -484,6 +484,28 @@ class RoomLog:
         checkpoint, note = self._ledger.checkpoint()
         proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
         return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
+
+    def export(self, form: str = "jsonl") -> Iterator[str]:
+        """Every entry as one line of ``jsonl``, ``ocsf`` or ``cef``; what is private is in none of them."""
+        from strongroom.ledger.export import export
+
+        size = self._ledger.checkpoint()[0].size
+        pieces = (self._ledger.entries(at, min(at + 1024, size)) for at in range(0, size, 1024))
+        entries = enumerate(entry for piece in pieces for entry in piece)
+        return export(entries, form, self._vault.log_key.origin)
+
+    def cosign(self, url: str, witness: str) -> dict[str, Any]:
+        """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish
+        that."""
+        from strongroom.formats.note import VerifierKey
+        from strongroom.ledger.witness import cosign
+
+        self._vault.publish_log()
+        published = self._vault.published
+        key = VerifierKey.parse(witness)
+        note = cosign(url, key, published.note(), self._ledger.consistency)
+        published.cosigned(note)
+        return {"size": self._vault.log_key.open(note).size, "witness": key.name}
 
     def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
         """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:

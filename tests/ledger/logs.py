@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from strongroom.crypto import signatures
 from strongroom.formats.entry import Entry
+from strongroom.formats.merkle import leaf_hash
 from strongroom.ledger.key import LogKey, log_signer
 from strongroom.ledger.log import Draft, Ledger
-from strongroom.ledger.published import Published
+from strongroom.ledger.published import Published, read_from
+from strongroom.ledger.verify import verify_log
 from strongroom.policy.state import State
 from strongroom.storage.db import Database
 
@@ -21,10 +24,11 @@ NOW = 1_790_000_000
 class Desk:
     """A log on SQLite under `folder`; `ledger()` is as another process would open it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder
         self.now = NOW
-        self.db = Database.open(f"sqlite:///{folder}/room.db", create=True)
+        self.url = url or f"sqlite:///{folder}/room.db"
+        self.db = Database.open(self.url, create=True)
         self.published = Published(folder / "log", KEY)
         self.log = self.ledger()
 
@@ -49,6 +53,35 @@ class Desk:
 
 
 _counter = itertools.count()
+
+
+def append_until_killed(folder: str, name: str, url: str = "") -> None:
+    """A process that appends for ever, and writes down what was acknowledged."""
+    desk = Desk(Path(folder), url)
+    with (desk.folder / f"acknowledged-{name}").open("w") as out:
+        for number in itertools.count():
+            receipt = desk.log.append(login(number))
+            out.write(f"{receipt.index} {leaf_hash(receipt.data).hex()};\n")
+            out.flush()
+
+
+def check_acknowledged(desk: Desk, at_least: int) -> None:
+    """Everything that was acknowledged is in the log, at its index; the log has the root that was signed."""
+    acknowledged: dict[int, str] = {}
+    for file in desk.folder.glob("acknowledged-*"):
+        for line in file.read_text().splitlines():
+            if line.endswith(";"):
+                index, leaf = line[:-1].split()
+                assert acknowledged.setdefault(int(index), leaf) == leaf
+    assert len(acknowledged) >= at_least
+    fresh = desk.ledger()
+    size = fresh.checkpoint()[0].size
+    assert max(acknowledged) < size
+    entries = fresh.entries(0, size)
+    for index, leaf in acknowledged.items():
+        assert leaf_hash(entries[index]).hex() == leaf
+    fresh.publish()
+    assert verify_log(read_from(desk.folder / "log"), KEY.verifier, signatures.verify).size == size
 
 
 def login(number: int):

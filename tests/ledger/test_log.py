@@ -10,12 +10,11 @@ import signal
 import sqlite3
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from ledger.logs import KEY, Desk, login
 
+from ledger.logs import KEY, Desk, append_until_killed, check_acknowledged, login
 from strongroom.core import canonical
 from strongroom.errors import (
     BackendError,
@@ -33,7 +32,7 @@ from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import Frontier, leaf_hash, verify_consistency, verify_inclusion
 from strongroom.ledger import log as log_module
 from strongroom.ledger.log import Draft
-from strongroom.storage.db import log_entries, log_snapshot
+from strongroom.storage.db import log_snapshot
 
 
 def check(receipt) -> None:
@@ -117,8 +116,7 @@ class TestAppending:
         receipts = []
 
         def run(number):
-            for k in range(20):
-                receipts.append(desk.log.append(login(number * 100 + k)))
+            receipts.extend(desk.log.append(login(number * 100 + k)) for k in range(20))
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(32)]
         for thread in threads:
@@ -183,8 +181,7 @@ class TestAppending:
             pages = tx.exec_driver_sql("PRAGMA page_count").scalar()
         desk.db.close()
         with pytest.raises(BackendError) as caught:
-            for number in range(10_000):
-                acknowledged.append(desk.log.append(login(number)))
+            acknowledged.extend(desk.log.append(login(number)) for number in range(10_000))
         assert caught.value.code == "db.full"
         pages = 1 << 30
         desk.db.close()
@@ -324,7 +321,8 @@ class TestSnapshots:
         reading = fresh._read
         monkeypatch.setattr(fresh, "_read", lambda tx, begin, end: read.append(begin) or reading(tx, begin, end))
         assert fresh.checkpoint()[0].size == 51
-        assert read and min(read) >= 16
+        assert read
+        assert min(read) >= 16
         with fresh.view() as state, grown.log.view() as whole:
             assert state == whole
 
@@ -359,43 +357,16 @@ def test_two_processes_killed_at_random_lose_and_fork_nothing(desk):
     chance = random.Random(5)
     for round_ in range(4):
         workers = [
-            context.Process(
-                target=_append_until_killed, args=(str(desk.folder), str(round_ * 10 + number)), daemon=True
-            )
+            context.Process(target=append_until_killed, args=(str(desk.folder), f"{round_}-{number}"), daemon=True)
             for number in range(2)
         ]
         for worker in workers:
             worker.start()
         time.sleep(1.2 + chance.random() * 0.4)
         for worker in workers:
-            if worker.pid:
-                os.kill(worker.pid, signal.SIGKILL)
+            os.kill(worker.pid, signal.SIGKILL)
             worker.join()
-    acknowledged = {}
-    for file in desk.folder.glob("acknowledged-*"):
-        for line in file.read_text().splitlines():
-            if line.endswith(";"):
-                index, leaf = line[:-1].split()
-                assert acknowledged.setdefault(int(index), leaf) == leaf
-    assert len(acknowledged) > 20
-    fresh = desk.ledger()
-    size = fresh.checkpoint()[0].size
-    assert max(acknowledged) < size
-    entries = fresh.entries(0, size)
-    for index, leaf in acknowledged.items():
-        assert leaf_hash(entries[index]).hex() == leaf
-
-
-def _append_until_killed(folder: str, name: str) -> None:
-    desk = Desk(Path(folder))
-    ledger = desk.ledger()
-    with (desk.folder / f"acknowledged-{name}").open("w") as out:
-        number = 0
-        while True:
-            receipt = ledger.append(login(number))
-            out.write(f"{receipt.index} {leaf_hash(receipt.data).hex()};\n")
-            out.flush()
-            number += 1
+    check_acknowledged(desk, 20)
 
 
 def test_an_empty_log(tmp_path):

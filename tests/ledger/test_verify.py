@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from ledger.logs import KEY, NOW, ROOM, Desk
 
+from ledger.logs import KEY, NOW, ROOM, Desk
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import Forked, IntegrityError, Rollback, StrongroomError, Tampered, Truncated
@@ -139,10 +139,9 @@ def test_a_log_that_its_custodian_has_rewritten(desk, log):
     assert verify(desk.folder / "log").size == 600
     with pytest.raises(Forked):
         verify(desk.folder / "log", remembered=seen)
+    at_300 = Frontier()
+    at_300.extend([leaf_hash(data) for data in desk.log.entries(0, 300)])
     with pytest.raises(Forked):
-        at_300 = Frontier()
-        entries = desk.log.entries(0, 300)
-        at_300.extend([leaf_hash(data) for data in entries])
         verify(log, remembered=Checkpoint(KEY.origin, 300, at_300.root()))
     assert verify(desk.folder / "log", remembered=Checkpoint(KEY.origin, 300, at_300.root())).size == 600
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import urllib.error
+import urllib.request
 
 import pytest
-from ledger.logs import KEY, NOW, Desk
 
+from ledger.logs import KEY, NOW, Desk
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import BackendError, Conflict, Denied, NotFound, StrongroomError, Tampered
@@ -14,6 +16,7 @@ from strongroom.formats.checkpoint import verify_cosignature
 from strongroom.formats.note import Note
 from strongroom.formats.witness import AddCheckpoint
 from strongroom.ledger.witness import Witness, cosign
+from strongroom.server.witness import WitnessServer
 
 _STATUS = {NotFound: 404, Denied: 403, Tampered: 400, Conflict: 409}
 
@@ -139,3 +142,31 @@ def test_a_signature_of_somebody_else_is_not_taken(desk, witness):
     )
     with pytest.raises(Tampered):
         ask(desk, witness, post=door(other))
+
+
+def test_over_http(desk, witness):
+    """The real thing: a witness on a port, asked by the log's own client."""
+    server = WitnessServer(witness, ("127.0.0.1", 0))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        for _ in range(3):
+            desk.login(5)
+            _, note = desk.log.checkpoint()
+            cosigned = Note.decode(cosign(server.url, witness.key, note, desk.log.consistency))
+            assert verify_cosignature(cosigned, witness.key, signatures.verify) == NOW
+        for path, body, status in (
+            ("/add-checkpoint", b"old 3\n", 400),
+            ("/add-checkpoint", AddCheckpoint(0, (), note).encode(), 409),
+            ("/elsewhere", b"", 404),
+        ):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(server.url + path, data=body, timeout=10)
+            with caught.value as error:
+                assert error.code == status
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    with pytest.raises(BackendError):
+        cosign(server.url, witness.key, note, desk.log.consistency)

@@ -138,6 +138,36 @@ def key(options: Options) -> None:
     options.output.answer({"key": found}, [found])
 
 
+@command(
+    "export",
+    explain="""One line an entry, in the order of the log. Reasons, addresses and other personal data are kept beside
+    the log and are not exported; `strongroom log show` has them.""",
+)
+@click.option("--format", "form", type=click.Choice(["jsonl", "ocsf", "cef"]), default="jsonl", show_default=True)
+@pass_options
+def export(options: Options, form: str) -> None:
+    """The whole log for other systems: JSON lines, OCSF or CEF."""
+    with options.open() as room:
+        for line in room.log.export(form):
+            options.output.line(line)
+
+
+@command(
+    "cosign",
+    explain="""The witness is sent the newest checkpoint and the proof that it extends the one that it signed last; its
+    signature is published with the checkpoint.""",
+)
+@click.option("--url", required=True, metavar="URL", help="Where the witness is.")
+@click.option("--witness", required=True, metavar="VKEY", help="The witness's key, as it prints it.")
+@pass_options
+def cosign(options: Options, url: str, witness: str) -> None:
+    """Have a witness sign the newest checkpoint."""
+    with options.open() as room:
+        found = room.log.cosign(url, witness)
+    options.output.answer(found, [f"{found['witness']} has signed {number(found['size'])} entries"])
+    options.output.note(f"  → strongroom log verify --witness {witness}")
+
+
 @command("clock", explain="Every lease ends, since nobody can say which of them had ended while the clock was ahead.")
 @click.option("--reason", required=True, metavar="TEXT")
 @pass_options
@@ -148,5 +178,5 @@ def clock(options: Options, reason: str) -> None:
     options.output.answer(found, [f"the room's time is {text(found['now'])}, and was {text(found['before'])}"])
 
 
-for each in (show, tail, verify, prove, key, clock):
+for each in (show, tail, verify, prove, export, cosign, key, clock):
     log.add_command(each)

@@ -48,6 +48,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "policy": ("policy", "The rules: read, test and change them."),
         "log": ("log", "The record of everything, and whether it holds together."),
     },
+    "Elsewhere": {
+        "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),
+    },
     "Use": {
         "run": ("run", "Run a command that reads weights from the room."),
         "copy": ("custody", "Write a holder's marked plaintext copy to a folder."),

@@ -42,6 +42,10 @@ class Output:
         if not self.json:
             print(printable(text), flush=True)
 
+    def line(self, text: str) -> None:
+        """One record of an answer that is lines for a program, with or without ``--json``."""
+        print(_escaped(text))
+
     def heading(self, text: str) -> None:
         """A line of an answer that begins something; bold where that can be shown."""
         bold = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -123,7 +127,10 @@ def printable(text: str, *, kept: str = "\n\t") -> str:
 
 
 def _as_json(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    return _escaped(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _escaped(text: str) -> str:
     # JSON itself only wants U+0000 to U+001F escaped; a terminal obeys others, too.
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import orjson
+
 from strongroom.errors import Tampered
 
 MAX_DEPTH = 32
@@ -40,6 +42,24 @@ def decode(data: bytes, *, what: str = "document") -> Any:
         else:
             canonical = encode(value) == data
     except (ValueError, TypeError, RecursionError) as error:
+        raise Tampered("json.malformed", f"{what} is not canonical JSON: {type(error).__name__}") from None
+    if not canonical:
+        raise Tampered("json.not_canonical", f"{what} is JSON, but not in its canonical form")
+    return value
+
+
+def decode_typed(data: bytes, *, what: str) -> Any:
+    """As `decode`, and several times as fast, for a caller that looks at the type and range of every value itself.
+
+    Fractions, and integers beyond `MAX_INTEGER`, are not refused here; an object that has a key twice is
+    ``json.not_canonical``.
+    """
+    if not data.isascii():
+        return decode(data, what=what)  # keys may sort otherwise
+    try:
+        value = orjson.loads(data)
+        canonical = orjson.dumps(value, option=orjson.OPT_SORT_KEYS) == data
+    except (ValueError, TypeError) as error:
         raise Tampered("json.malformed", f"{what} is not canonical JSON: {type(error).__name__}") from None
     if not canonical:
         raise Tampered("json.not_canonical", f"{what} is JSON, but not in its canonical form")

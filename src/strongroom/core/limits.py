@@ -31,6 +31,9 @@ class Limits:
     signatures: int = 16
     entry: int = 65_535  # C2SP tlog-tiles: the length of an entry has two bytes
     note: int = 1 * MIB
+    note_signatures: int = 64  # C2SP signed-note: at least 16
+    log_size: int = 1 << 62  # entries; a log has fewer
+    proof_hashes: int = 63  # C2SP tlog-witness
 
 
 LIMITS = Limits()

@@ -37,8 +37,8 @@ def _flag(value: Any) -> bool:
 
 
 def _hexadecimal(digits: int) -> Kind:
-    pattern = re.compile(rf"[0-9a-f]{{{digits}}}", re.ASCII)
-    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+    match = re.compile(rf"[0-9a-f]{{{digits}}}", re.ASCII).fullmatch
+    return lambda value: type(value) is str and match(value) is not None
 
 
 def _or_empty(kind: Kind) -> Kind:
@@ -64,7 +64,12 @@ def one_of(*texts: str) -> Kind:
 
 def conforms(value: Mapping[str, Any], members: Mapping[str, Kind]) -> bool:
     """Whether `value` has exactly `members`, each of its kind."""
-    return value.keys() == members.keys() and all(kind(value[name]) for name, kind in members.items())
+    if value.keys() != members.keys():
+        return False
+    for name, kind in members.items():  # noqa: SIM110 - a million entries are verified in this loop: all() takes twice as long
+        if not kind(value[name]):
+            return False
+    return True
 
 
 TEXT, COUNT, FLAG, TEXTS = _text, _count, _flag, _texts
@@ -170,7 +175,7 @@ class Entry:
         """The reverse: Tampered ``entry.malformed``, CannotVerify ``format.unknown``, LimitExceeded."""
         if len(data) > LIMITS.entry:
             raise LimitExceeded("entry.too_large", f"an entry of {len(data)} bytes; at most {LIMITS.entry} are read")
-        value = canonical.decode(data, what="an entry of the log")
+        value = canonical.decode_typed(data, what="an entry of the log")
         if isinstance(value, dict) and type(value.get("format")) is int and value["format"] > FORMAT:
             raise CannotVerify(
                 "format.unknown", f"the log has an entry of format {value['format']}", hint="upgrade strongroom"

@@ -61,6 +61,18 @@ class Published:
                 self._write(tile.path, _content(tile, log))
             self._write(_CHECKPOINT, note)
 
+    def cosigned(self, note: bytes) -> None:
+        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on
+        meanwhile."""
+        with self._locked(wait=True):
+            newest = self.newest()
+            if newest is not None and newest == self._key.open(note):
+                self._write(_CHECKPOINT, note)
+
+    def note(self) -> bytes:
+        """The published checkpoint as it is, cosignatures included; NotFound ``log.missing_file``."""
+        return read_from(self.folder)(_CHECKPOINT)
+
     def _write(self, name: str, data: bytes) -> None:
         path = self.folder / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,12 +81,12 @@ class Published:
         temporary.rename(path)
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[bool]:
+    def _locked(self, *, wait: bool = False) -> Iterator[bool]:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
             else:

@@ -62,9 +62,9 @@ def verify_log(
     statements = _Statements(key.name, verify)
     frontier = Frontier()
     tiles = _Tiles(read, checkpoint.size)
-    for begin, bundle in _bundles(read, checkpoint.size):
+    for begin, entries in _bundles(read, checkpoint.size):
         leaves = []
-        for index, data in enumerate(bundle, begin):
+        for index, data in enumerate(entries, begin):
             try:
                 statements.check(index, Entry.decode(data))
             except StrongroomError as error:

@@ -53,6 +53,9 @@ def statements(text: str) -> list[Statement]:
                 line=line,
                 hint="split it: several permits, or several forbids, are read as one with an or between them",
             )
+        if word == '"':
+            # And the search for the end of the next one would begin anew: quadratic.
+            raise invalid(f"line {counter.at(match.start())}: a text in quotes does not end", line=line)
         if word == "has":
             # Every attribute of the schema is always there. A misspelt one in a `has` is no error for Cedar: the rule
             # would pass validation, and a forbid would never apply.

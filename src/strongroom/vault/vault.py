@@ -41,6 +41,7 @@ from strongroom.formats.suites import Suite
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.ledger.published import Published
+from strongroom.policy.query import ROOM
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, versions
@@ -106,8 +107,8 @@ class Vault:
         self.workers = Settings.from_environment().workers
         self.identities = Identities(folder / "identities")
         self.log_key = key = LogKey(self.id, config.log_key)
-        published = Published(folder / "log", key)
-        ledger = Ledger(self.db, key, lambda: self.keys.log_signer, State, clock=clock, published=published)
+        self.published = Published(folder / "log", key)
+        ledger = Ledger(self.db, key, lambda: self.keys.log_signer, State, clock=clock, published=self.published)
         self.custodian = Custodian(self, ledger)
 
     @classmethod
@@ -346,6 +347,8 @@ class Vault:
         """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was."""
         if Ref.parse(name).number is not None:
             raise UsageError("put.numbered", f"put chooses the version's number itself; give {Ref.parse(name).name}")
+        if name == ROOM:
+            raise UsageError("put.reserved", f"{ROOM!r} is what policies call the room itself; give another name")
         if not 0 <= positions <= LIMITS.positions:
             raise UsageError(
                 "put.positions", f"the number of positions is from 0 to {LIMITS.positions}", hint="--positions 16384"

@@ -27,6 +27,7 @@ from strongroom.errors import (
     UsageError,
 )
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
+from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
@@ -36,12 +37,14 @@ from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
 from strongroom.policy.state import Principal, Request, State
 from strongroom.storage.db import documents
+from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
+_MANIFESTS = 32
 _DETAIL = 500  # characters of what is recorded of a refusal
 
 
@@ -64,6 +67,7 @@ class Custodian:
         self._vault, self.ledger = vault, ledger
         self._parsed: dict[str, Policies] = {}
         self._texts: dict[str, str] = {}
+        self._manifests: dict[bytes, Manifest] = {}
         self._deciding = threading.local()
         self.rules = Custody(self.policies)
 
@@ -344,13 +348,23 @@ class Custodian:
             )
             # Before the entry: what can fail must not be recorded as done.
             record = self._vault.record(self._vault.find(body["ref"]))
-            manifest = self._vault.manifest(record)
+            manifest = self._manifest(record)
             facts = Facts(record.revision, record.manifest_digest.hex())
             receipt = self._decide(lambda _, state, now: self._draft(state, statement, facts, now, reason))
         bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
         leaf = leaf_hash(receipt.data)
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
+
+    def _manifest(self, record: VersionRecord) -> Manifest:
+        """The version's verified manifest. Kept by the digest that pins all of it: it can't change."""
+        found = self._manifests.get(record.manifest_digest)
+        if found is None:
+            found = self._vault.manifest(record)
+            if len(self._manifests) >= _MANIFESTS:
+                self._manifests.clear()
+            self._manifests[record.manifest_digest] = found
+        return found
 
     def _draft(self, state: State, statement: Statement, facts: Facts, now: int, reason: Private | None) -> Draft:
         commitment = reason.commitment if reason is not None else None

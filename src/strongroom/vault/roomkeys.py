@@ -33,6 +33,7 @@ class RoomKeys:
     def __init__(self, db: Database, folder: Path, room_id: bytes, passphrase: PassphraseSource | None = None) -> None:
         self._db, self._folder, self._room_id, self._passphrase = db, folder, room_id, passphrase
         self._cached: tuple[int, bytes] | None = None  # the epoch of the room key, and the key
+        self._opened: bytes | None = None  # the signing seed
         self._lock = threading.Lock()
 
     # -- creating ------------------------------------------------------------------------------------------------
@@ -111,8 +112,10 @@ class RoomKeys:
 
     @property
     def _seed(self) -> bytes:
-        seed, _ = self._open_secrets(self.room_key, self._row())
-        return seed
+        """The room's signing seed, which a room has for good: asked for once, so that a release need not ask again."""
+        if self._opened is None:
+            self._opened, _ = self._open_secrets(self.room_key, self._row())
+        return self._opened
 
     # -- rotating and recovering ---------------------------------------------------------------------------------
 

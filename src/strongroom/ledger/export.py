@@ -20,6 +20,7 @@ _CREATE, _READ, _UPDATE, _DELETE, _OTHER = 1, 2, 3, 4, 99
 _KINDS: dict[str, tuple[int, int, str]] = {
     "genesis": (_CREATE, 3, "Room made"),
     "principal": (_UPDATE, 5, "Principal changed"),
+    "grant": (_CREATE, 6, "Role proposed"),
     "policy": (_UPDATE, 7, "Policy enacted"),
     "proposal": (_CREATE, 5, "Policy proposed"),
     "put": (_CREATE, 3, "Weights put"),

@@ -3,6 +3,7 @@ section 5)."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,15 @@ from strongroom.errors import CannotVerify, Forked, NotFound, Rollback, Strongro
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.entry import Entry, Private
-from strongroom.formats.merkle import Frontier, consistency_proof, inclusion_proof, leaf_hash, node_hash
+from strongroom.formats.merkle import (
+    Frontier,
+    consistency_proof,
+    inclusion_proof,
+    leaf_hash,
+    node_hash,
+    verify_consistency,
+    verify_inclusion,
+)
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.published import Published
 from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
@@ -29,6 +38,7 @@ SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
 _SNAPSHOT_EVERY = 512  # entries, or more of them where the state is large
 _TILE_BITS = 8
+_TILE = 1 << _TILE_BITS
 _PUBLISH_EVERY = 1.0  # seconds
 
 
@@ -115,6 +125,7 @@ class Ledger(Generic[S]):
         self._db, self._key, self._signer, self._fold, self._clock = db, key, signer, fold, clock
         self._published = published
         self._loaded: _Loaded[S] | None = None
+        self._seen: tuple[int, bytes] | None = None  # size and root, remembered when what was loaded is dropped
         self._state_lock = threading.RLock()
         self._queue: list[_Waiting[S]] = []
         self._queue_lock = threading.Lock()
@@ -173,10 +184,13 @@ class Ledger(Generic[S]):
             except BaseException:
                 self._loaded = None  # it may be ahead of what is durable
                 raise
+            self._remember()
         for waiting, receipt in receipts:
             waiting.receipt = receipt
         if receipts and time.monotonic() - self._published_at > _PUBLISH_EVERY:
-            self.publish()
+            # The entries are durable, and are answered as such; `log verify` publishes, too, and says what is wrong.
+            with contextlib.suppress(StrongroomError):
+                self.publish()
 
     def publish(self) -> None:
         """Bring what is published up to the newest entry; appending does it about once a second."""
@@ -244,6 +258,7 @@ class Ledger(Generic[S]):
             except BaseException:
                 self._loaded = None
                 raise
+            self._remember()
             yield loaded.state
 
     def checkpoint(self) -> tuple[Checkpoint, bytes]:
@@ -261,13 +276,15 @@ class Ledger(Generic[S]):
         if not isinstance(size, int) or not isinstance(note, bytes):
             raise Tampered("log.malformed", "the database's row of the log's state is not one that a custodian writes")
         loaded = self._loaded
+        afresh = loaded is None
         if loaded is None:
             self._check_published(size)
             loaded = self._from_snapshot(tx, size)
-        if size < loaded.frontier.size:
+        seen = self._seen[0] if self._seen is not None else 0
+        if size < max(loaded.frontier.size, seen):
             raise Rollback(
                 "log.rollback",
-                f"the log has {size} entries, and had {loaded.frontier.size}",
+                f"the log has {size} entries, and had {max(loaded.frontier.size, seen)}",
                 hint="the database was set back: restore the newest copy of it",
             )
         if note == loaded.note:
@@ -288,9 +305,30 @@ class Ledger(Generic[S]):
                 f"the {size} entries in the database are not those that were signed",
                 hint="strongroom log verify; restore the database from a backup",
             )
+        if afresh:
+            self._check_seen(tx, checkpoint)
         loaded.note = note
         self._loaded = loaded
         return loaded
+
+    def _remember(self) -> None:
+        """What this process has seen stays seen, also when an error makes it load the log anew."""
+        if self._loaded is not None:
+            self._seen = (self._loaded.frontier.size, self._loaded.frontier.root())
+
+    def _check_seen(self, tx: Connection, checkpoint: Checkpoint) -> None:
+        if self._seen is None:
+            return
+        size, root = self._seen
+        try:
+            path = consistency_proof(size, checkpoint.size, lambda level, position: self._node(tx, level, position))
+            verify_consistency(size, root, checkpoint.size, checkpoint.root, path)
+        except (Tampered, Truncated) as error:
+            raise Forked(
+                "log.forked",
+                f"the log is not the one that was seen before: its first {size} entries are others",
+                hint="strongroom log verify; restore the database from a backup",
+            ) from error
 
     def _check_published(self, size: int) -> None:
         newest = self._published.newest() if self._published is not None else None
@@ -354,9 +392,39 @@ class Ledger(Generic[S]):
     # -- reading -------------------------------------------------------------------------------------------------
 
     def entries(self, begin: int, end: int) -> list[bytes]:
-        """The encoded entries from `begin` to before `end`. Not checked: a proof, or `verify`, does that."""
+        """The encoded entries from `begin` to before `end`. Not checked: `proven` does that, or whoever reads them."""
         with self._db.reading() as tx:
             return self._read(tx, begin, end)
+
+    def proven(self, begin: int, end: int) -> list[bytes]:
+        """As `entries`, each of them proven to be in the tree that was signed; Tampered ``log.tampered``."""
+        checkpoint, _ = self.checkpoint()
+        # Whole tiles: a path from one leaf to the root has the hashes of all others in its tile.
+        first, last = begin // _TILE * _TILE, min(-(-end // _TILE) * _TILE, checkpoint.size)
+        with self._db.reading() as tx:
+            found = self._read(tx, first, last)
+            known = {(0, index): leaf_hash(data) for index, data in enumerate(found, first)}
+
+            def node(level: int, position: int) -> bytes:
+                if (level, position) not in known:
+                    if level % _TILE_BITS:
+                        left, right = node(level - 1, 2 * position), node(level - 1, 2 * position + 1)
+                        known[level, position] = node_hash(left, right)
+                    else:
+                        known[level, position] = self._node(tx, level, position)
+                return known[level, position]
+
+            try:
+                for index in range(first, last, _TILE):
+                    path = inclusion_proof(index, checkpoint.size, node)
+                    verify_inclusion(known[0, index], index, checkpoint.size, path, checkpoint.root)
+            except Tampered as error:
+                raise Tampered(
+                    "log.tampered",
+                    f"entries of the database between {first} and {last} are not those that were signed",
+                    hint="strongroom log verify; restore the database from a backup",
+                ) from error
+        return found[begin - first : end - first]
 
     def private(self, index: int, entry: Entry) -> dict[str, str]:
         """What was kept beside the entry, checked against its commitments; redacted values are missing."""

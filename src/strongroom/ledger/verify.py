@@ -161,6 +161,7 @@ class _Statements:
         self._origin, self._verify = origin, verify
         self._room = ""
         self._keys: dict[str, str] = {}
+        self._waiting: dict[str, tuple[str, str]] = {}  # principals and keys that a second person has to agree to
         self._seen: set[str] = set()
         self.count = 0
 
@@ -175,6 +176,12 @@ class _Statements:
             self._check_statement(entry, Statement.decode(envelope))
         if entry.type == "principal":
             self._keys[entry.body["principal"]] = entry.body["key"]
+        elif entry.type == "grant":
+            said = Statement.decode(entry.body["statement"]).body
+            self._waiting[entry.body["id"]] = (said["principal"], said["key"])
+        elif entry.type == "approve" and entry.body["id"] in self._waiting:
+            path, key = self._waiting.pop(entry.body["id"])
+            self._keys[path] = key
 
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
         key = self._keys.get(statement.by)
@@ -186,7 +193,13 @@ class _Statements:
         self._seen.add(statement.digest)
         said, wrote = statement.body, entry.body
         same = {"request": "request", "approve": "approve", "deny": "deny", "revoke": "revoke", "renew": "renew"}
-        kind = {"proposal": "propose", "principal": "principal", "release": "release", **same}.get(entry.type)
+        kind = {
+            "proposal": "propose",
+            "principal": "principal",
+            "grant": "principal",
+            "release": "release",
+            **same,
+        }.get(entry.type)
         if statement.kind != kind:
             raise Tampered("statement.kind", f"an entry {entry.type} rests on a statement of the kind {statement.kind}")
         # What the entry says of its own (an approver's narrowing, an expiry) is the custodian's; the rest is quoted.
@@ -196,6 +209,8 @@ class _Statements:
             differing.add("ref")
         if "reason" in said and said["reason"] and said["reason"] != entry.private.get("reason"):
             differing.add("reason")
+        if entry.type in ("request", "grant", "proposal") and wrote["id"] != statement.id:
+            differing.add("id")
         if "request" in said and said["request"][:16] != wrote["id"]:
             differing.add("request")
         if differing:

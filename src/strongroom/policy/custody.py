@@ -7,7 +7,7 @@ Steps of `release` are numbered as in spec/release.md, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,11 +19,12 @@ from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
-from strongroom.policy.state import TOLERANCE, Approval, Principal, Proposal, Request, State, Version
+from strongroom.policy.state import TOLERANCE, Approval, Grant, Principal, Proposal, Request, State, Version
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
 _RANKS = ("executive", "officer", "operator")
+_TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 T = TypeVar("T")
 
 
@@ -136,6 +137,9 @@ class Custody:
         proposal = _find(state.proposals, statement.body["request"], lambda found: found.statement)
         if proposal is not None:
             return self._agree(state, who, proposal, statement, now)
+        grant = _find(state.grants, statement.body["request"], lambda found: found.digest)
+        if grant is not None:
+            return self._second(state, who, grant, statement, now)
         request = _find(state.requests, statement.body["request"], lambda found: found.digest)
         if request is None:
             raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
@@ -175,7 +179,8 @@ class Custody:
         digest = statement.body["request"]
         proposal = _find(state.proposals, digest, lambda found: found.statement)
         request = _find(state.requests, digest, lambda found: found.digest)
-        found: Request | Proposal | None = proposal or request
+        grant = _find(state.grants, digest, lambda found: found.digest)
+        found: Request | Proposal | Grant | None = proposal or request or grant
         if found is None:
             raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
         if request is not None:
@@ -212,6 +217,28 @@ class Custody:
         return Entry(
             "revoke", now, who.path, ref, {"target": target, "statement": statement.envelope}, {"reason": reason}
         )
+
+    def renew(self, state: State, statement: Statement, now: int) -> Entry:
+        """A lease to load holds on, by one fresh yes; the approvals that granted it have to be enough still."""
+        who = self.authenticate(state, statement, now)
+        lease, request = state.leases.get(statement.body["lease"]), state.requests.get(statement.body["lease"])
+        if lease is None or request is None or not lease.holds(now):
+            raise NotFound("renew.no_lease", "there is no such lease, or it has ended: ask again", hint=_REQUESTS)
+        holder = state.principals[lease.holder]
+        if lease.action != "load":
+            raise Denied("renew.copy", "a lease to copy is not renewed", hint=f"strongroom request {lease.ref}")
+        if who.person in (holder.person, state.principals[request.by].person):
+            raise Denied(
+                "approve.own", "nobody renews their own lease", hint=f"somebody else: strongroom renew {lease.id}"
+            )
+        self._approver(state, who, lease.ref, lease.action, own=False, now=now)
+        duration, _ = narrowed(request, statement.body["duration"], None)
+        query = self._grant(state, holder, lease.action, lease.ref, request.approvals, duration, now)
+        policies = self._policies(state.policy)
+        if not policies.decide(query).allowed:
+            raise explain(policies, query).denied()
+        body = {"lease": lease.id, "expires_at": now + duration, "statement": statement.envelope}
+        return Entry("renew", now, who.path, lease.ref, body)
 
     # -- release -------------------------------------------------------------------------------------------------
 
@@ -281,6 +308,9 @@ class Custody:
                     f"{who.path} can't give rights to {body['principal']}, which is the same person",
                     hint="somebody else who may grant has to do it",
                 )
+        if state.most_granters >= _TOGETHER and _weighty(before, body):
+            grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
+            return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
         return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
 
     def propose(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
@@ -326,6 +356,16 @@ class Custody:
         _once(proposal.approvals, who)
         body = {"id": proposal.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
         return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})
+
+    def _second(self, state: State, who: Principal, grant: Grant, statement: Statement, now: int) -> Entry:
+        """Somebody else who may grant agrees to a change of a principal."""
+        if grant.state_at(now) != "pending":
+            raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
+        if who.person in (state.principals[grant.by].person, grant.record["person"]):
+            raise Denied("approve.own", "nobody approves their own grant", hint="somebody else who may grant has to")
+        self.may(state, who, "grant", now=now)
+        body = {"id": grant.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
+        return Entry("approve", now, who.path, grant.record["principal"], {**body, "statement": statement.envelope})
 
     # -- what is missing -----------------------------------------------------------------------------------------
 
@@ -458,6 +498,17 @@ def resource(state: State, ref: str) -> Resource:
 
 _REQUESTS = "strongroom requests"
 _PRINCIPALS = "strongroom principal ls"
+
+
+def _weighty(before: Principal | None, body: Mapping[str, Any]) -> bool:
+    """Whether a change makes, or makes over, somebody whose approval counts: what one person alone must not do, or
+    that person could invent the others. Taking rights away is never held up."""
+    ranked = set(_RANKS) & set(body["roles"])
+    if body["state"] != "active" or not ranked:
+        return False
+    if before is None or not before.active:
+        return True
+    return bool(ranked - set(before.roles)) or (before.key, before.person) != (body["key"], body["person"])
 
 
 def _nobody(path: str) -> AuthRequired:

@@ -6,7 +6,7 @@ releases, so of those it keeps one record for each pair of holder and version.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 
 TOLERANCE = 300  # seconds that a clock may be off
+_GRANTERS = {"officer", "executive"}
 _REMEMBERED = 4 * TOLERANCE  # a statement is too old long before its digest is forgotten
 
 
@@ -114,6 +115,23 @@ class Use:
 
 
 @dataclass
+class Grant:
+    """A change of a principal that waits for a second person. `record` is what the principal's entry would say."""
+
+    id: str
+    digest: str
+    record: dict[str, Any]
+    by: str
+    at: int
+    expires_at: int
+    state: str = "pending"
+    approved_by: str = ""
+
+    def state_at(self, now: int) -> str:
+        return "expired" if self.state == "pending" and now >= self.expires_at else self.state
+
+
+@dataclass
 class Proposal:
     """A policy that somebody proposes, and who agrees. `statement` is the digest of the signed proposal."""
 
@@ -138,12 +156,14 @@ class State:
     policy: str = ""
     policy_since: int = 0
     latest: int = 0
+    most_granters: int = 0  # people who were officers or executives at one time; never less
     principals: dict[str, Principal] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
     requests: dict[str, Request] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)
     uses: dict[str, Use] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
+    grants: dict[str, Grant] = field(default_factory=dict)
     recent: dict[str, int] = field(default_factory=dict)
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -188,7 +208,15 @@ class State:
         self.policy, self.policy_since = body["policy"], entry.at
 
     def _principal(self, index: int, entry: Entry) -> None:
-        body = entry.body
+        self._install(index, entry.at, entry.body)
+
+    def _grant(self, _: int, entry: Entry) -> None:
+        said = Statement.decode(entry.body["statement"])
+        self.grants[entry.body["id"]] = Grant(
+            entry.body["id"], said.digest, dict(said.body), entry.by, entry.at, entry.body["expires_at"]
+        )
+
+    def _install(self, index: int, at: int, body: Mapping[str, Any]) -> None:
         path = body["principal"]
         before = self.principals.get(path)
         self.principals[path] = Principal(
@@ -198,9 +226,11 @@ class State:
             list(body["roles"]),
             list(body["teams"]),
             body["state"],
-            before.since if before else entry.at,
+            before.since if before else at,
             index,
         )
+        granters = {each.person for each in self.principals.values() if each.active and _GRANTERS & set(each.roles)}
+        self.most_granters = max(self.most_granters, len(granters))
         if body["state"] != "active" or (before and before.key != body["key"]):
             self._end_leases(lambda lease: lease.holder == path, f"the principal changed in entry {index}")
 
@@ -251,6 +281,11 @@ class State:
         if body["id"] in self.proposals:
             self.proposals[body["id"]].approvals.append(approval)
             return
+        if body["id"] in self.grants:
+            grant = self.grants[body["id"]]
+            grant.state, grant.approved_by = "approved", entry.by
+            self._install(index, entry.at, grant.record)
+            return
         request = self.requests[body["id"]]
         request.approvals.append(approval)
         request.duration, request.uses = body["duration"], body["uses"]
@@ -267,7 +302,8 @@ class State:
             )
 
     def _deny(self, _: int, entry: Entry) -> None:
-        found: Request | Proposal = self.requests.get(entry.body["id"]) or self.proposals[entry.body["id"]]
+        identifier = entry.body["id"]
+        found = self.requests.get(identifier) or self.grants.get(identifier) or self.proposals[identifier]
         found.state = "denied"
 
     def _release(self, _: int, entry: Entry) -> None:
@@ -322,6 +358,7 @@ class State:
                     "requests": {key: _approved(Request, item) for key, item in value["requests"].items()},
                     "leases": {key: Lease(**item) for key, item in value["leases"].items()},
                     "uses": {key: Use(**item) for key, item in value["uses"].items()},
+                    "grants": {key: Grant(**item) for key, item in value["grants"].items()},
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
             )
@@ -336,6 +373,7 @@ def _approved(kind: Callable[..., Any], item: dict[str, Any]) -> Any:
 _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "genesis": State._genesis,
     "principal": State._principal,
+    "grant": State._grant,
     "proposal": State._proposal,
     "policy": State._policy,
     "put": State._put,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import text
@@ -31,12 +31,13 @@ from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
-from strongroom.policy.custody import Custody, Facts, check_clock, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
-from strongroom.policy.state import Principal, Request, State
-from strongroom.storage.db import documents
+from strongroom.policy.review import Review, review
+from strongroom.policy.state import TOLERANCE, Grant, Principal, Request, State
+from strongroom.storage.db import documents, log_private
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
 
@@ -142,10 +143,11 @@ class Custodian:
         """Register somebody, or change roles, key or state: a statement of the kind ``principal``."""
         statement = self._statement(envelope, "principal")
         receipt = self._append(statement, lambda state, now: Draft(self.rules.principal(state, statement, now)))
-        body = receipt.entry.body
-        return {name: body[name] for name in ("principal", "person", "roles", "teams", "state")} | {
-            "entry": receipt.index
-        }
+        body = statement.body
+        told = {name: body[name] for name in ("principal", "person", "roles", "teams", "state")}
+        if receipt.entry.type == "grant":
+            return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}
+        return {**told, "entry": receipt.index}
 
     def policies(self, digest: str) -> Policies:
         """The parsed policies of a digest, from the documents; checked against it."""
@@ -220,11 +222,18 @@ class Custodian:
         )
         return {"target": statement.body["target"], "state": "revoked", "entry": receipt.index}
 
+    def renew(self, envelope: str) -> dict[str, Any]:
+        """Extend a lease."""
+        statement = self._statement(envelope, "renew")
+        receipt = self._append(statement, lambda state, now: Draft(self.rules.renew(state, statement, now)))
+        return self.show_request(statement.body["lease"]) | {"entry": receipt.index}
+
     def requests(self) -> list[dict[str, Any]]:
         """All requests, oldest first."""
         now = self._now()
         with self.ledger.view() as state:
-            return [self._describe(state, request, now) for request in state.requests.values()]
+            found = [self._describe(state, request, now) for request in state.requests.values()]
+            return found + [_describe_grant(grant, now) for grant in state.grants.values()]
 
     def show_request(self, identifier: str) -> dict[str, Any]:
         """One request or proposal; NotFound ``request.unknown``."""
@@ -232,6 +241,8 @@ class Custodian:
         with self.ledger.view() as state:
             if identifier in state.requests:
                 return self._describe(state, state.requests[identifier], now)
+            if identifier in state.grants:
+                return _describe_grant(state.grants[identifier], now)
             if identifier in state.proposals:
                 found = state.proposals[identifier]
                 approvers = [each.by for each in found.approvals]
@@ -310,6 +321,27 @@ class Custodian:
         )
         return [item.as_json() for item in found]
 
+    def review(self) -> Review:
+        """The review of the whole log, as of now."""
+        now = self._now()
+        with self.ledger.view() as state:
+            size = self.ledger.checkpoint()[0].size
+            pieces = (self.ledger.entries(at, min(at + 1024, size)) for at in range(0, size, 1024))
+            return review(state, (Entry.decode(data) for piece in pieces for data in piece), now)
+
+    def redact(self, by: str, index: int) -> dict[str, Any]:
+        """Delete what was kept beside an entry: its commitments stay in the log, and the tree as it was."""
+
+        def decide(tx: Connection, state: State, now: int) -> Draft:
+            self.rules.may(state, self._active(state, by), "administer", now=now)
+            if not tx.execute(delete(log_private).where(log_private.c.position == index)).rowcount:
+                raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log show")
+            return Draft(Entry("redact", now, by, "", {"entry": index}))
+
+        receipt = self._decide(decide, writes=True)
+        self._vault.db.scrub()
+        return {"redacted": index, "entry": receipt.index}
+
     def policy(self) -> dict[str, Any]:
         """The policy in force, and the proposals that are open."""
         with self.ledger.view() as state:
@@ -373,18 +405,20 @@ class Custodian:
 
     # -- everything else that is recorded ------------------------------------------------------------------------
 
-    def authorise(self, by: str, action: str, ref: str = ROOM) -> None:
-        """Denied, explained and recorded, unless policy lets `by` do this directly."""
+    def authorise(self, by: str, *actions: str, ref: str = ROOM) -> None:
+        """Denied, explained and recorded, unless policy lets `by` do one of `actions` directly."""
         now = self._now()
         with self.ledger.view() as state:
             who = self._active(state, by)
-            try:
-                self.rules.may(state, who, action, ref, now=now)
-                return
-            except Denied as error:
-                denied = error
-        self.refuse(by, action, ref, denied)
-        raise denied
+            refusals = []
+            for action in actions:
+                try:
+                    self.rules.may(state, who, action, ref, now=now)
+                    return
+                except Denied as error:
+                    refusals.append(error)
+        self.refuse(by, actions[0], ref, refusals[0])
+        raise refusals[0]
 
     def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
         """An entry about what was done already."""
@@ -409,8 +443,7 @@ class Custodian:
 
         def decide(_: Connection, state: State, now: int) -> Draft:
             self.rules.may(state, self._active(state, by), "administer", now=now)
-            with contextlib.suppress(StrongroomError):
-                check_clock(state, now)
+            if now >= state.latest - TOLERANCE:
                 raise UsageError("clock.right", "the clock is not behind the log: nothing has to be mended")
             body = {"before": state.latest}
             return Draft(Entry("clock", now, by, "", body, {"reason": note.commitment}), [note])
@@ -485,3 +518,22 @@ class Custodian:
 
     def _now(self) -> int:
         return self._vault.clock()
+
+
+def _describe_grant(grant: Grant, now: int) -> dict[str, Any]:
+    state = grant.state_at(now)
+    return {
+        "id": grant.id,
+        "digest": grant.digest,
+        "action": "grant",
+        "ref": ", ".join(grant.record["roles"]),
+        "for": grant.record["principal"],
+        "by": grant.by,
+        "duration": 0,
+        "uses": None,
+        "state": state,
+        "needs": [f"the approval of somebody else than {grant.by} who may grant"] if state == "pending" else [],
+        "approved_by": [grant.approved_by] if grant.approved_by else [],
+        "lease": None,
+        "expires_at": grant.expires_at,
+    }

@@ -172,22 +172,17 @@ class Vault:
             )
         blobs.close()
         Database.open(config.db_url(folder), create=True).close()
-        vault = cls(folder, passphrase=passphrase, config=config)
-        try:
-            uri, shares = vault.keys.create(config.keystores[0], recovery)
-            config = replace(config, log_key=vault.keys.log_signer.public_key)
-        finally:
-            vault.close()
-        keys = vault.keys  # its key store can't be opened before room.json names it
-        vault = cls(folder, passphrase=passphrase, config=config)
-        vault.keys = keys
-        try:
-            identity = vault.identities.create(owner)
-            vault.custodian.begin(owner, identity.public_key, custody, keys.signer.public_key)
-            # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like one.
-            config.pin(folder, [uri])
-        finally:
-            vault.close()
+        # Its keys are in use, through its database, until the room can be opened by room.json.
+        with contextlib.closing(cls(folder, passphrase=passphrase, config=config)) as first:
+            uri, shares = first.keys.create(config.keystores[0], recovery)
+            config = replace(config, log_key=first.keys.log_signer.public_key)
+            with contextlib.closing(cls(folder, passphrase=passphrase, config=config)) as vault:
+                vault.keys = first.keys
+                identity = vault.identities.create(owner)
+                vault.custodian.begin(owner, identity.public_key, custody, vault.keys.signer.public_key)
+                # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like
+                # one.
+                config.pin(folder, [uri])
         return shares
 
     def close(self) -> None:

@@ -1,0 +1,273 @@
+"""Custody in a room as it is used: grants by two, renewal, review, redaction, the commands of a day."""
+
+from __future__ import annotations
+
+import pytest
+
+from strongroom.client import Room
+from strongroom.core.clock import unix
+from strongroom.errors import Conflict, Denied, NotFound, Pending, Sealed, StrongroomError
+from strongroom.policy.engine import Policies
+from vault.rooms import write_model
+
+REF = "acme/tiny@1"
+DAY = 86_400
+
+
+class Team:
+    """A team room with a version in it, and everybody in it as a `Room` of their own. `later` moves the clock."""
+
+    def __init__(self, folder):
+        self.folder, self.offset = folder, 0
+        room, _ = Room.init(folder / "room", owner="user/olga")
+        room.close()
+        self.olga = self.be("user/olga")
+        self.olga.put(write_model(folder / "model"), "acme/tiny", share="1/2")
+        self.ana = self.add("user/ana", "researcher")
+        self.ben = self.add("user/ben", "officer")
+        self.eva = self.add("user/eva", "executive")
+
+    def be(self, principal):
+        room = Room(self.folder / "room", principal)
+        room._vault.clock = room._vault.custodian.ledger._clock = self.clock
+        return room
+
+    def add(self, principal, *roles, **options):
+        self.olga.principal_add(principal, roles=roles, **options)
+        return self.be(principal)
+
+    def clock(self):
+        return unix() + self.offset
+
+    def later(self, seconds):
+        self.offset += seconds
+
+    def lease(self, who=None, **options):
+        asked = (who or self.ana).request("acme/tiny", reason="evaluation", **options)
+        self.ben.approve(asked["id"])
+        return self.eva.approve(asked["id"])
+
+
+@pytest.fixture
+def team(tmp_path):
+    return Team(tmp_path)
+
+
+class TestGrants:
+    def test_one_officer_alone_makes_no_approvers_once_there_are_three(self, team):
+        made = team.olga.principal_add("user/kim", roles=["officer"])
+        assert made["state"] == "pending"
+        kim = team.be("user/kim")
+        asked = team.ana.request("acme/tiny", reason="x")
+        with pytest.raises(StrongroomError):
+            kim.approve(asked["id"])
+        with pytest.raises(Denied) as caught:
+            team.olga.approve(made["id"])
+        assert caught.value.code == "approve.own"
+        assert [item["id"] for item in team.olga.requests() if item["action"] == "grant"] == [made["id"]]
+        team.ben.approve(made["id"])
+        assert team.olga.principal_show("user/kim")["roles"] == ["officer"]
+        kim.approve(asked["id"])
+        with pytest.raises(Conflict):
+            team.eva.approve(made["id"])
+        assert team.olga.log.verify()["ok"]
+
+    def test_nor_by_taking_over_an_approver(self, team):
+        """Another key, another person, a role more, back from suspension: each would make a second approver of one."""
+        team.ben.principal_change("user/eva", state="suspended")
+        for change in (
+            lambda: team.ben.principal_change("user/eva", state="active"),
+            lambda: team.ben.principal_change("user/ana", roles=["operator"]),
+            lambda: team.ben._principal("user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active"),
+        ):
+            assert change()["state"] == "pending"
+        assert team.ben.principal_show("user/eva")["state"] == "suspended"
+        # With the others gone, too: it does not begin again.
+        team.ben.principal_change("user/olga", roles=[])
+        assert team.ben.principal_add("user/kim", roles=["executive"])["state"] == "pending"
+
+    def test_what_needs_no_second_person(self, team):
+        assert team.olga.principal_add("user/kim", roles=["researcher"])["state"] == "active"
+        assert team.olga.principal_change("user/ben", roles=[])["state"] == "active"
+        assert team.olga.principal_change("user/eva", state="removed")["state"] == "removed"
+
+    def test_denied_and_expired(self, team):
+        made = team.olga.principal_add("user/kim", roles=["officer"])
+        team.ben.deny(made["id"], reason="who is that?")
+        with pytest.raises(Conflict):
+            team.eva.approve(made["id"])
+        made = team.olga.principal_add("user/lou", roles=["officer"])
+        team.later(8 * DAY)
+        with pytest.raises(Conflict):
+            team.ben.approve(made["id"])
+
+
+class TestRenewal:
+    def test_takes_a_fresh_yes(self, team):
+        lease = team.lease(duration=3600)["id"]
+        with pytest.raises(Denied):
+            team.ana.renew(lease)
+        team.later(3000)
+        renewed = team.ben.renew(lease)
+        assert renewed["lease"]["expires_at"] == pytest.approx(team.clock() + 3600, abs=5)
+        team.later(3000)
+        team.ana.load(REF)
+        team.later(700)
+        with pytest.raises(Denied):
+            team.ana.load(REF)
+        with pytest.raises(NotFound):
+            team.ben.renew(lease)
+
+    def test_and_those_of_before_have_to_count_still(self, team):
+        lease = team.lease()["id"]
+        team.olga.revoke("user/eva", reason="left")
+        with pytest.raises(Denied):
+            team.ben.renew(lease)
+
+    def test_never_of_a_copy(self, team):
+        lease = team.lease(action="copy")["id"]
+        with pytest.raises(Denied) as caught:
+            team.ben.renew(lease)
+        assert caught.value.code == "renew.copy"
+
+    def test_never_longer_than_was_granted(self, team):
+        lease = team.lease(duration=3600)["id"]
+        with pytest.raises(StrongroomError):
+            team.ben.renew(lease, duration=7200)
+
+
+class TestReview:
+    def test_of_a_room_where_all_is_well(self, team):
+        team.lease()
+        team.ana.load(REF)
+        found = team.ben.review()
+        assert [item["kind"] for item in found["findings"]] == []
+        (holding,) = found["holdings"]
+        assert (holding["holder"], holding["used"]) == ("user/ana", 1)
+        assert holding["approved_by"] == ["user/ben", "user/eva"]
+        ana = next(item for item in found["activity"] if item["principal"] == "user/ana")
+        assert (ana["releases"], ana["requests"], ana["refused"]) == (1, 1, 0)
+
+    def test_finds_and_takes_away_what_is_unused(self, team):
+        lease = team.lease(duration=7 * DAY)["id"]
+        team.later(2 * DAY)
+        found = team.ben.review()
+        assert [(item["kind"], item["removes"]) for item in found["findings"]] == [("unused-lease", lease)]
+        done = team.ben.review(apply=True)
+        assert done["removed"] == [lease]
+        with pytest.raises(Denied):
+            team.ana.load(REF)
+        assert team.ben.review()["findings"] == []
+        assert team.ben.log.show(done["entry"])["type"] == "review"
+
+    def test_an_emergency_stays_until_it_is_reviewed(self, team):
+        team.eva.load(REF, break_glass="the cluster is on fire")
+        (finding,) = team.ben.review()["findings"]
+        assert (finding["severity"], finding["kind"], finding["about"]) == ("high", "break-glass", "user/eva")
+        team.ben.review(apply=True)
+        assert team.ben.review()["findings"] == []
+
+    def test_repeated_refusals(self, team):
+        for _ in range(10):
+            with pytest.raises(Denied):
+                team.ana.load(REF)
+        (finding,) = team.ben.review()["findings"]
+        assert (finding["severity"], finding["kind"], finding["removes"]) == ("high", "refusals", "user/ana")
+
+    def test_an_approver_who_has_left_and_people_who_do_nothing(self, team):
+        lease = team.lease(duration=29 * DAY)["id"]
+        team.ana.load(REF)
+        team.olga.revoke("user/eva", reason="left")
+        assert ("approver-gone", lease) in [(item["kind"], item["removes"]) for item in team.ben.review()["findings"]]
+        team.later(91 * DAY)
+        idle = {item["about"] for item in team.ben.review()["findings"] if item["kind"] == "idle"}
+        assert "user/ana" in idle
+
+    def test_who_may_not_look(self, team):
+        with pytest.raises(Denied):
+            team.ana.review()
+        auditor = team.add("user/ada", "auditor")
+        auditor.review()
+        with pytest.raises(Denied):
+            auditor.review(apply=True)
+
+
+class TestRedaction:
+    def test_the_log_stands_and_the_reason_is_gone(self, team):
+        asked = team.ana.request("acme/tiny", reason="for Mrs Smith of Ward 5")
+        index = asked["entry"]
+        assert team.ben.log.show(index)["private"] == {"reason": "for Mrs Smith of Ward 5"}
+        before = team.ben.log.verify()
+        with pytest.raises(Denied):
+            team.ana.log.redact(index)
+        team.ben.log.redact(index)
+        assert team.ben.log.show(index)["private"] == {}
+        after = team.ben.log.verify()
+        assert after["size"] > before["size"]
+        with pytest.raises(NotFound):
+            team.ben.log.redact(index)
+        # Neither in the database nor in what is published.
+        for path in (team.folder / "room").rglob("*"):
+            if path.is_file() and "model" not in path.parts:
+                assert b"Mrs Smith" not in path.read_bytes(), path
+
+
+class TestPolicyChange:
+    def test_takes_two_people_and_a_day(self, team):
+        text = Policies.shipped("team").text.replace("context.approvals.total >= 2", "context.approvals.total >= 1")
+        proposed = team.ben.propose(text, reason="we are too slow")
+        with pytest.raises(Denied):
+            team.ana.propose(text, reason="me too")
+        with pytest.raises(Denied):
+            team.ben.approve(proposed["id"])
+        with pytest.raises(Pending):
+            team.ben.enact(proposed["id"])
+        team.eva.approve(proposed["id"])
+        with pytest.raises(Pending):
+            team.ben.enact(proposed["id"])
+        team.later(DAY + 1)
+        team.ben.enact(proposed["id"])
+        assert team.ana.policy()["digest"] == proposed_digest(text)
+        asked = team.ana.request("acme/tiny", reason="quick")
+        assert team.ben.approve(asked["id"])["state"] == "approved"
+        team.ana.load(REF)
+        assert team.ana.log.verify()["ok"]
+
+    def test_an_altered_text_in_the_database_is_refused(self, team):
+        import sqlite3
+
+        with sqlite3.connect(team.folder / "room" / "room.db") as db:
+            db.execute("UPDATE documents SET data = replace(data, 'forbid', 'permit')")
+        db.close()
+        fresh = team.be("user/ana")
+        with pytest.raises(StrongroomError) as caught:
+            fresh.load(REF)
+        assert caught.value.code == "document.tampered"
+
+
+class TestTheClock:
+    def test_set_back_brings_no_lease_to_life(self, team):
+        team.lease(duration=3600)
+        team.later(4000)
+        with pytest.raises(Denied):
+            team.ana.load(REF)  # and that is recorded, at that time
+        team.later(-3500)
+        with pytest.raises(Sealed) as caught:
+            team.ana.load(REF)
+        assert caught.value.code == "clock.backwards"
+        with pytest.raises(Denied):
+            team.ana.set_clock("please")
+        team.ben.set_clock("the clock had been ahead")
+        with pytest.raises(Denied):
+            team.ana.load(REF)
+        team.lease(duration=3600)
+        team.ana.load(REF)
+
+    def test_that_is_right_needs_no_mending(self, team):
+        with pytest.raises(StrongroomError) as caught:
+            team.ben.set_clock("just so")
+        assert caught.value.code == "clock.right"
+
+
+def proposed_digest(text):
+    return Policies.parse(text).digest

@@ -3,20 +3,21 @@ room."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import unquote, urlsplit
 
 from strongroom.core.settings import Settings
-from strongroom.errors import Conflict, NotFound, UsageError
+from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
+from strongroom.load.roomlog import RoomLog, verify_log
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from strongroom.crypto.keystores import PassphraseSource
     from strongroom.formats.bundle import KeyBundle
-    from strongroom.formats.checkpoint import Checkpoint
+    from strongroom.formats.card import Card
     from strongroom.formats.entry import Private
     from strongroom.load.reader import ImageReader
     from strongroom.load.safe_open import SafeOpen
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import PutResult, Vault
     from strongroom.vault.verify import VerifyReport
     from strongroom.vault.versions import VersionInfo
+
+__all__ = ["Progress", "Room", "RoomLog", "open", "read_once", "room_folder", "safe_open", "verify_log"]
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +47,7 @@ def room_folder(room: str | Path) -> Path:
     except ValueError:  # brackets that hold no IPv6 address
         raise _no_folder(room, "it is malformed") from None
     if parts.scheme in ("http", "https"):
-        raise _no_folder(room, "rooms that a server offers come with a later release; this one opens rooms in folders")
+        raise _no_folder(room, "a served room has no folder here, and is always https://")
     if not path or "\0" in path or parts.query or parts.fragment:
         raise _no_folder(room, "a room is a folder, or file:///its/path")
     return Path(path)
@@ -60,12 +63,22 @@ class Room:
     """A room, as one principal. Make one with `Room.init`, open one with `strongroom.open`."""
 
     def __init__(
-        self, folder: str | Path, principal: str | None = None, *, passphrase: PassphraseSource | None = None
+        self, room: str | Path | Card, principal: str | None = None, *, passphrase: PassphraseSource | None = None
     ) -> None:
-        from strongroom.vault.vault import Vault
-
-        self._vault = Vault(room_folder(folder), passphrase=passphrase)
+        self._vault = self._opened(room, principal, passphrase)
         self._as = principal
+
+    @staticmethod
+    def _opened(room: str | Path | Card, principal: str | None, passphrase: PassphraseSource | None) -> Vault:
+        if isinstance(room, Path) or (isinstance(room, str) and not room.startswith("https://")):
+            from strongroom.vault.vault import Vault
+
+            return Vault(room_folder(room), passphrase=passphrase)
+        from strongroom.load.served import ServedRoom
+        from strongroom.storage.session import card_of
+
+        # It has the part of a vault's surface that is offered over a network, and refuses the rest by name.
+        return cast("Vault", ServedRoom(card_of(room) if isinstance(room, str) else room, principal))
 
     @classmethod
     def init(
@@ -182,7 +195,8 @@ class Room:
         emergency."""
         from strongroom.load.reader import ImageReader
 
-        return ImageReader(self._vault.blobs, self._release(ref, "load", break_glass))
+        store, bundle = self._release(ref, "load", break_glass)
+        return ImageReader(self._vault.blobs_at(store), bundle)
 
     def load(self, ref: str, *, break_glass: str | None = None) -> Weights:
         """One version as a lazy mapping from tensor names to arrays; see `Weights` for whole-model reads."""
@@ -193,7 +207,8 @@ class Room:
     def grant(self, ref: str, *, break_glass: str | None = None) -> tuple[str, bytes]:
         """The store's URL and this principal's encoded key bundle: what ``strongroom run`` hands to its child.
         Secret."""
-        return self._vault.blobs.url, self._release(ref, "load", break_glass).encode()
+        store, bundle = self._release(ref, "load", break_glass)
+        return store, bundle.encode()
 
     def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = _silent) -> dict[str, Any]:
         """Write the holder's marked plaintext copy of one version into the new folder `out`; needs its approved
@@ -213,16 +228,16 @@ class Room:
         folder = Path(out)
         if folder.exists():
             raise UsageError("copy.exists", f"{folder} is there already", hint="--out with a new folder")
-        bundle = self._release(ref, "copy")
-        written = write_copy(ImageReader(self._vault.blobs, bundle), folder, progress=progress)
+        store, bundle = self._release(ref, "copy")
+        written = write_copy(ImageReader(self._vault.blobs_at(store), bundle), folder, progress=progress)
         size = sum(count for _, count in written)
-        body = {"holder": to, "release": self._released, "files": len(written), "bytes": size}
-        receipt = self._vault.custodian.record("copy", to, bundle.ref, body)
+        entry = self._vault.custodian.copied(to, bundle.ref, self._released, len(written), size)
         files = [path for path, _ in written]
-        return {"ref": bundle.ref, "to": to, "files": files, "bytes": size, "entry": receipt.index}
+        return {"ref": bundle.ref, "to": to, "files": files, "bytes": size, "entry": entry}
 
-    def _release(self, ref: str, action: str, break_glass: str | None = None) -> KeyBundle:
-        """spec/release.md, both sides of it: this is an embedded room."""
+    def _release(self, ref: str, action: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
+        """The receiver's side of spec/release.md, and in an embedded room the custodian's with it: where the ciphertext
+        is read, and the keys."""
         from strongroom.crypto.release import ReleaseKey
         from strongroom.formats.entry import Private
         from strongroom.formats.statement import Statement
@@ -246,7 +261,7 @@ class Room:
         )
         answer = custodian.release(envelope, reason)
         self._released = answer.index
-        return accept(
+        bundle = accept(
             Released(answer.entry, answer.index, answer.proof, answer.checkpoint, answer.sealed),
             Statement.decode(envelope),
             key,
@@ -255,6 +270,7 @@ class Room:
             remembered=Remembered(Settings.from_environment().state_folder, log),
             consistency=custodian.ledger.consistency,
         )
+        return answer.store, bundle
 
     @property
     def log(self) -> RoomLog:
@@ -387,14 +403,17 @@ class Room:
         from strongroom.core.ids import parse_principal
 
         parse_principal(path)
-        if any(item["path"] == path and item["state"] != "removed" for item in self.principal_ls()):
+        known = {item["path"]: item["state"] for item in self.principal_ls()}
+        if known.get(path, "removed") != "removed":
             raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
         identities = self._vault.identities
-        key = public_key or identities.create(path).public_key.hex()
+        # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
+        make = identities.create if path in known else identities.ensure
+        key = public_key or make(path).public_key.hex()
         try:
             return self._principal(path, key, person or path, roles, teams, "active")
-        except BaseException:
-            if public_key is None:
+        except StrongroomError as error:
+            if public_key is None and not isinstance(error, BackendError):  # else it may be recorded all the same
                 identities.remove(path)
             raise
 
@@ -463,110 +482,6 @@ class Room:
 
         done = self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
         return self._keystore_used("recover", done)
-
-
-class RoomLog:
-    """The log of a room."""
-
-    def __init__(self, vault: Vault, by: str) -> None:
-        self._vault, self._by = vault, by
-        self._ledger = vault.custodian.ledger
-
-    @property
-    def key(self) -> str:
-        """The log's public key in the form of a C2SP signed note's verifier key."""
-        return self._vault.log_key.verifier.encode()
-
-    def show(self, index: int) -> dict[str, Any]:
-        """One entry; `private` has what is kept beside it, checked against its commitments."""
-        found = self._entries(index, index + 1)[0]
-        from strongroom.formats.entry import Entry
-
-        entry = Entry(**{name: found[name] for name in ("type", "at", "by", "ref", "body", "private")})
-        return {**found, "private": self._ledger.private(index, entry)}
-
-    def tail(self, count: int = 20) -> list[dict[str, Any]]:
-        """The newest entries, oldest first."""
-        size = self._ledger.checkpoint()[0].size
-        return self._entries(max(0, size - count), size)
-
-    def _entries(self, begin: int, end: int) -> list[dict[str, Any]]:
-        from strongroom.formats.entry import Entry
-        from strongroom.formats.merkle import leaf_hash
-
-        size = self._ledger.checkpoint()[0].size
-        if not begin < end <= size:
-            raise NotFound("log.no_entry", f"the log has entries 0 to {size - 1}", hint="strongroom log tail")
-        return [
-            {"index": index, "leaf": leaf_hash(data).hex(), **vars(Entry.decode(data))}
-            for index, data in enumerate(self._ledger.proven(begin, end), begin)
-        ]
-
-    def prove(self, index: int) -> dict[str, Any]:
-        """The C2SP tlog-proof of one entry, and the entry."""
-        from strongroom.formats.tlogproof import LogProof
-
-        found = self._entries(index, index + 1)[0]
-        checkpoint, note = self._ledger.checkpoint()
-        proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
-        return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
-
-    def export(self, form: str = "jsonl") -> Iterator[str]:
-        """Every entry as one line of ``jsonl``, ``ocsf`` or ``cef``; what is private is in none of them."""
-        from strongroom.ledger.export import export
-
-        size = self._ledger.checkpoint()[0].size
-        pieces = (self._ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
-        entries = enumerate(entry for piece in pieces for entry in piece)
-        return export(entries, form, self._vault.log_key.origin)
-
-    def redact(self, index: int) -> dict[str, Any]:
-        """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
-        return self._vault.custodian.redact(self._vault.principal(self._by or None), index)
-
-    def cosign(self, url: str, witness: str) -> dict[str, Any]:
-        """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish
-        that."""
-        from strongroom.formats.note import VerifierKey
-        from strongroom.ledger.witness import cosign
-
-        self._vault.publish_log()
-        published = self._vault.published
-        key = VerifierKey.parse(witness)
-        note = cosign(url, key, published.note(), self._ledger.consistency)
-        published.cosigned(note)
-        return {"size": self._vault.log_key.open(note).size, "witness": key.name}
-
-    def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
-        """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:
-        the pinned key, and the newest checkpoint seen by this user. IntegrityError when it does not hold together."""
-        from strongroom.load.receive import Remembered
-
-        if folder is None:
-            self._vault.publish_log()
-        remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key)
-        return verify_log(
-            folder or self._vault.folder / "log", self.key, witnesses=witnesses, remembered=remembered.newest()
-        )
-
-
-def verify_log(
-    folder: str | Path, key: str, *, witnesses: Sequence[str] = (), remembered: Checkpoint | None = None
-) -> dict[str, Any]:
-    """Check an exported log by its public key alone (`RoomLog.key`); IntegrityError when it does not hold together."""
-    from strongroom.crypto import signatures
-    from strongroom.formats.note import VerifierKey
-    from strongroom.ledger.published import read_from
-    from strongroom.ledger.verify import verify_log as verify
-
-    report = verify(
-        read_from(Path(folder)),
-        VerifierKey.parse(key),
-        signatures.verify,
-        witnesses=[VerifierKey.parse(each) for each in witnesses],
-        remembered=remembered,
-    )
-    return report.as_json()
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

@@ -51,6 +51,9 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "log": ("log", "The record of everything, and whether it holds together."),
     },
     "Elsewhere": {
+        "serve": ("serve", "Serve the room to others, until interrupted."),
+        "trust": ("trust", "Trust the card of a served room."),
+        "identity": ("trust", "The keys of principals on this machine, for served rooms."),
         "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),
     },
     "Use": {

@@ -46,7 +46,8 @@ class Options:
         """The room, as the principal that was named or is the only one."""
         from strongroom.client import Room
 
-        return Room(self.folder, self.identity())
+        room = self.room or Settings.from_environment().room
+        return Room(room if room.startswith("https://") else self.folder, self.identity())
 
 
 pass_options = click.make_pass_decorator(Options, ensure=True)

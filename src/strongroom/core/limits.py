@@ -29,6 +29,7 @@ class Limits:
     index: int = 256 * MIB
     bundle: int = 64 * MIB
     signatures: int = 16
+    reason: int = 4 * KIB  # characters of a reason that is kept beside the log
     entry: int = 65_535  # C2SP tlog-tiles: the length of an entry has two bytes
     note: int = 1 * MIB
     note_signatures: int = 64  # C2SP signed-note: at least 16

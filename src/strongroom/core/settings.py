@@ -21,6 +21,7 @@ class Settings:
     grant: str | None = None
     threads: int = 0  # 0: as many as there are cores
     state: str = ""  # where newest checkpoints are remembered; empty: the user's own folder for such things
+    identities: str = ""  # where keys of principals are looked for; empty: the user's own folder for such things
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -32,7 +33,17 @@ class Settings:
             grant=env.get("STRONGROOM_GRANT") or None,
             threads=_threads(env.get("STRONGROOM_THREADS") or None),
             state=env.get("STRONGROOM_STATE") or "",
+            identities=env.get("STRONGROOM_IDENTITIES") or "",
         )
+
+    @property
+    def identities_folder(self) -> Path:
+        """``STRONGROOM_IDENTITIES``, else ``$XDG_CONFIG_HOME/strongroom/identities``, else that in ``~/.config``: the
+        keys of principals that act in served rooms."""
+        if self.identities:
+            return Path(self.identities)
+        base = os.environ.get("XDG_CONFIG_HOME") or ""
+        return (Path(base) if base.startswith("/") else Path.home() / ".config") / "strongroom" / "identities"
 
     @property
     def state_folder(self) -> Path:

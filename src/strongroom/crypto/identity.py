@@ -34,18 +34,31 @@ class Identities:
         """A new key for `principal`; Conflict ``identity.exists``."""
         path = self._path(principal)
         seed = os.urandom(SEED_BYTES)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                    file.write(f"{_LABEL} {principal}\n{seed.hex()}\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.link(temporary, path)  # whole, or not there: half a key would be in the way of the next one
+            finally:
+                temporary.unlink()
+            # Whatever happens to the machine now: the log is about to say that this key is the principal's.
+            for folder in (path.parent, self.folder, self.folder.parent):
+                _sync(folder)
         except FileExistsError:
             raise Conflict("identity.exists", f"this machine has a key of {principal} already: {path}") from None
         except OSError as error:
             raise BackendError("identity.write", f"can't write {path}: {error.strerror}") from None
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{_LABEL} {principal}\n{seed.hex()}\n")
-            file.flush()
-            os.fsync(file.fileno())
         return Signer(seed)
+
+    def ensure(self, principal: str) -> Signer:
+        """The key of `principal`, made if there is none. Errors as `create` and `signer`."""
+        return self.signer(principal) if self._path(principal).exists() else self.create(principal)
 
     def remove(self, principal: str) -> None:
         """Take back a key that was made and is not wanted after all."""
@@ -77,3 +90,11 @@ class Identities:
 
     def _path(self, principal: str) -> Path:
         return self.folder / f"{parse_principal(principal)}{_SUFFIX}"
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

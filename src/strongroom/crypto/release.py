@@ -17,16 +17,16 @@ _RELEASE = b"strongroom/1 release\x00"
 _TAG = 16
 
 
-def make_challenge(key: bytes, room: bytes, now: int) -> bytes:
-    """A challenge of 32 bytes that any replica recognises and none has to remember."""
+def make_challenge(key: bytes, room: bytes, era: int, now: int) -> bytes:
+    """A challenge of 32 bytes that any replica recognises and none has to remember. `era`: that of the log's state."""
     head = now.to_bytes(8, "big") + os.urandom(8)
-    return head + _tag(key, room, head)
+    return head + _tag(key, room, era, head)
 
 
-def check_challenge(challenge: bytes, key: bytes, room: bytes, now: int) -> None:
+def check_challenge(challenge: bytes, key: bytes, room: bytes, era: int, now: int) -> None:
     """AuthRequired ``challenge.foreign`` or ``challenge.expired``. That it is used once is the log's to say."""
     head, tag = challenge[:16], challenge[16:]
-    if len(challenge) != 32 or not hmac.compare_digest(tag, _tag(key, room, head)):
+    if len(challenge) != 32 or not hmac.compare_digest(tag, _tag(key, room, era, head)):
         raise AuthRequired("challenge.foreign", "the challenge is not one of this room", hint="ask for a new one")
     age = now - int.from_bytes(head[:8], "big")
     if not -CHALLENGE_LIFE <= age <= CHALLENGE_LIFE:
@@ -37,8 +37,17 @@ def check_challenge(challenge: bytes, key: bytes, room: bytes, now: int) -> None
         )
 
 
-def _tag(key: bytes, room: bytes, head: bytes) -> bytes:
-    return hmac.digest(key, _CHALLENGE + room + head, "sha256")[:_TAG]
+def _tag(key: bytes, room: bytes, era: int, head: bytes) -> bytes:
+    return hmac.digest(key, _CHALLENGE + room + era.to_bytes(8, "big") + head, "sha256")[:_TAG]
+
+
+def check_receiver(public_key: bytes) -> None:
+    """UsageError ``release.bad_key`` for a key that nothing can be sealed to: to be known before anything is
+    recorded."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public_key))
+    except ValueError:  # a point of small order: whoever listens could compute the secret
+        raise _bad_key() from None
 
 
 class ReleaseKey:
@@ -62,8 +71,12 @@ def seal_bundle(bundle: bytes, public_key: bytes, index: int, leaf: bytes) -> by
     """`bundle`, for the holder of `public_key` (32 bytes) and the log's entry `index` with the hash `leaf`."""
     try:
         return _suite().encrypt(bundle, X25519PublicKey.from_public_bytes(public_key), info=_info(index, leaf))
-    except ValueError:  # a point of small order: whoever listens could compute the secret
-        raise UsageError("release.bad_key", "the public key of the request is not an X25519 key") from None
+    except ValueError:
+        raise _bad_key() from None
+
+
+def _bad_key() -> UsageError:
+    return UsageError("release.bad_key", "the public key of the request is not an X25519 key")
 
 
 def _suite() -> Suite:

@@ -7,12 +7,13 @@ import binascii
 import re
 from dataclasses import dataclass
 
-from strongroom.errors import Tampered
-from strongroom.formats.note import COSIGNATURE, Note, Signature, VerifierKey, Verify
+from strongroom.core.limits import LIMITS
+from strongroom.errors import CannotVerify, Tampered, UsageError
+from strongroom.formats.note import COSIGNATURE, Note, Signature, VerifierKey, Verify, is_text
 
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}", re.ASCII)
 _SIGNATURE = 64
-_MOST = 1 << 62
+_LATEST = (1 << 63) - 1  # C2SP tlog-cosignature: a time does not exceed it
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,19 @@ class Checkpoint:
             root = base64.b64decode(encoded.encode("ascii"), validate=True)
         except (binascii.Error, ValueError):
             root = b""
-        found = cls(origin, int(size) if _SIZE.fullmatch(size) else _MOST, root, tuple(extensions))
-        if not origin or found.size >= _MOST or len(root) != 32 or "" in extensions or found.encode() != text:
+        count = read_size(size)
+        if count is None or not origin or len(root) != 32 or "" in extensions or not is_text(text):
             raise _malformed("origin, size, root or an extension is not one")
+        found = cls(origin, count, root, tuple(extensions))
+        if found.encode() != text:
+            raise _malformed("its root is written in another way than checkpoints are")
         return found
+
+
+def read_size(text: str) -> int | None:
+    """A size or an index in the one way that these formats write it, decimal without leading zeros; else None."""
+    value = int(text) if _SIZE.fullmatch(text) else LIMITS.log_size
+    return value if value < LIMITS.log_size else None
 
 
 def cosignature_message(note_text: str, seconds: int) -> bytes:
@@ -52,29 +62,42 @@ def cosignature_message(note_text: str, seconds: int) -> bytes:
 
 
 def cosignature(key: VerifierKey, seconds: int, signature: bytes) -> Signature:
-    """The line for a note: 8 bytes of time, big-endian, then the 64 of the signature."""
+    """The line for a note: 8 bytes of time, big-endian, then the 64 of the signature. UsageError
+    ``checkpoint.cosignature`` for a time that has no form, or a signature of another size."""
+    if not 0 <= seconds <= _LATEST or len(signature) != _SIGNATURE:
+        raise UsageError("checkpoint.cosignature", f"no cosignature is made of {len(signature)} bytes at {seconds}")
     return Signature(key.name, key.key_id, seconds.to_bytes(8, "big") + signature)
 
 
+def decode_cosignature(value: bytes) -> tuple[int, bytes]:
+    """Time and signature out of a `Signature.value`; Tampered ``checkpoint.cosignature``."""
+    seconds = int.from_bytes(value[:8], "big")
+    if len(value) != 8 + _SIGNATURE or seconds > _LATEST:
+        raise Tampered("checkpoint.cosignature", "these bytes are not a cosignature: 8 bytes of time, 64 of signature")
+    return seconds, value[8:]
+
+
 def verify_cosignature(note: Note, key: VerifierKey, verify: Verify) -> int | None:
-    """When the witness with `key` saw the note's checkpoint, in seconds; None if it has not signed. Tampered
-    ``checkpoint.cosignature`` for a signature under its name that is not its own."""
-    if key.algorithm != COSIGNATURE:
-        return None
+    """When the witness with `key` saw the note's checkpoint last, in seconds; None if it has not signed. Tampered
+    ``checkpoint.cosignature`` for a signature under its name that is not its own; CannotVerify ``note.algorithm`` for
+    one that is not a cosignature."""
+    latest: int | None = None
     for signature in note.signatures:
         if (signature.name, signature.key_id) != (key.name, key.key_id):
             continue
-        seconds, value = int.from_bytes(signature.value[:8], "big"), signature.value[8:]
+        if key.algorithm != COSIGNATURE:
+            raise CannotVerify(
+                "note.algorithm", f"the key of {key.name!r:.80} is of the kind {key.algorithm}, not one of a witness"
+            )
         try:
-            if len(value) != _SIGNATURE:
-                raise Tampered("checkpoint.cosignature", "it has another size")
+            seconds, value = decode_cosignature(signature.value)
             verify(key.public_key, value, cosignature_message(note.text, seconds))
         except Tampered:
             raise Tampered(
                 "checkpoint.cosignature", f"the cosignature of {key.name} is not of this checkpoint"
             ) from None
-        return seconds
-    return None
+        latest = seconds if latest is None else max(latest, seconds)
+    return latest
 
 
 def _malformed(why: str) -> Tampered:

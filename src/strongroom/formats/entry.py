@@ -12,7 +12,7 @@ from typing import Any
 
 from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
-from strongroom.errors import CannotVerify, LimitExceeded, Tampered
+from strongroom.errors import CannotVerify, LimitExceeded, Tampered, UsageError
 
 FORMAT = 1
 CUSTODIAN = "custodian"
@@ -221,8 +221,13 @@ class Private:
 
     @property
     def commitment(self) -> str:
-        """SHA-256 over label, salt, and canonical JSON of name and value, in hexadecimal."""
-        return hashlib.sha256(_PRIVATE + self.salt + canonical.encode([self.name, self.value])).hexdigest()
+        """SHA-256 over label, salt, and canonical JSON of name and value, in hexadecimal. UsageError
+        ``private.text``."""
+        try:
+            said = canonical.encode([self.name, self.value])
+        except ValueError:  # half a surrogate pair: an argument of the command line that is not UTF-8
+            raise UsageError("private.text", f"the {self.name} is not text") from None
+        return hashlib.sha256(_PRIVATE + self.salt + said).hexdigest()
 
     def check(self, commitment: str) -> None:
         """Tampered ``entry.private`` unless this is the value that was committed to."""

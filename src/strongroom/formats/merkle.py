@@ -10,11 +10,12 @@ import hashlib
 import hmac
 from collections.abc import Callable, Iterable, Sequence
 
-from strongroom.errors import Tampered, Truncated, UsageError
+from strongroom.core.limits import LIMITS
+from strongroom.errors import LimitExceeded, Tampered, Truncated, UsageError
 
 HASH = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
-_MOST = 1 << 62
+_MOST = LIMITS.log_size
 
 Node = Callable[[int, int], bytes]
 
@@ -30,9 +31,14 @@ def node_hash(left: bytes, right: bytes) -> bytes:
 
 
 class Frontier:
-    """The compact range of a log: `size`, and the roots of its maximal complete subtrees, from left to right."""
+    """The compact range of a log: `size`, and the roots of its maximal complete subtrees, from left to right.
+
+    UsageError ``log.frontier`` where these don't go together.
+    """
 
     def __init__(self, size: int = 0, hashes: Sequence[bytes] = ()) -> None:
+        if not 0 <= size < _MOST or len(hashes) != size.bit_count():
+            raise UsageError("log.frontier", f"{len(hashes)} subtrees don't make a log of {size} entries")
         self.size = size
         self.hashes = list(hashes)
 
@@ -49,11 +55,21 @@ class Frontier:
                 end += 1 << level
         return found
 
+    def append(self, leaf: bytes) -> list[tuple[int, int, bytes]]:
+        """As `extend`, with one leaf hash."""
+        return self.extend((leaf,))
+
     def extend(self, leaves: Iterable[bytes]) -> list[tuple[int, int, bytes]]:
-        """Append leaf hashes; every node that became complete by that, leaves included."""
-        sha256, hashes, size = hashlib.sha256, self.hashes, self.size
+        """Append leaf hashes; level, position and hash of every node that became complete by that, leaves included.
+
+        UsageError ``log.leaf`` for what is no hash, LimitExceeded ``log.full``; nothing is appended then, nor when
+        `leaves` itself raises: half an extension would have roots of no log.
+        """
+        sha256, hashes, size = hashlib.sha256, self.hashes.copy(), self.size
         made: list[tuple[int, int, bytes]] = []
         for leaf in leaves:
+            if len(leaf) != HASH:
+                raise UsageError("log.leaf", f"a leaf hash has {HASH} bytes, not {len(leaf)}")
             value, level, position = leaf, 0, size
             made.append((0, size, leaf))
             while position & 1:
@@ -63,7 +79,9 @@ class Frontier:
                 made.append((level, position, value))
             hashes.append(value)
             size += 1
-        self.size = size
+        if size >= _MOST:
+            raise LimitExceeded("log.full", f"a log has fewer than {_MOST} entries")
+        self.hashes, self.size = hashes, size
         return made
 
     def root(self) -> bytes:
@@ -80,18 +98,21 @@ class Frontier:
 
     @classmethod
     def decode(cls, data: bytes) -> Frontier:
-        """The reverse; Truncated or Tampered ``log.frontier``."""
-        if len(data) < 8:
-            raise Truncated("log.frontier", "a frontier has at least 8 bytes")
+        """The reverse; Tampered ``log.frontier``, Truncated ``log.frontier`` where bytes are missing."""
         size = int.from_bytes(data[:8], "big")
-        if size >= _MOST or len(data) != 8 + HASH * size.bit_count():
+        expected = 8 + HASH * size.bit_count()
+        if len(data) >= 8 and (size >= _MOST or len(data) > expected):
             raise Tampered("log.frontier", f"these are not the subtrees of a log of {size} entries")
+        if len(data) < expected:
+            raise Truncated("log.frontier", f"a frontier has {expected} bytes or more, not {len(data)}")
         return cls(size, [data[at : at + HASH] for at in range(8, len(data), HASH)])
 
 
 def range_hash(begin: int, end: int, node: Node) -> bytes:
     """MTH of the leaves from `begin` to before `end`, where `begin` is a multiple of a power of two that is not less
-    than their number: what RFC 6962 calls D[begin:end] wherever it takes one apart."""
+    than their number: what RFC 6962 calls D[begin:end] wherever it takes one apart. UsageError ``log.range``."""
+    if not 0 <= begin < end < _MOST or begin % (1 << (end - begin - 1).bit_length()):
+        raise UsageError("log.range", f"the leaves from {begin} to {end} are not a subtree")
     values: list[bytes] = []
     while begin < end:
         level = (end - begin).bit_length() - 1
@@ -181,8 +202,9 @@ def verify_consistency(old_size: int, old_root: bytes, new_size: int, new_root: 
     if not 0 <= old_size <= new_size < _MOST or any(len(value) != HASH for value in path):
         raise wrong
     if old_size in (0, new_size):
-        same = old_root == (EMPTY_ROOT if not old_size else new_root)
-        if path or not same:
+        # Both may hold at once: two empty logs have one root, too.
+        other = (old_size == new_size and old_root != new_root) or (not old_size and old_root != EMPTY_ROOT)
+        if path or other:
             raise wrong
         return
     # Step 1.

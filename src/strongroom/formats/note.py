@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,9 @@ from strongroom.errors import CannotVerify, LimitExceeded, Tampered
 ED25519 = 0x01
 COSIGNATURE = 0x04  # timestamped Ed25519, C2SP tlog-cosignature
 _DASH = "— "  # U+2014 and a space
-_MOST_SIGNATURES = 64
 _KEY_BYTES = 32
+# Control characters but newlines; and lone surrogates, which is how Python carries arguments that are not UTF-8.
+_UNWRITABLE = re.compile("[\x00-\x09\x0b-\x1f\ud800-\udfff]")
 
 # Takes a public key, a signature and a message, and raises Tampered; strongroom.crypto.signatures.verify is one.
 Verify = Callable[[bytes, bytes, bytes], None]
@@ -23,12 +25,13 @@ Verify = Callable[[bytes, bytes, bytes], None]
 
 def _is_name(text: str) -> bool:
     """The name of a key: not empty, no space of any kind, no plus sign."""
-    return bool(text) and "+" not in text and not any(char.isspace() for char in text) and _is_text(text)
+    return bool(text) and "+" not in text and not any(char.isspace() for char in text) and is_text(text)
 
 
-def _is_text(text: str, allowed: str = "") -> bool:
-    """No control characters, which could make one reader see other lines than the next."""
-    return not any((ord(char) < 0x20 or ord(char) == 0x7F) and char not in allowed for char in text)
+def is_text(text: str) -> bool:
+    """Whether a note can have this text: it has a form in UTF-8, and no control character but newlines, which could
+    make one reader see other lines than the next."""
+    return not _UNWRITABLE.search(text)
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,16 @@ class VerifierKey:
         material = _unbase64(encoded)
         if not _is_name(name) or not material:
             raise Tampered("note.key", f"{text!r:.80} is not a verifier key: name+hash+base64")
-        if material[0] not in (ED25519, COSIGNATURE) or len(material) != 1 + _KEY_BYTES:
+        if material[0] not in (ED25519, COSIGNATURE):
             raise CannotVerify(
                 "note.algorithm",
                 f"the key of {name!r:.80} is of the kind {material[0]}, which this release can't check",
             )
         key = cls(name, material[0], material[1:])
-        if key.key_id.hex() != key_id:
-            raise Tampered("note.key", f"the hash in the key of {name!r:.80} is not its own")
+        if len(key.public_key) != _KEY_BYTES or key.key_id.hex() != key_id:
+            raise Tampered(
+                "note.key", f"the hash in the key of {name!r:.80} is not its own, or the key's size is wrong"
+            )
         return key
 
 
@@ -109,33 +114,43 @@ class Note:
             whole = data.decode("utf-8")
         except UnicodeDecodeError:
             raise _malformed("it is not UTF-8") from None
-        if not _is_text(whole, "\n"):
+        if not is_text(whole):
             raise _malformed("it has control characters")
         # The last empty line divides: the text may have others.
         text, blank, lines = whole.rpartition("\n\n")
         if not blank or not lines.endswith("\n"):
             raise _malformed("it has no signatures")
         found = lines[:-1].split("\n")
-        if len(found) > _MOST_SIGNATURES:
+        if len(found) > LIMITS.note_signatures:
             raise LimitExceeded("note.signatures", f"a note with {len(found)} signatures")
         return cls(text + "\n", tuple(map(Signature.decode, found)))
 
 
 def verify_note(note: Note, keys: Sequence[VerifierKey], verify: Verify) -> list[str]:
-    """The names of those of `keys`, Ed25519 all, that signed the note. Signatures of other keys are passed over, as the
-    specification says; one that names a known key and is not valid is Tampered ``note.signature``, and so is a second
-    one of the same key."""
+    """The names of those of `keys`, Ed25519 all, that signed the note, each once. Signatures of other keys are passed
+    over, as the specification says; one that names a known key and is not valid is Tampered ``note.signature``, and so
+    is a second one of the same key. CannotVerify ``note.algorithm`` for one of a known key of another algorithm."""
+    known = {(key.name, key.key_id): key for key in keys}
+    signed: set[tuple[str, bytes]] = set()
     names: list[str] = []
     for signature in note.signatures:
-        for key in keys:
-            if key.algorithm != ED25519 or (signature.name, signature.key_id) != (key.name, key.key_id):
-                continue
-            try:
-                verify(key.public_key, signature.value, note.text.encode())
-            except Tampered:
-                raise Tampered("note.signature", f"the signature of {key.name} is not of this note") from None
-            if key.name in names:
-                raise Tampered("note.signature", f"{key.name} signed twice")
+        # Name and key id together: a log that changes its key signs with the old and the new one, under one name.
+        identity = (signature.name, signature.key_id)
+        key = known.get(identity)
+        if key is None:
+            continue
+        if key.algorithm != ED25519:
+            raise CannotVerify(
+                "note.algorithm", f"the key of {key.name!r:.80} is of the kind {key.algorithm}, not of those for notes"
+            )
+        try:
+            verify(key.public_key, signature.value, note.text.encode())
+        except Tampered:
+            raise Tampered("note.signature", f"the signature of {key.name} is not of this note") from None
+        if identity in signed:
+            raise Tampered("note.signature", f"{key.name} signed twice")
+        signed.add(identity)
+        if key.name not in names:
             names.append(key.name)
     return names
 

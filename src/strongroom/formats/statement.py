@@ -59,6 +59,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "break_glass": FLAG,
         "reason": _key,
     },
+    "call": {"method": TEXT, "path": TEXT, "body": DIGEST},
     "propose": {"digest": DIGEST, "reason": DIGEST},
     "principal": {
         "principal": TEXT,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from strongroom.core.limits import LIMITS
-from strongroom.errors import LimitExceeded, Tampered, Truncated
+from strongroom.errors import LimitExceeded, Tampered, Truncated, UsageError
 
 WIDTH = 256
 _PATH = re.compile(
@@ -42,18 +42,21 @@ class Tile:
             index = int(re.sub("[x/]", "", match[2]))
             level = None if match[1] == "entries" else int(match[1])
             tile = cls(level, index, int(match[3]) if match[3] else WIDTH)
-            if tile.path == path:
+            if tile.path == path and index * WIDTH < LIMITS.log_size:
                 return tile
         raise Tampered("tile.path", f"{path!r:.80} is not the path of a tile")
 
 
 def all_tiles(size: int) -> Iterator[Tile]:
-    """Every tile and bundle of a log of `size` entries, partial ones at the right edge included."""
+    """Every tile and bundle of a log of `size` entries, partial ones at the right edge included. UsageError
+    ``log.range``."""
     yield from new_tiles(0, size)
 
 
 def new_tiles(old: int, new: int) -> Iterator[Tile]:
-    """What has to be written when a log of `old` entries has become one of `new`."""
+    """What has to be written when a log of `old` entries has become one of `new`. UsageError ``log.range``."""
+    if not 0 <= old <= new < LIMITS.log_size:
+        raise UsageError("log.range", f"a log of {new} entries does not extend one of {old}")
     for level in (None, *range(8)):
         before, after = old >> 8 * (level or 0), new >> 8 * (level or 0)
         if not after:
@@ -65,7 +68,11 @@ def new_tiles(old: int, new: int) -> Iterator[Tile]:
 
 
 def encode_bundle(entries: Sequence[bytes]) -> bytes:
-    """Each entry behind its length in 2 bytes, big-endian."""
+    """Each entry behind its length in 2 bytes, big-endian; LimitExceeded ``tile.too_many``, ``tile.too_large``."""
+    if len(entries) > WIDTH:
+        raise LimitExceeded("tile.too_many", f"an entry bundle has at most {WIDTH} entries, not {len(entries)}")
+    if any(len(entry) > LIMITS.entry for entry in entries):
+        raise LimitExceeded("tile.too_large", f"an entry has at most {LIMITS.entry} bytes")
     return b"".join(len(entry).to_bytes(2, "big") + entry for entry in entries)
 
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered
-from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.checkpoint import Checkpoint, read_size
 from strongroom.formats.merkle import HASH, verify_inclusion
 from strongroom.formats.note import Note, VerifierKey, Verify, verify_note
 
 _FIRST = "c2sp.org/tlog-proof@v1"
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
-_MOST_HASHES = 63
 
 
 @dataclass(frozen=True)
 class LogProof:
     """Index and audit path (hashes of 32 bytes) of an entry in the tree of the checkpoint `note`. `extra` is
-    authenticated by nothing."""
+    authenticated by nothing; none and an empty one are the same."""
 
     index: int
     path: tuple[bytes, ...]
@@ -31,14 +28,15 @@ class LogProof:
 
     def encode(self) -> bytes:
         lines = [_FIRST]
-        if self.extra is not None:
+        if self.extra:
             lines.append(f"extra {base64.b64encode(self.extra).decode()}")
         lines += [f"index {self.index}", *encode_hashes(self.path)]
         return "".join(f"{line}\n" for line in lines).encode() + b"\n" + self.note
 
     @classmethod
     def decode(cls, data: bytes) -> LogProof:
-        """Tampered ``proof.malformed`` for all but the one text of a proof; LimitExceeded."""
+        """Tampered ``proof.malformed``, ``note.malformed``, ``checkpoint.malformed`` for all but the one text of a
+        proof; LimitExceeded."""
         if len(data) > LIMITS.note:
             raise LimitExceeded("proof.too_large", f"a proof of {len(data)} bytes; at most {LIMITS.note} are read")
         head, blank, note = data.partition(b"\n\n")
@@ -52,11 +50,11 @@ class LogProof:
                 extra = base64.b64decode(lines.pop(0).removeprefix("extra ").encode(), validate=True)
             except (binascii.Error, ValueError):
                 raise _malformed() from None
-        number = lines.pop(0).removeprefix("index ") if lines else ""
-        if first != _FIRST or not blank or not _NUMBER.fullmatch(number):
+        index = read_size(lines.pop(0).removeprefix("index ")) if lines else None
+        if first != _FIRST or not blank or index is None:
             raise _malformed()
-        found = cls(int(number), decode_hashes(lines), note, extra)
-        Note.decode(note)
+        found = cls(index, decode_hashes(lines), note, extra)
+        Checkpoint.decode(Note.decode(note).text)
         if found.encode() != data:
             raise _malformed()
         return found
@@ -80,7 +78,7 @@ def encode_hashes(hashes: Sequence[bytes]) -> list[str]:
 
 def decode_hashes(lines: Sequence[str]) -> tuple[bytes, ...]:
     """The reverse; Tampered ``proof.malformed``, LimitExceeded beyond the 63 that a proof can have."""
-    if len(lines) > _MOST_HASHES:
+    if len(lines) > LIMITS.proof_hashes:
         raise LimitExceeded("proof.too_long", f"a proof of {len(lines)} hashes")
     hashes = []
     for line in lines:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered
+from strongroom.formats.checkpoint import Checkpoint, read_size
 from strongroom.formats.note import Note
 from strongroom.formats.tlogproof import decode_hashes, encode_hashes
 
-_OLD = re.compile(r"old (0|[1-9][0-9]{0,18})", re.ASCII)
+_OLD = "old "
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,13 @@ class AddCheckpoint:
     note: bytes
 
     def encode(self) -> bytes:
-        lines = [f"old {self.old}", *encode_hashes(self.proof)]
+        lines = [f"{_OLD}{self.old}", *encode_hashes(self.proof)]
         return "".join(f"{line}\n" for line in lines).encode() + b"\n" + self.note
 
     @classmethod
     def decode(cls, data: bytes) -> AddCheckpoint:
-        """Tampered ``witness.malformed`` for all but the one text of a request; LimitExceeded."""
+        """Tampered ``witness.malformed``, ``proof.malformed``, ``note.malformed``, ``checkpoint.malformed`` for all but
+        the one text of a request; LimitExceeded."""
         if len(data) > LIMITS.note:
             raise LimitExceeded("witness.too_large", f"a request of {len(data)} bytes; at most {LIMITS.note} are read")
         head, blank, note = data.partition(b"\n\n")
@@ -36,11 +37,11 @@ class AddCheckpoint:
             first, *lines = head.decode("ascii").split("\n")
         except UnicodeDecodeError:
             raise _malformed() from None
-        match = _OLD.fullmatch(first)
-        if match is None or not blank:
+        old = read_size(first.removeprefix(_OLD))
+        if old is None or not first.startswith(_OLD) or not blank:
             raise _malformed()
-        Note.decode(note)
-        return cls(int(match[1]), decode_hashes(lines), note)
+        Checkpoint.decode(Note.decode(note).text)
+        return cls(old, decode_hashes(lines), note)
 
 
 def _malformed() -> Tampered:

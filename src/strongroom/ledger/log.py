@@ -17,7 +17,16 @@ from sqlalchemy.engine import Connection
 from strongroom.core import canonical
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import CannotVerify, Forked, NotFound, Rollback, StrongroomError, Tampered, Truncated
+from strongroom.errors import (
+    CannotVerify,
+    Forked,
+    NotFound,
+    Rollback,
+    StrongroomError,
+    Tampered,
+    Truncated,
+    UsageError,
+)
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.entry import Entry, Private
@@ -40,6 +49,7 @@ _SNAPSHOT_EVERY = 512  # entries, or more of them where the state is large
 _TILE_BITS = 8
 _TILE = 1 << _TILE_BITS
 _PUBLISH_EVERY = 1.0  # seconds
+_RESTORE = "strongroom log verify; restore the database from a backup"
 
 
 class Fold(Protocol):
@@ -147,7 +157,11 @@ class Ledger(Generic[S]):
             self._queue.append(waiting)
             lead, self._leading = not self._leading, True
         if not lead:
-            waiting.woken.wait()
+            try:
+                waiting.woken.wait()
+            except BaseException:
+                self._leave(waiting)
+                raise
         if not waiting.done:
             self._lead()
         if waiting.error is not None:
@@ -167,13 +181,23 @@ class Ledger(Generic[S]):
             if not isinstance(error, Exception):
                 raise
         finally:
-            with self._queue_lock:
-                successor = self._queue[0] if self._queue else None
-                self._leading = successor is not None
             for waiting in batch:
                 waiting.woken.set()
-            if successor is not None:
-                successor.woken.set()
+            with self._queue_lock:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._leading = bool(self._queue)
+        if self._queue:
+            self._queue[0].woken.set()
+
+    def _leave(self, waiting: _Waiting[S]) -> None:
+        """Somebody who was interrupted appends nothing if it is not too late for that, and leads nobody."""
+        with self._queue_lock:
+            if waiting in self._queue:
+                self._queue.remove(waiting)
+                if waiting.woken.is_set():
+                    self._hand_over()
 
     def _sequence(self, batch: list[_Waiting[S]]) -> None:
         signer = self._signer()  # outside: it may have to ask the key store
@@ -287,7 +311,7 @@ class Ledger(Generic[S]):
                 f"the log has {size} entries, and had {max(loaded.frontier.size, seen)}",
                 hint="the database was set back: restore the newest copy of it",
             )
-        if note == loaded.note:
+        if (size, note) == (loaded.frontier.size, loaded.note):
             self._loaded = loaded
             return loaded
         checkpoint = self._key.open(note)
@@ -299,11 +323,13 @@ class Ledger(Generic[S]):
             for _ in loaded.frontier.extend([leaf_hash(data) for data in found]):
                 pass
         if checkpoint.size != size or checkpoint.root != loaded.frontier.root():
-            kind = Forked if same else Tampered
-            raise kind(
-                "log.forked" if same else "log.tampered",
-                f"the {size} entries in the database are not those that were signed",
-                hint="strongroom log verify; restore the database from a backup",
+            if same:
+                raise Forked("log.forked", f"the log of {size} entries has another root than it had", hint=_RESTORE)
+            if not afresh:  # what was seen may be right, and the log another one: read by itself it shows which
+                self._loaded = None
+                return self._catch_up(tx)
+            raise Tampered(
+                "log.tampered", f"the {size} entries in the database are not those that were signed", hint=_RESTORE
             )
         if afresh:
             self._check_seen(tx, checkpoint)
@@ -327,7 +353,7 @@ class Ledger(Generic[S]):
             raise Forked(
                 "log.forked",
                 f"the log is not the one that was seen before: its first {size} entries are others",
-                hint="strongroom log verify; restore the database from a backup",
+                hint=_RESTORE,
             ) from error
 
     def _check_published(self, size: int) -> None:
@@ -399,6 +425,8 @@ class Ledger(Generic[S]):
     def proven(self, begin: int, end: int) -> list[bytes]:
         """As `entries`, each of them proven to be in the tree that was signed; Tampered ``log.tampered``."""
         checkpoint, _ = self.checkpoint()
+        if not 0 <= begin < end <= checkpoint.size:
+            raise UsageError("log.range", f"the log of {checkpoint.size} entries has none from {begin} to {end}")
         # Whole tiles: a path from one leaf to the root has the hashes of all others in its tile.
         first, last = begin // _TILE * _TILE, min(-(-end // _TILE) * _TILE, checkpoint.size)
         with self._db.reading() as tx:
@@ -422,7 +450,7 @@ class Ledger(Generic[S]):
                 raise Tampered(
                     "log.tampered",
                     f"entries of the database between {first} and {last} are not those that were signed",
-                    hint="strongroom log verify; restore the database from a backup",
+                    hint=_RESTORE,
                 ) from error
         return found[begin - first : end - first]
 
@@ -433,6 +461,8 @@ class Ledger(Generic[S]):
             rows = tx.execute(query).all()
         found = {}
         for row in rows:
+            if not isinstance(row.value, str) or not isinstance(row.salt, bytes):
+                raise Tampered("log.malformed", f"what is kept beside entry {index} is not what a custodian writes")
             value = Private(row.name, row.value, row.salt)
             value.check(entry.private.get(row.name, ""))
             found[row.name] = row.value

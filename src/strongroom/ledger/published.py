@@ -74,11 +74,20 @@ class Published:
         return read_from(self.folder)(_CHECKPOINT)
 
     def _write(self, name: str, data: bytes) -> None:
+        """Durable when it is there, so that a checkpoint never outlives the tiles that it stands for."""
         path = self.folder / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.rename(path)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     @contextlib.contextmanager
     def _locked(self, *, wait: bool = False) -> Iterator[bool]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from strongroom.crypto.release import ReleaseKey
-from strongroom.errors import BackendError, Forked, Rollback, StrongroomError, Tampered
+from strongroom.errors import BackendError, Forked, Rollback, Sealed, StrongroomError, Tampered
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry
@@ -48,8 +48,6 @@ class Remembered:
             return None
         except OSError as error:
             raise BackendError("checkpoint.unreadable", f"can't read {self._path}: {error.strerror}") from None
-        if not data:
-            return None
         try:
             return self._key.open(data)
         except StrongroomError as error:
@@ -81,8 +79,11 @@ class Remembered:
             if seen is not None:
                 _extends(seen, checkpoint, consistency)
             if seen is None or seen.size < checkpoint.size:
-                temporary = self._path.with_suffix(f".{os.getpid()}")
-                temporary.write_bytes(note)
+                temporary = self._path.with_suffix(".new")  # whoever has the lock is alone
+                with temporary.open("wb") as out:
+                    out.write(note)
+                    out.flush()
+                    os.fsync(out.fileno())
                 temporary.rename(self._path)
         except OSError as error:
             raise BackendError(
@@ -102,6 +103,8 @@ def _extends(seen: Checkpoint, now: Checkpoint, consistency: Consistency) -> Non
         return
     try:
         path = consistency(older.size, newer.size)
+    except (BackendError, Sealed):
+        raise  # nobody answered: that says nothing about the log
     except StrongroomError as error:
         if newer is seen:  # the log that answers does not have what was seen
             raise Rollback(

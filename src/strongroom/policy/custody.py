@@ -8,7 +8,7 @@ Steps of `release` are numbered as in spec/release.md, section 2.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from strongroom.core.ids import Ref, parse_principal
@@ -23,6 +23,7 @@ from strongroom.policy.state import TOLERANCE, Approval, Grant, Principal, Propo
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
+_LONGEST = 100 * 366 * 86_400  # seconds that may be asked for; what is granted is policy's to say
 _RANKS = ("executive", "officer", "operator")
 _TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 T = TypeVar("T")
@@ -90,6 +91,7 @@ class Custody:
         who = self.authenticate(state, statement, now)
         body = statement.body
         version = usable(state, body["ref"])
+        _unheard(state, statement)
         holder = state.principals.get(body["for"])
         if holder is None or not holder.active:
             raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
@@ -99,9 +101,11 @@ class Custody:
                 f"{who.path} may ask for itself, and not for {holder.path}",
                 hint=f"strongroom request {version.ref} --action {body['action']} --for {who.path}",
             )
-        if not body["duration"] or body["uses"] == 0:
+        if not 0 < body["duration"] <= _LONGEST or body["uses"] == 0:
             raise UsageError(
-                "request.nothing", "a request is for some time, and at least one use", hint="--duration 8h"
+                "request.nothing",
+                "a request is for some time, not for ever, and for at least one use",
+                hint="--duration 8h",
             )
         query = self._grant(state, holder, body["action"], version.ref, [], body["duration"], now)
         policies = self._policies(state.policy)
@@ -243,16 +247,26 @@ class Custody:
     # -- release -------------------------------------------------------------------------------------------------
 
     def release(
-        self, state: State, statement: Statement, facts: Facts, now: int, *, reason: str | None = None
+        self,
+        state: State,
+        statement: Statement,
+        fresh: Callable[[], None],
+        facts: Facts,
+        now: int,
+        *,
+        reason: str | None = None,
     ) -> Entry:
-        """A key bundle for one holder; spec/release.md, section 2. Whether the challenge is this room's, and young, the
-        caller has checked (its key is none of policy's business)."""
+        """A key bundle for one holder; spec/release.md, section 2. `fresh` raises unless the challenge is this room's,
+        and young: its key is none of policy's business."""
         # Steps 1 and 2.
         who = self.authenticate(state, statement, now)
         body = statement.body
-        # Step 3, the rest of it: a challenge is used once.
+        # Step 3.
+        fresh()
         if body["challenge"] in state.recent:
             raise Conflict("challenge.used", "the challenge was used before", hint="ask for a new one")
+        if body["reason"] != (reason or ""):  # the entry has to say what was signed
+            raise UsageError("release.reason", "the release was signed with another reason than it comes with")
         # Step 4: nobody takes a bundle for somebody else, whose code word it would carry.
         if body["holder"] != who.path:
             raise Denied("release.holder", f"{who.path} can't take the keys of {body['holder']!r:.80}")
@@ -300,15 +314,18 @@ class Custody:
         for path in (body["principal"], body["person"], *body["teams"]):
             parse_principal(path)
         before = state.principals.get(body["principal"])
+        _check_record(state, body)
         if who.person in (body["person"], before.person if before else ""):
-            gained = set(body["roles"]) - set(before.roles if before else ())
-            if gained or (before and before.person != body["person"]):
+            gained = {*body["roles"], *body["teams"]} - ({*before.roles, *before.teams} if before else set())
+            revived = before and not before.active and body["state"] == "active"
+            if gained or revived or (before and before.person != body["person"]):
                 raise Denied(
                     "grant.own",
                     f"{who.path} can't give rights to {body['principal']}, which is the same person",
                     hint="somebody else who may grant has to do it",
                 )
         if state.most_granters >= _TOGETHER and _weighty(before, body):
+            _unheard(state, statement)
             grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
         return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
@@ -317,6 +334,7 @@ class Custody:
         """A new policy; it needs a second person and a waiting time."""
         who = self.authenticate(state, statement, now)
         self.may(state, who, "administer", now=now)
+        _unheard(state, statement)
         self._policies(statement.body["digest"])  # it has to be valid, and at hand
         body = {"id": statement.id, "digest": statement.body["digest"], "enact_after": now + WAITING}
         return Entry("proposal", now, who.path, "", {**body, "statement": statement.envelope}, {"reason": reason})
@@ -330,9 +348,15 @@ class Custody:
             raise NotFound(
                 "policy.no_proposal", f"no proposal {proposal_id!r:.40} is open", hint="strongroom policy show"
             )
-        proposer = state.principals[proposal.by].person
-        others = {each.person for each in proposal.approvals if state.principals[each.by].active} - {proposer}
-        if not others:
+        agreed = {
+            state.principals[each.by].person
+            for each in proposal.approvals
+            if self._counts(state, each, ROOM, "administer", now)
+        }
+        proposer = state.principals[proposal.by]
+        if self._allowed(state, proposer, "administer", now):
+            agreed.add(proposer.person)
+        if len(agreed) < 2:
             raise Pending(
                 "policy.needs_second",
                 f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
@@ -361,7 +385,14 @@ class Custody:
         """Somebody else who may grant agrees to a change of a principal."""
         if grant.state_at(now) != "pending":
             raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
-        if who.person in (state.principals[grant.by].person, grant.record["person"]):
+        target = state.principals.get(grant.record["principal"])
+        if (target.entry if target else None) != grant.before:
+            raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
+        if not self._allowed(state, state.principals[grant.by], "grant", now):
+            raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="grant it again")
+        _check_record(state, grant.record)
+        persons = (state.principals[grant.by].person, grant.record["person"], target.person if target else "")
+        if who.person in persons:
             raise Denied("approve.own", "nobody approves their own grant", hint="somebody else who may grant has to")
         self.may(state, who, "grant", now=now)
         body = {"id": grant.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
@@ -385,6 +416,22 @@ class Custody:
             raise explain(policies, query).denied()
         return decision
 
+    def _allowed(self, state: State, who: Principal, action: str, now: int) -> bool:
+        here = situation(state, who, ROOM, now, stage="direct")
+        query = Query(subject(who), action, resource(state, ROOM), here)
+        return who.active and self._policies(state.policy).decide(query).allowed
+
+    def _counts(self, state: State, approval: Approval, ref: str, asked: str, now: int) -> bool:
+        """Whether who gave this approval could give it now, by the policy in force: as it is, and also without the
+        roles that it did not have then."""
+        by = state.principals[approval.by]
+        here = situation(state, by, ref, now, stage="direct", asked=asked)
+        policies = self._policies(state.policy)
+        return by.active and all(
+            policies.decide(Query(subject(each), "approve", resource(state, ref), here)).allowed
+            for each in (by, replace(by, roles=sorted(set(approval.roles) & set(by.roles))))
+        )
+
     def _approver(self, state: State, who: Principal, ref: str, asked: str, *, own: bool, now: int) -> None:
         here = situation(state, who, ref, now, stage="direct", asked=asked, same_person=own)
         self._ask(state, Query(subject(who), "approve", resource(state, ref), here))
@@ -404,12 +451,11 @@ class Custody:
         duration: int,
         now: int,
     ) -> Query:
-        """The question whether these approvals are enough. Those of people who are suspended since don't count, nor do
-        roles that they have lost."""
+        """The question whether these approvals are enough. What counts is who could give them still."""
         counted: dict[str, set[str]] = {}
         for approval in approvals:
             by = state.principals[approval.by]
-            if by.active and by.person != holder.person:
+            if by.person != holder.person and self._counts(state, approval, ref, action, now):
                 counted.setdefault(by.person, set()).update(set(approval.roles) & set(by.roles))
         # Each under one role, the highest, so that sums of roles count people.
         ranks = [next((rank for rank in _RANKS if rank in roles), "") for roles in counted.values()]
@@ -420,7 +466,7 @@ class Custody:
             now,
             stage="grant",
             duration=duration,
-            approvals=len(ranks) - ranks.count(""),
+            approvals=len(ranks),
             operators=ranks.count("operator"),
             officers=ranks.count("officer"),
             executives=ranks.count("executive"),
@@ -509,6 +555,31 @@ def _weighty(before: Principal | None, body: Mapping[str, Any]) -> bool:
     if before is None or not before.active:
         return True
     return bool(ranked - set(before.roles)) or (before.key, before.person) != (body["key"], body["person"])
+
+
+def _unheard(state: State, statement: Statement) -> None:
+    """Half an hour of hashing finds two statements with one identifier; an approval of one must not be taken for an
+    approval of the other."""
+    if statement.id in state.requests or statement.id in state.proposals or statement.id in state.grants:
+        raise Conflict("request.exists", f"there is a {statement.id} already", hint="sign a new one")
+
+
+def _check_record(state: State, body: Mapping[str, Any]) -> None:
+    """UsageError for a principal that no question could be asked about later, or who could pass for two people."""
+    path, person = body["principal"], body["person"]
+    if not path.startswith("team/"):
+        Subject(path, tuple(body["roles"]), tuple(body["teams"]), person, suspended=False)
+    first = state.principals.get(person)
+    chained = person != path and (first is None or first.person != person)
+    others = [each for each in state.principals.values() if each.path != path]
+    if chained or (person != path and any(each.person == path for each in others)):
+        raise UsageError(
+            "principal.person",
+            f"the person behind {path} is named by the principal that they had first, and {person} is not one",
+            hint=_PRINCIPALS,
+        )
+    if body["key"] and any(each.key == body["key"] and each.person != person for each in others):
+        raise UsageError("principal.key", f"the key of {path} is that of another person", hint=_PRINCIPALS)
 
 
 def _nobody(path: str) -> AuthRequired:

@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 
 TOLERANCE = 300  # seconds that a clock may be off
 _GRANTERS = {"officer", "executive"}
-_REMEMBERED = 4 * TOLERANCE  # a statement is too old long before its digest is forgotten
+_REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
+_FOR_EVER = MAX_INTEGER
 
 
 @dataclass
@@ -121,6 +123,7 @@ class Grant:
     id: str
     digest: str
     record: dict[str, Any]
+    before: int | None  # the entry that the principal is from when the change is asked for; None: it is a new one
     by: str
     at: int
     expires_at: int
@@ -147,8 +150,12 @@ class Proposal:
 
 @dataclass
 class State:
-    """The fold. `latest` is the greatest time that an entry has had; `recent` the digests of statements and challenges
-    that are young enough to be replayed."""
+    """The fold. `latest` is the greatest time that an entry has had, `era` the index of the newest `clock` entry.
+
+    `recent`: the digests of statements, and challenges, that must not come again, each with the time from which it may
+    be forgotten. Those of releases are too old by then, and void in another era; all others, of which there are not so
+    many, are kept for ever: after the clock was set back they would be young again.
+    """
 
     room: str = ""
     signer: str = ""
@@ -156,6 +163,7 @@ class State:
     policy: str = ""
     policy_since: int = 0
     latest: int = 0
+    era: int = 0
     most_granters: int = 0  # people who were officers or executives at one time; never less
     principals: dict[str, Principal] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
@@ -189,18 +197,18 @@ class State:
         # `clock` is how an administrator sets the room's time back; every other entry only moves it on.
         self.latest = entry.at if entry.type == "clock" else max(self.latest, entry.at)
         if statement := entry.body.get("statement"):
-            self._remember(Statement.decode(statement).digest, entry.at)
+            until = entry.at + _REMEMBERED if entry.type == "release" else _FOR_EVER
+            self._remember(Statement.decode(statement).digest, until)
         if apply := _APPLY.get(entry.type):
             try:
                 apply(self, index, entry)
             except KeyError as error:
                 raise Tampered("log.malformed", f"entry {index} ({entry.type}) refers to nothing: {error}") from None
 
-    def _remember(self, digest: str, at: int) -> None:
-        self.recent[digest] = at
+    def _remember(self, digest: str, until: int) -> None:
+        self.recent[digest] = until
         if len(self.recent) % 64 == 0:
-            old = self.latest - _REMEMBERED
-            self.recent = {key: when for key, when in self.recent.items() if when >= old}
+            self.recent = {key: when for key, when in self.recent.items() if when >= self.latest}
 
     def _genesis(self, _: int, entry: Entry) -> None:
         body = entry.body
@@ -212,8 +220,15 @@ class State:
 
     def _grant(self, _: int, entry: Entry) -> None:
         said = Statement.decode(entry.body["statement"])
+        before = self.principals.get(said.body["principal"])
         self.grants[entry.body["id"]] = Grant(
-            entry.body["id"], said.digest, dict(said.body), entry.by, entry.at, entry.body["expires_at"]
+            entry.body["id"],
+            said.digest,
+            dict(said.body),
+            before.entry if before else None,
+            entry.by,
+            entry.at,
+            entry.body["expires_at"],
         )
 
     def _install(self, index: int, at: int, body: Mapping[str, Any]) -> None:
@@ -308,7 +323,7 @@ class State:
 
     def _release(self, _: int, entry: Entry) -> None:
         body = entry.body
-        self._remember(body["challenge"], entry.at)
+        self._remember(body["challenge"], entry.at + _REMEMBERED)
         fresh = Use(body["holder"], entry.ref, entry.at, entry.at)
         use = self.uses.setdefault(f"{body['holder']} {entry.ref}", fresh)
         use.last = entry.at
@@ -327,13 +342,16 @@ class State:
             self.requests[target].state = "revoked"
             self._end_leases(lambda lease: lease.id == target, why)
         elif target in self.principals:
-            self.principals[target].state = "suspended"
+            if self.principals[target].active:
+                self.principals[target].state = "suspended"
+            self.principals[target].entry = index
             self._end_leases(lambda lease: lease.holder == target, why)
         else:
             self.versions[target].frozen = True
             self._end_leases(lambda lease: lease.ref == target, why)
 
     def _clock(self, index: int, _: Entry) -> None:
+        self.era = index
         self._end_leases(lambda _: True, f"the clock was set back in entry {index}")
 
     def _end_leases(self, which: Callable[[Lease], bool], why: str) -> None:

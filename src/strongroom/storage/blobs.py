@@ -110,6 +110,10 @@ def open_blobs(url: str | os.PathLike[str], *, create: bool = True) -> Blobs:
         from strongroom.storage.objects import ObjectBlobs
 
         return ObjectBlobs(text)
+    if scheme == "https":
+        from strongroom.storage.served import ServedBlobs
+
+        return ServedBlobs(text)
     if scheme and scheme != "file":
         raise UsageError(
             "store.unknown_scheme",

@@ -104,7 +104,9 @@ put_packs = sa.Table(
 log_state = sa.Table(
     "log_state",
     metadata,
-    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="log_state_one"), primary_key=True),
+    sa.Column(
+        "id", sa.Integer, sa.CheckConstraint("id = 1", name="log_state_one"), primary_key=True, autoincrement=False
+    ),
     sa.Column("size", sa.BigInteger, nullable=False),
     sa.Column("checkpoint", sa.LargeBinary, nullable=False),
 )
@@ -137,7 +139,9 @@ log_private = sa.Table(
 log_snapshot = sa.Table(
     "log_snapshot",
     metadata,
-    sa.Column("id", sa.Integer, sa.CheckConstraint("id = 1", name="log_snapshot_one"), primary_key=True),
+    sa.Column(
+        "id", sa.Integer, sa.CheckConstraint("id = 1", name="log_snapshot_one"), primary_key=True, autoincrement=False
+    ),
     sa.Column("data", sa.LargeBinary, nullable=False),
 )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from strongroom.core import canonical
 from strongroom.core.limits import KIB
-from strongroom.errors import NotFound, Tampered
+from strongroom.errors import BackendError, NotFound, Tampered
 from strongroom.formats.suites import FORMAT, check_format
 
 NAME = "room.json"
@@ -86,7 +86,7 @@ class RoomConfig:
         replace(self, keystores=tuple(dict.fromkeys(keystores))).write(folder)
 
     def write(self, folder: Path) -> None:
-        """Durable and atomic: the old configuration or the new one."""
+        """Durable and atomic: the old configuration or the new one. BackendError ``room.unwritable``."""
         value = {
             "format": FORMAT,
             "room": self.room.hex(),
@@ -96,18 +96,25 @@ class RoomConfig:
             "log": self.log_key.hex(),
         }
         temporary = folder / f".{NAME}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(canonical.encode(value))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(folder / NAME)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(canonical.encode(value))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(folder / NAME)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise BackendError(
+                "room.unwritable",
+                f"can't write {folder / NAME}: {error.strerror}",
+                hint="free space, and make the room's folder writable for this user",
+            ) from None
 
     def store_url(self, folder: Path) -> str:
         return self.store if "://" in self.store or self.store.startswith("/") else str(folder.resolve() / self.store)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import text
-from strongroom.crypto.release import check_challenge, make_challenge, seal_bundle
+from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
 from strongroom.errors import (
     AuthRequired,
     Conflict,
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
 _MANIFESTS = 32
 _DETAIL = 500  # characters of what is recorded of a refusal
+_REASON = 4096
+_STRANGERS = 60  # refusals of unknown speakers that are recorded in a minute: anybody can cause them
+_UNKNOWN = ("auth.refused", "statement.stale", "statement.replayed")  # it may be anybody who says this
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Custodian:
         self._vault, self.ledger = vault, ledger
         self._parsed: dict[str, Policies] = {}
         self._texts: dict[str, str] = {}
+        self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
         self._manifests: dict[bytes, Manifest] = {}
         self._deciding = threading.local()
         self.rules = Custody(self.policies)
@@ -168,22 +174,27 @@ class Custodian:
         policies = Policies.parse(text)
         if policies.digest != statement.body["digest"]:
             raise UsageError("policy.other_text", "the statement is about another policy text")
-        self._parsed[policies.digest] = policies
-        reason.check(statement.body["reason"])
+        _check_reason(reason, statement.body["reason"])
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
+            self.rules.authenticate(state, statement, now)
+            self._parsed[policies.digest] = policies
             entry = self.rules.propose(state, statement, reason.commitment, now)
             self._keep(tx, text)
             return Draft(entry, [reason])
 
-        with self._refusals(statement):
+        with self._refusals(statement.by, "administer"):
             receipt = self._decide(decide, writes=True)
         return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
 
     def enact(self, proposal: str, by: str) -> dict[str, Any]:
         """A proposal becomes the policy."""
-        who = self.principal(by)
-        receipt = self._decide(lambda _, state, now: Draft(self.rules.enact(state, proposal, who, now)))
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            return Draft(self.rules.enact(state, proposal, self._active(state, by), now))
+
+        with self._refusals(by, "administer"):
+            receipt = self._decide(decide)
         return {"policy": receipt.entry.body["digest"], "proposal": proposal, "entry": receipt.index}
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -191,7 +202,7 @@ class Custodian:
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
         """Ask for a lease."""
         statement = self._statement(envelope, "request")
-        reason.check(statement.body["reason"])
+        _check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.request(state, statement, reason.commitment, now), [reason]),
@@ -207,7 +218,7 @@ class Custodian:
     def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
         """A no."""
         statement = self._statement(envelope, "deny")
-        reason.check(statement.body["reason"])
+        _check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement, lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason])
         )
@@ -216,7 +227,7 @@ class Custodian:
     def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
         """End a lease or request, suspend a principal, freeze a version."""
         statement = self._statement(envelope, "revoke")
-        reason.check(statement.body["reason"])
+        _check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement, lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason])
         )
@@ -326,7 +337,7 @@ class Custodian:
         now = self._now()
         with self.ledger.view() as state:
             size = self.ledger.checkpoint()[0].size
-            pieces = (self.ledger.entries(at, min(at + 1024, size)) for at in range(0, size, 1024))
+            pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
             return review(state, (Entry.decode(data) for piece in pieces for data in piece), now)
 
     def redact(self, by: str, index: int) -> dict[str, Any]:
@@ -364,25 +375,37 @@ class Custodian:
 
     def challenge(self) -> bytes:
         """A fresh challenge of 32 bytes, good for 300 seconds."""
-        return make_challenge(self._vault.keys.challenge_key, self._vault.id, self._now())
+        with self.ledger.view() as state:
+            era = state.era
+        return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
 
     def release(self, envelope: str, reason: Private | None = None) -> Answer:
         """Record a release, and only then seal the key bundle to the key that asked for it."""
         statement = self._statement(envelope, "release")
         body = statement.body
         if reason is not None:
-            reason.check(body["reason"])
+            _check_reason(reason, body["reason"])
         elif body["break_glass"]:
             raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
-        with self._refusals(statement):
-            check_challenge(
-                bytes.fromhex(body["challenge"]), self._vault.keys.challenge_key, self._vault.id, self._now()
-            )
-            # Before the entry: what can fail must not be recorded as done.
+        # Before the entry: what can fail must not be recorded as done.
+        check_receiver(bytes.fromhex(body["public_key"]))
+        with self._refusals(statement.by, body["action"], body["ref"]):
+            with self.ledger.view() as state:  # and nothing is looked up, or said of what there is, for a stranger
+                self.rules.authenticate(state, statement, self._now())
             record = self._vault.record(self._vault.find(body["ref"]))
             manifest = self._manifest(record)
             facts = Facts(record.revision, record.manifest_digest.hex())
-            receipt = self._decide(lambda _, state, now: self._draft(state, statement, facts, now, reason))
+            key = self._vault.keys.challenge_key
+
+            def decide(_: Connection, state: State, now: int) -> Draft:
+                def fresh() -> None:
+                    check_challenge(bytes.fromhex(body["challenge"]), key, self._vault.id, state.era, now)
+
+                commitment = reason.commitment if reason is not None else None
+                entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
+                return Draft(entry, [reason] if reason is not None else [])
+
+            receipt = self._decide(decide)
         bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
         leaf = leaf_hash(receipt.data)
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
@@ -398,10 +421,17 @@ class Custodian:
             self._manifests[record.manifest_digest] = found
         return found
 
-    def _draft(self, state: State, statement: Statement, facts: Facts, now: int, reason: Private | None) -> Draft:
-        commitment = reason.commitment if reason is not None else None
-        entry = self.rules.release(state, statement, facts, now, reason=commitment)
-        return Draft(entry, [reason] if reason is not None else [])
+    def lease_end(self, entry: bytes) -> int:
+        """When the lease ends that a release entry rests on; a day from then for one that rests on none."""
+        found = Entry.decode(entry)
+        with self.ledger.view() as state:
+            lease = state.leases.get(found.body["lease"] or "")
+            return lease.expires_at if lease is not None else found.at + 86_400
+
+    def identify(self, statement: Statement) -> str:
+        """The active principal that made `statement`, for what is read and not recorded; AuthRequired."""
+        with self.ledger.view() as state:
+            return self.rules.authenticate(state, statement, self._now()).path
 
     # -- everything else that is recorded ------------------------------------------------------------------------
 
@@ -424,8 +454,20 @@ class Custodian:
         """An entry about what was done already."""
         return self.ledger.append(lambda _, __, now: Draft(Entry(kind, now, by, ref, body)))
 
+    def copied(self, holder: str, ref: str, release: int, files: int, size: int) -> int:
+        """Record that the copy which the entry `release` is about was written; the entry that says so."""
+        body = {"holder": holder, "release": release, "files": files, "bytes": size}
+        return self.record("copy", holder, ref, body).index
+
     def refuse(self, by: str, action: str, ref: str, error: StrongroomError) -> None:
-        """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside."""
+        """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside. Of
+        people who are not authenticated so many are recorded in a minute, and no more."""
+        if error.code in _UNKNOWN:
+            by = UNKNOWN
+            now = time.monotonic()
+            if len(self._strangers) == _STRANGERS and now - self._strangers[0] < 60:
+                return
+            self._strangers.append(now)
         detail = Private.fresh("detail", error.message[:_DETAIL])
         rule = str(error.evidence.get("rule", ""))[:80]
 
@@ -440,6 +482,7 @@ class Custodian:
     def set_clock(self, by: str, reason: str) -> dict[str, Any]:
         """After the clock had been ahead: take the room's time back to now. Ends every lease."""
         note = Private.fresh("reason", reason)
+        _check_reason(note, note.commitment)
 
         def decide(_: Connection, state: State, now: int) -> Draft:
             self.rules.may(state, self._active(state, by), "administer", now=now)
@@ -448,13 +491,16 @@ class Custodian:
             body = {"before": state.latest}
             return Draft(Entry("clock", now, by, "", body, {"reason": note.commitment}), [note])
 
-        receipt = self._decide(decide)
+        with self._refusals(by, "administer"):
+            receipt = self._decide(decide)
         return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _append(self, statement: Statement, decide: Any) -> Receipt:
-        with self._refusals(statement):
+        action = str(statement.body.get("action", statement.kind))
+        ref = str(statement.body.get("ref", ""))
+        with self._refusals(statement.by, action, ref):
             return self._decide(lambda _, state, now: decide(state, now))
 
     def _decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
@@ -470,13 +516,12 @@ class Custodian:
         return self.ledger.append(within, writes=writes)
 
     @contextlib.contextmanager
-    def _refusals(self, statement: Statement) -> Iterator[None]:
+    def _refusals(self, by: str, action: str, ref: str = "") -> Iterator[None]:
         """What is refused here is recorded, then raised."""
         try:
             yield
         except (Denied, AuthRequired, Conflict) as error:
-            ref = str(statement.body.get("ref", ""))
-            self.refuse(statement.by, str(statement.body.get("action", statement.kind)), ref, error)
+            self.refuse(by, action, ref, error)
             raise
 
     def _statement(self, envelope: str, kind: str) -> Statement:
@@ -518,6 +563,16 @@ class Custodian:
 
     def _now(self) -> int:
         return self._vault.clock()
+
+
+def _check_reason(reason: Private, commitment: str) -> None:
+    """UsageError for what can't be kept or shown, Tampered unless it is what was signed."""
+    shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
+    if reason.name != "reason" or len(reason.value) > _REASON or not shown:
+        raise UsageError(
+            "reason.malformed", f"a reason is a text of at most {_REASON} characters that can be shown", hint="--reason"
+        )
+    reason.check(commitment)
 
 
 def _describe_grant(grant: Grant, now: int) -> dict[str, Any]:

@@ -111,6 +111,11 @@ class RoomKeys:
         return derive(self._seed, "challenge")
 
     @property
+    def reading_key(self) -> bytes:
+        """What reading passes of this room are recognised by."""
+        return derive(self._seed, "reading")
+
+    @property
     def _seed(self) -> bytes:
         """The room's signing seed, which a room has for good: asked for once, so that a release need not ask again."""
         if self._opened is None:

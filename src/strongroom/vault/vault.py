@@ -40,7 +40,7 @@ from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.suites import Suite
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft, Ledger
-from strongroom.ledger.published import Published
+from strongroom.ledger.published import Published, read_from
 from strongroom.policy.query import ROOM
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
@@ -161,8 +161,11 @@ class Vault:
         custody: str,
         passphrase: PassphraseSource | None,
     ) -> list[Share]:
-        for part in ("keys", "locks"):
-            (folder / part).mkdir(mode=0o700)
+        try:
+            for part in ("keys", "locks"):
+                (folder / part).mkdir(mode=0o700)
+        except OSError as error:
+            raise UsageError("room.folder", f"can't make a room in {folder}: {error.strerror}") from None
         blobs = open_blobs(config.store_url(folder))
         blobs.check()
         if next(iter(blobs.list("")), None) is not None:
@@ -190,6 +193,15 @@ class Vault:
         self.blobs.close()
 
     # -- principals ----------------------------------------------------------------------------------------------
+
+    def blobs_at(self, url: str) -> Blobs:  # noqa: ARG002 - a served room's may be elsewhere
+        """The store that a release names."""
+        return self.blobs
+
+    def read_log(self) -> Callable[[str], bytes]:
+        """How a verifier reads what is published of the log, by name."""
+        self.publish_log()
+        return read_from(self.folder / "log")
 
     def publish_log(self) -> None:
         """Bring the published tiles and checkpoint up to the newest entry."""
@@ -383,6 +395,7 @@ class Vault:
     def _publish(self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str) -> tuple[Row[Any], int]:
         """One transaction: the version appears, and its journal goes."""
         digest = manifest.digest()
+        rows: list[Row[Any]] = []
 
         def decide(tx: Connection, state: State, at: int) -> Draft:
             newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
@@ -405,6 +418,8 @@ class Vault:
                     **measured(manifest),
                 )
             )
+            # Read here: an error after the commit would call a put failed that is not.
+            rows.append(tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one())
             journal.close(tx)
             body = {
                 "version": record.version.hex(),
@@ -416,9 +431,7 @@ class Vault:
             return Draft(Entry("put", at, by, f"{name}@{number}", body))
 
         receipt = self.custodian.ledger.append(decide, writes=True)
-        query = select(versions).where(versions.c.version_id == journal.record.version.hex())
-        with self.db.reading() as tx:
-            return tx.execute(query).one(), receipt.index
+        return rows[-1], receipt.index
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
 

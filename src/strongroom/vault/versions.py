@@ -43,6 +43,15 @@ class VersionInfo:
         return {"ref": self.ref, **{key: value for key, value in vars(self).items() if key not in ("name", "number")}}
 
     @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The reverse of `as_json`; Tampered ``record.malformed``."""
+        try:
+            ref = Ref.parse(value["ref"])
+            return cls(name=ref.name, number=ref.number or 0, **{key: value[key] for key in value if key != "ref"})
+        except (KeyError, TypeError, AttributeError, UsageError):
+            raise Tampered("record.malformed", "what a server says of a version is not what one says") from None
+
+    @classmethod
     def of(cls, row: Row[Any]) -> Self:
         """From a row of the table of versions; Tampered ``record.malformed`` if it can't be one that we wrote."""
         check_row(row)

@@ -1,0 +1,36 @@
+"""Any bytes into an entry of the log: only Strongroom's errors come out, and what is accepted has one spelling."""
+
+from __future__ import annotations
+
+import atheris
+from harness import fuzz, one_spelling
+
+with atheris.instrument_imports():
+    from strongroom.formats.entry import Entry
+
+
+def seeds() -> dict[str, bytes]:
+    """Some that hold together."""
+    short, digest = "0" * 16, "d" * 64
+    lease = {"id": short, "holder": "user/ana", "action": "load", "ref": "acme/tiny@1", "expires_at": 9, "uses": None}
+    approve = {"id": short, "duration": 60, "uses": 3, "roles": ["officer"], "statement": "", "lease": lease}
+    release = {
+        "action": "load",
+        "holder": "user/ana",
+        "lease": short,
+        "revision": 1,
+        "manifest": digest,
+        "public_key": digest,
+        "challenge": digest,
+        "break_glass": True,
+        "statement": "",
+    }
+    return {
+        "approve": Entry("approve", 5, "user/ben", "acme/tiny@1", approve).encode(),
+        "release": Entry("release", 5, "user/ana", "acme/tiny@1", release, {"reason": digest}).encode(),
+        "login": Entry("login", 5, "user/ana", "", {"method": "Schlüssel"}, {"address": digest}).encode(),
+    }
+
+
+if __name__ == "__main__":
+    fuzz(one_spelling(Entry.decode, Entry.encode), seeds())

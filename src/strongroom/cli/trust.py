@@ -1,0 +1,75 @@
+"""``strongroom trust`` and ``strongroom identity``: what a client of a served room has beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from strongroom.cli.options import Group, Options, command, pass_options
+from strongroom.cli.output import facts
+from strongroom.errors import UsageError
+
+if TYPE_CHECKING:
+    from strongroom.crypto.identity import Identities
+
+
+@command(
+    "trust",
+    explain="""From then on --room https://… is the room on this card: the server has to show a certificate of the
+    card's authority, and log and manifests have to be signed with the card's keys. Get the card over a channel that you
+    trust.""",
+)
+@click.argument("card", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@pass_options
+def trust(options: Options, card: Path) -> None:
+    """Trust the card of a served room."""
+    from strongroom.formats.card import Card
+    from strongroom.storage.session import trust as keep
+
+    try:
+        found = Card.decode(card.read_bytes())
+    except OSError as error:
+        raise UsageError("card.unreadable", f"can't read {card}: {error.strerror}") from None
+    path = keep(found)
+    answer = {"url": found.url, "room": found.room.hex(), "log_key": found.log_key.hex(), "kept": str(path)}
+    options.output.answer(answer, facts(list(answer.items())))
+    options.output.note(f"  → strongroom --room {found.url} ls")
+
+
+@click.group("identity", cls=Group)
+def identity() -> None:
+    """The keys of principals on this machine, for served rooms."""
+
+
+@command("new", explain="The private key stays on this machine, in a file that only you may read.")
+@click.argument("principal", metavar="PRINCIPAL")
+@pass_options
+def new(options: Options, principal: str) -> None:
+    """Make a key to act as PRINCIPAL with."""
+    signer = _identities().create(principal)
+    key = signer.public_key.hex()
+    options.output.answer({"principal": principal, "public_key": key}, facts([("principal", principal), ("key", key)]))
+    options.output.note(
+        f"  → somebody who may grant: strongroom principal add {principal} --public-key {key} --role ROLE"
+    )
+
+
+@command("ls", explain="The files in the folder of identities; nothing of the keys is shown.")
+@pass_options
+def ls(options: Options) -> None:
+    """Whom this machine can act as."""
+    found = _identities().ls()
+    options.output.answer({"identities": found}, found or ["nobody"])
+
+
+def _identities() -> Identities:
+    from strongroom.core.settings import Settings
+    from strongroom.crypto.identity import Identities
+
+    return Identities(Settings.from_environment().identities_folder)
+
+
+identity.add_command(new)
+identity.add_command(ls)

@@ -1,0 +1,129 @@
+"""A certificate authority of the room's own, so that TLS is on from the first minute (RFC 5280).
+
+For rooms that have no public name, and for development: the card that clients are given names this authority, and they
+believe no other.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from strongroom.errors import BackendError, Tampered
+
+_YEARS = timedelta(days=3650)
+_SERVER = timedelta(days=30)  # made anew at every start
+_BACK = timedelta(minutes=5)  # for clients whose clock is behind
+
+
+class Authority:
+    """The authority in `folder`: ``ca.pem`` and its key, made when there is none."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._certificate, self._key = self._load(name)
+
+    @property
+    def pem(self) -> str:
+        """The authority's certificate, which clients are given."""
+        return self._certificate.public_bytes(Encoding.PEM).decode()
+
+    def issue(self, hosts: list[str]) -> tuple[Path, Path]:
+        """A certificate for a server under these names and addresses: the files of its chain and of its key."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names: list[x509.GeneralName] = []
+        for host in hosts:
+            try:
+                names.append(x509.IPAddress(ipaddress.ip_address(host)))
+            except ValueError:
+                names.append(x509.DNSName(host))
+        now = datetime.now(UTC)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(_name("strongroom custodian"))
+            .issuer_name(self._certificate.subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACK)
+            .not_valid_after(now + _SERVER)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, SHA256())
+        )
+        chain = certificate.public_bytes(Encoding.PEM) + self.pem.encode()
+        return _write(self._folder / "server.pem", chain), _write(self._folder / "server.key", _private(key))
+
+    def _load(self, name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        path, key_path = self._folder / "ca.pem", self._folder / "ca.key"
+        if not path.exists():
+            return self._make(name, path, key_path)
+        try:
+            certificate = x509.load_pem_x509_certificate(path.read_bytes())
+            key = load_pem_private_key(key_path.read_bytes(), None)
+        except (OSError, ValueError) as error:
+            raise Tampered("authority.damaged", f"the authority in {self._folder} can't be read: {error}") from None
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+            raise Tampered("authority.damaged", f"key and certificate in {self._folder} don't belong together")
+        return certificate, key
+
+    def _make(self, name: str, path: Path, key_path: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject, now = _name(name), datetime.now(UTC)
+        usage = x509.KeyUsage(
+            digital_signature=False,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=True,
+            crl_sign=True,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _BACK)
+            .not_valid_after(now + _YEARS)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .sign(key, SHA256())
+        )
+        _write(key_path, _private(key))
+        _write(path, certificate.public_bytes(Encoding.PEM))  # last: with it the authority is there
+        return certificate, key
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def _write(path: Path, data: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+        temporary.rename(path)
+    except OSError as error:
+        raise BackendError("authority.write", f"can't write {path}: {error.strerror}") from None
+    return path

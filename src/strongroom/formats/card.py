@@ -1,0 +1,59 @@
+"""The card of a served room (spec/http.md, section 4): what a client believes, given to it beforehand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from strongroom.core import canonical
+from strongroom.errors import LimitExceeded, Tampered
+from strongroom.formats.suites import FORMAT, check_format
+
+_MOST = 64 * 1024
+_URL = re.compile(r"https://[a-zA-Z0-9.\-]+(:[0-9]{1,5})?|https://\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Card:
+    """`room`: 16 bytes; `log_key` and `signer`: the 32-byte public keys of log and manifests; `authority`: the PEM of
+    the one certificate authority that is believed."""
+
+    url: str
+    room: bytes
+    log_key: bytes
+    signer: bytes
+    authority: str
+
+    def encode(self) -> bytes:
+        return canonical.encode(
+            {
+                "ca": self.authority,
+                "format": FORMAT,
+                "log": self.log_key.hex(),
+                "room": self.room.hex(),
+                "signer": self.signer.hex(),
+                "url": self.url,
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Card:
+        """Tampered ``card.malformed``, CannotVerify ``format.unknown``."""
+        if len(data) > _MOST:
+            raise LimitExceeded("card.too_large", f"a card of {len(data)} bytes")
+        value = canonical.decode(data, what="the card of the room")
+        if not isinstance(value, dict) or value.keys() != {"ca", "format", "log", "room", "signer", "url"}:
+            raise _malformed("it does not have exactly the members of one")
+        check_format(value["format"], "this card")
+        texts = {name: value[name] for name in ("ca", "log", "room", "signer", "url")}
+        if not all(isinstance(text, str) for text in texts.values()) or not _URL.fullmatch(texts["url"]):
+            raise _malformed("its address is not https://HOST:PORT")
+        for name, digits in (("log", 64), ("room", 32), ("signer", 64)):
+            if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", texts[name], re.ASCII):
+                raise _malformed(f"its {name} is not one")
+        room, log_key, signer = (bytes.fromhex(texts[name]) for name in ("room", "log", "signer"))
+        return cls(texts["url"], room, log_key, signer, texts["ca"])
+
+
+def _malformed(why: str) -> Tampered:
+    return Tampered("card.malformed", f"this is not the card of a room: {why}")

@@ -1,0 +1,120 @@
+"""The log of a room, as its client sees it: entries, proofs, exports, and whether it holds together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strongroom.core.settings import Settings
+from strongroom.errors import NotFound
+
+if TYPE_CHECKING:
+    from strongroom.formats.checkpoint import Checkpoint
+    from strongroom.vault.vault import Vault
+
+
+class RoomLog:
+    """The log of a room."""
+
+    def __init__(self, vault: Vault, by: str) -> None:
+        self._vault, self._by = vault, by
+        self._ledger = vault.custodian.ledger
+
+    @property
+    def key(self) -> str:
+        """The log's public key in the form of a C2SP signed note's verifier key."""
+        return str(self._vault.log_key.verifier.encode())
+
+    def show(self, index: int) -> dict[str, Any]:
+        """One entry; `private` has what is kept beside it, checked against its commitments."""
+        found = self._entries(index, index + 1)[0]
+        from strongroom.formats.entry import Entry
+
+        entry = Entry(**{name: found[name] for name in ("type", "at", "by", "ref", "body", "private")})
+        return {**found, "private": self._ledger.private(index, entry)}
+
+    def tail(self, count: int = 20) -> list[dict[str, Any]]:
+        """The newest entries, oldest first."""
+        size = self._ledger.checkpoint()[0].size
+        return self._entries(max(0, size - count), size)
+
+    def _entries(self, begin: int, end: int) -> list[dict[str, Any]]:
+        from strongroom.formats.entry import Entry
+        from strongroom.formats.merkle import leaf_hash
+
+        size = self._ledger.checkpoint()[0].size
+        if not begin < end <= size:
+            raise NotFound("log.no_entry", f"the log has entries 0 to {size - 1}", hint="strongroom log tail")
+        return [
+            {"index": index, "leaf": leaf_hash(data).hex(), **vars(Entry.decode(data))}
+            for index, data in enumerate(self._ledger.proven(begin, end), begin)
+        ]
+
+    def prove(self, index: int) -> dict[str, Any]:
+        """The C2SP tlog-proof of one entry, and the entry."""
+        from strongroom.formats.tlogproof import LogProof
+
+        found = self._entries(index, index + 1)[0]
+        checkpoint, note = self._ledger.checkpoint()
+        proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
+        return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
+
+    def export(self, form: str = "jsonl") -> Iterator[str]:
+        """Every entry as one line of ``jsonl``, ``ocsf`` or ``cef``; what is private is in none of them."""
+        from strongroom.ledger.export import export
+
+        size = self._ledger.checkpoint()[0].size
+        pieces = (self._ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
+        entries = enumerate(entry for piece in pieces for entry in piece)
+        return export(entries, form, self._vault.log_key.origin)
+
+    def redact(self, index: int) -> dict[str, Any]:
+        """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
+        return self._vault.custodian.redact(self._vault.principal(self._by or None), index)
+
+    def cosign(self, url: str, witness: str) -> dict[str, Any]:
+        """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish
+        that."""
+        from strongroom.formats.note import VerifierKey
+        from strongroom.ledger.witness import cosign
+
+        self._vault.publish_log()
+        published = self._vault.published
+        key = VerifierKey.parse(witness)
+        note = cosign(url, key, published.note(), self._ledger.consistency)
+        published.cosigned(note)
+        return {"size": self._vault.log_key.open(note).size, "witness": key.name}
+
+    def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
+        """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:
+        the pinned key, and the newest checkpoint seen by this user. IntegrityError when it does not hold together."""
+        from strongroom.load.receive import Remembered
+
+        remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key)
+        where = folder if folder is not None else self._vault.read_log()
+        return verify_log(where, self.key, witnesses=witnesses, remembered=remembered.newest())
+
+
+def verify_log(
+    log: str | Path | Callable[[str], bytes],
+    key: str,
+    *,
+    witnesses: Sequence[str] = (),
+    remembered: Checkpoint | None = None,
+) -> dict[str, Any]:
+    """Check an exported log, in a folder or given by how its files are read, by its public key alone (`RoomLog.key`);
+    IntegrityError when it does not hold together."""
+    from strongroom.crypto import signatures
+    from strongroom.formats.note import VerifierKey
+    from strongroom.ledger.published import read_from
+    from strongroom.ledger.verify import verify_log as verify
+
+    report = verify(
+        log if callable(log) else read_from(Path(log)),
+        VerifierKey.parse(key),
+        signatures.verify,
+        witnesses=[VerifierKey.parse(each) for each in witnesses],
+        remembered=remembered,
+    )
+    return report.as_json()

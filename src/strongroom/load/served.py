@@ -1,0 +1,296 @@
+"""A served room, with the surface that `strongroom.client.Room` uses of an embedded one (spec/http.md)."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from strongroom.core.clock import unix
+from strongroom.core.ids import Ref, parse_principal
+from strongroom.core.settings import Settings
+from strongroom.crypto.identity import Identities
+from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered, UsageError
+from strongroom.formats.card import Card
+from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.entry import Entry, Private
+from strongroom.formats.merkle import HASH, inclusion_proof, leaf_hash, node_hash, verify_inclusion
+from strongroom.formats.statement import Statement
+from strongroom.formats.tiles import WIDTH, Tile, decode_bundle
+from strongroom.ledger.key import LogKey
+from strongroom.load.receive import Released
+from strongroom.storage.blobs import Blobs, open_blobs
+from strongroom.storage.session import Session
+from strongroom.vault.versions import VersionInfo
+
+
+@dataclass(frozen=True)
+class Named:
+    """A version by name and number."""
+
+    name: str
+    number: int
+
+
+@dataclass(frozen=True)
+class ServedAnswer(Released):
+    """A release, and where its ciphertext is read."""
+
+    store: str
+
+
+class ServedRoom:
+    """The room that `card` names, as `principal` (default: the only identity on this machine)."""
+
+    def __init__(self, card: Card, principal: str | None) -> None:
+        self.card, self.id, self.signer = card, card.room, card.signer
+        self.log_key = LogKey(card.room, card.log_key)
+        self.identities = Identities(Settings.from_environment().identities_folder)
+        self.clock = unix
+        self._principal = principal
+        self._session = Session(card)
+        self.custodian = ServedCustodian(self)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def principal(self, path: str | None) -> str:
+        """Who to act as; the server says whether that is somebody."""
+        if path is not None:
+            return parse_principal(path)
+        mine = self.identities.ls()
+        if len(mine) == 1:
+            return mine[0]
+        raise AuthRequired(
+            "principal.ambiguous",
+            f"this machine has the keys of {', '.join(mine) or 'nobody'}; say who you are",
+            hint=f"--as {mine[0]}" if mine else "strongroom identity new user/NAME",
+        )
+
+    def principal_ls(self) -> list[dict[str, Any]]:
+        return list(self.get("/v1/principals")["principals"])
+
+    def ls(self, name: str | None = None) -> list[VersionInfo]:
+        query = f"?{urlencode({'name': name})}" if name else ""
+        return [VersionInfo.from_json(item) for item in self.get(f"/v1/weights{query}")["versions"]]
+
+    def find(self, ref: str) -> Named:
+        """The version that `ref` names: the newest active one for a name alone."""
+        wanted = Ref.parse(ref)
+        if wanted.number is not None:
+            return Named(wanted.name, wanted.number)
+        numbers = [info.number for info in self.ls(wanted.name) if info.state == "active"]
+        if not numbers:
+            raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
+        return Named(wanted.name, max(numbers))
+
+    def read_log(self) -> Callable[[str], bytes]:
+        """How a verifier reads the log: takes the right to audit."""
+        return lambda name: self.get_bytes(f"/v1/log/{name.removeprefix('log/')}")
+
+    def blobs_at(self, url: str) -> Blobs:
+        return open_blobs(url)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def get(self, path: str) -> dict[str, Any]:
+        return _json(self._session.request("GET", path, headers=self._call("GET", path, b"")))
+
+    def get_bytes(self, path: str) -> bytes:
+        return self._session.request("GET", path, headers=self._call("GET", path, b""))
+
+    def post(self, path: str, value: dict[str, Any] | None = None, *, call: bool = False) -> dict[str, Any]:
+        body = json.dumps(value or {}).encode()
+        return _json(self._session.request("POST", path, body, self._call("POST", path, body) if call else {}))
+
+    def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        who = self.principal(self._principal)
+        said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
+        signer = self.identities.signer(who)
+        statement = Statement.sign("call", said, room=self.id.hex(), by=who, at=self.clock(), signer=signer)
+        text = base64.urlsafe_b64encode(statement.envelope.encode()).rstrip(b"=").decode()
+        return {"Authorization": f"Strongroom {text}"}
+
+    def __getattr__(self, name: str) -> Any:
+        # `put`, `verify`, `keys`, …: what is done where the room is.
+        raise UsageError(
+            "room.not_here", f"a served room does not offer this from here ({name})", hint="run it on the room's host"
+        )
+
+
+class ServedCustodian:
+    """`strongroom.vault.custodian.Custodian`, as far as it is offered over HTTP."""
+
+    def __init__(self, room: ServedRoom) -> None:
+        self._room = room
+        self.ledger = self
+
+    def challenge(self) -> bytes:
+        return bytes.fromhex(str(self._room.post("/v1/challenges")["nonce"]))
+
+    def release(self, envelope: str, reason: Private | None = None) -> ServedAnswer:
+        found = self._room.post("/v1/releases", {"statement": envelope, "reason": _reason(reason)})
+        try:
+            return ServedAnswer(
+                _bytes(found["entry"]),
+                int(found["index"]),
+                tuple(map(_bytes, found["proof"])),
+                _bytes(found["checkpoint"]),
+                _bytes(found["sealed"]),
+                str(found["store"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise BackendError("server.answer", "the server's answer is not a release") from None
+
+    def consistency(self, old: int, new: int) -> list[bytes]:
+        found = self._room.get(f"/v1/log/consistency?{urlencode({'old': old, 'new': new})}")
+        try:
+            return [_bytes(each) for each in found["proof"]]
+        except (KeyError, TypeError):
+            raise BackendError("server.answer", "the server's answer is not a proof") from None
+
+    def copied(self, holder: str, ref: str, release: int, files: int, size: int) -> int:  # noqa: ARG002
+        """What the custodian knows of a copy is its release: that it was written, only its holder can say."""
+        return release
+
+    def checkpoint(self) -> tuple[Checkpoint, bytes]:
+        note = self._room.get_bytes("/v1/log/checkpoint")
+        return self._room.log_key.open(note), note
+
+    def proven(self, begin: int, end: int) -> list[bytes]:
+        """The encoded entries from `begin` to before `end`, each proven to be in the tree that the log key signed.
+
+        Takes the right to audit. Tampered ``log.inclusion``.
+        """
+        checkpoint, _ = self.checkpoint()
+        tiles = _Tiles(self._room.get_bytes, checkpoint.size)
+        found: list[bytes] = []
+        first = begin // WIDTH
+        for index in range(first, -(-end // WIDTH)):
+            entries = decode_bundle(self._room.get_bytes(f"/v1/log/{tiles.at(None, index).path}"))
+            leaves = {(0, index * WIDTH + k): leaf_hash(data) for k, data in enumerate(entries)}
+            if len(entries) != tiles.at(None, index).width:
+                raise Tampered("log.bundle", f"the server's bundle {index} does not have all of its entries")
+            tiles.known = leaves
+            # The path of one has the hashes of all others in its bundle.
+            for position in (index * WIDTH, index * WIDTH + len(entries) - 1):
+                path = inclusion_proof(position, checkpoint.size, tiles.node)
+                verify_inclusion(leaves[0, position], position, checkpoint.size, path, checkpoint.root)
+            found += entries
+        return found[begin - first * WIDTH : end - first * WIDTH]
+
+    def private(self, index: int, entry: Entry) -> dict[str, str]:  # noqa: ARG002 - it stays with the custodian
+        return {}
+
+    def request(self, envelope: str, reason: Private) -> dict[str, Any]:
+        return self._room.post("/v1/requests", {"statement": envelope, "reason": _reason(reason)})
+
+    def requests(self) -> list[dict[str, Any]]:
+        return list(self._room.get("/v1/requests")["requests"])
+
+    def show_request(self, identifier: str) -> dict[str, Any]:
+        return self._room.get(f"/v1/requests/{quote(identifier, safe='')}")
+
+    def approve(self, envelope: str) -> dict[str, Any]:
+        return self._room.post(f"/v1/requests/{_about(envelope)}/approve", {"statement": envelope})
+
+    def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
+        return self._room.post(
+            f"/v1/requests/{_about(envelope)}/deny", {"statement": envelope, "reason": _reason(reason)}
+        )
+
+    def renew(self, envelope: str) -> dict[str, Any]:
+        return self._room.post(f"/v1/leases/{_about(envelope)}/renew", {"statement": envelope})
+
+    def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
+        return self._room.post("/v1/revocations", {"statement": envelope, "reason": _reason(reason)})
+
+    def change_principal(self, envelope: str) -> dict[str, Any]:
+        return self._room.post("/v1/principals", {"statement": envelope})
+
+    def show_principal(self, path: str) -> dict[str, Any]:
+        return self._room.get(f"/v1/principals/{quote(path)}")
+
+    def who(self, ref: str) -> list[dict[str, Any]]:
+        return list(self._room.get(f"/v1/reach?{urlencode({'ref': ref})}")["access"])
+
+    def reach(self, path: str) -> list[dict[str, Any]]:
+        return list(self._room.get(f"/v1/reach?{urlencode({'principal': path})}")["access"])
+
+    def policy(self) -> dict[str, Any]:
+        return self._room.get("/v1/policies")
+
+    def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
+        return self._room.post("/v1/policies", {"statement": envelope, "text": text, "reason": _reason(reason)})
+
+    def enact(self, proposal: str, by: str) -> dict[str, Any]:  # noqa: ARG002 - who calls is who enacts
+        return self._room.post(f"/v1/policies/{quote(proposal, safe='')}/enact", call=True)
+
+    def __getattr__(self, name: str) -> Any:
+        raise UsageError(
+            "room.not_here", f"a served room does not offer this from here ({name})", hint="run it on the room's host"
+        )
+
+
+class _Tiles:
+    """The hashes of a log of `size`, by its tiles; those in `known` are computed, and not asked for."""
+
+    def __init__(self, read: Callable[[str], bytes], size: int) -> None:
+        self._read, self._size = read, size
+        self._tiles: dict[str, bytes] = {}
+        self.known: dict[tuple[int, int], bytes] = {}
+
+    def at(self, level: int | None, index: int) -> Tile:
+        return Tile(level, index, min(WIDTH, (self._size >> 8 * (level or 0)) - index * WIDTH))
+
+    def node(self, level: int, position: int) -> bytes:
+        """The hash of a complete subtree."""
+        if (level, position) in self.known:
+            return self.known[level, position]
+        # A subtree within the bundle that is being proven is computed from its entries.
+        inside = level < 8 and (0, position << level) in self.known
+        if level % 8 or inside:
+            value = node_hash(self.node(level - 1, 2 * position), self.node(level - 1, 2 * position + 1))
+            self.known[level, position] = value
+            return value
+        tile = self.at(level // 8, position // WIDTH)
+        if tile.path not in self._tiles:
+            self._tiles[tile.path] = self._read(f"/v1/log/{tile.path}")
+        begin = position % WIDTH * HASH
+        value = self._tiles[tile.path][begin : begin + HASH]
+        if len(value) != HASH:
+            raise Tampered("log.tile", f"the server's {tile.path} does not have all of its hashes")
+        return value
+
+
+def _about(envelope: str) -> str:
+    body = Statement.decode(envelope).body
+    return str(body.get("request", body.get("lease")))[:16]
+
+
+def _reason(reason: Private | None) -> dict[str, str] | None:
+    if reason is None:
+        return None
+    return {"value": reason.value, "salt": base64.b64encode(reason.salt).decode()}
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise BackendError("server.answer", "the server's answer is no JSON object")
+    return value
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError):
+        raise BackendError("server.answer", "a part of the server's answer is not base64") from None

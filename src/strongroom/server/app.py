@@ -1,0 +1,329 @@
+"""The custodian over HTTP (spec/http.md): a thin skin over `Custodian`, which decides everything.
+
+Stateless: any number of these may run over one database and one store.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from strongroom.core.limits import LIMITS, MIB
+from strongroom.crypto.reading import check_pass, make_pass
+from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
+from strongroom.formats.entry import Private
+from strongroom.formats.statement import Statement
+from strongroom.formats.tiles import Tile, encode_bundle
+from strongroom.server.guard import Guard
+from strongroom.vault.custodian import Answer
+from strongroom.vault.vault import Vault
+
+_MOST = 2 * MIB
+_PASS_LIFE = 86_400  # seconds
+_RANGE_MOST = 64 * MIB
+_SCHEME = "Strongroom "
+
+Handler = Callable[[Request, bytes], Any]
+
+
+class CustodianApp:
+    """The ASGI application of one room; `asgi` is what a server runs."""
+
+    def __init__(self, vault: Vault, url: str) -> None:
+        self._url = url
+        self._vault, self._custodian = vault, vault.custodian
+        routes = [
+            self._route("POST", "/v1/challenges", self._challenge),
+            self._route("POST", "/v1/releases", self._release),
+            self._route("GET", "/v1/requests", self._requests),
+            self._route("POST", "/v1/requests", partial(self._say, "request")),
+            self._route("GET", "/v1/requests/{id}", self._request),
+            self._route("POST", "/v1/requests/{id}/approve", partial(self._say, "approve")),
+            self._route("POST", "/v1/requests/{id}/deny", partial(self._say, "deny")),
+            self._route("POST", "/v1/leases/{id}/renew", partial(self._say, "renew")),
+            self._route("POST", "/v1/revocations", partial(self._say, "revoke")),
+            self._route("GET", "/v1/principals", self._principals),
+            self._route("POST", "/v1/principals", partial(self._say, "principal")),
+            self._route("GET", "/v1/principals/{path:path}", self._principal),
+            self._route("GET", "/v1/policies", self._policy),
+            self._route("POST", "/v1/policies", partial(self._say, "propose")),
+            self._route("POST", "/v1/policies/{id}/enact", self._enact),
+            self._route("GET", "/v1/weights", self._weights),
+            self._route("GET", "/v1/reach", self._reach),
+            self._route("GET", "/v1/objects/{pass}/{name:path}", self._object),
+            self._route("GET", "/v1/log/checkpoint", self._checkpoint),
+            self._route("GET", "/v1/log/consistency", self._consistency),
+            self._route("GET", "/v1/log/tile/{path:path}", self._tile),
+            self._route("GET", "/healthz", lambda *_: {"ok": True}),
+            self._route("GET", "/readyz", self._ready),
+        ]
+        self.asgi = Guard(Starlette(routes=routes, exception_handlers={404: _missing, 405: _missing, 500: _fault}))
+
+    def _route(self, method: str, path: str, handler: Handler) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                body = await _body(request)
+                # In a thread: it waits for the database, and many who wait together share one batch of the log.
+                answer = await run_in_threadpool(handler, request, body)
+            except StrongroomError as error:
+                return problem(error)
+            return answer if isinstance(answer, Response) else JSONResponse(answer)
+
+        return Route(path, endpoint, methods=[method], name=f"{method} {path}")
+
+    # -- statements ----------------------------------------------------------------------------------------------
+
+    def _challenge(self, _: Request, __: bytes) -> dict[str, Any]:
+        nonce = self._custodian.challenge()
+        return {"nonce": nonce.hex(), "expires_at": self._vault.clock() + 300}
+
+    def _release(self, _: Request, body: bytes) -> dict[str, Any]:
+        value = _object(body, {"statement", "reason"})
+        answer = self._custodian.release(_text(value, "statement"), _private(value.get("reason")))
+        return {
+            "entry": _base64(answer.entry),
+            "index": answer.index,
+            "proof": [_base64(each) for each in answer.proof],
+            "checkpoint": _base64(answer.checkpoint),
+            "sealed": _base64(answer.sealed),
+            "store": self._store(answer),
+        }
+
+    def _store(self, answer: Answer) -> str:
+        """Where the ciphertext is read: from the object store itself, or through here while the lease is good."""
+        if "://" in answer.store and not answer.store.startswith("file:"):
+            return answer.store
+        until = min(self._vault.clock() + _PASS_LIFE, self._custodian.lease_end(answer.entry))
+        return f"{self._url}/v1/objects/{make_pass(self._vault.keys.reading_key, self._vault.id, until)}"
+
+    def _say(self, kind: str, request: Request, body: bytes) -> dict[str, Any]:
+        value = _object(body, {"statement", "reason", "text"})
+        envelope = _text(value, "statement")
+        named = request.path_params.get("id")
+        if named is not None:
+            said = Statement.decode(envelope).body
+            if str(said.get("request", said.get("lease", "")))[:16] != named:
+                raise UsageError("statement.elsewhere", "the statement is about something else than the address is")
+        reason = _private(value.get("reason"))
+        match kind:
+            case "request":
+                return self._custodian.request(envelope, _needed(reason))
+            case "approve":
+                return self._custodian.approve(envelope)
+            case "deny":
+                return self._custodian.deny(envelope, _needed(reason))
+            case "renew":
+                return self._custodian.renew(envelope)
+            case "revoke":
+                return self._custodian.revoke(envelope, _needed(reason))
+            case "propose":
+                return self._custodian.propose(envelope, _text(value, "text"), _needed(reason))
+            case _:
+                return self._custodian.change_principal(envelope)
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def _caller(self, request: Request, body: bytes, *actions: str) -> str:
+        """The principal whose `call` this request is; with `actions`, one who may do one of them."""
+        header = request.headers.get("authorization", "")
+        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        if not header.startswith(_SCHEME):
+            raise _unknown()
+        try:
+            padded = header.removeprefix(_SCHEME).encode("ascii")
+            envelope = base64.b64decode(padded + b"=" * (-len(padded) % 4), altchars=b"-_", validate=True)
+            statement = Statement.decode(envelope.decode("utf-8"))
+        except (binascii.Error, UnicodeError, StrongroomError):
+            raise _unknown() from None
+        expected = {"method": request.method, "path": target, "body": hashlib.sha256(body).hexdigest()}
+        if statement.kind != "call" or dict(statement.body) != expected:
+            raise _unknown()
+        who = self._custodian.identify(statement)
+        if actions:
+            self._custodian.authorise(who, *actions)
+        return who
+
+    def _requests(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return {"requests": self._custodian.requests()}
+
+    def _request(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return self._custodian.show_request(request.path_params["id"])
+
+    def _principals(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return {"principals": self._vault.principal_ls()}
+
+    def _principal(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return self._custodian.show_principal(request.path_params["path"])
+
+    def _policy(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return self._custodian.policy()
+
+    def _enact(self, request: Request, body: bytes) -> dict[str, Any]:
+        return self._custodian.enact(request.path_params["id"], self._caller(request, body))
+
+    def _weights(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        return {"versions": [info.as_json() for info in self._vault.ls(request.query_params.get("name"))]}
+
+    def _reach(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        query = request.query_params
+        if "ref" in query:
+            return {"access": self._custodian.who(query["ref"])}
+        return {"access": self._custodian.reach(query.get("principal", ""))}
+
+    def _object(self, request: Request, _: bytes) -> Response:
+        check_pass(request.path_params["pass"], self._vault.keys.reading_key, self._vault.id, self._vault.clock())
+        name = request.path_params["name"]
+        size = self._vault.blobs.size(name)
+        begin, end = _range(request.headers.get("range", ""), size)
+        buffer = bytearray(end - begin)
+        self._vault.blobs.read_into(name, begin, memoryview(buffer))
+        headers = {"Content-Range": f"bytes {begin}-{end - 1}/{size}"} if buffer else {}
+        status = 206 if buffer and "range" in request.headers else 200
+        return Response(bytes(buffer), status, headers, "application/octet-stream")
+
+    def _checkpoint(self, request: Request, body: bytes) -> Response:
+        self._caller(request, body)
+        return Response(self._custodian.ledger.checkpoint()[1], media_type="text/plain; charset=utf-8")
+
+    def _consistency(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._caller(request, body)
+        old, new = (_number(request.query_params.get(name, "")) for name in ("old", "new"))
+        if new > self._custodian.ledger.checkpoint()[0].size:
+            raise NotFound("log.no_entry", f"the log does not have {new} entries yet")
+        return {"proof": [_base64(each) for each in self._custodian.ledger.consistency(old, new)]}
+
+    def _tile(self, request: Request, body: bytes) -> Response:
+        self._caller(request, body, "audit", "administer")
+        tile = Tile.parse(f"tile/{request.path_params['path']}")
+        begin, level = tile.index * 256, 8 * (tile.level or 0)
+        if (begin + tile.width) << level > self._custodian.ledger.checkpoint()[0].size:
+            raise NotFound("log.no_tile", "the log does not have this tile yet")
+        if tile.level is None:
+            data = encode_bundle(self._custodian.ledger.entries(begin, begin + tile.width))
+        else:
+            data = b"".join(self._custodian.ledger.hashes(level, begin, begin + tile.width))
+        return Response(data, media_type="application/octet-stream")
+
+    def _ready(self, _: Request, __: bytes) -> dict[str, Any]:
+        self._custodian.challenge()  # the room is unsealed
+        return {"ok": True, "size": self._custodian.ledger.checkpoint()[0].size}
+
+
+# -- requests and answers ----------------------------------------------------------------------------------------------
+
+
+def problem(error: StrongroomError) -> Response:
+    """An error of ours, as RFC 9457 has it."""
+    value = {
+        "type": "about:blank",
+        "title": type(error).__name__,
+        "status": error.http_status,
+        "detail": error.message,
+        "code": error.code,
+        "hint": error.hint,
+        "evidence": error.evidence,
+    }
+    return JSONResponse(value, error.http_status, media_type="application/problem+json")
+
+
+async def _missing(_: Request, __: Exception) -> Response:
+    return problem(NotFound("server.no_route", "there is nothing at this address"))
+
+
+async def _fault(_: Request, __: Exception) -> Response:
+    value = {"type": "about:blank", "title": "Fault", "status": 500, "code": "server.fault", "detail": "", "hint": ""}
+    return JSONResponse({**value, "evidence": {}}, 500, media_type="application/problem+json")
+
+
+async def _body(request: Request) -> bytes:
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > _MOST:
+            raise LimitExceeded("server.too_large", f"a request has at most {_MOST} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _object(body: bytes, known: set[str]) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or not value.keys() <= known:
+        raise UsageError("server.body", f"the body is a JSON object of {', '.join(sorted(known))}")
+    return value
+
+
+def _text(value: dict[str, Any], name: str) -> str:
+    found = value.get(name)
+    if not isinstance(found, str):
+        raise UsageError("server.body", f"the body has no {name}")
+    return found
+
+
+def _private(value: object) -> Private | None:
+    if value is None:
+        return None
+    if isinstance(value, dict) and value.keys() == {"value", "salt"} and isinstance(value["value"], str):
+        salt = value["salt"]
+        try:
+            if isinstance(salt, str) and len(value["value"]) <= LIMITS.reason:
+                return Private("reason", value["value"], base64.b64decode(salt, validate=True))
+        except (binascii.Error, ValueError):
+            pass
+    raise UsageError("server.body", f"a reason is a value of at most {LIMITS.reason} characters and a salt")
+
+
+def _needed(reason: Private | None) -> Private:
+    if reason is None:
+        raise UsageError("server.body", "the body has no reason")
+    return reason
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise UsageError("server.number", f"{text!r:.40} is not a number")
+    return int(text)
+
+
+def _range(header: str, size: int) -> tuple[int, int]:
+    """Begin and end of what a request asks for: all of it, or one range that the object has."""
+    begin, end = 0, size
+    if header:
+        unit, _, spec = header.partition("=")
+        first, _, last = spec.partition("-")
+        if unit != "bytes" or not last:
+            raise UsageError("server.range", "a range is bytes=FIRST-LAST")
+        begin, end = _number(first), _number(last) + 1
+    if not 0 <= begin <= end <= size or end - begin > _RANGE_MOST:
+        raise UsageError(
+            "server.range", f"a range lies within the object's {size} bytes, and has at most {_RANGE_MOST}"
+        )
+    return begin, end
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _unknown() -> AuthRequired:
+    return AuthRequired("auth.refused", "the request is not one that a principal of this room has signed")

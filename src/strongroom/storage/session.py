@@ -1,0 +1,152 @@
+"""Requests to a served room, by the standard library: one kept connection for each thread, TLS to the one authority
+that the room's card names, and every error that the server tells raised as the class that it is."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+from collections.abc import Iterator
+from http.client import HTTPException, HTTPResponse, HTTPSConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from strongroom import errors
+from strongroom.core.limits import MIB
+from strongroom.core.settings import Settings
+from strongroom.errors import BackendError, NotFound, StrongroomError, Tampered
+from strongroom.formats.card import Card
+
+_TIMEOUT = 60.0  # seconds without a byte
+_MOST = 128 * MIB
+_CLASSES: dict[str, type[StrongroomError]] = {
+    name: found
+    for name, found in vars(errors).items()
+    if isinstance(found, type) and issubclass(found, StrongroomError) and found is not StrongroomError
+}
+
+
+class Session:
+    """A served room, by its card."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        parts = urlsplit(card.url)
+        self._host, self._port = parts.hostname or "", parts.port or 443
+        try:
+            self._tls = ssl.create_default_context(cadata=card.authority)
+        except (ssl.SSLError, ValueError):
+            raise Tampered("card.malformed", "the authority on the card is not a certificate") from None
+        self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._own = threading.local()
+        self._all: set[HTTPSConnection] = set()
+
+    def request(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
+        """The body of the answer; an error of ours for every other status than 200 and 206. BackendError
+        ``server.unreachable``, ``server.certificate``."""
+        response, data = self._exchange(method, path, body, headers or {})
+        if response.status in (200, 206):
+            return data
+        raise _error(response.status, data)
+
+    def size(self, path: str) -> int:
+        """The size of an object, asked for by its first byte."""
+        response, data = self._exchange("GET", path, b"", {"Range": "bytes=0-0"})
+        total = (response.headers.get("Content-Range") or "").rpartition("/")[2]
+        if response.status != 206 or not total.isdigit():
+            raise _error(response.status, data)
+        return int(total)
+
+    def close(self) -> None:
+        """Close the connections of all threads; they come back when they are used again."""
+        for connection in list(self._all):
+            connection.close()
+        self._all.clear()
+        self._own = threading.local()
+
+    def _drop(self) -> None:
+        connection: HTTPSConnection = self._own.connection
+        connection.close()
+        self._all.discard(connection)
+        self._own.connection = None
+
+    def _exchange(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[HTTPResponse, bytes]:
+        if body:
+            headers = {**headers, "Content-Type": "application/json"}
+        for again in (True, False):
+            kept = getattr(self._own, "connection", None) is not None
+            if not kept:
+                self._own.connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
+                self._all.add(self._own.connection)
+            try:
+                self._own.connection.request(method, path, body or None, headers)
+                response = self._own.connection.getresponse()
+                data = response.read(_MOST + 1)
+            except ssl.SSLCertVerificationError as error:
+                self._drop()
+                raise BackendError(
+                    "server.certificate",
+                    f"{self.card.url} does not show a certificate of the room's authority: {error.verify_message}",
+                    hint="if the room has a new card, ask for it: strongroom trust CARD",
+                ) from None
+            except (OSError, HTTPException) as error:
+                self._drop()
+                # A connection that was kept may have been closed meanwhile; what is asked may be asked twice.
+                if kept and again:
+                    continue
+                raise BackendError(
+                    "server.unreachable",
+                    f"can't reach {self.card.url}: {getattr(error, 'strerror', None) or type(error).__name__}",
+                    hint="see that strongroom serve runs there, then try again",
+                ) from None
+            if len(data) > _MOST:
+                raise BackendError("server.answer", f"{self.card.url} answers with more than {_MOST} bytes")
+            return response, data
+        raise AssertionError  # the loop returns or raises
+
+
+def _error(status: int, data: bytes) -> StrongroomError:
+    """The error that the server tells of; what is no problem document is a fault of the server's."""
+    try:
+        value: Any = json.loads(data)
+        kind = _CLASSES[value["title"]]
+        evidence = {
+            str(name): item for name, item in value["evidence"].items() if name not in ("code", "message", "hint")
+        }
+        return kind(str(value["code"]), str(value["detail"]), hint=str(value["hint"]), **evidence)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return BackendError("server.fault", f"the server answers {status}", hint="look into its log, then try again")
+
+
+def cards() -> Iterator[Card]:
+    """The cards that this user trusts."""
+    folder = Settings.from_environment().state_folder / "rooms"
+    for path in sorted(folder.glob("*.json")):
+        yield Card.decode(path.read_bytes())
+
+
+def trust(card: Card) -> Path:
+    """Keep `card` among those that are trusted; where."""
+    folder = Settings.from_environment().state_folder / "rooms"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / f"{card.room.hex()}.json"
+        path.write_bytes(card.encode())
+    except OSError as error:
+        raise BackendError("card.unwritable", f"can't keep the card in {folder}: {error.strerror}") from None
+    return path
+
+
+def card_of(url: str) -> Card:
+    """The trusted card of the room at `url`; NotFound ``card.missing``."""
+    wanted = urlsplit(url)
+    for card in cards():
+        parts = urlsplit(card.url)
+        if (parts.hostname, parts.port or 443) == (wanted.hostname, wanted.port or 443):
+            return card
+    raise NotFound(
+        "card.missing",
+        f"no card of a room at {url} is trusted here",
+        hint="ask whoever serves it for card.json, then: strongroom trust card.json",
+    )

@@ -1,0 +1,92 @@
+"""A room served by a real process over TLS, and clients of it on machines of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from strongroom.client import Room
+from strongroom.crypto.identity import Identities
+from strongroom.formats.card import Card
+from vault.rooms import write_model
+
+REF = "acme/tiny@1"
+PEOPLE = {"user/ana": "researcher", "user/ben": "officer", "user/eva": "executive", "user/ada": "auditor"}
+
+
+class Served:
+    """A team room on `db`, put into by its owner on the host, and served by `strongroom serve` there."""
+
+    def __init__(self, folder: Path, db: str = "sqlite:room.db") -> None:
+        self.folder, self.home = folder / "room", folder / "home"
+        room, _ = Room.init(self.folder, owner="user/olga", db=db)
+        with room:
+            room.put(write_model(folder / "model"), "acme/tiny", share="1/2")
+            self.identities = Identities(self.home / "identities")
+            for path, role in PEOPLE.items():
+                key = self.identities.create(path).public_key.hex()
+                room.principal_add(path, roles=[role], public_key=key)
+        self.log = (folder / "serve.log").open("wb")
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.url = self.start()
+
+    def start(self) -> str:
+        """One more custodian over the same room; its URL."""
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        listen = f"127.0.0.1:{port}"
+        command = [sys.executable, "-m", "strongroom.cli", "--room", str(self.folder), "serve", "--listen", listen]
+        self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
+        url = f"https://{listen}"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.processes[-1].poll() is None:
+            try:
+                card = Card.decode((self.folder / "card.json").read_bytes())
+                if card.url == url and self.raw("GET", "/readyz", url=url)[0] == 200:
+                    return url
+            except (OSError, ValueError):
+                pass
+            time.sleep(0.1)
+        pytest.fail(f"strongroom serve did not start:\n{Path(self.log.name).read_text(errors='replace')[-3000:]}")
+
+    def stop(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait(30)
+        self.log.close()
+
+    @property
+    def card(self) -> Card:
+        return Card.decode((self.folder / "card.json").read_bytes())
+
+    def raw(self, method, path, body=b"", headers=None, *, url=""):
+        """A request past our own client: status, headers, body."""
+        context = ssl.create_default_context(cadata=self.card.authority)
+        request = urllib.request.Request(
+            (url or self.url) + path, data=body or None, method=method, headers=headers or {}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+                return answer.status, answer.headers, answer.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers, error.read()
+
+    def cli(self, *arguments, as_="user/ana", check=0):
+        """The command line on the client's machine."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
+        env |= {"STRONGROOM_STATE": str(self.home / "state"), "STRONGROOM_IDENTITIES": str(self.home / "identities")}
+        command = [sys.executable, "-m", "strongroom.cli", "--room", self.url, "--as", as_, "--json", *arguments]
+        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=self.home)
+        assert ended.returncode == check, (ended.stdout, ended.stderr)
+        return json.loads(ended.stdout) if ended.stdout.startswith("{") else ended.stdout

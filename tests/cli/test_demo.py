@@ -36,8 +36,23 @@ def test_the_fast_story(tmp_path: Path) -> None:
     assert found["thief"]["entropy_bits"] > 7.99
     assert found["verify"]["ok"] is True
     assert found["verify"]["deep"] is True
+    assert found["denied"]["code"] == "denied.default"
+    assert any("approval" in need for need in found["denied"]["needs"])
+    assert found["approved"]["own"] == "approve.own"
+    assert found["approved"]["needed_after_one"]
+    assert found["approved"]["state"] == "approved"
+    assert found["approved"]["approved_by"] == ["user/ben", "user/eva"]
     assert found["run"]["answer"] == found["run"]["original_answer"]
     assert found["run"]["min_cosine"] > 0.999
+    # Request, two approvals and the release follow each other; what was refused between them is recorded, too.
+    assert found["denied"]["entry"] < found["approved"]["entry"] < found["run"]["entry"] < found["revoked"]["entry"]
+    assert found["revoked"]["code"] == "denied.default"
+    assert found["revoked"]["rollback"] == "log.rollback"
+    assert found["log"]["ok"] is True
+    assert found["log"]["size"] > found["revoked"]["entry"]
+    assert found["log"]["statements"] >= 8
+    assert found["log"]["edited"] == found["run"]["entry"]
+    assert found["log"]["edited_refused"] == "statement.foreign"
     assert found["holders"]["positions_differ"] > found["holders"]["positions"] / 5
     assert found["tamper"]["problems"][0]["kind"] == "tampered"
     assert found["tamper"]["problems"][0]["file"] == "model.safetensors"
@@ -51,12 +66,18 @@ def test_the_whole_story(tmp_path: Path) -> None:
     ended = told(tmp_path, "--keep")
     assert "A: The capital of France is Paris." in ended.out
     assert "0 found" in ended.out
-    assert "Loading refuses" in ended.out
+    assert "user/ana may not load demo/smollm2@1 yet" in ended.out
+    assert "Refused: nobody approves their own request" in ended.out
+    assert "and 14 were published" in ended.out
+    assert "the statement is not by user/eva of this room" in ended.out
+    assert "Refused: segment" in ended.out
     assert "What this does not protect against" in ended.out
     (kept,) = tmp_path.glob("strongroom*")
     room = kept / "room"
     assert str(room) in ended.out
-    assert strongroom("verify", "demo/smollm2", "--room", str(room), "--as", "user/demo", cwd=tmp_path).code == 0
+    as_demo = ("--room", str(room), "--as", "user/demo")
+    assert strongroom("verify", "demo/smollm2", *as_demo, cwd=tmp_path).code == 0
+    assert strongroom("log", "verify", "--json", *as_demo, cwd=tmp_path).json["size"] > 14
     # The plaintext original is gone all the same.
     assert not list(tmp_path.rglob("*.safetensors"))
 

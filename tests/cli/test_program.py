@@ -217,7 +217,8 @@ def test_shared_options_stand_anywhere(desk: Desk, tmp_path: Path) -> None:
     ("arguments", "code", "exit_code"),
     [
         (["ls"], "room.missing", 8),
-        (["ls", "--room", "https://custodian.example"], "room.not_a_folder", 2),
+        (["ls", "--room", "https://custodian.example"], "card.missing", 8),
+        (["ls", "--room", "http://custodian.example"], "room.not_a_folder", 2),
         (["lock"], "usage.unknown_command", 2),
         (["ls", "--sideways"], "usage.unknown_option", 2),
         (["ls", "a", "b"], "usage.malformed", 2),

@@ -95,12 +95,14 @@ def requests(options: Options, everything: bool) -> None:
 @click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.")
 @pass_options
 def approve(options: Options, identifier: str, seconds: int, uses: int | None) -> None:
-    """Approve somebody else's request, or a policy that somebody proposes."""
+    """Approve somebody else's request, or a proposed policy."""
     with options.open() as room:
         found = room.approve(identifier, duration=seconds, uses=uses)
     if found["lease"]:
         what = f"{found['for']} may {found['action']} {found['ref']}"
         line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}"
+    elif found["action"] == "grant" and found["state"] == "approved":
+        line = f"{found['id']}: {found['for']} is {found['ref']}"
     else:
         line = f"{found['id']}: your approval is recorded"
     options.output.answer(found, [line])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -39,7 +42,7 @@ def demo(options: Options, fast: bool, keep: bool) -> None:
     output.say(f"   The model is being unpacked: {demo_model.TITLES[kind]} …")
     folder = Path(tempfile.mkdtemp(prefix="strongroom-demo-"))
     try:
-        with demo_model.original(kind) as original:
+        with demo_model.original(kind) as original, _remembering(folder / "state"):
             story = Story(output, original, folder / "room")
             figures = story.tell()
     finally:
@@ -48,10 +51,25 @@ def demo(options: Options, fast: bool, keep: bool) -> None:
     took = time.monotonic() - begun
     output.say()
     output.say(
-        f"   The room is still there: export STRONGROOM_ROOM={folder / 'room'}   (remove {folder} when you are done)"
+        f"   The room is still there; remove {folder} when you are done.\n"
+        f"   export STRONGROOM_ROOM={folder / 'room'} STRONGROOM_AS=user/demo"
         if keep
         else "   The room and everything in it have been removed."
     )
     output.say(f"   That took {seconds(took)}. Next: strongroom init, strongroom put PATH NAME")
     kept = {"room": str(folder / "room")} if keep else {}
     output.answer({"model": original.title, "seconds": round(took, 1), **figures, **kept} if output.json else {})
+
+
+@contextlib.contextmanager
+def _remembering(folder: Path) -> Iterator[None]:
+    """What is seen of the log of a room that is thrown away is remembered in `folder`, not among the user's own."""
+    before = os.environ.get("STRONGROOM_STATE")
+    os.environ["STRONGROOM_STATE"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["STRONGROOM_STATE"]
+        else:
+            os.environ["STRONGROOM_STATE"] = before

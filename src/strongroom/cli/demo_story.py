@@ -1,43 +1,32 @@
-"""The demo's story: nine steps, each of which says what it shows and adds its figures."""
+"""The demo's story: steps in order, each of which says what it shows and adds its figures."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strongroom.cli.demo_model import Original
-from strongroom.cli.output import Output, number, seconds, size
+from strongroom.cli.demo_custody import CustodySteps
+from strongroom.cli.demo_stage import ANA, KIM, OWNER, broken
+from strongroom.cli.output import number, seconds, size
 from strongroom.cli.weights import problem_line
 from strongroom.errors import BackendError, IntegrityError
 
 if TYPE_CHECKING:
     from strongroom.cli.demo_infer import Inference
-    from strongroom.client import Room
 
-_OWNER = "user/demo"
 _ROUNDS = 5  # timed loads, after one that warms up
 _HUNG = 10 * 60  # seconds after which a child is given up
 
 
-class Story:
+class Story(CustodySteps):
     """One telling. Each step prints what it shows and adds its figures."""
-
-    def __init__(self, output: Output, original: Original, folder: Path) -> None:
-        self.output, self.original, self.folder = output, original, folder
-        self.name = f"demo/{original.kind}"
-        self.ref = f"{self.name}@1"
-        self.figures: dict[str, Any] = {}
-        self._step = 0
-        self._width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
 
     def tell(self) -> dict[str, Any]:
         """All steps in order; the figures of each by its name."""
@@ -47,7 +36,11 @@ class Story:
             ("put", "The model goes in", self.put),
             ("thief", "What somebody sees who steals the store", self.thief),
             ("verify", "Every byte is accounted for", self.verify),
+            ("denied", "Nobody just takes them", self.denied),
+            ("approved", "She asks, and two others agree", self.approved),
             ("run", "It answers, straight out of the room", self.run),
+            ("revoked", "The lease ends", self.revoked),
+            ("log", "The log of it all", self.log),
             ("holders", "No two holders get the same bytes", self.holders),
             ("tamper", "One flipped byte", self.tamper),
             ("speed", "What it costs to read", self.speed),
@@ -61,7 +54,9 @@ class Story:
             "code word, no more than that."
         )
         self._tell(
-            "And whoever has this folder with its key file has the room: in your own folder, you are the custodian."
+            "And whoever has this folder with its key file has the room, and can be Ana, Ben and Eva in turn: their "
+            "keys lie in it. In your own folder you are the custodian; to keep them apart takes a server: strongroom "
+            "serve."
         )
         return self.figures
 
@@ -72,12 +67,13 @@ class Story:
         from strongroom.client import Room
 
         self._tell(f"The original: {self.original.title}, {size(_bytes(self.original.folder))}, {self.original.where}.")
-        self._typed("init --recovery 2of3")
-        room, shares = Room.init(self.folder, recovery=(2, 3), owner=_OWNER)
+        self._typed(f"init --recovery 2of3 --owner {OWNER}")
+        room, shares = Room.init(self.folder, recovery=(2, 3), owner=OWNER, custody="team")
         with room:
             room.recovery_drill(shares[1:])
         self._tell("A key file, a database, a store, and 3 recovery shares. Two of them were just tried: they open it.")
-        return {"recovery": "2of3", "drill": True}
+        self._tell("And a log, in which everything that follows is written down; its policy is that of a team.")
+        return {"recovery": "2of3", "drill": True, "custody": "team"}
 
     def put(self) -> dict[str, Any]:
         """Encrypt and mark."""
@@ -108,7 +104,7 @@ class Story:
         here = _found(self.folder, needles)
         there = _found(self.original.folder, needles)
         if here or there != len(needles):
-            raise _broken("plaintext in the room, or not found in the original", {"here": here, "there": there})
+            raise broken("plaintext in the room, or not found in the original", {"here": here, "there": there})
         bits = _entropy(objects)
         self._tell(
             f"{bits:.4f} bits of entropy a byte, of 8. Searched for in all {size(_bytes(self.folder))} of the room:"
@@ -134,17 +130,17 @@ class Story:
             deep = room.verify(self.ref, deep=True)
             took = time.perf_counter() - begun - shallow
         if not (report.ok and deep.ok):
-            raise _broken("verify found problems in a room that nobody has touched", deep.as_json())
+            raise broken("verify found problems in a room that nobody has touched", deep.as_json())
         self._tell(f"{number(report.segments)} segments match what the room signed ({seconds(shallow)}).")
         self._tell(f"Decrypted, with the marks of A and B taken out again: bit for bit the original ({seconds(took)}).")
         return {**deep.as_json(), "seconds": round(shallow, 3), "deep_seconds": round(took, 3)}
 
     def run(self) -> dict[str, Any]:
-        """A child process with a key bundle answers; its outputs against the original's."""
+        """A child process with Ana's key bundle answers; its outputs against the original's."""
         from strongroom.cli import demo_infer
 
         kind = self.original.kind
-        self._typed(f"run {self.name} -- python -c 'model = from_room(AutoModel…, \"{self.name}\"); …'")
+        self._typed(f"run {self.name} --as {ANA} -- python evaluate.py")
         found = demo_infer.decode(self._child(["-m", "strongroom.cli.demo_infer", kind, self.name]))
         expected = self._original_inference()
         figures = demo_infer.compare(kind, expected, found)
@@ -152,27 +148,35 @@ class Story:
         self._tell(f"A: {found.answer}" + ("" if figures["same_answer"] else f"   (the original: {expected.answer})"))
         written = found.facts["disk_bytes_written"]
         proof = "" if written is None else f" By the kernel's count it wrote {size(written)} to disks."
-        self._tell(f"It ran in a child process with a key bundle, and no room and no file.{proof}")
+        self._tell(f"It ran in a child process with Ana's key bundle, and no room and no file.{proof}")
         self._tell(_compared(kind, figures))
-        return {**figures, **found.facts, "answer": found.answer, "original_answer": expected.answer}
+        release = self._newest("release")
+        if (release["by"], release["body"]["lease"]) != (ANA, self.figures["approved"]["lease"]):
+            raise broken("the log does not have the release that there was", release)
+        self._tell(
+            f"First it was recorded, as entry {release['index']}; her side took the keys only with the proof that they "
+            "are in the log."
+        )
+        answers = {"answer": found.answer, "original_answer": expected.answer}
+        return {**figures, **found.facts, **answers, "entry": release["index"]}
 
     def holders(self) -> dict[str, Any]:
         """Two principals, two code words, two images."""
         import numpy as np
 
+        self._add(KIM, "researcher")
         readers = []
-        for principal in ("user/ana", "user/ben"):
-            self._typed(f"principal add {principal}")
-            with self._room() as room:
-                room.principal_add(principal)
+        for principal in (ANA, KIM):
+            self._lease(principal)
             with self._room(principal) as theirs:
                 readers.append(theirs.reader(self.ref))
+        self._tell("Kim asks for a lease, and Ana for a new one; Ben and Eva approve both.")
         words = [np.unpackbits(np.frombuffer(reader.bundle.word, np.uint8), bitorder="little") for reader in readers]
         count = readers[0].bundle.positions
         differ = words[0][:count] != words[1][:count]
         images = [np.frombuffer(reader.read_all(), np.uint8) for reader in readers]
         bytes_differ = int(np.count_nonzero(images[0] != images[1]))
-        for principal, word in zip(("ana", "ben"), words, strict=True):
+        for principal, word in zip(("ana", "kim"), words, strict=True):
             letters = "".join("AB"[bit] for bit in word[: min(count, 48)])
             self._tell(f"{principal}: {letters}…")
         self._tell(
@@ -192,23 +196,19 @@ class Story:
         with _flipped(pack, offset):
             self._tell(f"Byte {number(offset)} of {self._short(pack)} is flipped.")
             self._typed(f"verify {self.name}")
-            with self._room() as again:
-                report = again.verify(self.ref)
+            with self._room(ANA) as room:
+                report = room.verify(self.ref)
                 if report.ok:
-                    raise _broken("verify did not see a flipped byte", report.as_json())
+                    raise broken("verify did not see a flipped byte", report.as_json())
                 for problem in report.problems:
                     self._tell(problem_line(problem))
-                try:
-                    again.load(self.ref).read()
-                except IntegrityError as error:
-                    refused = error
-                else:
-                    raise _broken("a damaged version was loaded", report.as_json())
-        self._tell(f"Loading refuses: {refused.message}.")
+                refused = self._refused(
+                    IntegrityError, lambda: room.load(self.ref).read(), otherwise="a damaged version was loaded"
+                )
         with self._room() as again:
             whole = again.verify(self.ref).ok
         if not whole:
-            raise _broken("the byte was put back, and verify is not content", {})
+            raise broken("the byte was put back, and verify is not content", {})
         self._tell("The byte is put back; verify is content again.")
         return {
             "problems": [problem.as_json() for problem in report.problems],
@@ -220,7 +220,7 @@ class Story:
         """Whole-model loads, ours and safetensors' full copy in turn."""
         from safetensors import safe_open
 
-        with self._room() as room:
+        with self._room(ANA) as room:
             weights = room.load(self.ref)
 
         def ours() -> None:
@@ -248,32 +248,13 @@ class Story:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _heading(self, title: str) -> None:
-        self._step += 1
-        self.output.say()
-        self.output.heading(f"{self._step:2} {title}")
-
-    def _tell(self, text: str) -> None:
-        for line in textwrap.wrap(text, self._width - 3, break_long_words=False, break_on_hyphens=False):
-            self.output.say(f"   {line}")
-
-    def _typed(self, text: str) -> None:
-        self.output.say(f"   $ strongroom {text}")
-
-    def _room(self, principal: str = _OWNER) -> Room:
-        # Opened for each step, as each command would: looking through the database's files while it is open in the same
-        # process would take its locks away.
-        from strongroom.client import Room
-
-        return Room(self.folder, principal)
-
     def _common_pack(self) -> Path:
         """The file of a pack that every holder reads all of: of marked packs each reads one variant."""
         from strongroom.formats.bundle import KeyBundle
         from strongroom.storage.blobs import open_blobs
         from strongroom.storage.image import SealedImage
 
-        with self._room() as room:
+        with self._room(ANA) as room:
             url, bundle = room.grant(self.ref)
         manifest = SealedImage.open(open_blobs(url), KeyBundle.decode(bundle)).manifest
         return self.folder / "store" / manifest.common_packs[0].name
@@ -283,7 +264,7 @@ class Story:
         return f"{path.parent.relative_to(self.folder)}/{path.name[:16]}…"
 
     def _child(self, arguments: list[str]) -> bytes:
-        room = ["--room", str(self.folder), "--as", _OWNER]
+        room = ["--room", str(self.folder), "--as", ANA]
         line = [sys.executable, "-m", "strongroom.cli", *room, "run", self.name, "--", sys.executable, *arguments]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         try:
@@ -331,10 +312,6 @@ def _compared(kind: str, figures: dict[str, Any]) -> str:
         f"{figures['top1_agreement']:.0%}, logits off by {figures['mean_difference']:.1e} on average, KL divergence "
         f"{figures['kl_nats']:.1e} nats."
     )
-
-
-def _broken(text: str, evidence: dict[str, Any]) -> IntegrityError:
-    return IntegrityError("demo.broken", text, hint="this is a fault in Strongroom; please report it", report=evidence)
 
 
 def _size(path: Path) -> int:

@@ -68,7 +68,8 @@ def _gist(item: dict[str, Any]) -> str:
         case "deny":
             return str(body["id"])
         case "release":
-            return f"{body['action']} by lease {body['lease']}" if body["lease"] else f"{body['action']}, no lease"
+            under = f"by lease {body['lease']}" if body["lease"] else "no lease"
+            return f"{body['action']}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
         case "revoke":
             return str(body["target"])
         case "refused":
@@ -115,7 +116,7 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
         ),
     ]
     output.answer({**found, "seconds": round(took, 3)}, lines)
-    if not found["witnessed_by"]:
+    if not found["witnessed_by"] and verifier is None:
         output.note("  → nobody else has cosigned: that there is only one log rests on what this machine remembers")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
@@ -38,9 +40,20 @@ def add(
     """Register a principal: user/NAME, workload/NAME or team/NAME."""
     with options.open() as room:
         done = room.principal_add(path, roles=roles, teams=teams, person=person, public_key=public_key)
-    options.output.answer(done, [f"{path} is registered" + (f": {', '.join(done['roles'])}" if roles else "")])
+    _told(options, done, f"{path} is registered" + (f": {', '.join(done['roles'])}" if roles else ""))
     if not roles:
         options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
+
+
+def _told(options: Options, done: dict[str, Any], text: str) -> None:
+    """What was done, or that it waits for a second person."""
+    if done["state"] != "pending":
+        options.output.answer(done, [text])
+        return
+    options.output.answer(
+        done, [f"{done['id']}: {done['principal']} as {', '.join(done['roles'])} waits for a second person"]
+    )
+    options.output.note(f"  → somebody else who may grant: strongroom approve {done['id']}")
 
 
 @command("ls", explain="Read from the log, and applied in order; no key is needed.")
@@ -94,7 +107,7 @@ def role(options: Options, path: str, roles: tuple[str, ...]) -> None:
     """Give a principal these roles, and no others."""
     with options.open() as room:
         done = room.principal_change(path, roles=roles)
-    options.output.answer(done, [f"{path}: {', '.join(done['roles']) or 'no role'}"])
+    _told(options, done, f"{path}: {', '.join(done['roles']) or 'no role'}")
 
 
 def _state(name: str, state: str, text: str, explain: str) -> click.Command:
@@ -104,7 +117,7 @@ def _state(name: str, state: str, text: str, explain: str) -> click.Command:
     def change(options: Options, path: str) -> None:
         with options.open() as room:
             done = room.principal_change(path, state=state)
-        options.output.answer(done, [f"{path} is {done['state']}"])
+        _told(options, done, f"{path} is {done['state']}")
 
     change.help = text
     return change
@@ -115,8 +128,18 @@ for each in (
     ls,
     show,
     role,
-    _state("suspend", "suspended", "Take everything from a principal, for now.", "Its leases end; its key is refused."),
-    _state("restore", "active", "Let a suspended principal act again.", "Leases that ended stay ended."),
+    _state(
+        "suspend",
+        "suspended",
+        "Take everything from a principal, for now.",
+        "Its leases end and its key is refused, for every entry of the log after this one.",
+    ),
+    _state(
+        "restore",
+        "active",
+        "Let a suspended principal act again.",
+        "It may do again what its roles allow; leases that ended stay ended.",
+    ),
     _state("rm", "removed", "Remove a principal for good.", "Its entries in the log stay; so does its code word."),
 ):
     principal.add_command(each)

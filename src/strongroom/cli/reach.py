@@ -26,13 +26,13 @@ def who(options: Options, ref: str, everything: bool) -> None:
 
 
 @command("reach", explain=_EXPLAIN)
-@click.argument("principal", metavar="PRINCIPAL")
+@click.argument("path", metavar="PRINCIPAL")
 @click.option("--all", "everything", is_flag=True, help="What it never can, too.")
 @pass_options
-def reach(options: Options, principal: str, everything: bool) -> None:
+def reach(options: Options, path: str, everything: bool) -> None:
     """What one principal can reach, and by which rule."""
     with options.open() as room:
-        found = room.reach(principal)
+        found = room.reach(path)
     _answer(options, found, "ref", everything)
 
 

@@ -53,8 +53,13 @@ class RunCommand(Command):
     same user on this machine, or root, can look into its memory.""",
 )
 @click.argument("refs", nargs=-1, required=True, metavar="REF... -- COMMAND...")
+@click.option(
+    "--break-glass",
+    metavar="REASON",
+    help="Load without a lease, in an emergency, if policy lets you: it is recorded, and stays marked until reviewed.",
+)
 @pass_options
-def run(options: Options, refs: tuple[str, ...], arguments: list[str]) -> NoReturn:
+def run(options: Options, refs: tuple[str, ...], break_glass: str | None, arguments: list[str]) -> NoReturn:
     """Run a command that reads weights from the room.
 
     Inside it, strongroom.safe_open(REF, framework="pt") and the loaders find the weights; they
@@ -68,7 +73,7 @@ def run(options: Options, refs: tuple[str, ...], arguments: list[str]) -> NoRetu
     # Before anything else is opened here: what has these numbers now was inherited.
     inherited = _passphrase_descriptors()
     with options.open() as room:
-        grants = [Grant(*room.grant(str(Ref.parse(ref)))) for ref in refs]
+        grants = [Grant(*room.grant(str(Ref.parse(ref)), break_glass=break_glass)) for ref in refs]
     for number in inherited:
         _take_away(number)
     descriptor = hold(grants)

@@ -39,7 +39,7 @@ def serve(options: Options, listen: str, names: tuple[str, ...]) -> None:
     called = list(names) or [host]
     vault = Vault(options.folder)
     try:
-        authority = Authority(vault.folder / "tls", f"strongroom room {vault.id.hex()[:8]}")
+        authority = Authority(vault.folder / "tls", f"Strongroom room {vault.id.hex()[:8]}")
         chain, key = authority.issue(sorted({*called, host}))
         shown = f"[{called[0]}]" if ":" in called[0] else called[0]
         card = Card(f"https://{shown}:{port}", vault.id, vault.log_key.public_key, vault.signer, authority.pem)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     card's authority, and log and manifests have to be signed with the card's keys. Get the card over a channel that you
     trust.""",
 )
-@click.argument("card", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("card", type=click.Path(path_type=Path, dir_okay=False))
 @pass_options
 def trust(options: Options, card: Path) -> None:
     """Trust the card of a served room."""
@@ -44,16 +44,14 @@ def identity() -> None:
 
 
 @command("new", explain="The private key stays on this machine, in a file that only you may read.")
-@click.argument("principal", metavar="PRINCIPAL")
+@click.argument("path", metavar="PRINCIPAL")
 @pass_options
-def new(options: Options, principal: str) -> None:
+def new(options: Options, path: str) -> None:
     """Make a key to act as PRINCIPAL with."""
-    signer = _identities().create(principal)
+    signer = _identities().create(path)
     key = signer.public_key.hex()
-    options.output.answer({"principal": principal, "public_key": key}, facts([("principal", principal), ("key", key)]))
-    options.output.note(
-        f"  → somebody who may grant: strongroom principal add {principal} --public-key {key} --role ROLE"
-    )
+    options.output.answer({"principal": path, "public_key": key}, facts([("principal", path), ("key", key)]))
+    options.output.note(f"  → somebody who may grant: strongroom principal add {path} --public-key {key} --role ROLE")
 
 
 @command("ls", explain="The files in the folder of identities; nothing of the keys is shown.")

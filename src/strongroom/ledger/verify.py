@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from strongroom.errors import Forked, NotFound, Rollback, StrongroomError, Tampered, Truncated
+from strongroom.errors import CannotVerify, Forked, NotFound, Rollback, StrongroomError, Tampered, Truncated
 from strongroom.formats.checkpoint import Checkpoint, verify_cosignature
 from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import Frontier, leaf_hash
@@ -81,7 +81,14 @@ def verify_log(
     if remembered is not None and remembered.size == checkpoint.size and remembered.root != checkpoint.root:
         raise _forked(remembered)
     # Step 7.
-    seen = [witness.name for witness in witnesses if verify_cosignature(note, witness, verify) is not None]
+    missing = [witness.name for witness in witnesses if verify_cosignature(note, witness, verify) is None]
+    if missing:
+        raise CannotVerify(
+            "log.unwitnessed",
+            f"{', '.join(missing)} has not cosigned this checkpoint of {checkpoint.size} entries",
+            hint="strongroom log cosign --url URL --witness VKEY",
+        )
+    seen = [witness.name for witness in witnesses]
     return LogReport(
         checkpoint.size, checkpoint.root.hex(), checkpoint.origin, sorted(signed_by), sorted(seen), statements.count
     )
@@ -145,8 +152,12 @@ class _Tiles:
         tile = self._wanted.get((level, index))
         if tile is None or len(got) < tile.width:
             return
-        if _read(self._read, tile) != b"".join(got):
-            raise Tampered("log.tile", f"{tile.path} does not have the hashes of the entries")
+        hashes = _read(self._read, tile)
+        if hashes != b"".join(got):
+            wrong = next((k for k, value in enumerate(got) if hashes[32 * k : 32 * k + 32] != value), len(got) - 1)
+            entry = (index * _WIDTH + wrong) << 8 * level
+            which = f"entry {entry}" if level == 0 else f"the entries from {entry}"
+            raise Tampered("log.tile", f"{which}: {tile.path} has another hash than what was read", entry=entry)
         del self._wanted[level, index], self._got[level, index]
 
     def finish(self) -> None:

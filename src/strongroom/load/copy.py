@@ -28,7 +28,7 @@ def write_copy(
     """
     files = reader.layout.files
     total = sum(file.bytes for file in files)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}")  # nobody else's: it is removed at the end
     done = 0
     try:
         temporary.mkdir(mode=0o700, parents=True)
@@ -57,6 +57,6 @@ def write_copy(
 def _parts(path: str) -> tuple[str, ...]:
     """The parts of a file's path. The index is sealed and checked; still nothing is written outside the folder."""
     parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts:
+    if not parts or path.startswith("/") or ".." in parts or "\0" in path:
         raise Tampered("copy.path", f"the version has a file of the impossible name {path!r:.80}")
     return parts

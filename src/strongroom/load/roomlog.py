@@ -57,6 +57,7 @@ class RoomLog:
 
         found = self._entries(index, index + 1)[0]
         checkpoint, note = self._ledger.checkpoint()
+        note = self._vault.cosigned_note(note)
         proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
         return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
 

@@ -172,6 +172,7 @@ class State:
     uses: dict[str, Use] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
+    emergencies: list[int] = field(default_factory=list)  # releases past a lease that nobody has reviewed
     recent: dict[str, int] = field(default_factory=dict)
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ class State:
         found = self.requests.get(identifier) or self.grants.get(identifier) or self.proposals[identifier]
         found.state = "denied"
 
-    def _release(self, _: int, entry: Entry) -> None:
+    def _release(self, index: int, entry: Entry) -> None:
         body = entry.body
         self._remember(body["challenge"], entry.at + _REMEMBERED)
         fresh = Use(body["holder"], entry.ref, entry.at, entry.at)
@@ -330,8 +331,13 @@ class State:
         use.releases += 1
         if body["action"] == "copy":
             use.copies += 1
+        if body["break_glass"]:
+            self.emergencies.append(index)
         if body["lease"] is not None:
             self.leases[body["lease"]].used += 1
+
+    def _review(self, _: int, __: Entry) -> None:
+        self.emergencies.clear()
 
     def _renew(self, _: int, entry: Entry) -> None:
         self.leases[entry.body["lease"]].expires_at = entry.body["expires_at"]
@@ -402,6 +408,7 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "deny": State._deny,
     "release": State._release,
     "renew": State._renew,
+    "review": State._review,
     "revoke": State._revoke,
     "clock": State._clock,
 }

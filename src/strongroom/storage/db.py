@@ -118,7 +118,7 @@ log_entries = sa.Table(
     sa.Column("entry", sa.LargeBinary, nullable=False),
 )
 
-# Hashes of complete subtrees: level 0 are the leaves, and then every eighth level, as in tiles.
+# Hashes of complete subtrees of every eighth level from 8 on, as in tiles; the leaves are those of the entries.
 log_nodes = sa.Table(
     "log_nodes",
     metadata,

@@ -61,6 +61,7 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
     needed = _pending(vault, report, repair=repair)
     with vault.db.reading() as tx:
         rows = tx.execute(select(versions).order_by(versions.c.name, versions.c.number)).all()
+    logged = _logged(vault, report)
     for row in rows:
         try:
             info = VersionInfo.of(row)
@@ -71,7 +72,16 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
             continue
         if info.state == "active":
             report.versions += 1
+            if logged is not None and logged.pop(info.ref, None) != (
+                info.revision,
+                info.digest.removeprefix("sha256:"),
+            ):
+                message = "the database has another revision of it than the log"
+                report.problems.append({"ref": info.ref, "kind": "rollback", "message": message})
             needed |= _check_version(vault, info.ref, objects, report)
+    for ref in logged or ():
+        message = "the log has it, and the database does not"
+        report.problems.append({"ref": ref, "kind": "missing", "message": message})
     report.orphans = sorted(name for name in set(objects) - needed if _OURS.fullmatch(name))
     report.foreign = len(set(objects) - needed) - len(report.orphans)
     report.orphan_bytes = sum(objects[name] for name in report.orphans)
@@ -84,6 +94,20 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
         report.leftovers -= vault.blobs.sweep()
         report.repaired = True
     return report
+
+
+def _logged(vault: Vault, report: FsckReport) -> dict[str, tuple[int, str]] | None:
+    """Revision and manifest digest of every version that the log has and that is not shredded.
+
+    None if the log itself is damaged, which is then in the report.
+    """
+    try:
+        with vault.custodian.ledger.view() as state:
+            found = state.versions.values()
+            return {each.ref: (each.revision, each.manifest) for each in found if not each.shredded}
+    except IntegrityError as error:
+        report.problems.append({"ref": "log", **problem_of(error).as_json()})
+        return None
 
 
 def _refuse_shared(vault: Vault, orphans: list[str]) -> None:

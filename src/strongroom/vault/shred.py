@@ -59,7 +59,7 @@ def shred(vault: Vault, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
         if forget_all(tx, row.version_id) or again:
             remains.append(_REST)
 
-    _record(vault, name, by, destroy, remains)
+    entry = _record(vault, name, by, destroy, remains)
     try:
         vault.db.scrub()
     except BackendError as error:
@@ -76,6 +76,7 @@ def shred(vault: Vault, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
             remains.append(f"the store still has {item} (`strongroom fsck --repair` removes it): {error.message}")
     return {
         "ref": name,
+        "entry": entry,
         "objects_deleted": deleted,
         "means": [
             *remains,
@@ -89,9 +90,11 @@ def shred(vault: Vault, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
     }
 
 
-def _record(vault: Vault, name: str, by: str, destroy: Callable[[Connection], None], remains: list[str]) -> None:
-    """Destroy the keys and record it, in one transaction. A log that is damaged or can't be signed,
-    or that doesn't know the version, must not keep the keys alive."""
+def _record(vault: Vault, name: str, by: str, destroy: Callable[[Connection], None], remains: list[str]) -> int | None:
+    """Destroy the keys and record it, in one transaction; the entry that says so.
+
+    A log that is damaged or can't be signed, or that doesn't know the version, must not keep the keys alive.
+    """
 
     def decide(tx: Connection, state: State, at: int) -> Draft:
         known = name in state.versions and not state.versions[name].shredded
@@ -101,7 +104,7 @@ def _record(vault: Vault, name: str, by: str, destroy: Callable[[Connection], No
         return Draft(Entry("shred", at, by, name))
 
     try:
-        vault.custodian.ledger.append(decide, writes=True)
+        return vault.custodian.ledger.append(decide, writes=True).index
     except (IntegrityError, CannotVerify, Sealed, Conflict) as error:
         if isinstance(error, Conflict) and error.code != "shred.unrecorded":
             raise
@@ -109,6 +112,7 @@ def _record(vault: Vault, name: str, by: str, destroy: Callable[[Connection], No
             destroy(tx)
         if not isinstance(error, Conflict):
             remains.append(f"the log could not record it: {error.message}")
+        return None
 
 
 def _objects_of(vault: Vault, row: Row[Any]) -> tuple[set[str], list[str]]:

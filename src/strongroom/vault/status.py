@@ -67,7 +67,15 @@ def _why_sealed(vault: Vault) -> str | None:
 
 def doctor(vault: Vault) -> list[Check]:
     """Everything about this machine and room that decides how safe and how fast it is."""
-    return [*_keystore(vault), *_recovery(vault), *_database(vault), *_store(vault), *_folder(vault), *_machine()]
+    return [
+        *_keystore(vault),
+        *_recovery(vault),
+        *_database(vault),
+        *_log(vault),
+        *_store(vault),
+        *_folder(vault),
+        *_machine(),
+    ]
 
 
 def _keystore(vault: Vault) -> list[Check]:
@@ -121,6 +129,21 @@ def _database(vault: Vault) -> list[Check]:
             Check("database", "fail", "; ".join(faults), "restore the database from a backup, then strongroom fsck")
         ]
     return [Check("database", "ok", "no faults found")]
+
+
+def _log(vault: Vault) -> list[Check]:
+    try:
+        checkpoint, _ = vault.custodian.ledger.checkpoint()
+        with vault.custodian.ledger.view() as state:
+            emergencies = list(state.emergencies)
+    except StrongroomError as error:
+        return [Check("log", "fail", error.message, error.hint or "strongroom log verify")]
+    found = [Check("log", "ok", f"{checkpoint.size} entries, under the signed root")]
+    if emergencies:
+        entries = ", ".join(map(str, emergencies))
+        message = f"the glass was broken, and nobody has reviewed it: entry {entries}"
+        found.append(Check("emergencies", "fail", message, "strongroom log show ENTRY; then strongroom review --apply"))
+    return found
 
 
 def _store(vault: Vault) -> list[Check]:

@@ -203,6 +203,11 @@ class Vault:
         self.publish_log()
         return read_from(self.folder / "log")
 
+    def cosigned_note(self, note: bytes) -> bytes:
+        """The published note of the same checkpoint, which may have cosignatures of witnesses; else `note`."""
+        newest = self.published.newest()
+        return self.published.note() if newest == self.log_key.open(note) else note
+
     def publish_log(self) -> None:
         """Bring the published tiles and checkpoint up to the newest entry."""
         self.custodian.ledger.publish()
@@ -243,7 +248,7 @@ class Vault:
             )
         if parse_principal(path) not in known:
             raise AuthRequired(
-                "principal.unknown", f"{path} is not registered in this room", hint=f"strongroom principal add {path}"
+                "principal.unknown", f"{path} is not an active principal of this room", hint="strongroom principal ls"
             )
         return path
 

@@ -277,6 +277,14 @@ class Room:
         """The log of this room."""
         return RoomLog(self._vault, self._as or "")
 
+    def set_ceiling(self, ref: str, **changes: int) -> dict[str, Any]:
+        """Change `holders`, `copies` or `copiers` of a version, or of every version of a name."""
+        return self._vault.custodian.set_ceiling(self.principal, ref, changes)
+
+    def thaw(self, ref: str, *, reason: str) -> dict[str, Any]:
+        """Let a version that was revoked be asked for again."""
+        return self._vault.custodian.thaw(self.principal, ref, reason)
+
     def set_clock(self, reason: str) -> dict[str, Any]:
         """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
         return self._vault.custodian.set_clock(self.principal, reason)

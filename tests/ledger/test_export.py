@@ -36,7 +36,7 @@ _COUNTS = (
     "before",
     "epoch",
 )
-_VALUES |= dict.fromkeys((*_COUNTS, "findings", "removed", "entry"), 5)
+_VALUES |= dict.fromkeys((*_COUNTS, "findings", "removed", "entry", "holders", "copies", "copiers"), 5)
 _DIGESTS = ("signer", "policy", "digest", "manifest", "key", "public_key", "challenge")
 _VALUES |= dict.fromkeys(_DIGESTS, "0" * 64)
 _HOSTILE = "a|b=c\\d\ne\r\u202e"

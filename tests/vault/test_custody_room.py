@@ -245,6 +245,43 @@ class TestPolicyChange:
         assert caught.value.code == "document.tampered"
 
 
+class TestCeilings:
+    def test_hold_whatever_is_approved(self, team):
+        with pytest.raises(Denied):
+            team.ana.set_ceiling("acme/tiny", copies=9)
+        team.ben.set_ceiling("acme/tiny", copies=1)
+        assert team.ben.set_ceiling(REF, holders=1)["copies"] == 1
+        team.lease(action="copy")
+        team.ana.copy(REF, "user/ana", team.folder / "one")
+        with pytest.raises(Denied) as caught:
+            team.ana.copy(REF, "user/ana", team.folder / "two")
+        assert caught.value.evidence["rule"] == "copies-ceiling"
+        kim = team.add("user/kim", "researcher")
+        with pytest.raises(Denied) as caught:
+            kim.request(REF, reason="me too")
+        assert caught.value.evidence["rule"] == "holders-ceiling"
+        team.ben.set_ceiling(REF, holders=2)
+        assert kim.request(REF, reason="me too")["state"] == "pending"
+        with pytest.raises(NotFound):
+            team.ben.set_ceiling("acme/other", holders=2)
+
+    def test_a_version_is_frozen_and_thawed(self, team):
+        team.lease()
+        team.ben.revoke(REF, reason="it leaked")
+        with pytest.raises(Denied) as caught:
+            team.ana.load(REF)
+        assert caught.value.code == "version.frozen"
+        with pytest.raises(Denied):
+            team.ana.thaw(REF, reason="please")
+        team.ben.thaw(REF, reason="it was another one")
+        with pytest.raises(Denied):
+            team.ana.load(REF)  # the lease has ended all the same
+        team.lease()
+        team.ana.load(REF)
+        with pytest.raises(NotFound):
+            team.ben.thaw(REF, reason="twice")
+
+
 class TestTheClock:
     def test_set_back_brings_no_lease_to_life(self, team):
         team.lease(duration=3600)

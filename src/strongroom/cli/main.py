@@ -43,6 +43,8 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "deny": ("custody", "Refuse a request, or take back your own."),
         "renew": ("review", "Extend somebody else's lease to load."),
         "revoke": ("custody", "End a lease, suspend a principal, or freeze a version, at once."),
+        "thaw": ("review", "Let a version that was revoked be asked for again."),
+        "ceiling": ("review", "How many may hold a version, copy it, and have copies of it."),
         "review": ("review", "Who has what, who used it when, what was never used, and what to look at."),
         "who": ("reach", "Who can reach a version, and by which rule."),
         "reach": ("reach", "What one principal can reach, and by which rule."),

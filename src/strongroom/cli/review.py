@@ -61,6 +61,36 @@ def review(options: Options, apply: bool) -> int:
     return _CODES[found["findings"][0]["severity"] if found["findings"] else ""]
 
 
+@command("thaw", explain="Its leases ended when it was revoked, and stay ended: each takes a new request.")
+@click.argument("ref")
+@click.option("--reason", required=True, metavar="TEXT")
+@pass_options
+def thaw(options: Options, ref: str, reason: str) -> None:
+    """Let a version that was revoked be asked for again."""
+    with options.open() as room:
+        found = room.thaw(ref, reason=reason)
+    options.output.answer(found, [f"{ref} may be asked for again, entry {found['entry']}"])
+
+
+@command(
+    "ceiling",
+    explain="""Policy refuses beyond a ceiling whatever else permits it. Set for a NAME it holds for every version that
+    has none of its own. What is out already stays out.""",
+)
+@click.argument("ref", metavar="REF|NAME")
+@click.option("--holders", type=click.IntRange(min=0), help="How many may be given keys.")
+@click.option("--copies", type=click.IntRange(min=0), help="How many plaintext copies may be made.")
+@click.option("--copiers", type=click.IntRange(min=0), help="How many may have such copies.")
+@pass_options
+def ceiling(options: Options, ref: str, holders: int | None, copies: int | None, copiers: int | None) -> None:
+    """How many may hold a version, copy it, and have copies of it."""
+    given = {"holders": holders, "copies": copies, "copiers": copiers}
+    with options.open() as room:
+        found = room.set_ceiling(ref, **{name: value for name, value in given.items() if value is not None})
+    line = f"{ref}: {found['holders']} holders, {found['copies']} copies, {found['copiers']} people with copies"
+    options.output.answer(found, [line])
+
+
 @command(
     "renew",
     explain="""Takes a fresh yes of somebody who may approve and is not the holder; the approvals that granted the lease

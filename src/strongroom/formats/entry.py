@@ -129,6 +129,8 @@ BODIES: dict[str, dict[str, Kind]] = {
     "copy": {"holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT},
     "renew": {"lease": SHORT, "expires_at": COUNT, "statement": TEXT},
     "revoke": {"target": TEXT, "statement": TEXT},
+    "ceiling": {"holders": COUNT, "copies": COUNT, "copiers": COUNT},
+    "thaw": {},
     "refused": {"action": TEXT, "code": TEXT, "rule": TEXT},
     "clock": {"before": COUNT},
     "trace": {"verdict": TEXT, "accused": TEXTS},
@@ -143,7 +145,7 @@ _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "refused": frozenset({"detail"}),
     "trace": frozenset({"detail"}),
     "login": frozenset({"address"}),
-    **{kind: frozenset({"reason"}) for kind in ("proposal", "request", "deny", "release", "revoke", "clock")},
+    **{kind: frozenset({"reason"}) for kind in ("proposal", "request", "deny", "release", "revoke", "clock", "thaw")},
 }
 
 

@@ -33,6 +33,8 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "copy": (_READ, 8, "Plaintext copy written"),
     "renew": (_UPDATE, 4, "Lease renewed"),
     "revoke": (_DELETE, 6, "Right revoked"),
+    "ceiling": (_UPDATE, 5, "Ceiling changed"),
+    "thaw": (_UPDATE, 6, "Weights thawed"),
     "refused": (_OTHER, 6, "Attempt refused"),
     "clock": (_UPDATE, 8, "Clock set back"),
     "trace": (_READ, 6, "Copy traced"),

@@ -29,16 +29,8 @@ _TOGETHER = 3  # people who may grant, from which on one of them alone may not: 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """How many may have one version: holders in all, plaintext copies, and people who have such copies."""
-
-    holders: int = 100
-    copies: int = 5
-    copiers: int = 3
-
-
-CEILINGS = Ceilings()
+# How many may have one version, unless the log says otherwise: holders, plaintext copies, people who have such copies.
+CEILINGS = (100, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -251,13 +243,13 @@ class Custody:
         state: State,
         statement: Statement,
         fresh: Callable[[], None],
-        facts: Facts,
+        facts: Callable[[], Facts],
         now: int,
         *,
         reason: str | None = None,
     ) -> Entry:
         """A key bundle for one holder; spec/release.md, section 2. `fresh` raises unless the challenge is this room's,
-        and young: its key is none of policy's business."""
+        and young: its key is none of policy's business. `facts` raises what nobody but the speaker may learn."""
         # Steps 1 and 2.
         who = self.authenticate(state, statement, now)
         body = statement.body
@@ -271,8 +263,9 @@ class Custody:
         if body["holder"] != who.path:
             raise Denied("release.holder", f"{who.path} can't take the keys of {body['holder']!r:.80}")
         # Step 5.
+        known = facts()
         version = usable(state, body["ref"])
-        if (facts.revision, facts.manifest) != (version.revision, version.manifest):
+        if (known.revision, known.manifest) != (version.revision, version.manifest):
             raise Conflict(
                 "release.revision",
                 f"the room's record of {version.ref} is not the one that the log has (revision {version.revision})",
@@ -533,13 +526,15 @@ def resource(state: State, ref: str) -> Resource:
     if ref == ROOM:
         return Resource.room()
     version = state.versions.get(ref)
-    return Resource(
-        ref,
-        max_holders=CEILINGS.holders,
-        max_copies=CEILINGS.copies,
-        max_copiers=CEILINGS.copiers,
-        frozen=version.frozen if version else False,
-    )
+    holders, copies, copiers = ceilings(state, ref)
+    frozen = version.frozen if version else False
+    return Resource(ref, max_holders=holders, max_copies=copies, max_copiers=copiers, frozen=frozen)
+
+
+def ceilings(state: State, ref: str) -> tuple[int, int, int]:
+    """How many may hold a version, copy it, and have copies of it: as set for it, for its name, or `CEILINGS`."""
+    holders, copies, copiers = state.ceilings.get(ref) or state.ceilings.get(ref.partition("@")[0]) or CEILINGS
+    return holders, copies, copiers
 
 
 _REQUESTS = "strongroom requests"

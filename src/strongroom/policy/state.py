@@ -172,6 +172,7 @@ class State:
     uses: dict[str, Use] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
+    ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     emergencies: list[int] = field(default_factory=list)  # releases past a lease that nobody has reviewed
     recent: dict[str, int] = field(default_factory=dict)
 
@@ -336,6 +337,12 @@ class State:
         if body["lease"] is not None:
             self.leases[body["lease"]].used += 1
 
+    def _ceiling(self, _: int, entry: Entry) -> None:
+        self.ceilings[entry.ref] = [entry.body[name] for name in ("holders", "copies", "copiers")]
+
+    def _thaw(self, _: int, entry: Entry) -> None:
+        self.versions[entry.ref].frozen = False
+
     def _review(self, _: int, __: Entry) -> None:
         self.emergencies.clear()
 
@@ -409,6 +416,8 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "release": State._release,
     "renew": State._renew,
     "review": State._review,
+    "ceiling": State._ceiling,
+    "thaw": State._thaw,
     "revoke": State._revoke,
     "clock": State._clock,
 }

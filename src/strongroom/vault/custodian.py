@@ -18,6 +18,7 @@ from sqlalchemy import delete, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import text
+from strongroom.core.ids import Ref
 from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
 from strongroom.errors import (
     AuthRequired,
@@ -33,7 +34,7 @@ from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
-from strongroom.policy.custody import Custody, Facts, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, ceilings, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
@@ -73,6 +74,7 @@ class Custodian:
         self._vault, self.ledger = vault, ledger
         self._parsed: dict[str, Policies] = {}
         self._texts: dict[str, str] = {}
+        self._era: int | None = None  # as last seen: a challenge of an older one is refused, and the next one is not
         self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
         self._manifests: dict[bytes, Manifest] = {}
         self._deciding = threading.local()
@@ -375,9 +377,10 @@ class Custodian:
 
     def challenge(self) -> bytes:
         """A fresh challenge of 32 bytes, good for 300 seconds."""
-        with self.ledger.view() as state:
-            era = state.era
-        return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
+        if self._era is None:
+            with self.ledger.view() as state:
+                self._era = state.era
+        return make_challenge(self._vault.keys.challenge_key, self._vault.id, self._era, self._now())
 
     def release(self, envelope: str, reason: Private | None = None) -> Answer:
         """Record a release, and only then seal the key bundle to the key that asked for it."""
@@ -389,27 +392,39 @@ class Custodian:
             raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
         # Before the entry: what can fail must not be recorded as done.
         check_receiver(bytes.fromhex(body["public_key"]))
+        found = self._looked_up(body["ref"])
+        key = self._vault.keys.challenge_key
+
+        def facts() -> Facts:
+            if isinstance(found, StrongroomError):
+                raise found
+            return Facts(found[0].revision, found[0].manifest_digest.hex())
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            def fresh() -> None:
+                check_challenge(bytes.fromhex(body["challenge"]), key, self._vault.id, state.era, now)
+
+            commitment = reason.commitment if reason is not None else None
+            entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
+            return Draft(entry, [reason] if reason is not None else [])
+
         with self._refusals(statement.by, body["action"], body["ref"]):
-            with self.ledger.view() as state:  # and nothing is looked up, or said of what there is, for a stranger
-                self.rules.authenticate(state, statement, self._now())
-            record = self._vault.record(self._vault.find(body["ref"]))
-            manifest = self._manifest(record)
-            facts = Facts(record.revision, record.manifest_digest.hex())
-            key = self._vault.keys.challenge_key
-
-            def decide(_: Connection, state: State, now: int) -> Draft:
-                def fresh() -> None:
-                    check_challenge(bytes.fromhex(body["challenge"]), key, self._vault.id, state.era, now)
-
-                commitment = reason.commitment if reason is not None else None
-                entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
-                return Draft(entry, [reason] if reason is not None else [])
-
             receipt = self._decide(decide)
+        if isinstance(found, StrongroomError):
+            raise found  # the decision has seen to that
+        record, manifest = found
         bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
         leaf = leaf_hash(receipt.data)
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
+
+    def _looked_up(self, ref: str) -> tuple[VersionRecord, Manifest] | StrongroomError:
+        """The secrets and the manifest of a version; or why not, which is for those that are authenticated only."""
+        try:
+            record = self._vault.record(self._vault.find(ref))
+            return record, self._manifest(record)
+        except StrongroomError as error:
+            return error
 
     def _manifest(self, record: VersionRecord) -> Manifest:
         """The version's verified manifest. Kept by the digest that pins all of it: it can't change."""
@@ -479,6 +494,34 @@ class Custodian:
 
         self.ledger.append(decide)
 
+    def set_ceiling(self, by: str, ref: str, changes: dict[str, int]) -> dict[str, Any]:
+        """Change how many may hold, copy and have copies of a version, or of every version of a name."""
+        if not Ref.parse(ref).name or any(value < 0 for value in changes.values()):
+            raise UsageError("ceiling.negative", "a ceiling is a number from 0")
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            self.rules.may(state, self._active(state, by), "administer", now=now)
+            if not any(ref in (each, each.partition("@")[0]) for each in state.versions):
+                raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
+            before = dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
+            return Draft(Entry("ceiling", now, by, ref, before | changes))
+
+        receipt = self._decide(decide)
+        return {"ref": ref, **receipt.entry.body, "entry": receipt.index}
+
+    def thaw(self, by: str, ref: str, reason: str) -> dict[str, Any]:
+        """A version that was revoked may be asked for again. Its leases have ended: each takes new approvals."""
+        note = Private.fresh("reason", reason)
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            self.rules.may(state, self._active(state, by), "administer", now=now)
+            version = state.versions.get(ref)
+            if version is None or not version.frozen:
+                raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
+            return Draft(Entry("thaw", now, by, ref, {}, {"reason": note.commitment}), [note])
+
+        return {"ref": ref, "entry": self._decide(decide).index}
+
     def set_clock(self, by: str, reason: str) -> dict[str, Any]:
         """After the clock had been ahead: take the room's time back to now. Ends every lease."""
         note = Private.fresh("reason", reason)
@@ -493,6 +536,7 @@ class Custodian:
 
         with self._refusals(by, "administer"):
             receipt = self._decide(decide)
+        self._era = receipt.index
         return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -508,6 +552,7 @@ class Custodian:
 
         def within(tx: Connection, state: State, now: int) -> Draft:
             self._deciding.tx = tx
+            self._era = state.era
             try:
                 return decide(tx, state, now)
             finally:

@@ -56,7 +56,7 @@ def test_other_urls_are_no_folders(url: str) -> None:
     with pytest.raises(UsageError) as caught:
         room_folder(url)
     assert caught.value.code == "room.not_a_folder"
-    assert ("later release" in caught.value.message) == url.startswith(("http://1", "https"))
+    assert ("a served room" in caught.value.message) == url.startswith(("http://1", "https"))
 
 
 def test_a_child_with_a_grant_opens_no_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ def test_verify_explains(desk: Desk) -> None:
 
 
 def test_damage_is_named_and_refused(empty: Desk) -> None:
-    assert empty.run("init").code == 0
+    assert empty.run("init", "--custody", "solo").code == 0
     assert empty.run("put", "model", "acme/tiny", "--positions", "0").code == 0
     pack = empty.objects()[0]
     flip(pack, 100_000)

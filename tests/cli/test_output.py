@@ -50,7 +50,13 @@ def test_a_cell_makes_no_row_of_its_own() -> None:
     ("statement", "commands"),
     [
         ("update versions set created_by = ?", [["ls"]]),
-        ("update principals set created_at = ?", [["principal", "ls"]]),
+        ("update log_private set value = ?", [["log", "show", "3"], ["log", "tail"]]),
+        (
+            "update log_entries set entry = cast(? as blob)",
+            [["principal", "ls"], ["log", "tail"], ["log", "show", "1"]],
+        ),
+        ("update log_state set checkpoint = cast(? as blob)", [["principal", "ls"], ["log", "verify"], ["status"]]),
+        ("update documents set data = cast(? as blob)", [["policy", "show"], ["who", "acme/tiny"]]),
         ("update versions set name = 'acme/' || ?", [["ls"], ["fsck"], ["status"]]),
         ("update room set keystore_uri = 'file:' || ?", [["status"], ["doctor"], ["keystore", "show"]]),
     ],
@@ -59,8 +65,9 @@ def test_rows_that_somebody_else_wrote(empty: Desk, statement: str, commands: li
     evil = EVIL.replace("\udc80", "")
     assert empty.run("init").code == 0
     assert empty.run("put", "model", "acme/tiny").code == 0
+    assert empty.run("run", "acme/tiny", "--", "true").code == 3  # entry 3: what was refused is kept beside it
     with closing(sqlite3.connect(empty.room / "room.db")) as database, database:
-        database.execute(statement, (evil,))
+        assert database.execute(statement, (evil,)).rowcount
     for command in commands:
         for arguments in (command, [*command, "--json"]):
             ended = empty.run(*arguments)

@@ -65,13 +65,15 @@ WHOLE = {
     "login": {"method": "key"},
     "keystore": {"operation": "rotate", "epoch": 2},
     "redact": {"entry": 7},
+    "ceiling": {"holders": 100, "copies": 5, "copiers": 3},
+    "thaw": {},
 }
 PRIVATE = {
     "principal": ["oidc", "spiffe", "contact"],
     "refused": ["detail"],
     "trace": ["detail"],
     "login": ["address"],
-    **{kind: ["reason"] for kind in ("proposal", "request", "deny", "release", "revoke", "clock")},
+    **{kind: ["reason"] for kind in ("proposal", "request", "deny", "release", "revoke", "clock", "thaw")},
 }
 # What no member is, whatever its kind; and for some kinds what looks like one and is not.
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, [["x"]], True, 0.0]

@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateTable
 
 from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
 from strongroom.storage import db as module
-from strongroom.storage.db import SCHEMA, Database, metadata, principals, put_packs, puts, room, versions
+from strongroom.storage.db import SCHEMA, Database, documents, metadata, put_packs, puts, room, versions
 
 NOW = "2026-01-02T03:04:05Z"
 A_PACK = {
@@ -104,7 +104,7 @@ def count(database: Database, table: sa.Table) -> int:
 
 def _program(script: str, *arguments: str) -> subprocess.Popen:
     head = (
-        "import sys\nimport sqlalchemy as sa\nfrom strongroom.storage.db import Database, principals, puts, versions\n"
+        "import sys\nimport sqlalchemy as sa\nfrom strongroom.storage.db import Database, documents, puts, versions\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", head + textwrap.dedent(script), *arguments],
@@ -148,7 +148,7 @@ def test_only_the_owner_may_look(path):
     old = os.umask(0)
     try:
         database = Database.open(f"sqlite:///{path}", create=True)
-        add(database, principals, path="user/ana", created_at=NOW)
+        add(database, documents, digest="ana", data=b"text")
         for file in (path, path.with_name("room.db-wal"), path.with_name("room.db-shm")):
             assert stat.S_IMODE(file.stat().st_mode) == 0o600
     finally:
@@ -168,7 +168,7 @@ def test_rows_come_back_as_they_were(database):
             "recovery_shares": 3,
             "key_epoch": 1,
         },
-        principals: {"path": "user/ana", "created_at": NOW},
+        documents: {"digest": "ana", "data": bytes(range(256))},
         versions: a_version(),
         puts: a_put(),
         put_packs: {**A_PACK, "first": 1 << 40, "count": 1 << 41},
@@ -197,14 +197,14 @@ def test_the_tables_suit_postgresql():
 
 
 def test_a_transaction_is_all_or_nothing(database):
-    ana = (principals, {"path": "user/ana", "created_at": NOW})
+    ana = (documents, {"digest": "ana", "data": b"text"})
     mine = ZeroDivisionError("mine")
     with pytest.raises(ZeroDivisionError) as caught:
         add_all(database, ana, error=mine)
     assert caught.value is mine
     with pytest.raises(Conflict):
         add_all(database, ana, ana)
-    assert count(database, principals) == 0
+    assert count(database, documents) == 0
     add_all(database, ana)
 
 
@@ -252,8 +252,8 @@ def test_scrub_says_so_when_it_cannot(database, path, monkeypatch):
     monkeypatch.setattr(module, "_BUSY_MS", 50)
     other = Database.open(f"sqlite:///{path}")
     with other.reading() as tx:
-        tx.execute(sa.select(principals)).all()
-        add(database, principals, path="user/ana", created_at=NOW)
+        tx.execute(sa.select(documents)).all()
+        add(database, documents, digest="ana", data=b"text")
         with pytest.raises(BackendError) as caught:
             Database.open(f"sqlite:///{path}").scrub()
     assert caught.value.code == "db.busy"
@@ -264,13 +264,13 @@ def test_scrub_says_so_when_it_cannot(database, path, monkeypatch):
 def test_readers_do_not_wait_and_see_one_state(database, path):
     other = Database.open(f"sqlite:///{path}")
     with database.transaction() as writing:
-        writing.execute(sa.insert(principals).values(path="user/ana", created_at=NOW))
-        assert count(other, principals) == 0
+        writing.execute(sa.insert(documents).values(digest="ana", data=b"text"))
+        assert count(other, documents) == 0
     with other.reading() as tx:
-        assert len(tx.execute(sa.select(principals)).all()) == 1
-        add(database, principals, path="user/bo", created_at=NOW)
-        assert len(tx.execute(sa.select(principals)).all()) == 1
-    assert count(other, principals) == 2
+        assert len(tx.execute(sa.select(documents)).all()) == 1
+        add(database, documents, digest="bo", data=b"text")
+        assert len(tx.execute(sa.select(documents)).all()) == 1
+    assert count(other, documents) == 2
     other.close()
 
 
@@ -327,12 +327,12 @@ def test_another_writer_is_waited_for_and_then_told(database, path, monkeypatch)
 def test_a_transaction_within_a_transaction_is_a_mistake(database):
     with database.transaction(), pytest.raises(RuntimeError, match="nest"), database.transaction():
         pytest.fail("nested")
-    add(database, principals, path="user/ana", created_at=NOW)
+    add(database, documents, digest="ana", data=b"text")
 
 
 @pytest.mark.parametrize("point", ["begun", "written", "many", "committed"])
 def test_killed_within_a_transaction_the_database_is_as_before_or_after(database, path, point):
-    add(database, principals, path="user/before", created_at=NOW)
+    add(database, documents, digest="before", data=b"text")
     script = """
         database = Database.open("sqlite:///" + sys.argv[1])
         def here(point):
@@ -341,7 +341,7 @@ def test_killed_within_a_transaction_the_database_is_as_before_or_after(database
                 sys.stdin.readline()
         with database.transaction() as tx:
             here("begun")
-            tx.execute(sa.insert(principals).values(path="user/during", created_at=""))
+            tx.execute(sa.insert(documents).values(digest="during", data=b"text"))
             here("written")
             for k in range(3000):  # more than the page cache holds: pages reach the log before the commit
                 tx.execute(sa.insert(puts).values(put_id=str(k), name="", fingerprint="", version_id="", revision=1,
@@ -354,12 +354,12 @@ def test_killed_within_a_transaction_the_database_is_as_before_or_after(database
     program.send_signal(signal.SIGKILL)
     program.communicate()
     expected = (2, 3000) if point == "committed" else (1, 0)
-    assert (count(database, principals), count(database, puts)) == expected
+    assert (count(database, documents), count(database, puts)) == expected
     assert database.check() == []
-    add(database, principals, path="user/after", created_at=NOW)
+    add(database, documents, digest="after", data=b"text")
     database.close()
     again = Database.open(f"sqlite:///{path}")
-    assert (count(again, principals), count(again, puts)) == (expected[0] + 1, expected[1])
+    assert (count(again, documents), count(again, puts)) == (expected[0] + 1, expected[1])
     again.close()
 
 
@@ -369,8 +369,8 @@ def test_killed_within_a_transaction_the_database_is_as_before_or_after(database
 def test_opening_again_finds_what_was_written(path):
     for k in range(3):
         database = Database.open(f"sqlite:///{path}", create=True)
-        add(database, principals, path=f"user/{k}", created_at=NOW)
-        assert count(database, principals) == k + 1
+        add(database, documents, digest=f"{k}", data=b"text")
+        assert count(database, documents) == k + 1
         database.close()
 
 
@@ -447,21 +447,21 @@ def test_what_is_no_database(path, content):
 
 def test_the_limit_on_file_sizes(database, path):
     """The kernel refuses the log's growth in the middle of a transaction; what was committed stays."""
-    add(database, principals, path="user/before", created_at=NOW)
+    add(database, documents, digest="before", data=b"text")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
         with pytest.raises(BackendError) as caught:
             add_all(
                 database,
-                (principals, {"path": "user/during", "created_at": NOW}),
+                (documents, {"digest": "during", "data": b"text"}),
                 (puts, a_put(record=bytes(4_000_000))),
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.code == "db.failed"  # SQLite takes it for an I/O error
-    assert count(database, principals) == 1
-    add(database, principals, path="user/after", created_at=NOW)
+    assert count(database, documents) == 1
+    add(database, documents, digest="after", data=b"text")
     assert database.check() == []
 
 
@@ -470,7 +470,7 @@ def test_a_disk_that_is_full_and_then_read_only(tmp_path, in_namespace):
         """
         import sqlalchemy as sa
         from strongroom.errors import BackendError
-        from strongroom.storage.db import Database, principals, puts
+        from strongroom.storage.db import Database, documents, puts
         folder = sys.argv[1]
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=True)
         database = Database.open(f"sqlite:///{folder}/room.db", create=True)
@@ -478,7 +478,7 @@ def test_a_disk_that_is_full_and_then_read_only(tmp_path, in_namespace):
         def add(path, size):
             try:
                 with database.transaction() as tx:
-                    tx.execute(sa.insert(principals).values(path=path, created_at=""))
+                    tx.execute(sa.insert(documents).values(digest=path, data=b"text"))
                     tx.execute(sa.insert(puts).values(put_id=path, name="", fingerprint="", version_id="", revision=1,
                                                       record=bytes(size), created_at="", created_by=""))
             except BackendError as error:
@@ -486,7 +486,7 @@ def test_a_disk_that_is_full_and_then_read_only(tmp_path, in_namespace):
 
         def names():
             with database.reading() as tx:
-                return tx.execute(sa.select(principals.c.path)).scalars().all()
+                return tx.execute(sa.select(documents.c.digest)).scalars().all()
 
         codes = [add("before", 10), add("during", 4_000_000), add("after", 10)]
         kept, faults = names(), database.check()
@@ -512,7 +512,7 @@ def test_a_database_that_may_not_be_written(database):
     with database.reading() as tx:
         tx.exec_driver_sql("PRAGMA query_only=ON")
     with pytest.raises(BackendError) as caught:
-        add(database, principals, path="user/ana", created_at=NOW)
+        add(database, documents, digest="ana", data=b"text")
     assert caught.value.code == "db.read_only"
 
 
@@ -547,10 +547,10 @@ def test_any_text_is_no_database_of_ours(url):
 def test_errors_quote_no_values(database):
     """Rows hold sealed keys; a driver's message may quote what it was given."""
     secret = "never-in-a-message"
-    for values in ({"path": secret, "created_at": NOW}, {"path": secret, "created_at": None}, {"path": secret}):
+    for values in ({"digest": secret, "data": b"x"}, {"digest": secret, "data": None}, {"digest": secret}):
         for _ in range(2):
             try:
-                add(database, principals, **values)
+                add(database, documents, **values)
             except StrongroomError as error:
                 assert secret not in str(error)
                 assert secret not in str(error.as_json())

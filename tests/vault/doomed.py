@@ -26,6 +26,7 @@ import sqlalchemy
 import sqlalchemy.engine.default
 from sqlalchemy.engine import Engine
 
+from strongroom.client import Room
 from strongroom.crypto import sealing
 from strongroom.errors import StrongroomError
 from strongroom.storage import image
@@ -35,6 +36,7 @@ from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
 
 CHANGING = ("open", "write", "pwrite", "fsync", "link", "rename", "replace", "unlink", "mkdir", "rmdir")
+COMMITS = ("commit", "committed", "reading", "read")
 _NEWNS, _NEWUSER = 0x0002_0000, 0x1000_0000
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 
@@ -53,13 +55,20 @@ class Reaper:
     def install(self) -> None:
         for name in CHANGING:
             setattr(os, name, functools.wraps(getattr(os, name))(self._wrapped(name, getattr(os, name))))
-        # Both sides of a commit: what is before it must not count, what is after it must not be needed.
-        sqlalchemy.event.listen(Engine, "commit", lambda connection: self.step("commit"))
+        # Both sides of a commit: what is before it must not count, what is after it must not be needed. A transaction
+        # that only reads ends in one, too: "reading" and "read".
+        here = threading.local()
         commit = sqlalchemy.engine.default.DefaultDialect.do_commit
+
+        def committing(connection: Any) -> None:
+            here.reads = connection.get_execution_options()["strongroom_begin"] == "BEGIN"
+            self.step("reading" if here.reads else "commit")
 
         def committed(dialect: Any, connection: Any) -> None:
             commit(dialect, connection)
-            self.step("committed")
+            self.step("read" if here.reads else "committed")
+
+        sqlalchemy.event.listen(Engine, "commit", committing)
 
         sqlalchemy.engine.default.DefaultDialect.do_commit = committed  # type: ignore[method-assign]
 
@@ -139,6 +148,19 @@ def do_shred(vault: Vault, job: dict[str, Any]) -> Any:
 
 def do_keystore_rotate(vault: Vault, job: dict[str, Any]) -> Any:
     return vault.keys.rotate(job.get("to"))
+
+
+def do_load(vault: Vault, job: dict[str, Any]) -> Any:
+    """A release, recorded and proven, and then the weights."""
+    del vault
+    with Room(job["room"], "user/ana") as room:
+        return hashlib.sha256(room.reader(job["ref"]).read_all()).hexdigest()
+
+
+def do_principal_add(vault: Vault, job: dict[str, Any]) -> Any:
+    del vault
+    with Room(job["room"], "user/ana") as room:
+        return room.principal_add(job["path"])
 
 
 def do_verify(vault: Vault, job: dict[str, Any]) -> Any:
@@ -242,6 +264,8 @@ def child(job: dict[str, Any], answer: int) -> None:
     if "nonces" in job:
         RecordingAESGCM.log = os.open(job["nonces"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         packing.AESGCM = sealing.AESGCM = image.AESGCM = RecordingAESGCM  # type: ignore[misc,assignment]
+    if "state" in job:
+        os.environ["STRONGROOM_STATE"] = job["state"]
     if "pack_body" in job:
         packing.PACK_BODY = job["pack_body"]
     if job.get("blind"):
@@ -260,7 +284,7 @@ def child(job: dict[str, Any], answer: int) -> None:
     reaper = Reaper(
         job.get("kill_at", 0),
         torn=job.get("torn", False),
-        counted=job.get("counted", [*CHANGING, "commit", "committed"]),
+        counted=job.get("counted", [*CHANGING, *COMMITS]),
         trace=trace,
     )
     work = WORK[job["do"]]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from strongroom.client import Room
 from strongroom.load.reader import ImageReader
 from strongroom.storage.blobs import Blobs
 from strongroom.vault.source import ModelSource
@@ -160,6 +161,25 @@ class House:
             found = connection.execute(statement, values).fetchall()
         connection.close()
         return found
+
+
+def recorded(house: House) -> None:
+    """The log holds together, as it was published and as it is; and of every version it says what the database says,
+    of no fewer and of no others."""
+    with Room(house.folder, OWNER) as room:
+        report = room.log.verify()
+    with house.vault.custodian.ledger.view() as state:
+        logged = {
+            ref: (each.version, each.revision, each.manifest, each.shredded) for ref, each in state.versions.items()
+        }
+    rows = house.sql("SELECT name, number, version_id, revision, manifest_sha256, state FROM versions")
+    assert logged == {
+        f"{name}@{number}": (version, revision, manifest, state == "shredded")
+        for name, number, version, revision, manifest, state in rows
+    }
+    assert (
+        [(report["size"],)] == house.sql("SELECT size FROM log_state") == house.sql("SELECT count(*) FROM log_entries")
+    )
 
 
 def clone(house: House, folder: Path) -> House:

@@ -31,10 +31,10 @@ export PYTHONUTF8     := 1
 .DELETE_ON_ERROR:
 # Recipes install into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test check lint types imports fmt bench docs fuzz clean
+.PHONY: help demo test check lint types imports fmt bench bench-custody docs fuzz clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # --- environments ------------------------------------------------------------------------------------------------------
 # $(1) the environment, $(2) the extras. Each stamp is one set of extras; all of a VENV's stamps share its torch stamp.
@@ -97,6 +97,9 @@ test: $(VENV)/.test ## the tests, on two processes
 
 bench: $(VENV_BENCH)/.bench ## side by side with the peers, in an environment of its own
 	@$(call in,$(VENV_BENCH)) python -m bench $(BENCH_ARGS)
+
+bench-custody: $(VENV)/.test ## what custody costs: appends, proofs, releases beside OpenBao
+	@$(call in,$(VENV)) python -m bench.custody $(BENCH_ARGS)
 
 docs: $(VENV)/.docs ## the documentation, into build/docs
 	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet --builder html docs build/docs

@@ -153,10 +153,11 @@ def appends(work: Path, new_url: Callable[[], str], page: Page, rounds: int, sec
         ):
             ratios = tuple(f"{middle[name] / middle[base]:.1f}" for base in ("plain", "one"))
             rows.append((title, f"{middle[name]:,.0f}", *ratios))
-        verdict = "met" if middle["many"] >= 20 * middle["plain"] else "missed"
+        verdict = "met" if middle["many"] >= 20 * middle["one"] else "missed"
         page.say(
-            f"{kind}, {WRITERS} writers: {middle['many'] / middle['plain']:.1f} times the rate of one durable INSERT an "
-            f"entry (required 20): **{verdict}**."
+            f"{kind}, {WRITERS} writers: {middle['many'] / middle['one']:.1f} times the rate of the same log with one entry, "
+            f"and so one commit, at a time (required 20): **{verdict}**. Against a bare INSERT a transaction, without a log, "
+            f"it is {middle['many'] / middle['plain']:.1f} times."
         )
         db.close()
     page.table(
@@ -258,11 +259,13 @@ def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, se
     vault, _ = Vault.init(work / "room", owner="user/ana", custody="solo", db=new_url())
     text = Policies.shipped("solo").text
     text += "".join(_RULE.format(number) for number in range(200 - len(Policies.shipped("solo").rules)))
-    with vault.db.transaction() as tx:
-        digest = vault.custodian._keep(tx, text)  # noqa: SLF001 - past the waiting time of a day, for the bench alone
-    vault.custodian.ledger.append(
-        lambda _, __, now: Draft(Entry("policy", now, "user/ana", "", {"digest": digest, "proposal": None}))
-    )
+    policies = Policies.parse(text)
+
+    def enact(tx: Any, _: State, now: int) -> Draft:  # past the waiting time of a day: for the bench alone
+        vault.custodian._documents.keep(tx, policies)  # noqa: SLF001
+        return Draft(Entry("policy", now, "user/ana", "", {"digest": policies.digest, "proposal": None}))
+
+    vault.custodian.ledger.append(enact, writes=True)
     result = vault.put(ModelSource.scan(model.directory), "bench/model", by="user/ana")
     signer = vault.identities.signer("user/ana")
 
@@ -284,7 +287,7 @@ def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, se
 
     rows = []
     with bao(work) as decrypt:
-        ours: dict[int, list[float]] = {1: [], 8: []}
+        ours: dict[int, list[float]] = {1: [], 8: [], 32: []}
         theirs: list[float] = []
         times: list[float] = []
         slowest: dict[int, float] = {}

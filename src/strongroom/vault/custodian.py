@@ -6,17 +6,16 @@ It takes signed statements and nothing else at their word: an embedded room and 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, insert, select
+from sqlalchemy import delete
 from sqlalchemy.engine import Connection
 
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.clock import text
 from strongroom.core.ids import Ref
 from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
@@ -26,7 +25,6 @@ from strongroom.errors import (
     Denied,
     NotFound,
     StrongroomError,
-    Tampered,
     UsageError,
 )
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
@@ -39,10 +37,12 @@ from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
 from strongroom.policy.review import Review, review
-from strongroom.policy.state import TOLERANCE, Grant, Principal, Request, State
-from strongroom.storage.db import documents, log_private
+from strongroom.policy.state import TOLERANCE, Principal, Request, State
+from strongroom.storage.db import log_private
+from strongroom.vault.documents import Documents
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
+from strongroom.vault.requests import describe_grant, describe_proposal, describe_request
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
@@ -72,24 +72,21 @@ class Custodian:
 
     def __init__(self, vault: Vault, ledger: Ledger[State]) -> None:
         self._vault, self.ledger = vault, ledger
-        self._parsed: dict[str, Policies] = {}
-        self._texts: dict[str, str] = {}
-        self._era: int | None = None  # as last seen: a challenge of an older one is refused, and the next one is not
-        self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
+        self._documents = Documents(vault.db)
         self._manifests: dict[bytes, Manifest] = {}
-        self._deciding = threading.local()
-        self.rules = Custody(self.policies)
+        self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
+        self.rules = Custody(self._documents.policies)
 
     # -- the beginning -------------------------------------------------------------------------------------------
 
     def begin(self, owner: str, key: bytes, custody: str, signer: bytes) -> None:
         """The first two entries of a new room: the room itself under a shipped policy, and its owner."""
-        text = Policies.shipped(custody).text
+        policies = Policies.shipped(custody)
 
         def genesis(tx: Connection, state: State, now: int) -> Draft:
             if state.room:
                 raise Conflict("room.exists", "the log of this room has begun already")
-            digest = self._keep(tx, text)
+            digest = self._documents.keep(tx, policies)
             body = {"room": self._vault.id.hex(), "signer": signer.hex(), "policy": digest, "custody": custody}
             return Draft(Entry("genesis", now, CUSTODIAN, "", body))
 
@@ -109,6 +106,10 @@ class Custodian:
 
         self.ledger.append(genesis, writes=True)
         self.ledger.append(first)
+
+    def policies(self, digest: str) -> Policies:
+        """The policies of a digest that the log names."""
+        return self._documents.policies(digest)
 
     # -- principals and policies ---------------------------------------------------------------------------------
 
@@ -157,19 +158,6 @@ class Custodian:
             return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}
         return {**told, "entry": receipt.index}
 
-    def policies(self, digest: str) -> Policies:
-        """The parsed policies of a digest, from the documents; checked against it."""
-        if digest not in self._parsed:
-            text = self.document(digest)
-            self._parsed[digest] = Policies.parse(text)
-        return self._parsed[digest]
-
-    def document(self, digest: str) -> str:
-        """The text kept under its SHA-256; NotFound, Tampered."""
-        if digest in self._texts:
-            return self._texts[digest]
-        return self._texts.setdefault(digest, self._read_document(digest))
-
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         """A new policy, as a proposal."""
         statement = self._statement(envelope, "propose")
@@ -180,10 +168,8 @@ class Custodian:
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
             self.rules.authenticate(state, statement, now)
-            self._parsed[policies.digest] = policies
-            entry = self.rules.propose(state, statement, reason.commitment, now)
-            self._keep(tx, text)
-            return Draft(entry, [reason])
+            self._documents.keep(tx, policies)
+            return Draft(self.rules.propose(state, statement, reason.commitment, now), [reason])
 
         with self._refusals(statement.by, "administer"):
             receipt = self._decide(decide, writes=True)
@@ -246,7 +232,7 @@ class Custodian:
         now = self._now()
         with self.ledger.view() as state:
             found = [self._describe(state, request, now) for request in state.requests.values()]
-            return found + [_describe_grant(grant, now) for grant in state.grants.values()]
+            return found + [describe_grant(grant, now) for grant in state.grants.values()]
 
     def show_request(self, identifier: str) -> dict[str, Any]:
         """One request or proposal; NotFound ``request.unknown``."""
@@ -255,53 +241,14 @@ class Custodian:
             if identifier in state.requests:
                 return self._describe(state, state.requests[identifier], now)
             if identifier in state.grants:
-                return _describe_grant(state.grants[identifier], now)
+                return describe_grant(state.grants[identifier], now)
             if identifier in state.proposals:
-                found = state.proposals[identifier]
-                approvers = [each.by for each in found.approvals]
-                return {
-                    "id": found.id,
-                    "digest": found.statement,
-                    "action": "policy",
-                    "state": found.state,
-                    "by": found.by,
-                    "approved_by": approvers,
-                    "needs": [] if approvers else [f"the approval of somebody else than {found.by}"],
-                    "enact_after": found.enact_after,
-                    "lease": None,
-                    "expires_at": None,
-                }
+                return describe_proposal(state.proposals[identifier])
         raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
 
     def _describe(self, state: State, request: Request, now: int) -> dict[str, Any]:
-        lease = state.leases.get(request.id)
-        pending = request.state_at(now) == "pending"
-        found = request.state_at(now)
-        if lease is not None and found == "approved" and not lease.holds(now):
-            found = "revoked" if lease.ended else "expired"
-        return {
-            "id": request.id,
-            "digest": request.digest,
-            "action": request.action,
-            "ref": request.ref,
-            "for": request.holder,
-            "by": request.by,
-            "duration": request.duration,
-            "uses": request.uses,
-            "state": found,
-            "needs": self.rules.missing(state, request, now) if pending else [],
-            "approved_by": [each.by for each in request.approvals],
-            "lease": None
-            if lease is None
-            else {
-                "id": lease.id,
-                "holder": lease.holder,
-                "expires_at": lease.expires_at,
-                "used": lease.used,
-                "ended": lease.ended,
-            },
-            "expires_at": lease.expires_at if lease is not None else request.expires_at,
-        }
+        needs = self.rules.missing(state, request, now) if request.state_at(now) == "pending" else []
+        return describe_request(state, request, needs, now)
 
     # -- who can what --------------------------------------------------------------------------------------------
 
@@ -326,7 +273,7 @@ class Custodian:
             return []  # a team acts through its members
         leases = frozenset((each.holder, each.action, each.ref) for each in state.leases.values() if each.holds(now))
         found = reach(
-            self.policies(state.policy),
+            self._documents.policies(state.policy),
             subject(principal),
             [resource(state, ref)],
             situation=situation(state, principal, ref, now),
@@ -351,14 +298,15 @@ class Custodian:
                 raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log show")
             return Draft(Entry("redact", now, by, "", {"entry": index}))
 
-        receipt = self._decide(decide, writes=True)
+        with self._refusals(by, "administer"):
+            receipt = self._decide(decide, writes=True)
         self._vault.db.scrub()
         return {"redacted": index, "entry": receipt.index}
 
     def policy(self) -> dict[str, Any]:
         """The policy in force, and the proposals that are open."""
         with self.ledger.view() as state:
-            found = self.policies(state.policy)
+            found = self._documents.policies(state.policy)
             proposals = [
                 {"id": each.id, "digest": each.digest, "by": each.by, "enact_after": each.enact_after}
                 for each in state.proposals.values()
@@ -377,10 +325,9 @@ class Custodian:
 
     def challenge(self) -> bytes:
         """A fresh challenge of 32 bytes, good for 300 seconds."""
-        if self._era is None:
-            with self.ledger.view() as state:
-                self._era = state.era
-        return make_challenge(self._vault.keys.challenge_key, self._vault.id, self._era, self._now())
+        with self.ledger.view() as state:
+            era = state.era
+        return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
 
     def release(self, envelope: str, reason: Private | None = None) -> Answer:
         """Record a release, and only then seal the key bundle to the key that asked for it."""
@@ -496,8 +443,8 @@ class Custodian:
 
     def set_ceiling(self, by: str, ref: str, changes: dict[str, int]) -> dict[str, Any]:
         """Change how many may hold, copy and have copies of a version, or of every version of a name."""
-        if not Ref.parse(ref).name or any(value < 0 for value in changes.values()):
-            raise UsageError("ceiling.negative", "a ceiling is a number from 0")
+        if not Ref.parse(ref).name or not all(0 <= value <= MAX_INTEGER for value in changes.values()):
+            raise UsageError("ceiling.negative", f"a ceiling is a number from 0 to {MAX_INTEGER}")
 
         def decide(_: Connection, state: State, now: int) -> Draft:
             self.rules.may(state, self._active(state, by), "administer", now=now)
@@ -506,12 +453,14 @@ class Custodian:
             before = dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
             return Draft(Entry("ceiling", now, by, ref, before | changes))
 
-        receipt = self._decide(decide)
+        with self._refusals(by, "administer", ref):
+            receipt = self._decide(decide)
         return {"ref": ref, **receipt.entry.body, "entry": receipt.index}
 
     def thaw(self, by: str, ref: str, reason: str) -> dict[str, Any]:
         """A version that was revoked may be asked for again. Its leases have ended: each takes new approvals."""
         note = Private.fresh("reason", reason)
+        _check_reason(note, note.commitment)
 
         def decide(_: Connection, state: State, now: int) -> Draft:
             self.rules.may(state, self._active(state, by), "administer", now=now)
@@ -520,7 +469,8 @@ class Custodian:
                 raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
             return Draft(Entry("thaw", now, by, ref, {}, {"reason": note.commitment}), [note])
 
-        return {"ref": ref, "entry": self._decide(decide).index}
+        with self._refusals(by, "administer", ref):
+            return {"ref": ref, "entry": self._decide(decide).index}
 
     def set_clock(self, by: str, reason: str) -> dict[str, Any]:
         """After the clock had been ahead: take the room's time back to now. Ends every lease."""
@@ -536,7 +486,6 @@ class Custodian:
 
         with self._refusals(by, "administer"):
             receipt = self._decide(decide)
-        self._era = receipt.index
         return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -551,12 +500,8 @@ class Custodian:
         """Append what `decide` returns; policies that it asks for are read in the sequencer's own transaction."""
 
         def within(tx: Connection, state: State, now: int) -> Draft:
-            self._deciding.tx = tx
-            self._era = state.era
-            try:
+            with self._documents.within(tx):
                 return decide(tx, state, now)
-            finally:
-                self._deciding.tx = None
 
         return self.ledger.append(within, writes=writes)
 
@@ -583,29 +528,6 @@ class Custodian:
             )
         return found
 
-    def _keep(self, tx: Connection, text: str) -> str:
-        data = text.encode()
-        digest = hashlib.sha256(data).hexdigest()
-        if tx.execute(select(documents.c.digest).where(documents.c.digest == digest)).first() is None:
-            tx.execute(insert(documents).values(digest=digest, data=data))
-        return digest
-
-    def _read_document(self, digest: str) -> str:
-        query = select(documents.c.data).where(documents.c.digest == digest)
-        tx: Connection | None = getattr(self._deciding, "tx", None)
-        if tx is not None:
-            data = tx.execute(query).scalar()
-        else:
-            with self._vault.db.reading() as reading:
-                data = reading.execute(query).scalar()
-        if data is None:
-            raise NotFound(
-                "document.missing", f"the text {digest[:16]}… is not in the database", hint="strongroom fsck"
-            )
-        if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:
-            raise Tampered("document.tampered", f"the text {digest[:16]}… in the database was altered")
-        return data.decode()
-
     def _now(self) -> int:
         return self._vault.clock()
 
@@ -618,22 +540,3 @@ def _check_reason(reason: Private, commitment: str) -> None:
             "reason.malformed", f"a reason is a text of at most {_REASON} characters that can be shown", hint="--reason"
         )
     reason.check(commitment)
-
-
-def _describe_grant(grant: Grant, now: int) -> dict[str, Any]:
-    state = grant.state_at(now)
-    return {
-        "id": grant.id,
-        "digest": grant.digest,
-        "action": "grant",
-        "ref": ", ".join(grant.record["roles"]),
-        "for": grant.record["principal"],
-        "by": grant.by,
-        "duration": 0,
-        "uses": None,
-        "state": state,
-        "needs": [f"the approval of somebody else than {grant.by} who may grant"] if state == "pending" else [],
-        "approved_by": [grant.approved_by] if grant.approved_by else [],
-        "lease": None,
-        "expires_at": grant.expires_at,
-    }

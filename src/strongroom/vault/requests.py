@@ -1,0 +1,76 @@
+"""Requests, grants and proposals as callers see them: one shape for all that waits for approvals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strongroom.policy.state import Grant, Proposal, Request, State
+
+
+def describe_request(state: State, request: Request, needs: list[str], now: int) -> dict[str, Any]:
+    """A request, with the lease that it has become; `needs` is what is missing while it is pending."""
+    lease = state.leases.get(request.id)
+    found = request.state_at(now)
+    if lease is not None and found == "approved" and not lease.holds(now):
+        found = "revoked" if lease.ended else "expired"
+    told = None
+    if lease is not None:
+        told = {
+            "id": lease.id,
+            "holder": lease.holder,
+            "expires_at": lease.expires_at,
+            "used": lease.used,
+            "ended": lease.ended,
+        }
+    return {
+        "id": request.id,
+        "digest": request.digest,
+        "action": request.action,
+        "ref": request.ref,
+        "for": request.holder,
+        "by": request.by,
+        "duration": request.duration,
+        "uses": request.uses,
+        "state": found,
+        "needs": needs if found == "pending" else [],
+        "approved_by": [each.by for each in request.approvals],
+        "lease": told,
+        "expires_at": lease.expires_at if lease is not None else request.expires_at,
+    }
+
+
+def describe_grant(grant: Grant, now: int) -> dict[str, Any]:
+    """A change of a principal that waits, or has waited, for a second person."""
+    state = grant.state_at(now)
+    return {
+        "id": grant.id,
+        "digest": grant.digest,
+        "action": "grant",
+        "ref": ", ".join(grant.record["roles"]),
+        "for": grant.record["principal"],
+        "by": grant.by,
+        "duration": 0,
+        "uses": None,
+        "state": state,
+        "needs": [f"the approval of somebody else than {grant.by} who may grant"] if state == "pending" else [],
+        "approved_by": [grant.approved_by] if grant.approved_by else [],
+        "lease": None,
+        "expires_at": grant.expires_at,
+    }
+
+
+def describe_proposal(proposal: Proposal) -> dict[str, Any]:
+    """A policy that somebody proposes."""
+    approvers = [each.by for each in proposal.approvals]
+    return {
+        "id": proposal.id,
+        "digest": proposal.statement,
+        "action": "policy",
+        "state": proposal.state,
+        "by": proposal.by,
+        "approved_by": approvers,
+        "needs": [] if approvers else [f"the approval of somebody else than {proposal.by}"],
+        "enact_after": proposal.enact_after,
+        "lease": None,
+        "expires_at": None,
+    }

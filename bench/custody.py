@@ -155,9 +155,9 @@ def appends(work: Path, new_url: Callable[[], str], page: Page, rounds: int, sec
             rows.append((title, f"{middle[name]:,.0f}", *ratios))
         verdict = "met" if middle["many"] >= 20 * middle["one"] else "missed"
         page.say(
-            f"{kind}, {WRITERS} writers: {middle['many'] / middle['one']:.1f} times the rate of the same log with one entry, "
-            f"and so one commit, at a time (required 20): **{verdict}**. Against a bare INSERT a transaction, without a log, "
-            f"it is {middle['many'] / middle['plain']:.1f} times."
+            f"{kind}, {WRITERS} writers: {middle['many'] / middle['one']:.1f} times the rate of the same log with one "
+            f"entry, and so one commit, at a time (required 20): **{verdict}**. Against a bare INSERT a transaction, "
+            f"without a log, it is {middle['many'] / middle['plain']:.1f} times."
         )
         db.close()
     page.table(
@@ -246,7 +246,7 @@ def verification(page: Page, size: int) -> None:
     took = time.perf_counter() - begun
     verdict = "met" if report.size / took > 100_000 else "missed"
     page.say(
-        f"`log verify` of {report.size:,} entries of {total // size} bytes without statements, one process: {took:.1f} s, "
+        f"`log verify` of {report.size:,} entries of {total // size} bytes without statements: {took:.1f} s, "
         f"{report.size / took:,.0f} entries a second (required 100,000): **{verdict}**."
     )
 
@@ -306,9 +306,7 @@ def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, se
     best = max(statistics.median(rates) for rates in ours.values())
     page.table(f"Releases (a second, medians of {rounds})", "what|a second|p99 ms|× OpenBao", rows)
     verdict = "met" if best >= peer / 4 else "missed"
-    page.say(
-        f"A release against OpenBao's decrypt: {best / peer:.2f} (required 0.25): **{verdict}**. One custodian, no HTTP."
-    )
+    page.say(f"A release against a decrypt: {best / peer:.2f} (required 0.25): **{verdict}**. One custodian, no HTTP.")
     vault.close()
 
 

@@ -299,7 +299,7 @@ def writer_geometry(image: int, runs: list[Run], share: tuple[int, int], wanted:
     common = 4096
     while common * 256 < image and common < 1 << 20:
         common *= 2
-    marked = max(4096, markable * p // (q * wanted) // 64 * 64) if wanted else 4096
+    marked = min(1 << 24, max(4096, markable * p // (q * wanted) // 64 * 64)) if wanted else 4096
     target = min(wanted, markable * p // (q * marked))
 
     stretches: list[list[int]] = []  # runs that touch each other

@@ -44,3 +44,12 @@ def test_many_addresses_take_bounded_memory(monkeypatch):
     for number in range(100):
         ask(guard, f"192.0.2.{number}")
     assert len(guard._buckets) == 10
+
+
+def test_addresses_of_one_customer_are_one():
+    guard = Guard(app, rate=0.001, burst=3)
+    assert [ask(guard, f"2001:db8:1:2::{number}")[0] for number in range(4)] == [200] * 3 + [429]
+    assert ask(guard, "2001:db8:1:3::1")[0] == 200
+    assert [ask(guard, "::ffff:192.0.2.9")[0] for _ in range(3)] == [200] * 3
+    assert ask(guard, "192.0.2.9")[0] == 429
+    assert ask(guard, "not an address")[0] == 200

@@ -6,8 +6,11 @@ believe no other.
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,10 +20,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from strongroom.errors import BackendError, Tampered
+from strongroom.errors import BackendError, Tampered, UsageError
 
 _YEARS = timedelta(days=3650)
-_SERVER = timedelta(days=30)  # made anew at every start
 _BACK = timedelta(minutes=5)  # for clients whose clock is behind
 
 
@@ -29,21 +31,29 @@ class Authority:
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder = folder
-        self._certificate, self._key = self._load(name)
+        with _alone(folder):  # two that start for the first time would make two
+            self._certificate, self._key = self._load(name)
 
     @property
     def pem(self) -> str:
         """The authority's certificate, which clients are given."""
         return self._certificate.public_bytes(Encoding.PEM).decode()
 
-    def issue(self, hosts: list[str]) -> tuple[Path, Path]:
-        """A certificate for a server under these names and addresses: the files of its chain and of its key."""
+    def issue(self, hosts: list[str]) -> Path:
+        """A certificate for a server under these names and addresses, made anew at every start: the file of its chain
+        and its key. One file, so that two that start at the same time don't mix theirs.
+
+        It is good for as long as the authority: the authority's own key lies beside it, so that a shorter life would
+        protect nothing, and would end a server that runs for longer.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         names: list[x509.GeneralName] = []
         for host in hosts:
             try:
                 names.append(x509.IPAddress(ipaddress.ip_address(host)))
             except ValueError:
+                if not host.isascii():
+                    raise UsageError("authority.name", f"{host!r} is not a host's name", hint="--name HOST") from None
                 names.append(x509.DNSName(host))
         now = datetime.now(UTC)
         certificate = (
@@ -53,7 +63,7 @@ class Authority:
             .public_key(key.public_key())
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - _BACK)
-            .not_valid_after(now + _SERVER)
+            .not_valid_after(self._certificate.not_valid_after_utc)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -61,7 +71,7 @@ class Authority:
             .sign(self._key, SHA256())
         )
         chain = certificate.public_bytes(Encoding.PEM) + self.pem.encode()
-        return _write(self._folder / "server.pem", chain), _write(self._folder / "server.key", _private(key))
+        return _write(self._folder / "server.pem", _private(key) + chain)
 
     def _load(self, name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         path, key_path = self._folder / "ca.pem", self._folder / "ca.key"
@@ -106,6 +116,21 @@ class Authority:
         _write(key_path, _private(key))
         _write(path, certificate.public_bytes(Encoding.PEM))  # last: with it the authority is there
         return certificate, key
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """For the length of the block nobody else makes an authority here."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise BackendError("authority.write", f"can't write to {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _name(text: str) -> x509.Name:

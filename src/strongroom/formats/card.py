@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ from strongroom.errors import LimitExceeded, Tampered
 from strongroom.formats.suites import FORMAT, check_format
 
 _MOST = 64 * 1024
-_URL = re.compile(r"https://[a-zA-Z0-9.\-]+(:[0-9]{1,5})?|https://\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?", re.ASCII)
+_PEM = re.compile(
+    r"-----BEGIN CERTIFICATE-----\n(?:[A-Za-z0-9+/=]{1,76}\n){1,500}-----END CERTIFICATE-----\n?", re.ASCII
+)
+_URL = re.compile(r"https://(?:[a-zA-Z0-9.\-]+|\[([0-9a-fA-F:.]+)\])(?::([1-9][0-9]{0,4}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,24 @@ class Card:
             raise _malformed("it does not have exactly the members of one")
         check_format(value["format"], "this card")
         texts = {name: value[name] for name in ("ca", "log", "room", "signer", "url")}
-        if not all(isinstance(text, str) for text in texts.values()) or not _URL.fullmatch(texts["url"]):
+        if not all(isinstance(text, str) for text in texts.values()) or not _address(texts["url"]):
             raise _malformed("its address is not https://HOST:PORT")
+        # Exactly one: with none, TLS libraries believe every authority that the system does.
+        if not _PEM.fullmatch(texts["ca"]):
+            raise _malformed("its authority is not one certificate in PEM")
         for name, digits in (("log", 64), ("room", 32), ("signer", 64)):
             if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", texts[name], re.ASCII):
                 raise _malformed(f"its {name} is not one")
         room, log_key, signer = (bytes.fromhex(texts[name]) for name in ("room", "log", "signer"))
         return cls(texts["url"], room, log_key, signer, texts["ca"])
+
+
+def _address(url: str) -> bool:
+    found = _URL.fullmatch(url)
+    try:
+        return found is not None and int(found[2] or 443) < 65536 and bool(ipaddress.IPv6Address(found[1] or "::1"))
+    except ValueError:
+        return False
 
 
 def _malformed(why: str) -> Tampered:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -15,14 +14,15 @@ from strongroom.core.clock import unix
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
-from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered, UsageError
+from strongroom.errors import AuthRequired, NotFound, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
-from strongroom.formats.entry import Entry, Private
+from strongroom.formats.entry import Entry, Kind, Private
 from strongroom.formats.merkle import HASH, inclusion_proof, leaf_hash, node_hash, verify_inclusion
 from strongroom.formats.statement import Statement
 from strongroom.formats.tiles import WIDTH, Tile, decode_bundle
 from strongroom.ledger.key import LogKey
+from strongroom.load import answers
 from strongroom.load.receive import Released
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.session import Session
@@ -35,6 +35,18 @@ class Named:
 
     name: str
     number: int
+
+
+@dataclass(frozen=True)
+class Known:
+    """A principal, as far as changing it takes."""
+
+    path: str
+    key: str
+    person: str
+    roles: list[str]
+    teams: list[str]
+    state: str
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,12 @@ class ServedRoom:
         )
 
     def principal_ls(self) -> list[dict[str, Any]]:
-        return list(self.get("/v1/principals")["principals"])
+        return list(self.get("/v1/principals", answers.PRINCIPALS)["principals"])
 
     def ls(self, name: str | None = None) -> list[VersionInfo]:
         query = f"?{urlencode({'name': name})}" if name else ""
-        return [VersionInfo.from_json(item) for item in self.get(f"/v1/weights{query}")["versions"]]
+        found = self.get(f"/v1/weights{query}", answers.VERSIONS)["versions"]
+        return [VersionInfo.from_json(item) for item in found]
 
     def find(self, ref: str) -> Named:
         """The version that `ref` names: the newest active one for a name alone."""
@@ -101,15 +114,18 @@ class ServedRoom:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def get(self, path: str) -> dict[str, Any]:
-        return _json(self._session.request("GET", path, headers=self._call("GET", path, b"")))
+    def get(self, path: str, members: Mapping[str, Kind]) -> dict[str, Any]:
+        return answers.parse(self.get_bytes(path), members)
 
     def get_bytes(self, path: str) -> bytes:
         return self._session.request("GET", path, headers=self._call("GET", path, b""))
 
-    def post(self, path: str, value: dict[str, Any] | None = None, *, call: bool = False) -> dict[str, Any]:
+    def post(
+        self, path: str, members: Mapping[str, Kind], value: dict[str, Any] | None = None, *, call: bool = False
+    ) -> dict[str, Any]:
         body = json.dumps(value or {}).encode()
-        return _json(self._session.request("POST", path, body, self._call("POST", path, body) if call else {}))
+        headers = self._call("POST", path, body) if call else {}
+        return answers.parse(self._session.request("POST", path, body, headers), members)
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
         who = self.principal(self._principal)
@@ -134,28 +150,22 @@ class ServedCustodian:
         self.ledger = self
 
     def challenge(self) -> bytes:
-        return bytes.fromhex(str(self._room.post("/v1/challenges")["nonce"]))
+        return bytes.fromhex(self._room.post("/v1/challenges", answers.CHALLENGE)["nonce"])
 
     def release(self, envelope: str, reason: Private | None = None) -> ServedAnswer:
-        found = self._room.post("/v1/releases", {"statement": envelope, "reason": _reason(reason)})
-        try:
-            return ServedAnswer(
-                _bytes(found["entry"]),
-                int(found["index"]),
-                tuple(map(_bytes, found["proof"])),
-                _bytes(found["checkpoint"]),
-                _bytes(found["sealed"]),
-                str(found["store"]),
-            )
-        except (KeyError, TypeError, ValueError):
-            raise BackendError("server.answer", "the server's answer is not a release") from None
+        found = self._post("/v1/releases", answers.RELEASE, envelope, reason)
+        return ServedAnswer(
+            answers.decode(found["entry"]),
+            found["index"],
+            tuple(map(answers.decode, found["proof"])),
+            answers.decode(found["checkpoint"]),
+            answers.decode(found["sealed"]),
+            answers.store(found["store"], self._room.card),
+        )
 
     def consistency(self, old: int, new: int) -> list[bytes]:
-        found = self._room.get(f"/v1/log/consistency?{urlencode({'old': old, 'new': new})}")
-        try:
-            return [_bytes(each) for each in found["proof"]]
-        except (KeyError, TypeError):
-            raise BackendError("server.answer", "the server's answer is not a proof") from None
+        found = self._room.get(f"/v1/log/consistency?{urlencode({'old': old, 'new': new})}", answers.PROOF)
+        return [answers.decode(each) for each in found["proof"]]
 
     def copied(self, holder: str, ref: str, release: int, files: int, size: int) -> int:  # noqa: ARG002
         """What the custodian knows of a copy is its release: that it was written, only its holder can say."""
@@ -191,48 +201,56 @@ class ServedCustodian:
         return {}
 
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
-        return self._room.post("/v1/requests", {"statement": envelope, "reason": _reason(reason)})
+        return self._post("/v1/requests", answers.REQUEST, envelope, reason)
 
     def requests(self) -> list[dict[str, Any]]:
-        return list(self._room.get("/v1/requests")["requests"])
+        return list(self._room.get("/v1/requests", answers.REQUESTS)["requests"])
 
     def show_request(self, identifier: str) -> dict[str, Any]:
-        return self._room.get(f"/v1/requests/{quote(identifier, safe='')}")
+        return self._room.get(f"/v1/requests/{quote(identifier, safe='')}", answers.REQUEST)
 
     def approve(self, envelope: str) -> dict[str, Any]:
-        return self._room.post(f"/v1/requests/{_about(envelope)}/approve", {"statement": envelope})
+        return self._post(f"/v1/requests/{_about(envelope)}/approve", answers.REQUEST, envelope)
 
     def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
-        return self._room.post(
-            f"/v1/requests/{_about(envelope)}/deny", {"statement": envelope, "reason": _reason(reason)}
-        )
+        return self._post(f"/v1/requests/{_about(envelope)}/deny", answers.REQUEST, envelope, reason)
 
     def renew(self, envelope: str) -> dict[str, Any]:
-        return self._room.post(f"/v1/leases/{_about(envelope)}/renew", {"statement": envelope})
+        return self._post(f"/v1/leases/{_about(envelope)}/renew", answers.REQUEST, envelope)
 
     def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
-        return self._room.post("/v1/revocations", {"statement": envelope, "reason": _reason(reason)})
+        return self._post("/v1/revocations", answers.REVOKED, envelope, reason)
 
     def change_principal(self, envelope: str) -> dict[str, Any]:
-        return self._room.post("/v1/principals", {"statement": envelope})
+        return self._post("/v1/principals", answers.CHANGED, envelope)
 
     def show_principal(self, path: str) -> dict[str, Any]:
-        return self._room.get(f"/v1/principals/{quote(path)}")
+        return self._room.get(f"/v1/principals/{quote(path)}", answers.PRINCIPAL)
+
+    def known(self, path: str) -> Known:
+        found = self.show_principal(path)
+        return Known(**{name: found[name] for name in ("path", "key", "person", "roles", "teams", "state")})
 
     def who(self, ref: str) -> list[dict[str, Any]]:
-        return list(self._room.get(f"/v1/reach?{urlencode({'ref': ref})}")["access"])
+        return list(self._room.get(f"/v1/reach?{urlencode({'ref': ref})}", answers.ACCESS)["access"])
 
     def reach(self, path: str) -> list[dict[str, Any]]:
-        return list(self._room.get(f"/v1/reach?{urlencode({'principal': path})}")["access"])
+        return list(self._room.get(f"/v1/reach?{urlencode({'principal': path})}", answers.ACCESS)["access"])
 
     def policy(self) -> dict[str, Any]:
-        return self._room.get("/v1/policies")
+        return self._room.get("/v1/policies", answers.POLICY)
 
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
-        return self._room.post("/v1/policies", {"statement": envelope, "text": text, "reason": _reason(reason)})
+        return self._post("/v1/policies", answers.PROPOSED, envelope, reason, text=text)
 
     def enact(self, proposal: str, by: str) -> dict[str, Any]:  # noqa: ARG002 - who calls is who enacts
-        return self._room.post(f"/v1/policies/{quote(proposal, safe='')}/enact", call=True)
+        return self._room.post(f"/v1/policies/{quote(proposal, safe='')}/enact", answers.ENACTED, call=True)
+
+    def _post(
+        self, path: str, members: Mapping[str, Kind], envelope: str, reason: Private | None = None, **more: str
+    ) -> dict[str, Any]:
+        value = {"statement": envelope, "reason": _reason(reason), **more}
+        return self._room.post(path, members, value)
 
     def __getattr__(self, name: str) -> Any:
         raise UsageError(
@@ -280,20 +298,3 @@ def _reason(reason: Private | None) -> dict[str, str] | None:
     if reason is None:
         return None
     return {"value": reason.value, "salt": base64.b64encode(reason.salt).decode()}
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise BackendError("server.answer", "the server's answer is no JSON object")
-    return value
-
-
-def _bytes(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError):
-        raise BackendError("server.answer", "a part of the server's answer is not base64") from None

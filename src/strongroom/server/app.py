@@ -5,23 +5,34 @@ Stateless: any number of these may run over one database and one store.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from strongroom.core.limits import LIMITS, MIB
-from strongroom.crypto.reading import check_pass, make_pass
-from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
+from strongroom.crypto.reading import PASS_LIFE, check_pass, make_pass
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    Denied,
+    LimitExceeded,
+    NotFound,
+    Sealed,
+    StrongroomError,
+    UsageError,
+)
 from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 from strongroom.formats.tiles import Tile, encode_bundle
@@ -30,9 +41,13 @@ from strongroom.vault.custodian import Answer
 from strongroom.vault.vault import Vault
 
 _MOST = 2 * MIB
-_PASS_LIFE = 86_400  # seconds
+_BODY_TIME = 30.0  # seconds that a body may take to come
 _RANGE_MOST = 64 * MIB
+_PIECE = MIB  # of an object, in memory at a time
 _SCHEME = "Strongroom "
+_LOG = logging.getLogger("strongroom.server")
+
+_UNABLE = "the custodian can't do this now: its store, database or key store does not answer, or its clock is wrong"
 
 Handler = Callable[[Request, bytes], Any]
 
@@ -76,6 +91,8 @@ class CustodianApp:
                 body = await _body(request)
                 # In a thread: it waits for the database, and many who wait together share one batch of the log.
                 answer = await run_in_threadpool(handler, request, body)
+            except ClientDisconnect:
+                return Response(status_code=400)  # nobody reads it
             except StrongroomError as error:
                 return problem(error)
             return answer if isinstance(answer, Response) else JSONResponse(answer)
@@ -104,7 +121,7 @@ class CustodianApp:
         """Where the ciphertext is read: from the object store itself, or through here while the lease is good."""
         if "://" in answer.store and not answer.store.startswith("file:"):
             return answer.store
-        until = min(self._vault.clock() + _PASS_LIFE, self._custodian.lease_end(answer.entry))
+        until = min(self._vault.clock() + PASS_LIFE, self._custodian.lease_end(answer.entry))
         return f"{self._url}/v1/objects/{make_pass(self._vault.keys.reading_key, self._vault.id, until)}"
 
     def _say(self, kind: str, request: Request, body: bytes) -> dict[str, Any]:
@@ -137,7 +154,9 @@ class CustodianApp:
     def _caller(self, request: Request, body: bytes, *actions: str) -> str:
         """The principal whose `call` this request is; with `actions`, one who may do one of them."""
         header = request.headers.get("authorization", "")
-        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        # As sent, byte for byte: what is decoded first, or made of the header Host, is another text than was signed.
+        path, query = request.scope["raw_path"], request.scope["query_string"]
+        target = (path + (b"?" + query if query else b"")).decode("latin-1")
         if not header.startswith(_SCHEME):
             raise _unknown()
         try:
@@ -154,36 +173,53 @@ class CustodianApp:
             self._custodian.authorise(who, *actions)
         return who
 
+    def _guest(self, request: Request, body: bytes) -> str:
+        """The caller if it is a guest, who sees what concerns itself only (spec/http.md, section 6); else nothing."""
+        who = self._custodian.principal(self._caller(request, body))
+        return who.path if set(who.roles) <= {"partner"} else ""
+
     def _requests(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        return {"requests": self._custodian.requests()}
+        guest = self._guest(request, body)
+        return {"requests": [each for each in self._custodian.requests() if _concerns(each, guest)]}
 
     def _request(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        return self._custodian.show_request(request.path_params["id"])
+        guest, identifier = self._guest(request, body), request.path_params["id"]
+        found = self._custodian.show_request(identifier)
+        if not _concerns(found, guest):
+            raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+        return found
 
     def _principals(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        return {"principals": self._vault.principal_ls()}
+        guest = self._guest(request, body)
+        return {"principals": [each for each in self._vault.principal_ls() if guest in ("", each["path"])]}
 
     def _principal(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        return self._custodian.show_principal(request.path_params["path"])
+        guest, path = self._guest(request, body), request.path_params["path"]
+        if guest not in ("", path):
+            raise NotFound("principal.missing", f"there is no {path!r:.80} in this room")
+        return self._custodian.show_principal(path)
 
     def _policy(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
+        if guest := self._guest(request, body):
+            raise Denied("read.guest", f"{guest} is a guest of this room, and does not see its policy")
         return self._custodian.policy()
 
     def _enact(self, request: Request, body: bytes) -> dict[str, Any]:
         return self._custodian.enact(request.path_params["id"], self._caller(request, body))
 
     def _weights(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        return {"versions": [info.as_json() for info in self._vault.ls(request.query_params.get("name"))]}
+        guest = self._guest(request, body)
+        found = self._vault.ls(request.query_params.get("name"))
+        if guest:
+            mine = {each["ref"] for each in self._custodian.reach(guest) if each["state"] != "never"}
+            return {"versions": [{**info.as_json(), "created_by": ""} for info in found if info.ref in mine]}
+        return {"versions": [info.as_json() for info in found]}
 
     def _reach(self, request: Request, body: bytes) -> dict[str, Any]:
-        self._caller(request, body)
-        query = request.query_params
+        guest, query = self._guest(request, body), request.query_params
+        if guest:
+            mine = self._custodian.reach(guest)
+            return {"access": [each for each in mine if query.get("ref", each["ref"]) == each["ref"]]}
         if "ref" in query:
             return {"access": self._custodian.who(query["ref"])}
         return {"access": self._custodian.reach(query.get("principal", ""))}
@@ -193,11 +229,19 @@ class CustodianApp:
         name = request.path_params["name"]
         size = self._vault.blobs.size(name)
         begin, end = _range(request.headers.get("range", ""), size)
-        buffer = bytearray(end - begin)
-        self._vault.blobs.read_into(name, begin, memoryview(buffer))
-        headers = {"Content-Range": f"bytes {begin}-{end - 1}/{size}"} if buffer else {}
-        status = 206 if buffer and "range" in request.headers else 200
-        return Response(bytes(buffer), status, headers, "application/octet-stream")
+        headers = {"Content-Length": str(end - begin)}
+        if end > begin:
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{size}"
+
+        def pieces() -> Iterator[bytes]:
+            # One piece at a time, and the next when the last is on its way: a reader that is slow costs no memory.
+            for at in range(begin, end, _PIECE):
+                buffer = bytearray(min(_PIECE, end - at))
+                self._vault.blobs.read_into(name, at, memoryview(buffer))
+                yield bytes(buffer)
+
+        status = 206 if end > begin and "range" in request.headers else 200
+        return StreamingResponse(pieces(), status, headers, "application/octet-stream")
 
     def _checkpoint(self, request: Request, body: bytes) -> Response:
         self._caller(request, body)
@@ -223,15 +267,24 @@ class CustodianApp:
         return Response(data, media_type="application/octet-stream")
 
     def _ready(self, _: Request, __: bytes) -> dict[str, Any]:
-        self._custodian.challenge()  # the room is unsealed
-        return {"ok": True, "size": self._custodian.ledger.checkpoint()[0].size}
+        try:
+            self._custodian.challenge()  # the room is unsealed
+            self._custodian.ledger.checkpoint()
+        except StrongroomError as error:
+            _LOG.warning("not ready: %s: %r", error.code, error.message)
+            raise BackendError("server.not_ready", "sealed, or its log can't be read") from None
+        return {"ok": True}
 
 
 # -- requests and answers ----------------------------------------------------------------------------------------------
 
 
 def problem(error: StrongroomError) -> Response:
-    """An error of ours, as RFC 9457 has it."""
+    """An error of ours, as RFC 9457 has it. Where this host keeps keys and database, and what is wrong with them, is
+    in its own log, and not in the answer."""
+    if isinstance(error, BackendError | Sealed) and error.code != "server.not_ready":
+        _LOG.warning("%s: %r", error.code, error.message)
+        error = type(error)(error.code, _UNABLE, hint="try again; whoever runs the custodian: strongroom doctor")
     value = {
         "type": "about:blank",
         "title": type(error).__name__,
@@ -255,12 +308,21 @@ async def _fault(_: Request, __: Exception) -> Response:
 
 async def _body(request: Request) -> bytes:
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > _MOST:
-            raise LimitExceeded("server.too_large", f"a request has at most {_MOST} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_BODY_TIME):
+            async for part in request.stream():
+                size += len(part)
+                if size > _MOST:
+                    raise LimitExceeded("server.too_large", f"a request has at most {_MOST} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise LimitExceeded("server.too_slow", f"a request has to come within {_BODY_TIME:.0f} seconds") from None
     return b"".join(parts)
+
+
+def _concerns(request: dict[str, Any], guest: str) -> bool:
+    """Whether a guest sees this request; whoever is none (an empty text) sees them all."""
+    return guest in ("", request["by"], request.get("for"))
 
 
 def _object(body: bytes, known: set[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import threading
 import time
@@ -44,7 +45,7 @@ class Guard:
                 message = {**message, "headers": [*kept, *_HEADERS]}
             await send(message)
 
-        address = (scope.get("client") or ("",))[0]
+        address = _network((scope.get("client") or ("",))[0])
         if self._allows(address):
             await self._app(scope, receive, guarded)
         else:
@@ -59,6 +60,17 @@ class Guard:
             if len(self._buckets) > _ADDRESSES:
                 self._buckets.popitem(last=False)
         return tokens >= 1
+
+
+def _network(address: str) -> str:
+    """What one customer of a provider has: an IPv4 address, or the 64 bits that its IPv6 addresses begin with."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ipaddress.ip_network((found.packed[:8] + bytes(8), 64)))
 
 
 async def _busy(send: Any) -> None:

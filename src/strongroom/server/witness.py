@@ -6,8 +6,9 @@ private.
 
 from __future__ import annotations
 
+import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import BackendError, Conflict, Denied, LimitExceeded, NotFound, StrongroomError, Tampered
@@ -34,6 +35,11 @@ class WitnessServer(ThreadingHTTPServer):
         self.witness = witness
         super().__init__(address, _Handler)
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A traceback for faults of ours, and not for everybody who hangs up."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         host, port = self.server_address[:2]
@@ -53,12 +59,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, b"")
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isascii() or not length.isdigit() or int(length) > LIMITS.note:
+        number = int(length) if length.isascii() and length.isdigit() and len(length) < 10 else None
+        if number is None or number > LIMITS.note:
             self.close_connection = True  # what follows can't be told from the next request
             self._answer(413 if length.isdigit() else 411, b"")
             return
         try:
-            self._answer(200, self.server.witness.add_checkpoint(self.rfile.read(int(length))))
+            self._answer(200, self.server.witness.add_checkpoint(self.rfile.read(number)))
         except StrongroomError as error:
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             if error.code == "log.consistency":

@@ -4,6 +4,7 @@ that the room's card names, and every error that the server tells raised as the 
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import threading
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from urllib.parse import urlsplit
 from strongroom import errors
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
-from strongroom.errors import BackendError, NotFound, StrongroomError, Tampered
+from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.card import Card
 
 _TIMEOUT = 60.0  # seconds without a byte
 _MOST = 128 * MIB
+_TEXT = 4096  # characters of what is shown of an error of the server's
 _CLASSES: dict[str, type[StrongroomError]] = {
     name: found
     for name, found in vars(errors).items()
@@ -36,7 +38,7 @@ class Session:
         self._host, self._port = parts.hostname or "", parts.port or 443
         try:
             self._tls = ssl.create_default_context(cadata=card.authority)
-        except (ssl.SSLError, ValueError):
+        except (ssl.SSLError, ValueError, TypeError):
             raise Tampered("card.malformed", "the authority on the card is not a certificate") from None
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
         self._own = threading.local()
@@ -90,7 +92,7 @@ class Session:
                     f"{self.card.url} does not show a certificate of the room's authority: {error.verify_message}",
                     hint="if the room has a new card, ask for it: strongroom trust CARD",
                 ) from None
-            except (OSError, HTTPException) as error:
+            except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is not one
                 self._drop()
                 # A connection that was kept may have been closed meanwhile; what is asked may be asked twice.
                 if kept and again:
@@ -114,7 +116,8 @@ def _error(status: int, data: bytes) -> StrongroomError:
         evidence = {
             str(name): item for name, item in value["evidence"].items() if name not in ("code", "message", "hint")
         }
-        return kind(str(value["code"]), str(value["detail"]), hint=str(value["hint"]), **evidence)
+        code, detail, hint = (str(value[name])[:_TEXT] for name in ("code", "detail", "hint"))
+        return kind(code, detail, hint=hint, **evidence)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return BackendError("server.fault", f"the server answers {status}", hint="look into its log, then try again")
 
@@ -123,30 +126,59 @@ def cards() -> Iterator[Card]:
     """The cards that this user trusts."""
     folder = Settings.from_environment().state_folder / "rooms"
     for path in sorted(folder.glob("*.json")):
-        yield Card.decode(path.read_bytes())
+        try:
+            yield Card.decode(path.read_bytes())
+        except OSError as error:
+            raise BackendError("card.unreadable", f"can't read the card {path}: {error.strerror}") from None
+        except Tampered as error:
+            raise Tampered(error.code, f"{path}: {error.message}", hint=f"remove {path}; ask for the card") from None
 
 
 def trust(card: Card) -> Path:
-    """Keep `card` among those that are trusted; where."""
+    """Keep `card` among those that are trusted; where. A room may move, and get another authority, but its keys stay;
+    and at one address there is one room. Conflict ``card.other_keys``, ``card.other_room``."""
     folder = Settings.from_environment().state_folder / "rooms"
+    path = folder / f"{card.room.hex()}.json"
+    for known in cards():
+        if known.room == card.room and (known.log_key, known.signer) != (card.log_key, card.signer):
+            raise Conflict(
+                "card.other_keys",
+                f"this card has other keys of the room {card.room.hex()} than the card that is trusted; a room keeps "
+                "its keys, so one of the two cards is not the room's",
+                hint=f"ask whoever runs the room; to forget the card that is trusted: rm {path}",
+            )
+        if known.room != card.room and _address(known.url) == _address(card.url):
+            raise Conflict(
+                "card.other_room",
+                f"the room {known.room.hex()} is trusted at {known.url}, and this card is another room's",
+                hint=f"if that room is gone: rm {folder / known.room.hex()}.json",
+            )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"{card.room.hex()}.json"
-        path.write_bytes(card.encode())
+        temporary.write_bytes(card.encode())
+        temporary.rename(path)
     except OSError as error:
         raise BackendError("card.unwritable", f"can't keep the card in {folder}: {error.strerror}") from None
     return path
 
 
 def card_of(url: str) -> Card:
-    """The trusted card of the room at `url`; NotFound ``card.missing``."""
-    wanted = urlsplit(url)
+    """The trusted card of the room at `url`; NotFound ``card.missing``, UsageError ``room.address``."""
+    wanted = _address(url)
     for card in cards():
-        parts = urlsplit(card.url)
-        if (parts.hostname, parts.port or 443) == (wanted.hostname, wanted.port or 443):
+        if _address(card.url) == wanted:
             return card
     raise NotFound(
         "card.missing",
         f"no card of a room at {url} is trusted here",
         hint="ask whoever serves it for card.json, then: strongroom trust card.json",
     )
+
+
+def _address(url: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "").lower(), parts.port or 443
+    except ValueError:
+        raise UsageError("room.address", f"{url!r:.200} is not https://HOST:PORT") from None

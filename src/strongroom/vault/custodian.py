@@ -6,6 +6,7 @@ It takes signed statements and nothing else at their word: an embedded room and 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -75,6 +76,7 @@ class Custodian:
         self._documents = Documents(vault.db)
         self._manifests: dict[bytes, Manifest] = {}
         self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
+        self._strangers_lock, self._unrecorded = threading.Lock(), 0
         self.rules = Custody(self._documents.policies)
 
     # -- the beginning -------------------------------------------------------------------------------------------
@@ -161,6 +163,9 @@ class Custodian:
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         """A new policy, as a proposal."""
         statement = self._statement(envelope, "propose")
+        # Before the text is looked at: parsing takes seconds of whatever anybody sends.
+        with self._refusals(statement.by, "administer"):
+            self.authorise(self.identify(statement), "administer", recorded=False)
         policies = Policies.parse(text)
         if policies.digest != statement.body["digest"]:
             raise UsageError("policy.other_text", "the statement is about another policy text")
@@ -333,6 +338,9 @@ class Custodian:
         """Record a release, and only then seal the key bundle to the key that asked for it."""
         statement = self._statement(envelope, "release")
         body = statement.body
+        # Before anything is looked up: how long that takes would tell a stranger what there is.
+        with self._refusals(statement.by, body["action"], body["ref"]):
+            self.identify(statement)
         if reason is not None:
             _check_reason(reason, body["reason"])
         elif body["break_glass"]:
@@ -397,7 +405,7 @@ class Custodian:
 
     # -- everything else that is recorded ------------------------------------------------------------------------
 
-    def authorise(self, by: str, *actions: str, ref: str = ROOM) -> None:
+    def authorise(self, by: str, *actions: str, ref: str = ROOM, recorded: bool = True) -> None:
         """Denied, explained and recorded, unless policy lets `by` do one of `actions` directly."""
         now = self._now()
         with self.ledger.view() as state:
@@ -409,7 +417,8 @@ class Custodian:
                     return
                 except Denied as error:
                     refusals.append(error)
-        self.refuse(by, actions[0], ref, refusals[0])
+        if recorded:
+            self.refuse(by, actions[0], ref, refusals[0])
         raise refusals[0]
 
     def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
@@ -423,14 +432,14 @@ class Custodian:
 
     def refuse(self, by: str, action: str, ref: str, error: StrongroomError) -> None:
         """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside. Of
-        people who are not authenticated so many are recorded in a minute, and no more."""
+        people who are not authenticated so many are recorded in a minute; the next one says how many were not."""
         if error.code in _UNKNOWN:
             by = UNKNOWN
-            now = time.monotonic()
-            if len(self._strangers) == _STRANGERS and now - self._strangers[0] < 60:
-                return
-            self._strangers.append(now)
-        detail = Private.fresh("detail", error.message[:_DETAIL])
+        passed = self._passed_over() if by == UNKNOWN else 0
+        if passed is None:
+            return
+        more = f"; {passed} refusals like it before this one were not recorded" if passed else ""
+        detail = Private.fresh("detail", error.message[:_DETAIL] + more)
         rule = str(error.evidence.get("rule", ""))[:80]
 
         def decide(_: Connection, state: State, now: int) -> Draft:
@@ -440,6 +449,17 @@ class Custodian:
             return Draft(Entry("refused", now, known, about, body, {"detail": detail.commitment}), [detail])
 
         self.ledger.append(decide)
+
+    def _passed_over(self) -> int | None:
+        """How many refusals of strangers were not recorded since the last one that was; None for one more of them."""
+        with self._strangers_lock:
+            now = time.monotonic()
+            if len(self._strangers) == _STRANGERS and now - self._strangers[0] < 60:
+                self._unrecorded += 1
+                return None
+            self._strangers.append(now)
+            passed, self._unrecorded = self._unrecorded, 0
+            return passed
 
     def set_ceiling(self, by: str, ref: str, changes: dict[str, int]) -> dict[str, Any]:
         """Change how many may hold, copy and have copies of a version, or of every version of a name."""

@@ -1,0 +1,130 @@
+"""What a served room may answer (spec/http.md): the members that a client relies on, and what they have to be. The
+server is not trusted to keep to it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from strongroom.errors import BackendError
+from strongroom.formats.card import Card
+from strongroom.formats.entry import COUNT, DIGEST, TEXT, Kind
+from strongroom.storage.blobs import OBJECT_STORES
+
+_PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
+
+
+def _list(kind: Kind) -> Kind:
+    return lambda value: isinstance(value, list) and all(map(kind, value))
+
+
+def _maybe(kind: Kind) -> Kind:
+    return lambda value: value is None or kind(value)
+
+
+def _object(members: Mapping[str, Kind]) -> Kind:
+    return lambda value: (
+        isinstance(value, dict) and all(name in value and kind(value[name]) for name, kind in members.items())
+    )
+
+
+_TEXTS = _list(TEXT)
+_WHAT: dict[str, Kind] = {"id": TEXT, "digest": TEXT, "state": TEXT, "action": TEXT, "needs": _TEXTS}
+_LISTED = _WHAT | {
+    "ref": TEXT,
+    "for": TEXT,
+    "by": TEXT,
+    "duration": COUNT,
+    "uses": _maybe(COUNT),
+    "approved_by": _TEXTS,
+    "expires_at": COUNT,
+}
+_WHO: dict[str, Kind] = {"path": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT, "since": TEXT}
+_LEASE: dict[str, Kind] = {"id": TEXT, "action": TEXT, "ref": TEXT, "expires_at": COUNT}
+_ACCESS: dict[str, Kind] = {
+    "principal": TEXT,
+    "action": TEXT,
+    "ref": TEXT,
+    "state": TEXT,
+    "answer": TEXT,
+    "needs": _TEXTS,
+    "path": _TEXTS,
+}
+_RULE: dict[str, Kind] = {"id": TEXT, "effect": TEXT, "reason": TEXT, "line": COUNT}
+_PROPOSAL: dict[str, Kind] = {"id": TEXT, "digest": TEXT, "by": TEXT, "enact_after": COUNT}
+_VERSION: dict[str, Kind] = {
+    **dict.fromkeys(("ref", "state", "digest", "created_at", "created_by"), TEXT),
+    **dict.fromkeys(("revision", "bytes", "stored_bytes", "segments", "positions"), COUNT),
+    "shredded_at": _maybe(TEXT),
+}
+
+CHALLENGE: dict[str, Kind] = {"nonce": DIGEST}
+RELEASE: dict[str, Kind] = {
+    "entry": TEXT,
+    "index": COUNT,
+    "proof": _TEXTS,
+    "checkpoint": TEXT,
+    "sealed": TEXT,
+    "store": TEXT,
+}
+PROOF: dict[str, Kind] = {"proof": _TEXTS}
+# A request, proposal or grant, after what was done to it, and by itself.
+REQUEST = _WHAT | {
+    "approved_by": _TEXTS,
+    "lease": _maybe(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
+    "expires_at": _maybe(COUNT),
+}
+REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
+REVOKED: dict[str, Kind] = {"target": TEXT, "state": TEXT, "entry": COUNT}
+CHANGED: dict[str, Kind] = {"principal": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT}
+PRINCIPAL = _WHO | {"key": TEXT, "leases": _list(_object(_LEASE))}
+PRINCIPALS: dict[str, Kind] = {"principals": _list(_object(_WHO))}
+ACCESS: dict[str, Kind] = {"access": _list(_object(_ACCESS))}
+VERSIONS: dict[str, Kind] = {"versions": _list(_object(_VERSION))}
+POLICY: dict[str, Kind] = {
+    "digest": TEXT,
+    "since": TEXT,
+    "text": TEXT,
+    "rules": _list(_object(_RULE)),
+    "proposals": _list(_object(_PROPOSAL)),
+}
+PROPOSED: dict[str, Kind] = {"id": TEXT, "enact_after": COUNT, "entry": COUNT}
+ENACTED: dict[str, Kind] = {"policy": TEXT, "proposal": TEXT, "entry": COUNT}
+
+
+def parse(data: bytes, members: Mapping[str, Kind]) -> dict[str, Any]:
+    """The JSON object in an answer, with at least these members; BackendError ``server.answer``."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not _object(members)(value):
+        raise malformed(f"no object of {', '.join(sorted(members))}")
+    found: dict[str, Any] = value
+    return found
+
+
+def decode(text: str) -> bytes:
+    """The bytes of a member in base64; BackendError ``server.answer``."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise malformed("not base64 where it should be") from None
+
+
+def store(url: str, card: Card) -> str:
+    """`url` if ciphertext of the room on `card` may be read there: by way of its server, or in an object store. A
+    server has no say over this machine's files and no other host's. BackendError ``server.answer``."""
+    through = url.startswith(f"{card.url}/") and _PASS.fullmatch(url[len(card.url) :])
+    if not through and not url.startswith(tuple(f"{scheme}://" for scheme in OBJECT_STORES)):
+        raise malformed(f"a store that is neither an object store nor here: {url[:80]!r}")
+    return url
+
+
+def malformed(why: str) -> BackendError:
+    """What is raised for an answer that is not one."""
+    return BackendError("server.answer", f"the server's answer is malformed: {why}")

@@ -1,0 +1,101 @@
+"""Running the custodian: uvicorn with TLS, on a socket that listens already, and with connections that don't wait for
+ever. Nothing in front of it is believed: whoever connects is who asks."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import socket
+import ssl
+from asyncio import Transport
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from strongroom.errors import BackendError
+
+_HEAD_TIME = 20.0  # seconds in which the next request has to begin, and its head to have come
+_FROM_ONE = 1000  # connections at a time from one address, which a whole cluster may share
+_HEAD = 64 * 1024  # bytes
+
+
+class Connection(H11Protocol):
+    """A connection that is closed when no request comes, and is not opened when its address has too many."""
+
+    _from: ClassVar[Counter[str]] = Counter()
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self._from[self._address] += 1
+        if self._from[self._address] > _FROM_ONE:
+            transport.abort()
+            return
+        self._waiting = self.loop.call_later(_HEAD_TIME, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._from[self._address] -= 1
+        if not self._from[self._address]:
+            del self._from[self._address]
+        if (waiting := getattr(self, "_waiting", None)) is not None:
+            waiting.cancel()
+        super().connection_lost(exc)
+
+    def _look(self, before: Any) -> None:
+        """Close if there was no new request since the last look, and none is being answered."""
+        idle = self.cycle is before and (self.cycle is None or self.cycle.response_complete)
+        if idle and self.conn.their_state in (h11.IDLE, h11.DONE):
+            self.transport.close()
+            return
+        self._waiting = self.loop.call_later(_HEAD_TIME, self._look, self.cycle)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at `host` and `port`, 0 for any that is free. BackendError ``serve.listen``."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise BackendError(
+            "serve.listen",
+            f"can't listen on {host}, port {port}: {error.strerror or error}",
+            hint="--listen with another port, or stop what listens there",
+        ) from None
+
+
+def configure(app: Any, certificate: Path) -> uvicorn.Config:
+    """How `app` is served, with the certificate and key in one file. BackendError ``serve.certificate``."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,  # whoever asks too often would name another address each time
+        server_header=False,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=_HEAD,
+        ssl_certfile=str(certificate),
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise BackendError("serve.certificate", f"can't use the certificate {certificate}: {error}") from None
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    return config
+
+
+def run(config: uvicorn.Config, listener: socket.socket) -> None:
+    """Serve until interrupted."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard > 0 else 65_536, hard))
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])

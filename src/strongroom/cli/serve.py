@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
 from strongroom.errors import BackendError, UsageError
-from strongroom.formats.card import Card
+
+if TYPE_CHECKING:
+    from strongroom.formats.card import Card
 
 
 @command(
@@ -32,6 +35,7 @@ def serve(options: Options, where: str, names: tuple[str, ...]) -> None:
             "serve.not_installed", "the server is not installed", hint="pip install 'strongroom[server]'"
         ) from None
     from strongroom.crypto.authority import Authority
+    from strongroom.formats.card import Card
     from strongroom.vault.vault import Vault
 
     host, _, text = where.rpartition(":")

@@ -172,7 +172,10 @@ class TestReview:
             with pytest.raises(Denied):
                 team.ana.load(REF)
         (finding,) = team.ben.review()["findings"]
-        assert (finding["severity"], finding["kind"], finding["removes"]) == ("high", "refusals", "user/ana")
+        assert (finding["severity"], finding["kind"], finding["removes"]) == ("high", "refusals", "")
+        # Mistyping is no reason to lose everything: a person decides.
+        assert team.ben.review(apply=True)["removed"] == []
+        assert team.ben.principal_show("user/ana")["state"] == "active"
 
     def test_an_approver_who_has_left_and_people_who_do_nothing(self, team):
         lease = team.lease(duration=29 * DAY)["id"]

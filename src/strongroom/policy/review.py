@@ -166,7 +166,7 @@ def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
             yield Finding("medium", "duties", each.path, message)
     for path, count in history.refused.items():
         if count >= _REFUSALS and path != UNKNOWN:
-            yield Finding("high", "refusals", path, f"{path} was refused {count} times since the last review", path)
+            yield Finding("high", "refusals", path, f"{path} was refused {count} times since the last review")
     if count := history.refused.get(UNKNOWN, 0):
         message = f"somebody who could not say who they are was refused {count} times since the last review"
         yield Finding("high" if count >= _REFUSALS else "low", "unknown", "", message)

@@ -76,7 +76,7 @@ class Reaper:
         with self._lock:
             self.calls += name in self._counted
             if self._trace is not None:
-                _write(self._trace, (json.dumps([name, *values]) + "\n").encode())
+                _write(self._trace, (json.dumps([threading.get_ident(), name, *values]) + "\n").encode())
             if self.calls == self._kill_at and name in self._counted:
                 os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(60)

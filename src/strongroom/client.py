@@ -1,5 +1,5 @@
-"""The room as a Python program sees it: `strongroom.open(...)`, the same methods for an embedded and, later, a served
-room."""
+"""The room as a Python program sees it: `strongroom.open(...)`, the same methods for an embedded and a served room,
+as far as that offers them over a network."""
 
 from __future__ import annotations
 

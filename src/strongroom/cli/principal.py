@@ -8,8 +8,7 @@ import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, table
-
-ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
+from strongroom.policy.query import ROLES
 
 
 @click.group("principal", cls=Group)

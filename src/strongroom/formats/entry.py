@@ -41,11 +41,13 @@ def _hexadecimal(digits: int) -> Kind:
     return lambda value: type(value) is str and match(value) is not None
 
 
-def _or_empty(kind: Kind) -> Kind:
+def or_empty(kind: Kind) -> Kind:
+    """A kind: one of `kind`, or the empty text."""
     return lambda value: value == "" or kind(value)
 
 
-def _or_null(kind: Kind) -> Kind:
+def or_null(kind: Kind) -> Kind:
+    """A kind: one of `kind`, or null."""
     return lambda value: value is None or kind(value)
 
 
@@ -75,16 +77,15 @@ def conforms(value: Mapping[str, Any], members: Mapping[str, Kind]) -> bool:
 TEXT, COUNT, FLAG, TEXTS = _text, _count, _flag, _texts
 ID, SHORT, DIGEST = _hexadecimal(32), _hexadecimal(16), _hexadecimal(64)
 STATE = one_of("active", "suspended", "removed")
-ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant", "audit", "administer")
 LEASED = one_of("load", "copy", "trace")
-_LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=_or_null(_count))
+_LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
 
 # What the body of each type has.
 BODIES: dict[str, dict[str, Kind]] = {
     "genesis": {"room": ID, "signer": DIGEST, "policy": DIGEST, "custody": TEXT},
     "principal": {
         "principal": TEXT,
-        "key": _or_empty(DIGEST),
+        "key": or_empty(DIGEST),
         "person": TEXT,
         "roles": TEXTS,
         "teams": TEXTS,
@@ -92,7 +93,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "statement": TEXT,
     },
     "grant": {"id": SHORT, "principal": TEXT, "expires_at": COUNT, "statement": TEXT},
-    "policy": {"digest": DIGEST, "proposal": _or_null(SHORT)},
+    "policy": {"digest": DIGEST, "proposal": or_null(SHORT)},
     "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": COUNT, "statement": TEXT},
     "put": {"version": ID, "revision": COUNT, "manifest": DIGEST, "bytes": COUNT, "positions": COUNT},
     "rotate": {"revision": COUNT, "manifest": DIGEST},
@@ -102,23 +103,23 @@ BODIES: dict[str, dict[str, Kind]] = {
         "action": LEASED,
         "for": TEXT,
         "duration": COUNT,
-        "uses": _or_null(_count),
+        "uses": or_null(_count),
         "expires_at": COUNT,
         "statement": TEXT,
     },
     "approve": {
         "id": SHORT,
         "duration": COUNT,
-        "uses": _or_null(_count),
+        "uses": or_null(_count),
         "roles": TEXTS,
         "statement": TEXT,
-        "lease": _or_null(_LEASE),
+        "lease": or_null(_LEASE),
     },
     "deny": {"id": SHORT, "statement": TEXT},
     "release": {
         "action": one_of("load", "copy"),
         "holder": TEXT,
-        "lease": _or_null(SHORT),
+        "lease": or_null(SHORT),
         "revision": COUNT,
         "manifest": DIGEST,
         "public_key": DIGEST,

@@ -12,7 +12,22 @@ from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
-from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, LEASED, SHORT, STATE, TEXT, TEXTS, Kind, conforms, one_of
+from strongroom.formats.entry import (
+    COUNT,
+    DIGEST,
+    FLAG,
+    ID,
+    LEASED,
+    SHORT,
+    STATE,
+    TEXT,
+    TEXTS,
+    Kind,
+    conforms,
+    one_of,
+    or_empty,
+    or_null,
+)
 
 PAYLOAD_TYPE = "application/vnd.strongroom.statement+json"
 
@@ -29,24 +44,16 @@ class Signing(Protocol):
 _MEMBERS = {"statement": TEXT, "room": ID, "by": TEXT, "at": COUNT, "nonce": ID}
 
 
-def _uses(value: Any) -> bool:
-    return value is None or COUNT(value)
-
-
-def _key(value: Any) -> bool:
-    return value == "" or DIGEST(value)
-
-
 BODIES: dict[str, dict[str, Kind]] = {
     "request": {
         "action": LEASED,
         "ref": TEXT,
         "for": TEXT,
         "duration": COUNT,
-        "uses": _uses,
+        "uses": or_null(COUNT),
         "reason": DIGEST,
     },
-    "approve": {"request": DIGEST, "duration": COUNT, "uses": _uses},
+    "approve": {"request": DIGEST, "duration": COUNT, "uses": or_null(COUNT)},
     "deny": {"request": DIGEST, "reason": DIGEST},
     "renew": {"lease": SHORT, "duration": COUNT},
     "revoke": {"target": TEXT, "reason": DIGEST},
@@ -57,13 +64,13 @@ BODIES: dict[str, dict[str, Kind]] = {
         "public_key": DIGEST,
         "challenge": DIGEST,
         "break_glass": FLAG,
-        "reason": _key,
+        "reason": or_empty(DIGEST),
     },
     "call": {"method": TEXT, "path": TEXT, "body": DIGEST},
     "propose": {"digest": DIGEST, "reason": DIGEST},
     "principal": {
         "principal": TEXT,
-        "key": _key,
+        "key": or_empty(DIGEST),
         "person": TEXT,
         "roles": TEXTS,
         "teams": TEXTS,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, Tampered, Truncated, UsageError
+from strongroom.formats.merkle import Node, inclusion_proof, node_hash, verify_inclusion
 
 WIDTH = 256
 _PATH = re.compile(
@@ -91,3 +92,25 @@ def decode_bundle(data: bytes) -> list[bytes]:
             raise LimitExceeded("tile.too_many", f"an entry bundle has more than {WIDTH} entries")
         entries.append(data[begin:at])
     return entries
+
+
+def verify_leaves(first: int, leaves: Sequence[bytes], size: int, root: bytes, stored: Node) -> None:
+    """Tampered ``log.inclusion`` unless `leaves` are the hashes of the tree from the index `first` on.
+
+    They are those of whole tiles, the last of which may end with the log. `stored` gives nodes of levels that are a
+    multiple of 8, as tiles have them.
+    """
+    known = {(0, index): leaf for index, leaf in enumerate(leaves, first)}
+
+    def node(level: int, position: int) -> bytes:
+        if (level, position) not in known:
+            if level % 8:
+                value = node_hash(node(level - 1, 2 * position), node(level - 1, 2 * position + 1))
+            else:
+                value = stored(level, position)
+            known[level, position] = value
+        return known[level, position]
+
+    # The path of one leaf to the root has the hashes of all others in its tile.
+    for index in range(first, first + len(leaves), WIDTH):
+        verify_inclusion(known[0, index], index, size, inclusion_proof(index, size, node), root)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import sqlalchemy as sa
@@ -37,8 +38,8 @@ from strongroom.formats.merkle import (
     leaf_hash,
     node_hash,
     verify_consistency,
-    verify_inclusion,
 )
+from strongroom.formats.tiles import WIDTH, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.published import Published
 from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
@@ -47,7 +48,6 @@ SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
 _SNAPSHOT_EVERY = 512  # entries, or more of them where the state is large
 _TILE_BITS = 8
-_TILE = 1 << _TILE_BITS
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
 
@@ -303,7 +303,7 @@ class Ledger(Generic[S]):
         afresh = loaded is None
         if loaded is None:
             self._check_published(size)
-            loaded = self._from_snapshot(tx, size)
+            loaded = self._from_snapshot(tx)
         seen = self._seen[0] if self._seen is not None else 0
         if size < max(loaded.frontier.size, seen):
             raise Rollback(
@@ -347,7 +347,7 @@ class Ledger(Generic[S]):
             return
         size, root = self._seen
         try:
-            path = consistency_proof(size, checkpoint.size, lambda level, position: self._node(tx, level, position))
+            path = consistency_proof(size, checkpoint.size, partial(self._node, tx))
             verify_consistency(size, root, checkpoint.size, checkpoint.root, path)
         except (Tampered, Truncated) as error:
             raise Forked(
@@ -394,7 +394,7 @@ class Ledger(Generic[S]):
         tx.execute(sa.insert(log_snapshot).values(id=1, data=data))
         self._snapshot_due = loaded.frontier.size + max(_SNAPSHOT_EVERY, len(data) // 256)
 
-    def _from_snapshot(self, tx: Connection, size: int) -> _Loaded[S]:
+    def _from_snapshot(self, tx: Connection) -> _Loaded[S]:
         """The newest snapshot that is the log key's own, else the beginning. An older one costs time, no more."""
         empty = _Loaded(Frontier(), self._fold())
         row = tx.execute(sa.select(log_snapshot.c.data)).one_or_none()
@@ -413,7 +413,7 @@ class Ledger(Generic[S]):
             return empty  # somebody wrote to it, or another release did: the entries say it all
         self._snapshot_due = found.frontier.size + _SNAPSHOT_EVERY
         # One that is ahead of the log shows a log that was set back, which the caller refuses.
-        return found if size else empty if found.frontier.size == 0 else found
+        return found
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -427,25 +427,12 @@ class Ledger(Generic[S]):
         checkpoint, _ = self.checkpoint()
         if not 0 <= begin < end <= checkpoint.size:
             raise UsageError("log.range", f"the log of {checkpoint.size} entries has none from {begin} to {end}")
-        # Whole tiles: a path from one leaf to the root has the hashes of all others in its tile.
-        first, last = begin // _TILE * _TILE, min(-(-end // _TILE) * _TILE, checkpoint.size)
+        first, last = begin // WIDTH * WIDTH, min(-(-end // WIDTH) * WIDTH, checkpoint.size)
         with self._db.reading() as tx:
             found = self._read(tx, first, last)
-            known = {(0, index): leaf_hash(data) for index, data in enumerate(found, first)}
-
-            def node(level: int, position: int) -> bytes:
-                if (level, position) not in known:
-                    if level % _TILE_BITS:
-                        left, right = node(level - 1, 2 * position), node(level - 1, 2 * position + 1)
-                        known[level, position] = node_hash(left, right)
-                    else:
-                        known[level, position] = self._node(tx, level, position)
-                return known[level, position]
-
+            leaves = [leaf_hash(data) for data in found]
             try:
-                for index in range(first, last, _TILE):
-                    path = inclusion_proof(index, checkpoint.size, node)
-                    verify_inclusion(known[0, index], index, checkpoint.size, path, checkpoint.root)
+                verify_leaves(first, leaves, checkpoint.size, checkpoint.root, partial(self._node, tx))
             except Tampered as error:
                 raise Tampered(
                     "log.tampered",
@@ -471,12 +458,12 @@ class Ledger(Generic[S]):
     def inclusion(self, index: int, size: int) -> list[bytes]:
         """The audit path of the entry at `index` in the tree of `size`."""
         with self._db.reading() as tx:
-            return inclusion_proof(index, size, lambda level, position: self._node(tx, level, position))
+            return inclusion_proof(index, size, partial(self._node, tx))
 
     def consistency(self, old: int, new: int) -> list[bytes]:
         """The proof that the tree of size `new` extends that of size `old`."""
         with self._db.reading() as tx:
-            return consistency_proof(old, new, lambda level, position: self._node(tx, level, position))
+            return consistency_proof(old, new, partial(self._node, tx))
 
     def hashes(self, level: int, begin: int, end: int) -> list[bytes]:
         """Hashes of complete subtrees of a level that is a multiple of 8, as a tile has them."""

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from strongroom.errors import LimitExceeded, NotFound, StrongroomError, Tampered
 from strongroom.formats.checkpoint import Checkpoint
-from strongroom.formats.tiles import Tile, encode_bundle, new_tiles
+from strongroom.formats.tiles import WIDTH, Tile, encode_bundle, new_tiles
 from strongroom.ledger.key import LogKey
 
 _LOCK = ".lock"
 _CHECKPOINT = "checkpoint"
-_MOST = 256 * 65_537  # a bundle of 256 entries of the largest size, with their lengths
+_MOST = WIDTH * 65_537  # a bundle of 256 entries of the largest size, with their lengths
 
 
 class Source(Protocol):
@@ -58,7 +58,7 @@ class Published:
             if checkpoint.size <= size:
                 return
             for tile in new_tiles(size, checkpoint.size):
-                self._write(tile.path, _content(tile, log))
+                self._write(tile.path, tile_bytes(tile, log))
             self._write(_CHECKPOINT, note)
 
     def cosigned(self, note: bytes) -> None:
@@ -104,8 +104,9 @@ class Published:
             os.close(descriptor)
 
 
-def _content(tile: Tile, log: Source) -> bytes:
-    begin = tile.index * 256
+def tile_bytes(tile: Tile, log: Source) -> bytes:
+    """What a tile or an entry bundle of `log` holds."""
+    begin = tile.index * WIDTH
     if tile.level is None:
         return encode_bundle(log.entries(begin, begin + tile.width))
     return b"".join(log.hashes(tile.level * 8, begin, begin + tile.width))

@@ -13,9 +13,8 @@ from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import Frontier, leaf_hash
 from strongroom.formats.note import Note, VerifierKey, verify_note
 from strongroom.formats.statement import Statement
-from strongroom.formats.tiles import Tile, all_tiles, decode_bundle
+from strongroom.formats.tiles import WIDTH, Tile, all_tiles, decode_bundle
 
-_WIDTH = 256
 Verify = Callable[[bytes, bytes, bytes], None]
 
 
@@ -88,9 +87,9 @@ def verify_log(
             f"{', '.join(missing)} has not cosigned this checkpoint of {checkpoint.size} entries",
             hint="strongroom log cosign --url URL --witness VKEY",
         )
-    seen = [witness.name for witness in witnesses]
+    seen = sorted(witness.name for witness in witnesses)
     return LogReport(
-        checkpoint.size, checkpoint.root.hex(), checkpoint.origin, sorted(signed_by), sorted(seen), statements.count
+        checkpoint.size, checkpoint.root.hex(), checkpoint.origin, sorted(signed_by), seen, statements.count
     )
 
 
@@ -115,9 +114,9 @@ def _forked(remembered: Checkpoint) -> Forked:
 
 
 def _bundles(read: Callable[[str], bytes], size: int) -> Iterator[tuple[int, list[bytes]]]:
-    for begin in range(0, size, _WIDTH):
-        width = min(_WIDTH, size - begin)
-        entries = decode_bundle(_read(read, Tile(None, begin // _WIDTH, width)))
+    for begin in range(0, size, WIDTH):
+        width = min(WIDTH, size - begin)
+        entries = decode_bundle(_read(read, Tile(None, begin // WIDTH, width)))
         if len(entries) != width:
             raise Tampered("log.bundle", f"the bundle of entries from {begin} has {len(entries)} of {width}")
         yield begin, entries
@@ -140,11 +139,11 @@ class _Tiles:
 
     def leaves(self, end: int, leaves: list[bytes]) -> None:
         """All leaves of one tile of level 0, which ends at `end`."""
-        self._collect(0, (end - 1) // _WIDTH, leaves)
+        self._collect(0, (end - 1) // WIDTH, leaves)
 
     def compare(self, level: int, position: int, value: bytes) -> None:
         if level and level % 8 == 0:
-            self._collect(level // 8, position // _WIDTH, [value])
+            self._collect(level // 8, position // WIDTH, [value])
 
     def _collect(self, level: int, index: int, values: list[bytes]) -> None:
         got = self._got.setdefault((level, index), [])
@@ -155,7 +154,7 @@ class _Tiles:
         hashes = _read(self._read, tile)
         if hashes != b"".join(got):
             wrong = next((k for k, value in enumerate(got) if hashes[32 * k : 32 * k + 32] != value), len(got) - 1)
-            entry = (index * _WIDTH + wrong) << 8 * level
+            entry = (index * WIDTH + wrong) << 8 * level
             which = f"entry {entry}" if level == 0 else f"the entries from {entry}"
             raise Tampered("log.tile", f"{which}: {tile.path} has another hash than what was read", entry=entry)
         del self._wanted[level, index], self._got[level, index]
@@ -203,15 +202,7 @@ class _Statements:
             raise Tampered("statement.replayed", "the statement is in the log twice")
         self._seen.add(statement.digest)
         said, wrote = statement.body, entry.body
-        same = {"request": "request", "approve": "approve", "deny": "deny", "revoke": "revoke", "renew": "renew"}
-        kind = {
-            "proposal": "propose",
-            "principal": "principal",
-            "grant": "principal",
-            "release": "release",
-            **same,
-        }.get(entry.type)
-        if statement.kind != kind:
+        if statement.kind != {"proposal": "propose", "grant": "principal"}.get(entry.type, entry.type):
             raise Tampered("statement.kind", f"an entry {entry.type} rests on a statement of the kind {statement.kind}")
         # What the entry says of its own (an approver's narrowing, an expiry) is the custodian's; the rest is quoted.
         shared = (said.keys() & wrote.keys()) - {"duration", "uses"}

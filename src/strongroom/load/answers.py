@@ -12,7 +12,7 @@ from typing import Any
 
 from strongroom.errors import BackendError
 from strongroom.formats.card import Card
-from strongroom.formats.entry import COUNT, DIGEST, TEXT, Kind
+from strongroom.formats.entry import COUNT, DIGEST, TEXT, Kind, or_null
 from strongroom.storage.blobs import OBJECT_STORES
 
 _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
@@ -20,10 +20,6 @@ _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
 
 def _list(kind: Kind) -> Kind:
     return lambda value: isinstance(value, list) and all(map(kind, value))
-
-
-def _maybe(kind: Kind) -> Kind:
-    return lambda value: value is None or kind(value)
 
 
 def _object(members: Mapping[str, Kind]) -> Kind:
@@ -39,7 +35,7 @@ _LISTED = _WHAT | {
     "for": TEXT,
     "by": TEXT,
     "duration": COUNT,
-    "uses": _maybe(COUNT),
+    "uses": or_null(COUNT),
     "approved_by": _TEXTS,
     "expires_at": COUNT,
 }
@@ -59,7 +55,7 @@ _PROPOSAL: dict[str, Kind] = {"id": TEXT, "digest": TEXT, "by": TEXT, "enact_aft
 _VERSION: dict[str, Kind] = {
     **dict.fromkeys(("ref", "state", "digest", "created_at", "created_by"), TEXT),
     **dict.fromkeys(("revision", "bytes", "stored_bytes", "segments", "positions"), COUNT),
-    "shredded_at": _maybe(TEXT),
+    "shredded_at": or_null(TEXT),
 }
 
 CHALLENGE: dict[str, Kind] = {"nonce": DIGEST}
@@ -75,8 +71,8 @@ PROOF: dict[str, Kind] = {"proof": _TEXTS}
 # A request, proposal or grant, after what was done to it, and by itself.
 REQUEST = _WHAT | {
     "approved_by": _TEXTS,
-    "lease": _maybe(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
-    "expires_at": _maybe(COUNT),
+    "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
+    "expires_at": or_null(COUNT),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
 REVOKED: dict[str, Kind] = {"target": TEXT, "state": TEXT, "entry": COUNT}

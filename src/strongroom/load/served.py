@@ -18,9 +18,9 @@ from strongroom.errors import AuthRequired, NotFound, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
-from strongroom.formats.merkle import HASH, inclusion_proof, leaf_hash, node_hash, verify_inclusion
+from strongroom.formats.merkle import HASH, leaf_hash
 from strongroom.formats.statement import Statement
-from strongroom.formats.tiles import WIDTH, Tile, decode_bundle
+from strongroom.formats.tiles import WIDTH, Tile, decode_bundle, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.load import answers
 from strongroom.load.receive import Released
@@ -186,14 +186,10 @@ class ServedCustodian:
         first = begin // WIDTH
         for index in range(first, -(-end // WIDTH)):
             entries = decode_bundle(self._room.get_bytes(f"/v1/log/{tiles.at(None, index).path}"))
-            leaves = {(0, index * WIDTH + k): leaf_hash(data) for k, data in enumerate(entries)}
             if len(entries) != tiles.at(None, index).width:
                 raise Tampered("log.bundle", f"the server's bundle {index} does not have all of its entries")
-            tiles.known = leaves
-            # The path of one has the hashes of all others in its bundle.
-            for position in (index * WIDTH, index * WIDTH + len(entries) - 1):
-                path = inclusion_proof(position, checkpoint.size, tiles.node)
-                verify_inclusion(leaves[0, position], position, checkpoint.size, path, checkpoint.root)
+            leaves = [leaf_hash(data) for data in entries]
+            verify_leaves(index * WIDTH, leaves, checkpoint.size, checkpoint.root, tiles.node)
             found += entries
         return found[begin - first * WIDTH : end - first * WIDTH]
 
@@ -259,26 +255,17 @@ class ServedCustodian:
 
 
 class _Tiles:
-    """The hashes of a log of `size`, by its tiles; those in `known` are computed, and not asked for."""
+    """The hashes of a log of `size`, by its tiles, each of which is asked for once."""
 
     def __init__(self, read: Callable[[str], bytes], size: int) -> None:
         self._read, self._size = read, size
         self._tiles: dict[str, bytes] = {}
-        self.known: dict[tuple[int, int], bytes] = {}
 
     def at(self, level: int | None, index: int) -> Tile:
         return Tile(level, index, min(WIDTH, (self._size >> 8 * (level or 0)) - index * WIDTH))
 
     def node(self, level: int, position: int) -> bytes:
-        """The hash of a complete subtree."""
-        if (level, position) in self.known:
-            return self.known[level, position]
-        # A subtree within the bundle that is being proven is computed from its entries.
-        inside = level < 8 and (0, position << level) in self.known
-        if level % 8 or inside:
-            value = node_hash(self.node(level - 1, 2 * position), self.node(level - 1, 2 * position + 1))
-            self.known[level, position] = value
-            return value
+        """The hash of a complete subtree of a level that is a multiple of 8."""
         tile = self.at(level // 8, position // WIDTH)
         if tile.path not in self._tiles:
             self._tiles[tile.path] = self._read(f"/v1/log/{tile.path}")

@@ -178,9 +178,6 @@ class State:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def use(self, holder: str, ref: str) -> Use | None:
-        return self.uses.get(f"{holder} {ref}")
-
     def lease_for(self, holder: str, action: str, ref: str, now: int) -> Lease | None:
         """The lease that covers this, of several the one that ends last."""
         found = [

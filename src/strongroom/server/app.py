@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.crypto.reading import PASS_LIFE, check_pass, make_pass
+from strongroom.crypto.release import CHALLENGE_LIFE
 from strongroom.errors import (
     AuthRequired,
     BackendError,
@@ -35,7 +36,8 @@ from strongroom.errors import (
 )
 from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
-from strongroom.formats.tiles import Tile, encode_bundle
+from strongroom.formats.tiles import WIDTH, Tile
+from strongroom.ledger.published import tile_bytes
 from strongroom.server.guard import Guard
 from strongroom.vault.custodian import Answer
 from strongroom.vault.vault import Vault
@@ -103,7 +105,7 @@ class CustodianApp:
 
     def _challenge(self, _: Request, __: bytes) -> dict[str, Any]:
         nonce = self._custodian.challenge()
-        return {"nonce": nonce.hex(), "expires_at": self._vault.clock() + 300}
+        return {"nonce": nonce.hex(), "expires_at": self._vault.clock() + CHALLENGE_LIFE}
 
     def _release(self, _: Request, body: bytes) -> dict[str, Any]:
         value = _object(body, {"statement", "reason"})
@@ -257,14 +259,9 @@ class CustodianApp:
     def _tile(self, request: Request, body: bytes) -> Response:
         self._caller(request, body, "audit", "administer")
         tile = Tile.parse(f"tile/{request.path_params['path']}")
-        begin, level = tile.index * 256, 8 * (tile.level or 0)
-        if (begin + tile.width) << level > self._custodian.ledger.checkpoint()[0].size:
+        if (tile.index * WIDTH + tile.width) << 8 * (tile.level or 0) > self._custodian.ledger.checkpoint()[0].size:
             raise NotFound("log.no_tile", "the log does not have this tile yet")
-        if tile.level is None:
-            data = encode_bundle(self._custodian.ledger.entries(begin, begin + tile.width))
-        else:
-            data = b"".join(self._custodian.ledger.hashes(level, begin, begin + tile.width))
-        return Response(data, media_type="application/octet-stream")
+        return Response(tile_bytes(tile, self._custodian.ledger), media_type="application/octet-stream")
 
     def _ready(self, _: Request, __: bytes) -> dict[str, Any]:
         try:

@@ -19,6 +19,7 @@ from sqlalchemy.engine import Connection
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.clock import text
 from strongroom.core.ids import Ref
+from strongroom.core.limits import LIMITS
 from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
 from strongroom.errors import (
     AuthRequired,
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
 _MANIFESTS = 32
 _DETAIL = 500  # characters of what is recorded of a refusal
-_REASON = 4096
 _STRANGERS = 60  # refusals of unknown speakers that are recorded in a minute: anybody can cause them
 _UNKNOWN = ("auth.refused", "statement.stale", "statement.replayed")  # it may be anybody who says this
 
@@ -118,12 +118,7 @@ class Custodian:
     def principal(self, path: str) -> Principal:
         """An active principal; AuthRequired ``principal.unknown``."""
         with self.ledger.view() as state:
-            found = state.principals.get(path)
-        if found is None or not found.active:
-            raise AuthRequired(
-                "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
-            )
-        return found
+            return self._active(state, path)
 
     def known(self, path: str) -> Principal:
         """A principal in any state; NotFound ``principal.missing``."""
@@ -555,8 +550,10 @@ class Custodian:
 def _check_reason(reason: Private, commitment: str) -> None:
     """UsageError for what can't be kept or shown, Tampered unless it is what was signed."""
     shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
-    if reason.name != "reason" or len(reason.value) > _REASON or not shown:
+    if reason.name != "reason" or len(reason.value) > LIMITS.reason or not shown:
         raise UsageError(
-            "reason.malformed", f"a reason is a text of at most {_REASON} characters that can be shown", hint="--reason"
+            "reason.malformed",
+            f"a reason is a text of at most {LIMITS.reason} characters that can be shown",
+            hint="--reason",
         )
     reason.check(commitment)

@@ -192,7 +192,7 @@ class Vault:
         self.db.close()
         self.blobs.close()
 
-    # -- principals ----------------------------------------------------------------------------------------------
+    # -- where clients read --------------------------------------------------------------------------------------
 
     def blobs_at(self, url: str) -> Blobs:  # noqa: ARG002 - a served room's may be elsewhere
         """The store that a release names."""
@@ -217,6 +217,8 @@ class Vault:
         """The room's public key for manifests, as the first entry of the log has it."""
         with self.custodian.ledger.view() as state:
             return bytes.fromhex(state.signer)
+
+    # -- principals ----------------------------------------------------------------------------------------------
 
     def principal_ls(self) -> list[dict[str, Any]]:
         """Everybody whom the log knows, by path."""

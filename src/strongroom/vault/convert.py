@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -142,7 +143,7 @@ def _convert(file: SourceFile, name: str, stack: ExitStack) -> SourceFile:
     _seal(memory)
     result = SourceFile.in_memory(name, memory)
     with result.opened() as fd:
-        return result.parsed(fd)
+        return result.parsed(partial(result.read, fd))
 
 
 def _prepare(file: SourceFile, memory: int, tensors: Any) -> tuple[int, int]:

@@ -4,7 +4,6 @@ durable."""
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ from strongroom.vault import packing
 from strongroom.vault.journal import Journal
 from strongroom.vault.packing import PackWriter
 from strongroom.vault.record import VersionRecord
-from strongroom.vault.source import ModelSource, SourceFile
-from strongroom.vault.sourcefile import unreadable
+from strongroom.vault.source import ModelSource, ReadInto, SourceFile
 
 Progress = Callable[[int, int], None]
 
@@ -58,7 +56,7 @@ class Plan:
 
         By a release that fills packs otherwise it is another job: its packs would not fit between the others.
         """
-        stats = [[file.path, *file.signature] for file in self.source.files]
+        stats = [[file.path, *self.source.identity(file)] for file in self.source.files]
         value = [name, int(self.suite), packing.PACK_BODY, self.layout.to_json(), stats]
         return hashlib.sha256(canonical.encode(_as_text(value))).hexdigest()
 
@@ -91,7 +89,7 @@ class ImageStream:
         self._source, self._layout, self._stack = source, layout, stack
         self._files: Iterator[tuple[SourceFile, FileEntry]] = iter(zip(source.files, layout.files, strict=True))
         self._current: FileEntry | None = None
-        self._fd = -1
+        self._read: ReadInto | None = None
         self._hash = hashlib.sha256()
         self._at = 0
         self.digests: list[str] = []
@@ -121,10 +119,7 @@ class ImageStream:
                 buffer[done : done + step] = bytes(step)
             else:
                 piece = buffer[done : done + min(size - done, entry.end - self._at)]
-                try:
-                    step = os.preadv(self._fd, [piece], self._at - entry.offset)
-                except OSError as error:
-                    raise unreadable(entry.path, error) from None
+                step = self._read(self._at - entry.offset, piece) if self._read is not None else 0
                 if step == 0:
                     raise Conflict(
                         "source.changed", f"{entry.path} became shorter while it was read", hint="put it again"
@@ -149,7 +144,7 @@ class ImageStream:
             if following is None:
                 return None
             file, self._current = following
-            self._fd = self._stack.enter_context(self._source.open(file))
+            self._read = self._stack.enter_context(self._source.reading(file))
             self._hash = hashlib.sha256()
         return self._current
 
@@ -185,7 +180,7 @@ def put(
         stream = ImageStream(plan.source, layout, stack)
         try:
             _feed(stream, plan, journal, writer, marker, progress)
-            plan.source.check_unchanged()
+            plan.source.check_unchanged(stream.digests)
             common, marked = writer.finish()
         except BaseException:
             writer.abort()

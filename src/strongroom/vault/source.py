@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,10 +13,13 @@ from strongroom.errors import LimitExceeded
 from strongroom.formats.tensors import TensorInfo
 from strongroom.vault.names import check_collisions
 from strongroom.vault.shards import INDEX_MAX, INDEX_SUFFIX, check_index, check_numbered
-from strongroom.vault.sourcefile import SourceFile, check_limits
+from strongroom.vault.sourcefile import SourceFile, check_limits, unreadable
 from strongroom.vault.walk import Walk
 
-__all__ = ["ModelSource", "SourceFile", "Tally"]
+__all__ = ["ModelSource", "ReadInto", "SourceFile", "Tally"]
+
+# Of a file: reads from an offset into a buffer, and says how many bytes came; 0 at the end.
+ReadInto = Callable[[int, memoryview], int]
 
 
 class Tally(NamedTuple):
@@ -52,12 +57,17 @@ class ModelSource:
     def of(cls, root: Path, files: list[SourceFile], skipped: list[str], followed: list[str]) -> ModelSource:
         """The source of these files, once they are known to be a whole model; errors as `scan`."""
         files = sorted(files, key=lambda file: file.path.encode("utf-8"))
-        check_collisions(file.path for file in files)
-        check_limits(files)
         source = cls(root, tuple(files), tuple(sorted(skipped)), tuple(sorted(followed)))
-        if root.is_dir():  # of a single file, the caller said that it is all that is wanted
-            source._check_shards()
+        source.check(whole=root.is_dir())  # of a single file, the caller said that it is all that is wanted
         return source
+
+    def check(self, *, whole: bool) -> None:
+        """UsageError and LimitExceeded ``source.*`` unless these files can be a version; with `whole` also unless all
+        shards are there."""
+        check_collisions(file.path for file in self.files)
+        check_limits(self.files)
+        if whole:
+            self._check_shards()
 
     @property
     def total_bytes(self) -> int:
@@ -83,8 +93,27 @@ class ModelSource:
         """A descriptor, at its start, of the very file that was scanned; Conflict ``source.changed`` otherwise."""
         return file.opened()
 
-    def check_unchanged(self) -> None:
-        """Conflict ``source.changed`` unless every file is what it was when it was scanned."""
+    @contextmanager
+    def reading(self, file: SourceFile) -> Iterator[ReadInto]:
+        """How to read the very file that was scanned, from its start to its end; errors as `open`, UsageError
+        ``source.unreadable``."""
+        with self.open(file) as fd:
+
+            def read(offset: int, buffer: memoryview) -> int:
+                try:
+                    return os.preadv(fd, [buffer], offset)
+                except OSError as error:
+                    raise unreadable(file.path, error) from None
+
+            yield read
+
+    def identity(self, file: SourceFile) -> tuple[int | str, ...]:
+        """What is the same as long as the content of `file` is."""
+        return file.signature
+
+    def check_unchanged(self, digests: Sequence[str]) -> None:  # noqa: ARG002 - what was read is what is there
+        """Conflict ``source.changed`` unless every file is what it was when it was scanned. `digests`: SHA-256 of
+        each, in hexadecimal, as it was read."""
         for file in self.files:
             with file.opened():
                 pass
@@ -100,5 +129,7 @@ class ModelSource:
             if file.path.endswith(INDEX_SUFFIX):
                 if file.size > INDEX_MAX:
                     raise LimitExceeded("source.limit", f"{file.path} is larger than {INDEX_MAX} bytes")
-                with file.opened() as fd:
-                    check_index(file.path, file.read(fd, 0, file.size), shards)
+                text = memoryview(bytearray(file.size))
+                with self.reading(file) as read:
+                    done = read(0, text)
+                check_index(file.path, bytes(text[:done]), shards)

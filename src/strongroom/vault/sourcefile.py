@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,9 +115,10 @@ class SourceFile:
             raise unreadable(self.path, error) from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def parsed(self, fd: int) -> SourceFile:
-        """The same with kind and tensors as its content, open as `fd`, has them; UsageError, LimitExceeded."""
-        head = self.read(fd, 0, 64)
+    def parsed(self, read: Callable[[int, int], bytes]) -> SourceFile:
+        """The same with kind and tensors as its content has them, of which ``read(offset, size)`` returns `size` bytes,
+        fewer only at the end; UsageError, LimitExceeded."""
+        head = read(0, 64)
         suffix = self.path.lower().rpartition(".")[2]
         if suffix in ("safetensors", "gguf") and head.startswith(_LFS_POINTER):
             raise UsageError(
@@ -129,10 +130,10 @@ class SourceFile:
         try:
             if suffix == "safetensors":
                 needed = safetensors.header_bytes_needed(head[:8], self.size)
-                document = safetensors.parse_header(self.read(fd, 0, needed), self.size)
+                document = safetensors.parse_header(read(0, needed), self.size)
                 return self._holding("safetensors", document.data_start, document.tensors.values())
             if suffix == "gguf" or head.startswith(gguf.MAGIC):
-                header = gguf.parse_header(lambda offset, size: self.read(fd, offset, size), self.size)
+                header = gguf.parse_header(read, self.size)
                 return self._holding("gguf", header.data_start, header.tensors.values())
         except (UsageError, LimitExceeded) as error:
             # The parser knows bytes; its caller wants to know which file.

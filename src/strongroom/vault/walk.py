@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -64,13 +65,7 @@ class Walk:
     def refuse_pickles(self) -> None:
         """UsageError ``source.pickle`` if there are any."""
         for file, evidence in sorted(self.pickles, key=lambda item: item[0].path):
-            raise UsageError(
-                "source.pickle",
-                f"{file.path} is refused: {evidence}, and a pickle is a program that its reader runs",
-                hint="strongroom put --convert PATH NAME turns it into safetensors in a sandbox; or remove the file",
-                path=file.path,
-                pickles=len(self.pickles),
-            )
+            refuse_pickle(file.path, evidence, len(self.pickles))
 
     def _tree(self) -> None:
         pending = [(self.root, "")]
@@ -120,7 +115,7 @@ class Walk:
                 if evidence is not None:
                     self.pickles.append((file, evidence))
                     return
-            self.files.append(file.parsed(fd))
+            self.files.append(file.parsed(partial(file.read, fd)))
 
     def _resolved(self, path: str, location: Path) -> Path:
         """Where a file really is; a link is resolved here, once, and never again."""
@@ -145,6 +140,17 @@ class Walk:
             _refuse_link(path, "leads into a folder that is left out", "put a copy of the file in its place")
         self.followed.append(path)
         return target
+
+
+def refuse_pickle(path: str, evidence: str, count: int) -> NoReturn:
+    """UsageError ``source.pickle`` for `path`, one of `count`."""
+    raise UsageError(
+        "source.pickle",
+        f"{path} is refused: {evidence}, and a pickle is a program that its reader runs",
+        hint="strongroom put --convert PATH NAME turns it into safetensors in a sandbox; or remove the file",
+        path=path,
+        pickles=count,
+    )
 
 
 def _refuse_link(path: str, what: str, hint: str) -> NoReturn:

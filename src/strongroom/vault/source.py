@@ -129,7 +129,8 @@ class ModelSource:
             if file.path.endswith(INDEX_SUFFIX):
                 if file.size > INDEX_MAX:
                     raise LimitExceeded("source.limit", f"{file.path} is larger than {INDEX_MAX} bytes")
-                text = memoryview(bytearray(file.size))
+                text, done = memoryview(bytearray(file.size)), 0
                 with self.reading(file) as read:
-                    done = read(0, text)
+                    while step := read(done, text[done:]):
+                        done += step
                 check_index(file.path, bytes(text[:done]), shards)

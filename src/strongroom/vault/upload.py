@@ -57,7 +57,7 @@ class UploadSource(ModelSource):
                 piece = head[offset : offset + len(buffer)]
                 buffer[: len(piece)] = piece
                 return len(piece)
-            return _some(self.receive, buffer)
+            return _some(self.receive, buffer) if offset < file.size else 0
 
         yield read
 

@@ -27,13 +27,13 @@ PEOPLE = {"user/ana": "researcher", "user/ben": "officer", "user/eva": "executiv
 class Served:
     """A team room on `db`, put into by its owner on the host, and served by `strongroom serve` there."""
 
-    def __init__(self, folder: Path, db: str = "sqlite:room.db") -> None:
+    def __init__(self, folder: Path, db: str = "sqlite:room.db", *, operators: tuple[str, ...] = ()) -> None:
         self.folder, self.home = folder / "room", folder / "home"
         room, _ = Room.init(self.folder, owner="user/olga", db=db)
         with room:
             room.put(write_model(folder / "model"), "acme/tiny", share="1/2")
             self.identities = Identities(self.home / "identities")
-            for path, role in PEOPLE.items():
+            for path, role in {**dict.fromkeys(operators, "operator"), **PEOPLE}.items():
                 key = self.identities.create(path).public_key.hex()
                 room.principal_add(path, roles=[role], public_key=key)
         self.log = (folder / "serve.log").open("wb")
@@ -87,6 +87,16 @@ class Served:
         env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
         env |= {"STRONGROOM_STATE": str(self.home / "state"), "STRONGROOM_IDENTITIES": str(self.home / "identities")}
         command = [sys.executable, "-m", "strongroom.cli", "--room", self.url, "--as", as_, "--json", *arguments]
+        return self._answer(command, env, check)
+
+    def host(self, *arguments, check=0):
+        """The command line on the room's own host, as its owner."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
+        return self._answer(
+            [sys.executable, "-m", "strongroom.cli", "--room", str(self.folder), "--json", *arguments], env, check
+        )
+
+    def _answer(self, command, env, check):
         ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=self.home)
         assert ended.returncode == check, (ended.stdout, ended.stderr)
         return json.loads(ended.stdout) if ended.stdout.startswith("{") else ended.stdout

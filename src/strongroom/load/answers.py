@@ -58,6 +58,13 @@ _VERSION: dict[str, Kind] = {
     "shredded_at": or_null(TEXT),
 }
 
+UPLOAD: dict[str, Kind] = {"files": COUNT, "bytes": COUNT}
+PUT: dict[str, Kind] = {
+    **dict.fromkeys(("ref", "digest"), TEXT),
+    **dict.fromkeys(("bytes", "stored_bytes", "segments", "positions", "resumed_packs", "entry"), COUNT),
+    "files": _TEXTS,
+    "unmarked": lambda value: isinstance(value, dict) and all(map(TEXT, value)) and all(map(COUNT, value.values())),
+}
 CHALLENGE: dict[str, Kind] = {"nonce": DIGEST}
 RELEASE: dict[str, Kind] = {
     "entry": TEXT,

@@ -39,6 +39,7 @@ from strongroom.formats.statement import Statement
 from strongroom.formats.tiles import WIDTH, Tile
 from strongroom.ledger.published import tile_bytes
 from strongroom.server.guard import Guard
+from strongroom.server.uploads import Uploads
 from strongroom.vault.custodian import Answer
 from strongroom.vault.vault import Vault
 
@@ -60,6 +61,7 @@ class CustodianApp:
     def __init__(self, vault: Vault, url: str) -> None:
         self._url = url
         self._vault, self._custodian = vault, vault.custodian
+        self._uploads = Uploads(vault, self._caller)
         routes = [
             self._route("POST", "/v1/challenges", self._challenge),
             self._route("POST", "/v1/releases", self._release),
@@ -77,6 +79,8 @@ class CustodianApp:
             self._route("POST", "/v1/policies", partial(self._say, "propose")),
             self._route("POST", "/v1/policies/{id}/enact", self._enact),
             self._route("GET", "/v1/weights", self._weights),
+            Route("/v1/weights", self._put, methods=["POST"], name="POST /v1/weights"),
+            self._route("POST", "/v1/uploads", self._uploads.check),
             self._route("GET", "/v1/reach", self._reach),
             self._route("GET", "/v1/objects/{pass}/{name:path}", self._object),
             self._route("GET", "/v1/log/checkpoint", self._checkpoint),
@@ -216,6 +220,15 @@ class CustodianApp:
             mine = {each["ref"] for each in self._custodian.reach(guest) if each["state"] != "never"}
             return {"versions": [{**info.as_json(), "created_by": ""} for info in found if info.ref in mine]}
         return {"versions": [info.as_json() for info in found]}
+
+    async def _put(self, request: Request) -> Response:
+        # Unlike every other: the body is gigabytes, and goes to where it is encrypted as it comes.
+        try:
+            return JSONResponse((await self._uploads.receive(request)).as_json())
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except StrongroomError as error:
+            return problem(error)
 
     def _reach(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, query = self._guest(request, body), request.query_params

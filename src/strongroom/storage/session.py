@@ -3,11 +3,12 @@ that the room's card names, and every error that the server tells raised as the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.client import HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,26 @@ class Session:
             return data
         raise _error(response.status, data)
 
+    def send(self, path: str, size: int, pieces: Iterable[memoryview], headers: dict[str, str]) -> bytes:
+        """POST `size` bytes that come in `pieces`, on a connection of their own; answer and errors as `request`. What
+        was sent once can't be sent again here: BackendError ``server.unreachable`` when the connection ends."""
+        connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
+        about = {**headers, "Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        try:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
+                connection.request("POST", path, iter(pieces), about)
+            response = connection.getresponse()
+            data = response.read(_MOST + 1)
+        except ssl.SSLCertVerificationError as error:
+            raise self._other_certificate(error) from None
+        except (OSError, HTTPException) as error:
+            raise self._unreachable(error) from None
+        finally:
+            connection.close()
+        if response.status == 200:
+            return data
+        raise _error(response.status, data)
+
     def size(self, path: str) -> int:
         """The size of an object, asked for by its first byte."""
         response, data = self._exchange("GET", path, b"", {"Range": "bytes=0-0"})
@@ -87,25 +108,31 @@ class Session:
                 data = response.read(_MOST + 1)
             except ssl.SSLCertVerificationError as error:
                 self._drop()
-                raise BackendError(
-                    "server.certificate",
-                    f"{self.card.url} does not show a certificate of the room's authority: {error.verify_message}",
-                    hint="if the room has a new card, ask for it: strongroom trust CARD",
-                ) from None
+                raise self._other_certificate(error) from None
             except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is not one
                 self._drop()
                 # A connection that was kept may have been closed meanwhile; what is asked may be asked twice.
                 if kept and again:
                     continue
-                raise BackendError(
-                    "server.unreachable",
-                    f"can't reach {self.card.url}: {getattr(error, 'strerror', None) or type(error).__name__}",
-                    hint="see that strongroom serve runs there, then try again",
-                ) from None
+                raise self._unreachable(error) from None
             if len(data) > _MOST:
                 raise BackendError("server.answer", f"{self.card.url} answers with more than {_MOST} bytes")
             return response, data
         raise AssertionError  # the loop returns or raises
+
+    def _other_certificate(self, error: ssl.SSLCertVerificationError) -> BackendError:
+        return BackendError(
+            "server.certificate",
+            f"{self.card.url} does not show a certificate of the room's authority: {error.verify_message}",
+            hint="if the room has a new card, ask for it: strongroom trust CARD",
+        )
+
+    def _unreachable(self, error: Exception) -> BackendError:
+        return BackendError(
+            "server.unreachable",
+            f"can't reach {self.card.url}: {getattr(error, 'strerror', None) or type(error).__name__}",
+            hint="see that strongroom serve runs there, then try again",
+        )
 
 
 def _error(status: int, data: bytes) -> StrongroomError:

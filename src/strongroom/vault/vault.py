@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,11 @@ class PutResult:
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "files": list(self.files)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PutResult:
+        """The reverse, of an answer that has these members."""
+        return cls(**{**{each.name: value[each.name] for each in fields(cls)}, "files": tuple(value["files"])})
 
 
 class Vault:
@@ -359,14 +364,7 @@ class Vault:
         progress: Progress = silent,
     ) -> PutResult:
         """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was."""
-        if Ref.parse(name).number is not None:
-            raise UsageError("put.numbered", f"put chooses the version's number itself; give {Ref.parse(name).name}")
-        if name == ROOM:
-            raise UsageError("put.reserved", f"{ROOM!r} is what policies call the room itself; give another name")
-        if not 0 <= positions <= LIMITS.positions:
-            raise UsageError(
-                "put.positions", f"the number of positions is from 0 to {LIMITS.positions}", hint="--positions 16384"
-            )
+        self.check_put(name, positions)
         plan = Plan.of(source, share=parse_share(share), positions=positions, suite=suite)
         signer = self.keys.signer
         with self._journal(plan.fingerprint(name), name, by) as journal:
@@ -391,6 +389,17 @@ class Vault:
             resumed_packs=resumed,
             entry=entry,
         )
+
+    def check_put(self, name: str, positions: int) -> None:
+        """UsageError ``put.*`` for what no version can be called, or have."""
+        if Ref.parse(name).number is not None:
+            raise UsageError("put.numbered", f"put chooses the version's number itself; give {Ref.parse(name).name}")
+        if name == ROOM:
+            raise UsageError("put.reserved", f"{ROOM!r} is what policies call the room itself; give another name")
+        if not 0 <= positions <= LIMITS.positions:
+            raise UsageError(
+                "put.positions", f"the number of positions is from 0 to {LIMITS.positions}", hint="--positions 16384"
+            )
 
     def _sign(self, manifest: Manifest, signer: Any) -> None:
         payload = manifest.encode()

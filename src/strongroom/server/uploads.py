@@ -1,0 +1,126 @@
+"""Models that are put over the network (spec/http.md, section 7): the bytes go from the connection straight to put."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from anyio import from_thread
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+
+from strongroom.core.limits import LIMITS
+from strongroom.errors import Conflict, LimitExceeded, UsageError
+from strongroom.formats.suites import Suite
+from strongroom.formats.upload import Upload
+from strongroom.vault.upload import UploadSource
+from strongroom.vault.vault import PutResult, Vault
+
+_PIECE_TIME = 60.0  # seconds in which the next bytes have to come
+_AT_A_TIME = 2
+_LENGTH = 4
+
+# The principal whose call a request is, of which these bytes are the body.
+Caller = Callable[[Request, bytes], str]
+
+
+class Uploads:
+    """The uploads of one server, of which there are few at a time: each holds a thread, and some tens of MiB."""
+
+    def __init__(self, vault: Vault, caller: Caller) -> None:
+        self._vault, self._caller = vault, caller
+        self._slots = threading.BoundedSemaphore(_AT_A_TIME)
+
+    def check(self, request: Request, head: bytes) -> dict[str, int]:
+        """Whether what `head` announces would be taken, as far as it can be said before it comes."""
+        upload = self._announced(self._caller(request, head), head)
+        return {"files": len(upload.files), "bytes": upload.size}
+
+    async def receive(self, request: Request) -> PutResult:
+        """Take in a whole upload; the version that it has become."""
+        stream = _Stream(request)
+        length = int.from_bytes(await stream.exactly(_LENGTH), "big")
+        if length > LIMITS.upload:
+            raise LimitExceeded("upload.too_large", f"the list of files has {length} bytes; at most {LIMITS.upload}")
+        head = await stream.exactly(length)
+        # Nothing more is read before it is known who sends it.
+        by = await run_in_threadpool(self._caller, request, head)
+        upload = await run_in_threadpool(self._announced, by, head)
+        with self._slot():
+            return await run_in_threadpool(self._put, upload, by, stream)
+
+    def _announced(self, by: str, head: bytes) -> Upload:
+        self._vault.custodian.authorise(by, "put")
+        upload = Upload.decode(head)
+        if upload.suite.upper() not in Suite.__members__:
+            raise UsageError("put.suite", f"there is no suite {upload.suite!r:.40}", hint="--suite blake3 or sha256")
+        self._vault.check_put(upload.name, upload.positions)
+        return upload
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        if not self._slots.acquire(blocking=False):
+            raise LimitExceeded(
+                "server.busy",
+                f"{_AT_A_TIME} models are being put through this server already",
+                hint="wait, then try again",
+            )
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _put(self, upload: Upload, by: str, stream: _Stream) -> PutResult:
+        return self._vault.put(
+            UploadSource.begin(upload, stream.receive),
+            upload.name,
+            by=by,
+            share=upload.share,
+            positions=upload.positions,
+            suite=Suite[upload.suite.upper()],
+        )
+
+
+class _Stream:
+    """The body of a request: for the event loop until it is known who speaks, then for the thread that puts."""
+
+    def __init__(self, request: Request) -> None:
+        self._pieces = request.stream().__aiter__()
+        self._piece = memoryview(b"")
+
+    async def exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            if not self._piece and not await self._next():
+                raise UsageError("upload.malformed", "the upload ends within its head")
+            wanted = size - len(data)
+            data += self._piece[:wanted]
+            self._piece = self._piece[wanted:]
+        return bytes(data)
+
+    def receive(self, buffer: memoryview) -> int:
+        """Some bytes, into `buffer`; 0 at the end. Called in a thread."""
+        if not self._piece and not from_thread.run(self._next):
+            return 0
+        count = min(len(buffer), len(self._piece))
+        buffer[:count] = self._piece[:count]
+        self._piece = self._piece[count:]
+        return count
+
+    async def _next(self) -> bool:
+        """Whether more has come."""
+        try:
+            async with asyncio.timeout(_PIECE_TIME):
+                while not self._piece:
+                    self._piece = memoryview(await anext(self._pieces))
+        except StopAsyncIteration:
+            return False
+        except TimeoutError:
+            raise LimitExceeded(
+                "server.too_slow", f"no byte of the upload has come in {_PIECE_TIME:.0f} seconds", hint="put it again"
+            ) from None
+        except ClientDisconnect:
+            raise Conflict("upload.interrupted", "the connection ended before the upload did") from None
+        return True

@@ -1,0 +1,136 @@
+"""Models that are put over the network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import socket
+import ssl
+
+import pytest
+
+from server.served import Served
+from strongroom.core.clock import unix
+from strongroom.formats.statement import Statement
+from strongroom.formats.upload import Upload, UploadFile
+from vault.rooms import write_model
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("served"), operators=("user/oto",))
+    made.cli("trust", str(made.folder / "card.json"))
+    yield made
+    made.stop()
+
+
+def call(served, path, head, by="user/oto", method="POST"):
+    said = {"method": method, "path": path, "body": hashlib.sha256(head).hexdigest()}
+    signer = served.identities.signer(by)
+    made = Statement.sign("call", said, room=served.card.room.hex(), by=by, at=unix(), signer=signer)
+    return {"Authorization": "Strongroom " + base64.urlsafe_b64encode(made.envelope.encode()).rstrip(b"=").decode()}
+
+
+def announcement(data=b"{}", *, path="config.json", name="acme/sent", digest=None, **more):
+    digest = digest or hashlib.sha256(data).hexdigest()
+    file = UploadFile(path, len(data), digest, len(data))
+    return Upload(
+        **{"name": name, "share": "1/8", "positions": 64, "suite": "blake3", "files": (file,), **more}
+    ).encode()
+
+
+def send(served, head, data, **more):
+    """The whole body at once: status and answer."""
+    status, _, answer = served.raw(
+        "POST", "/v1/weights", len(head).to_bytes(4, "big") + head + data, call(served, "/v1/weights", head, **more)
+    )
+    return status, json.loads(answer)
+
+
+def refs(served):
+    return [item["ref"] for item in served.cli("ls")["versions"]]
+
+
+def test_an_operator_puts_from_another_machine_and_the_holder_reads_the_very_bytes(served, tmp_path):
+    model = write_model(tmp_path / "model", seed=5)
+    done = served.cli("put", str(model), "acme/far", as_="user/oto")
+    assert done["ref"] == "acme/far@1"
+    assert done["files"] == sorted(path.name for path in model.iterdir())
+    assert done["bytes"] == sum(path.stat().st_size for path in model.iterdir())
+    asked = served.cli("request", "acme/far@1", "--action", "copy", "--reason", "a look")
+    for who in ("user/ben", "user/eva"):
+        served.cli("approve", asked["id"], as_=who)
+    served.cli("copy", "acme/far@1", "--to", "user/ana", "--out", "far")
+    for name in ("config.json", "model.safetensors.index.json"):
+        assert (served.home / "far" / name).read_bytes() == (model / name).read_bytes()
+    # On the host: each version, decrypted, is what was sent.
+    assert served.host("verify", "acme/far@1", "--deep")["ok"]
+
+
+def test_who_may_not_put_is_told_so_before_anything_is_sent(served, tmp_path):
+    model = write_model(tmp_path / "model", seed=6)
+    error = served.cli("put", str(model), "acme/far", as_="user/ana", check=3)["error"]
+    assert error["code"] == "denied.default"
+    status, answer = send(served, announcement(), b"{}", by="user/ana")
+    assert (status, answer["code"]) == (403, "denied.default")
+
+
+def test_nobody_uploads_without_a_call_of_that_very_head(served):
+    head = announcement()
+    body = len(head).to_bytes(4, "big") + head + b"{}"
+    for headers in (
+        {},
+        call(served, "/v1/weights", announcement(name="acme/other")),
+        call(served, "/v1/uploads", head),
+    ):
+        status, _, answer = served.raw("POST", "/v1/weights", body, headers)
+        assert (status, json.loads(answer)["code"]) == (401, "auth.refused")
+
+
+@pytest.mark.parametrize(
+    ("head", "data", "status", "code"),
+    [
+        (announcement(digest="0" * 64), b"{}", 409, "source.changed"),
+        (announcement(b"{}  "), b"{}", 409, "upload.interrupted"),
+        (announcement(name="acme/sent@3"), b"{}", 400, "put.numbered"),
+        (announcement(name="room"), b"{}", 400, "put.reserved"),
+        (announcement(suite="md5"), b"{}", 400, "put.suite"),
+        (announcement(share="9"), b"{}", 400, "put.share"),
+        (announcement(path="../../x"), b"{}", 400, "source.name"),
+        (announcement(path="x.pt"), b"{}", 400, "source.pickle"),
+        (b"{}", b"", 400, "upload.malformed"),
+        (b"", b"", 400, "upload.malformed"),
+    ],
+)
+def test_what_is_refused_is_no_version(served, head, data, status, code):
+    before = refs(served)
+    found, answer = send(served, head, data)
+    assert (found, answer["code"]) == (status, code)
+    assert refs(served) == before
+
+
+def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(served):
+    data = os.urandom(100_000)
+    head = announcement(data, name="acme/broken")
+    address = served.url.removeprefix("https://")
+    host, _, port = address.partition(":")
+    context = ssl.create_default_context(cadata=served.card.authority)
+    lines = [
+        "POST /v1/weights HTTP/1.1",
+        f"Host: {address}",
+        f"Content-Length: {4 + len(head) + len(data)}",
+        *(f"{name}: {value}" for name, value in call(served, "/v1/weights", head).items()),
+    ]
+    begun = "\r\n".join([*lines, "", ""]).encode() + len(head).to_bytes(4, "big") + head + data[:50_000]
+    with (
+        socket.create_connection((host, int(port)), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname=host) as connection,
+    ):
+        connection.sendall(begun)
+    assert "acme/broken@1" not in refs(served)
+    status, answer = send(served, head, data)
+    assert (status, answer["ref"]) == (200, "acme/broken@1")

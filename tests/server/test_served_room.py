@@ -72,5 +72,5 @@ def test_who_and_policy_and_principals(served):
 
 
 def test_what_is_not_offered_says_so(served):
-    error = served.cli("put", ".", "acme/other", check=2)["error"]
+    error = served.cli("verify", "acme/tiny@1", check=2)["error"]
     assert error["code"] == "room.not_here"

@@ -32,6 +32,7 @@ from strongroom.ledger.verify import _Statements
 from strongroom.policy.custody import CEILINGS, REQUEST_LIFE, WAITING, Custody, Facts, subject
 from strongroom.policy.engine import ROLES, Policies
 from strongroom.policy.explain import what_is_missing
+from strongroom.policy.speaker import OWN_KEY, Speaker
 from strongroom.policy.state import State
 
 ROOM = "ab" * 16
@@ -200,7 +201,7 @@ class Book:
         return statement
 
     def enact(self, by, proposal):
-        return self.decide(lambda state, now: self.rules.enact(state, proposal.id, state.principals[by], now))
+        return self.decide(lambda state, now: self.rules.enact(state, proposal.id, spoke(state, by), now))
 
     def clock(self, by="user/ben"):
         self.add(Entry("clock", self.now, by, "", {"before": self.state.latest}, {"reason": REASON}))
@@ -962,6 +963,7 @@ class TestBreakingTheGlass:
 def forge_leases(book, holder):
     """Leases of `holder` for everything, as if they had been granted: what is left is what policy says at a release."""
     for action in ("load", "copy"):
+        asked = book.asking(holder, action=action)
         body = {
             "id": f"{len(book.entries):016x}",
             "action": action,
@@ -969,12 +971,13 @@ def forge_leases(book, holder):
             "duration": 3600,
             "uses": None,
             "expires_at": book.now + DAY,
-            "statement": book.asking(holder, action=action).envelope,
+            "statement": asked.envelope,
         }
         book.add(Entry("request", book.now, holder, REF, body))
         lease = {"id": body["id"], "holder": holder, "action": action, "ref": REF, "uses": None}
         lease["expires_at"] = book.now + 3600
-        body = {"id": body["id"], "duration": 3600, "uses": None, "roles": [], "lease": lease, "statement": ""}
+        body = {"id": body["id"], "duration": 3600, "uses": None, "roles": [], "lease": lease}
+        body["statement"] = book.yes("user/ben", asked).envelope
         book.add(Entry("approve", book.now, "user/ben", REF, body))
 
 
@@ -1450,8 +1453,12 @@ def ready(book):
     return said
 
 
+def spoke(state, path):
+    return Speaker(state.principals[path], OWN_KEY)
+
+
 def may(book, action, ref):
-    return book.rules.may(book.state, book.state.principals["user/x"], action, ref, now=book.now)
+    return book.rules.may(book.state, spoke(book.state, "user/x"), action, ref, now=book.now)
 
 
 @pytest.mark.parametrize("role", [*ROLES, "intern", "officers", ""])

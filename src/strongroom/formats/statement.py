@@ -147,6 +147,12 @@ class Statement:
         return hashlib.sha256(self.payload).hexdigest()
 
     @property
+    def key_id(self) -> str:
+        """What the signature says of the key that made it: SHA-256 of the public key in hexadecimal, or any text."""
+        ((key_id, _),) = Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE).signatures
+        return key_id
+
+    @property
     def id(self) -> str:
         """The identifier of what this statement begins: the first 16 digits of `digest`."""
         return self.digest[:16]

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from strongroom.core.ids import Ref, parse_principal
-from strongroom.crypto import signatures
-from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Pending, Sealed, UsageError
+from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
-from strongroom.policy.state import TOLERANCE, Approval, Grant, Principal, Proposal, Request, State, Version
+from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate, check_clock
+from strongroom.policy.state import Approval, Grant, Principal, Proposal, Request, State, Version
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
@@ -47,40 +47,16 @@ class Custody:
     def __init__(self, policies: Callable[[str], Policies]) -> None:
         self._policies = policies
 
-    # -- who is speaking -----------------------------------------------------------------------------------------
-
-    def authenticate(self, state: State, statement: Statement, now: int) -> Principal:
-        """The principal that signed: steps 1 and 2. AuthRequired, and it does not say what was wrong with whom: nobody
-        learns from it which principals there are. Conflict ``statement.replayed``, Sealed ``clock.backwards``."""
-        who = state.principals.get(statement.by)
-        if who is None or not who.key or not who.active or statement.room != state.room:
-            raise _nobody(statement.by)
-        try:
-            statement.verify(who.key, signatures.verify)
-        except Exception:  # noqa: BLE001 - whatever it is: this is not that principal
-            raise _nobody(statement.by) from None
-        check_clock(state, now)
-        if abs(now - statement.at) > TOLERANCE:
-            raise AuthRequired(
-                "statement.stale",
-                f"the statement was signed {abs(now - statement.at)} seconds off the custodian's clock; "
-                f"at most {TOLERANCE} are accepted",
-                hint="set this machine's clock, and run the command again",
-            )
-        if statement.digest in state.recent:
-            raise Conflict("statement.replayed", "this very statement is in the log already", hint="sign a new one")
-        return who
-
-    def may(self, state: State, who: Principal, action: str, ref: str = ROOM, *, now: int) -> Decision:
+    def may(self, state: State, who: Speaker, action: str, ref: str = ROOM, *, now: int) -> Decision:
         """Denied, explained, unless policy lets `who` do this directly."""
-        query = Query(subject(who), action, resource(state, ref), situation(state, who, ref, now, stage="direct"))
-        return self._ask(state, query)
+        here = situation(state, who, ref, now, stage="direct")
+        return self._ask(state, Query(subject(who), action, resource(state, ref), here))
 
     # -- requests ------------------------------------------------------------------------------------------------
 
     def request(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
         """Somebody asks for a lease. Denied at once if no approval could ever make policy allow it."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         body = statement.body
         version = usable(state, body["ref"])
         _unheard(state, statement)
@@ -129,7 +105,7 @@ class Custody:
 
     def approve(self, state: State, statement: Statement, now: int) -> Entry:
         """One more person's yes; the last one that policy asks for grants the lease."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         proposal = _find(state.proposals, statement.body["request"], lambda found: found.statement)
         if proposal is not None:
             return self._agree(state, who, proposal, statement, now)
@@ -153,7 +129,7 @@ class Custody:
         _once(request.approvals, who)
         usable(state, request.ref)
         duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
-        approval = Approval(who.path, who.person, sorted(who.roles), now, 0)
+        approval = Approval(who.path, who.person, sorted(who.roles), now, 0, who.method)
         given = [*request.approvals, approval]
         query = self._grant(state, holder, request.action, request.ref, given, duration, now)
         lease = None
@@ -171,7 +147,7 @@ class Custody:
 
     def deny(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
         """A no ends the request. Who asked for it may take it back."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         digest = statement.body["request"]
         proposal = _find(state.proposals, digest, lambda found: found.statement)
         request = _find(state.requests, digest, lambda found: found.digest)
@@ -195,7 +171,7 @@ class Custody:
 
         Whoever may approve may revoke, alone: taking a right away must never wait for others.
         """
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         target = statement.body["target"]
         ref = ""
         if target in state.requests:
@@ -216,7 +192,7 @@ class Custody:
 
     def renew(self, state: State, statement: Statement, now: int) -> Entry:
         """A lease to load holds on, by one fresh yes; the approvals that granted it have to be enough still."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         lease, request = state.leases.get(statement.body["lease"]), state.requests.get(statement.body["lease"])
         if lease is None or request is None or not lease.holds(now):
             raise NotFound("renew.no_lease", "there is no such lease, or it has ended: ask again", hint=_REQUESTS)
@@ -251,7 +227,7 @@ class Custody:
         """A key bundle for one holder; spec/release.md, section 2. `fresh` raises unless the challenge is this room's,
         and young: its key is none of policy's business. `facts` raises what nobody but the speaker may learn."""
         # Steps 1 and 2.
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         body = statement.body
         # Step 3.
         fresh()
@@ -301,7 +277,7 @@ class Custody:
 
     def principal(self, state: State, statement: Statement, now: int) -> Entry:
         """Register or change a principal. Nobody changes their own rights."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         self.may(state, who, "grant", now=now)
         body = dict(statement.body)
         for path in (body["principal"], body["person"], *body["teams"]):
@@ -325,14 +301,14 @@ class Custody:
 
     def propose(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
         """A new policy; it needs a second person and a waiting time."""
-        who = self.authenticate(state, statement, now)
+        who = authenticate(state, statement, now)
         self.may(state, who, "administer", now=now)
         _unheard(state, statement)
         self._policies(statement.body["digest"])  # it has to be valid, and at hand
         body = {"id": statement.id, "digest": statement.body["digest"], "enact_after": now + WAITING}
         return Entry("proposal", now, who.path, "", {**body, "statement": statement.envelope}, {"reason": reason})
 
-    def enact(self, state: State, proposal_id: str, who: Principal, now: int) -> Entry:
+    def enact(self, state: State, proposal_id: str, who: Speaker, now: int) -> Entry:
         """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy."""
         check_clock(state, now)
         self.may(state, who, "administer", now=now)
@@ -347,7 +323,7 @@ class Custody:
             if self._counts(state, each, ROOM, "administer", now)
         }
         proposer = state.principals[proposal.by]
-        if self._allowed(state, proposer, "administer", now):
+        if self._allowed(state, Speaker(proposer, proposal.method), "administer", now):
             agreed.add(proposer.person)
         if len(agreed) < 2:
             raise Pending(
@@ -364,7 +340,7 @@ class Custody:
             )
         return Entry("policy", now, who.path, "", {"digest": proposal.digest, "proposal": proposal.id})
 
-    def _agree(self, state: State, who: Principal, proposal: Proposal, statement: Statement, now: int) -> Entry:
+    def _agree(self, state: State, who: Speaker, proposal: Proposal, statement: Statement, now: int) -> Entry:
         if proposal.state != "pending":
             raise Conflict("request.over", f"{proposal.id} is {proposal.state}", hint="strongroom policy show")
         if state.principals[proposal.by].person == who.person:
@@ -374,14 +350,14 @@ class Custody:
         body = {"id": proposal.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
         return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})
 
-    def _second(self, state: State, who: Principal, grant: Grant, statement: Statement, now: int) -> Entry:
+    def _second(self, state: State, who: Speaker, grant: Grant, statement: Statement, now: int) -> Entry:
         """Somebody else who may grant agrees to a change of a principal."""
         if grant.state_at(now) != "pending":
             raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
         target = state.principals.get(grant.record["principal"])
         if (target.entry if target else None) != grant.before:
             raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
-        if not self._allowed(state, state.principals[grant.by], "grant", now):
+        if not self._allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
             raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="grant it again")
         _check_record(state, grant.record)
         persons = (state.principals[grant.by].person, grant.record["person"], target.person if target else "")
@@ -409,23 +385,23 @@ class Custody:
             raise explain(policies, query).denied()
         return decision
 
-    def _allowed(self, state: State, who: Principal, action: str, now: int) -> bool:
+    def _allowed(self, state: State, who: Speaker, action: str, now: int) -> bool:
         here = situation(state, who, ROOM, now, stage="direct")
         query = Query(subject(who), action, resource(state, ROOM), here)
-        return who.active and self._policies(state.policy).decide(query).allowed
+        return who.principal.active and self._policies(state.policy).decide(query).allowed
 
     def _counts(self, state: State, approval: Approval, ref: str, asked: str, now: int) -> bool:
         """Whether who gave this approval could give it now, by the policy in force: as it is, and also without the
-        roles that it did not have then."""
+        roles that it did not have then; and with the kind of key that it was given with."""
         by = state.principals[approval.by]
-        here = situation(state, by, ref, now, stage="direct", asked=asked)
+        here = situation(state, Speaker(by, approval.method), ref, now, stage="direct", asked=asked)
         policies = self._policies(state.policy)
         return by.active and all(
             policies.decide(Query(subject(each), "approve", resource(state, ref), here)).allowed
             for each in (by, replace(by, roles=sorted(set(approval.roles) & set(by.roles))))
         )
 
-    def _approver(self, state: State, who: Principal, ref: str, asked: str, *, own: bool, now: int) -> None:
+    def _approver(self, state: State, who: Speaker, ref: str, asked: str, *, own: bool, now: int) -> None:
         here = situation(state, who, ref, now, stage="direct", asked=asked, same_person=own)
         self._ask(state, Query(subject(who), "approve", resource(state, ref), here))
 
@@ -454,7 +430,7 @@ class Custody:
         ranks = [next((rank for rank in _RANKS if rank in roles), "") for roles in counted.values()]
         here = situation(
             state,
-            holder,
+            Speaker(holder, OWN_KEY),  # who is not speaking now; what it shows when it is comes in stage "release"
             ref,
             now,
             stage="grant",
@@ -465,17 +441,6 @@ class Custody:
             executives=ranks.count("executive"),
         )
         return Query(subject(holder), action, resource(state, ref), here)
-
-
-def check_clock(state: State, now: int) -> None:
-    """Sealed ``clock.backwards`` while the clock is behind what the log has seen: a clock that is set back must not
-    bring a lease to life that has ended."""
-    if now < state.latest - TOLERANCE:
-        raise Sealed(
-            "clock.backwards",
-            f"this machine's clock is {state.latest - now} seconds behind the newest entry of the log",
-            hint="set the clock; if it was ahead before: strongroom log clock --reason TEXT, which ends all leases",
-        )
 
 
 def usable(state: State, ref: str) -> Version:
@@ -503,7 +468,7 @@ def narrowed(request: Request, duration: int, uses: int | None) -> tuple[int, in
     return duration or request.duration, min(counts, default=None)
 
 
-def situation(state: State, who: Principal, ref: str, now: int, **more: Any) -> Situation:
+def situation(state: State, who: Speaker, ref: str, now: int, **more: Any) -> Situation:
     """What policy may look at, with the counts of the version that leave `who` out."""
     uses = [use for use in state.uses.values() if use.ref == ref]
     others = [use for use in uses if use.holder != who.path]
@@ -512,12 +477,14 @@ def situation(state: State, who: Principal, ref: str, now: int, **more: Any) -> 
         holders=len(others),
         copies=sum(use.copies for use in uses),
         copiers=sum(use.copies > 0 for use in others),
+        authentication=who.method,
         **more,
     )
 
 
-def subject(who: Principal) -> Subject:
+def subject(who: Principal | Speaker) -> Subject:
     """The principal as policy sees it."""
+    who = who.principal if isinstance(who, Speaker) else who
     return Subject(who.path, tuple(who.roles), tuple(who.teams), who.person, suspended=not who.active)
 
 
@@ -577,15 +544,7 @@ def _check_record(state: State, body: Mapping[str, Any]) -> None:
         raise UsageError("principal.key", f"the key of {path} is that of another person", hint=_PRINCIPALS)
 
 
-def _nobody(path: str) -> AuthRequired:
-    return AuthRequired(
-        "auth.refused",
-        f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",
-        hint="--as PRINCIPAL, with that principal's own key",
-    )
-
-
-def _once(approvals: list[Approval], who: Principal) -> None:
+def _once(approvals: list[Approval], who: Speaker) -> None:
     if any(each.person == who.person for each in approvals):
         raise Conflict("approve.duplicate", f"{who.path}, or the same person, has approved this already")
 

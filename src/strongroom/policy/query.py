@@ -19,6 +19,7 @@ ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant",
 ON_WEIGHTS = ("load", "copy", "infer", "adapt")  # never about the room as a whole
 RELEASES = ("load", "copy")  # decided twice: in stage "grant" and in stage "release"
 STAGES = ("grant", "release", "direct")
+AUTHENTICATIONS = ("key", "oidc", "x509")  # what the one who speaks has shown; policy/speaker.py finds it
 ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
 ROOM = "room"  # as a `ref`: the room as a whole. Of weights that have this very name, only versions can be named.
 
@@ -118,7 +119,8 @@ class Resource:
 @dataclass(frozen=True)
 class Situation:
     """The context of a question; schema.cedarschema says what each is. The defaults are those of a principal that has
-    no lease and no approvals, and comes from an unknown place. UsageError ``policy.situation``.
+    no lease and no approvals, speaks under its own key, and comes from an unknown place. UsageError
+    ``policy.situation``.
 
     `approvals` counts distinct people other than the one who asks; each of them is counted under one role as well, the
     highest of executive, officer, operator. `holders`, `copies` and `copiers` leave this principal out.
@@ -144,12 +146,16 @@ class Situation:
     break_glass: bool = False
     same_person: bool = False
     asked: str = ""
+    authentication: str = "key"
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise _situation(f"{self.stage!r:.80} is not a stage; expected one of {', '.join(STAGES)}")
         if self.asked and self.asked not in ACTIONS:
             raise _situation(f"{self.asked!r:.80} is not an action; expected one of {', '.join(ACTIONS)}")
+        if self.authentication not in AUTHENTICATIONS:
+            known = ", ".join(AUTHENTICATIONS)
+            raise _situation(f"{self.authentication!r:.80} is not a way to authenticate; expected one of {known}")
         for name in _COUNTS:
             _count(getattr(self, name), name)
         for name in ("lease", "attested", "break_glass", "same_person"):
@@ -196,6 +202,7 @@ class Situation:
             "break_glass": self.break_glass,
             "same_person": self.same_person,
             "asked": self.asked,
+            "authentication": self.authentication,
         }
 
 

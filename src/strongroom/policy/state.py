@@ -14,8 +14,8 @@ from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
+from strongroom.policy.speaker import TOLERANCE, key_of
 
-TOLERANCE = 300  # seconds that a clock may be off
 _GRANTERS = {"officer", "executive"}
 _REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
 _FOR_EVER = MAX_INTEGER
@@ -41,13 +41,14 @@ class Principal:
 
 @dataclass
 class Approval:
-    """One person's yes, with the roles that the person had."""
+    """One person's yes, with the roles that the person had, and the kind of key that it was given with."""
 
     by: str
     person: str
     roles: list[str]
     at: int
     entry: int
+    method: str
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Grant:
     by: str
     at: int
     expires_at: int
+    method: str  # of who asks
     state: str = "pending"
     approved_by: str = ""
 
@@ -144,6 +146,7 @@ class Proposal:
     by: str
     at: int
     enact_after: int
+    method: str  # of who proposes
     state: str = "pending"
     approvals: list[Approval] = field(default_factory=list)
 
@@ -228,6 +231,7 @@ class State:
             entry.by,
             entry.at,
             entry.body["expires_at"],
+            self._method(entry, said),
         )
 
     def _install(self, index: int, at: int, body: Mapping[str, Any]) -> None:
@@ -250,9 +254,15 @@ class State:
 
     def _proposal(self, _: int, entry: Entry) -> None:
         body = entry.body
-        digest = Statement.decode(body["statement"]).digest
+        said = Statement.decode(body["statement"])
         self.proposals[body["id"]] = Proposal(
-            body["id"], body["digest"], digest, entry.by, entry.at, body["enact_after"]
+            body["id"],
+            body["digest"],
+            said.digest,
+            entry.by,
+            entry.at,
+            body["enact_after"],
+            self._method(entry, said),
         )
 
     def _policy(self, _: int, entry: Entry) -> None:
@@ -290,21 +300,20 @@ class State:
 
     def _approve(self, index: int, entry: Entry) -> None:
         body = entry.body
+        found = self.proposals.get(body["id"]) or self.grants.get(body["id"]) or self.requests[body["id"]]
         person = self.principals[entry.by].person
-        approval = Approval(entry.by, person, list(body["roles"]), entry.at, index)
-        if body["id"] in self.proposals:
-            self.proposals[body["id"]].approvals.append(approval)
+        method = self._method(entry, Statement.decode(body["statement"]))
+        approval = Approval(entry.by, person, list(body["roles"]), entry.at, index, method)
+        if isinstance(found, Grant):
+            found.state, found.approved_by = "approved", entry.by
+            self._install(index, entry.at, found.record)
             return
-        if body["id"] in self.grants:
-            grant = self.grants[body["id"]]
-            grant.state, grant.approved_by = "approved", entry.by
-            self._install(index, entry.at, grant.record)
+        found.approvals.append(approval)
+        if isinstance(found, Proposal):
             return
-        request = self.requests[body["id"]]
-        request.approvals.append(approval)
-        request.duration, request.uses = body["duration"], body["uses"]
+        found.duration, found.uses = body["duration"], body["uses"]
         if lease := body["lease"]:
-            request.state = "approved"
+            found.state = "approved"
             self.leases[lease["id"]] = Lease(
                 lease["id"],
                 lease["holder"],
@@ -363,6 +372,13 @@ class State:
     def _clock(self, index: int, _: Entry) -> None:
         self.era = index
         self._end_leases(lambda _: True, f"the clock was set back in entry {index}")
+
+    def _method(self, entry: Entry, said: Statement) -> str:
+        """By which kind of key `entry` was signed; Tampered ``log.malformed`` if none of its principal's made it."""
+        key = key_of(self, entry.by, said.key_id, entry.at)
+        if key is None:
+            raise Tampered("log.malformed", f"{entry.by} had no key that signed its entry of type {entry.type}")
+        return key.method
 
     def _end_leases(self, which: Callable[[Lease], bool], why: str) -> None:
         for lease in self.leases.values():

@@ -38,6 +38,7 @@ from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 from strongroom.formats.tiles import WIDTH, Tile
 from strongroom.ledger.published import tile_bytes
+from strongroom.policy.speaker import Speaker
 from strongroom.server.guard import Guard
 from strongroom.server.uploads import Uploads
 from strongroom.vault.custodian import Answer
@@ -157,7 +158,7 @@ class CustodianApp:
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
-    def _caller(self, request: Request, body: bytes, *actions: str) -> str:
+    def _caller(self, request: Request, body: bytes, *actions: str) -> Speaker:
         """The principal whose `call` this request is; with `actions`, one who may do one of them."""
         header = request.headers.get("authorization", "")
         # As sent, byte for byte: what is decoded first, or made of the header Host, is another text than was signed.
@@ -181,7 +182,7 @@ class CustodianApp:
 
     def _guest(self, request: Request, body: bytes) -> str:
         """The caller if it is a guest, who sees what concerns itself only (spec/http.md, section 6); else nothing."""
-        who = self._custodian.principal(self._caller(request, body))
+        who = self._caller(request, body)
         return who.path if set(who.roles) <= {"partner"} else ""
 
     def _requests(self, request: Request, body: bytes) -> dict[str, Any]:

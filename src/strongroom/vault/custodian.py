@@ -39,7 +39,8 @@ from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
 from strongroom.policy.review import Review, review
-from strongroom.policy.state import TOLERANCE, Principal, Request, State
+from strongroom.policy.speaker import OWN_KEY, TOLERANCE, Speaker, authenticate
+from strongroom.policy.state import Principal, Request, State
 from strongroom.storage.db import log_private
 from strongroom.vault.documents import Documents
 from strongroom.vault.record import VersionRecord
@@ -167,7 +168,7 @@ class Custodian:
         _check_reason(reason, statement.body["reason"])
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
-            self.rules.authenticate(state, statement, now)
+            authenticate(state, statement, now)
             self._documents.keep(tx, policies)
             return Draft(self.rules.propose(state, statement, reason.commitment, now), [reason])
 
@@ -175,13 +176,13 @@ class Custodian:
             receipt = self._decide(decide, writes=True)
         return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
 
-    def enact(self, proposal: str, by: str) -> dict[str, Any]:
+    def enact(self, proposal: str, by: str | Speaker) -> dict[str, Any]:
         """A proposal becomes the policy."""
 
         def decide(_: Connection, state: State, now: int) -> Draft:
-            return Draft(self.rules.enact(state, proposal, self._active(state, by), now))
+            return Draft(self.rules.enact(state, proposal, self._speaking(state, by), now))
 
-        with self._refusals(by, "administer"):
+        with self._refusals(by if isinstance(by, str) else by.path, "administer"):
             receipt = self._decide(decide)
         return {"policy": receipt.entry.body["digest"], "proposal": proposal, "entry": receipt.index}
 
@@ -276,7 +277,7 @@ class Custodian:
             self._documents.policies(state.policy),
             subject(principal),
             [resource(state, ref)],
-            situation=situation(state, principal, ref, now),
+            situation=situation(state, Speaker(principal, OWN_KEY), ref, now),
             leases=leases,
         )
         return [item.as_json() for item in found]
@@ -293,7 +294,7 @@ class Custodian:
         """Delete what was kept beside an entry: its commitments stay in the log, and the tree as it was."""
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._active(state, by), "administer", now=now)
+            self.rules.may(state, self._speaking(state, by), "administer", now=now)
             if not tx.execute(delete(log_private).where(log_private.c.position == index)).rowcount:
                 raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log show")
             return Draft(Entry("redact", now, by, "", {"entry": index}))
@@ -393,18 +394,18 @@ class Custodian:
             lease = state.leases.get(found.body["lease"] or "")
             return lease.expires_at if lease is not None else found.at + 86_400
 
-    def identify(self, statement: Statement) -> str:
+    def identify(self, statement: Statement) -> Speaker:
         """The active principal that made `statement`, for what is read and not recorded; AuthRequired."""
         with self.ledger.view() as state:
-            return self.rules.authenticate(state, statement, self._now()).path
+            return authenticate(state, statement, self._now())
 
     # -- everything else that is recorded ------------------------------------------------------------------------
 
-    def authorise(self, by: str, *actions: str, ref: str = ROOM, recorded: bool = True) -> None:
+    def authorise(self, by: str | Speaker, *actions: str, ref: str = ROOM, recorded: bool = True) -> None:
         """Denied, explained and recorded, unless policy lets `by` do one of `actions` directly."""
         now = self._now()
         with self.ledger.view() as state:
-            who = self._active(state, by)
+            who = self._speaking(state, by)
             refusals = []
             for action in actions:
                 try:
@@ -413,7 +414,7 @@ class Custodian:
                 except Denied as error:
                     refusals.append(error)
         if recorded:
-            self.refuse(by, actions[0], ref, refusals[0])
+            self.refuse(who.path, actions[0], ref, refusals[0])
         raise refusals[0]
 
     def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
@@ -462,7 +463,7 @@ class Custodian:
             raise UsageError("ceiling.negative", f"a ceiling is a number from 0 to {MAX_INTEGER}")
 
         def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._active(state, by), "administer", now=now)
+            self.rules.may(state, self._speaking(state, by), "administer", now=now)
             if not any(ref in (each, each.partition("@")[0]) for each in state.versions):
                 raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
             before = dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
@@ -478,7 +479,7 @@ class Custodian:
         _check_reason(note, note.commitment)
 
         def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._active(state, by), "administer", now=now)
+            self.rules.may(state, self._speaking(state, by), "administer", now=now)
             version = state.versions.get(ref)
             if version is None or not version.frozen:
                 raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
@@ -493,7 +494,7 @@ class Custodian:
         _check_reason(note, note.commitment)
 
         def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._active(state, by), "administer", now=now)
+            self.rules.may(state, self._speaking(state, by), "administer", now=now)
             if now >= state.latest - TOLERANCE:
                 raise UsageError("clock.right", "the clock is not behind the log: nothing has to be mended")
             body = {"before": state.latest}
@@ -542,6 +543,13 @@ class Custodian:
                 "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
             )
         return found
+
+    def _speaking(self, state: State, by: str | Speaker) -> Speaker:
+        """Who has spoken, as it is now. By name: whoever opened an embedded room, and is the principal whose key lies
+        there; what comes over the network names a `Speaker`."""
+        if isinstance(by, Speaker):
+            return Speaker(self._active(state, by.path), by.method)
+        return Speaker(self._active(state, by), OWN_KEY)
 
     def _now(self) -> int:
         return self._vault.clock()

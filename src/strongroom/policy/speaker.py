@@ -1,0 +1,107 @@
+"""Who is speaking: the principal that a signed statement is by, and how it is known that it is.
+
+`key_of` is the one place where the key that a statement has to be signed with is found. A further kind of key is a
+further thing that it looks at, and a further word in `query.AUTHENTICATIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from strongroom.crypto import signatures
+from strongroom.errors import AuthRequired, Conflict, Sealed
+from strongroom.formats.statement import Statement
+
+if TYPE_CHECKING:
+    from strongroom.policy.state import Principal, State
+
+TOLERANCE = 300  # seconds that a clock may be off
+OWN_KEY = "key"  # the Ed25519 key in the principal's record
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that speaks for a principal: Ed25519 in hexadecimal, and how it came to be one (one of
+    `query.AUTHENTICATIONS`)."""
+
+    public_key: str
+    method: str
+
+    def verify(self, statement: Statement) -> None:
+        """Tampered unless `statement` is signed with this key."""
+        statement.verify(self.public_key, signatures.verify)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A principal that has spoken, and by which kind of key: what policy calls `context.authentication`."""
+
+    principal: Principal
+    method: str
+
+    @property
+    def path(self) -> str:
+        return self.principal.path
+
+    @property
+    def person(self) -> str:
+        return self.principal.person
+
+    @property
+    def roles(self) -> Sequence[str]:
+        return self.principal.roles
+
+
+def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:  # noqa: ARG001 - keys that end need the time
+    """The key with the identifier `key_id` (SHA-256 in hexadecimal), if it speaks for the principal `path` now."""
+    who = state.principals.get(path)
+    if who is None or not who.active:
+        return None
+    if who.key and key_id == signatures.key_id(bytes.fromhex(who.key)):
+        return Key(who.key, OWN_KEY)
+    return None
+
+
+def authenticate(state: State, statement: Statement, now: int) -> Speaker:
+    """Who signed: steps 1 and 2 of spec/release.md, section 2. AuthRequired, and it does not say what was wrong with
+    whom: nobody learns from it which principals there are. Conflict ``statement.replayed``, Sealed
+    ``clock.backwards``."""
+    key = key_of(state, statement.by, statement.key_id, now)
+    if key is None or statement.room != state.room:
+        raise _nobody(statement.by)
+    try:
+        key.verify(statement)
+    except Exception:  # noqa: BLE001 - whatever it is: this is not that principal
+        raise _nobody(statement.by) from None
+    check_clock(state, now)
+    if abs(now - statement.at) > TOLERANCE:
+        raise AuthRequired(
+            "statement.stale",
+            f"the statement was signed {abs(now - statement.at)} seconds off the custodian's clock; "
+            f"at most {TOLERANCE} are accepted",
+            hint="set this machine's clock, and run the command again",
+        )
+    if statement.digest in state.recent:
+        raise Conflict("statement.replayed", "this very statement is in the log already", hint="sign a new one")
+    return Speaker(state.principals[statement.by], key.method)
+
+
+def check_clock(state: State, now: int) -> None:
+    """Sealed ``clock.backwards`` while the clock is behind what the log has seen: a clock that is set back must not
+    bring a lease to life that has ended."""
+    if now < state.latest - TOLERANCE:
+        raise Sealed(
+            "clock.backwards",
+            f"this machine's clock is {state.latest - now} seconds behind the newest entry of the log",
+            hint="set the clock; if it was ahead before: strongroom log clock --reason TEXT, which ends all leases",
+        )
+
+
+def _nobody(path: str) -> AuthRequired:
+    return AuthRequired(
+        "auth.refused",
+        f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",
+        hint="--as PRINCIPAL, with that principal's own key",
+    )

@@ -15,6 +15,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.errors import Conflict, LimitExceeded, UsageError
 from strongroom.formats.suites import Suite
 from strongroom.formats.upload import Upload
+from strongroom.policy.speaker import Speaker
 from strongroom.vault.upload import UploadSource
 from strongroom.vault.vault import PutResult, Vault
 
@@ -23,7 +24,7 @@ _AT_A_TIME = 2
 _LENGTH = 4
 
 # The principal whose call a request is, of which these bytes are the body.
-Caller = Callable[[Request, bytes], str]
+Caller = Callable[[Request, bytes], Speaker]
 
 
 class Uploads:
@@ -49,9 +50,9 @@ class Uploads:
         by = await run_in_threadpool(self._caller, request, head)
         upload = await run_in_threadpool(self._announced, by, head)
         with self._slot():
-            return await run_in_threadpool(self._put, upload, by, stream)
+            return await run_in_threadpool(self._put, upload, by.path, stream)
 
-    def _announced(self, by: str, head: bytes) -> Upload:
+    def _announced(self, by: Speaker, head: bytes) -> Upload:
         self._vault.custodian.authorise(by, "put")
         upload = Upload.decode(head)
         if upload.suite.upper() not in Suite.__members__:

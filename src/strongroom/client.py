@@ -365,7 +365,8 @@ class Room:
 
     def review(self, *, apply: bool = False) -> dict[str, Any]:
         """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
-        left over is revoked, by statements of this principal, and the review is recorded."""
+        left over is revoked, by statements of this principal, and the review is recorded; `left`: the entries of
+        emergencies that somebody else has to review."""
         custodian = self._vault.custodian
         custodian.authorise(self.principal, *(("administer",) if apply else ("audit", "administer")))
         found = custodian.review()
@@ -376,7 +377,8 @@ class Room:
         for target in removed:
             self.revoke(target, reason="review: unused or left over")
         body = {"findings": len(found.findings), "removed": len(removed)}
-        return {**answer, "removed": removed, "entry": custodian.record("review", self.principal, "", body).index}
+        entry = custodian.record("review", self.principal, "", body).index
+        return {**answer, "removed": removed, "left": custodian.emergencies(), "entry": entry}
 
     def _asked(self, identifier: str) -> str:
         return str(self._vault.custodian.show_request(identifier)["digest"])

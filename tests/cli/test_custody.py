@@ -75,7 +75,10 @@ def test_break_glass(team):
     ended = team.run("review", "--as", "user/ben")
     assert ended.code == 14
     assert "broke the glass" in ended.out
-    team.run("review", "--apply", "--as", "user/ben")
+    ended = team.run("review", "--apply", "--as", "user/ben")
+    assert "somebody else has to review it" in ended.err
+    assert "the glass was broken" in team.run("doctor", "--as", "user/ben").out
+    team.run("review", "--apply", "--as", "user/olga")
     assert "the glass was broken" not in team.run("doctor", "--as", "user/ben").out
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from strongroom.client import Room
 from strongroom.core.clock import unix
-from strongroom.errors import Conflict, Denied, NotFound, Pending, Sealed, StrongroomError
+from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Pending, Sealed, StrongroomError, UsageError
 from strongroom.policy.engine import Policies
 from vault.rooms import write_model
 
@@ -167,6 +167,37 @@ class TestReview:
         team.ben.review(apply=True)
         assert team.ben.review()["findings"] == []
 
+    def test_nobody_reviews_their_own_emergency_under_any_identity(self, team):
+        second = team.add("user/ben-too", "officer", person="user/ben")
+        if not any(item["path"] == "user/ben-too" for item in team.olga.principal_ls()):
+            (grant,) = [item["id"] for item in team.olga.requests() if item["action"] == "grant"]
+            team.eva.approve(grant)
+        team.ben.load(REF, break_glass="the cluster is on fire")
+        for who in (team.ben, second):
+            assert len(who.review(apply=True)["left"]) == 1
+            assert "break-glass" in [item["kind"] for item in who.review()["findings"]]
+        failed = [check.message for check in team.ben.doctor() if check.level == "fail"]
+        assert len(failed) == 1
+        assert "user/ben" in failed[0]
+        assert team.olga.review(apply=True)["left"] == []
+        assert "break-glass" not in [item["kind"] for item in team.ben.review()["findings"]]
+
+    @pytest.mark.parametrize("reason", ["", " ", "\n\t "])
+    def test_a_reason_says_something(self, team, reason):
+        lease = team.lease()["id"]
+        text = team.ben.policy()["text"]
+        for act in (
+            lambda: team.ana.request(REF, reason=reason),
+            lambda: team.eva.load(REF, break_glass=reason),
+            lambda: team.ben.revoke(lease, reason=reason),
+            lambda: team.ben.thaw(REF, reason=reason),
+            lambda: team.ben.propose(text, reason=reason),
+            lambda: team.ben.set_clock(reason),
+        ):
+            with pytest.raises(UsageError) as caught:
+                act()
+            assert caught.value.code == "reason.empty"
+
     def test_repeated_refusals(self, team):
         for _ in range(10):
             with pytest.raises(Denied):
@@ -193,6 +224,97 @@ class TestReview:
         auditor.review()
         with pytest.raises(Denied):
             auditor.review(apply=True)
+
+
+class TestWhatARuleBlocks:
+    """All approvals are there, and a rule that no approval overrides keeps the request from becoming a lease."""
+
+    def test_it_says_which_and_goes_on_when_the_rule_does_not_apply_any_more(self, team):
+        team.olga.set_ceiling(REF, holders=0)
+        with pytest.raises(Denied):  # what no approval can help is refused at once
+            team.ana.request(REF, reason="x")
+        team.olga.set_ceiling(REF, holders=1)
+        asked = team.ana.request(REF, reason="x")
+        team.olga.set_ceiling(REF, holders=0)
+        for who in (team.ben, team.eva):
+            (need,) = who.approve(asked["id"])["needs"]
+            assert "holders-ceiling" in need
+            assert "strongroom" in need
+        with pytest.raises(Conflict) as caught:
+            team.ben.approve(asked["id"])
+        assert caught.value.code == "approve.duplicate"
+        team.olga.set_ceiling(REF, holders=1)
+        (need,) = next(item for item in team.ana.requests() if item["id"] == asked["id"])["needs"]
+        assert f"strongroom approve {asked['id']}" in need
+        with pytest.raises(Denied):
+            team.ana.load(REF)
+        done = team.ben.approve(asked["id"])
+        assert done["state"] == "approved"
+        assert done["approved_by"] == ["user/ben", "user/eva"]
+        team.ana.load(REF)
+        assert team.olga.log.verify()["ok"]
+
+    def test_one_person_alone_is_still_not_enough(self, team):
+        asked = team.ana.request(REF, reason="x")
+        team.ben.approve(asked["id"])
+        with pytest.raises(Conflict):
+            team.ben.approve(asked["id"])
+
+
+class TestWhatIsTold:
+    def test_nobody_learns_from_a_request_for_somebody_else_whether_there_is_one(self, team):
+        guest = team.add("user/pat", "partner")
+        told = set()
+        for other in ("user/ben", "user/nobody"):
+            with pytest.raises(Denied) as caught:
+                guest.request(REF, reason="x", holder=other)
+            told.add((caught.value.code, caught.value.message.replace(other, "…"), caught.value.hint))
+        assert len(told) == 1
+
+    def test_the_same_statement_again_is_answered_as_it_was(self, team):
+        """Whoever lost the answer with the connection says it again."""
+        custodian = team.olga._vault.custodian
+        size = custodian.ledger.checkpoint()[0].size
+        note = team.ana._private("reason", "evaluation")
+        said = team.ana._say(
+            "request",
+            {"action": "load", "ref": REF, "for": "user/ana", "duration": 60, "uses": None, "reason": note.commitment},
+        )
+        first = custodian.request(said, note)
+        assert custodian.request(said, note) == first
+        approval = team.ben._say("approve", {"request": first["digest"], "duration": 0, "uses": None})
+        answers = [custodian.approve(approval) for _ in range(3)]
+        assert answers[0] == answers[1] == answers[2]
+        assert answers[0]["approved_by"] == ["user/ben"]
+        text = custodian.policy()["text"] + "\n// more\n"
+        proposal = team.ben._say("propose", {"digest": Policies.parse(text).digest, "reason": note.commitment})
+        assert custodian.propose(proposal, text, note) == custodian.propose(proposal, text, note)
+        change = team.olga._say(
+            "principal",
+            {"principal": "team/x", "key": "", "person": "team/x", "roles": [], "teams": [], "state": "active"},
+        )
+        assert custodian.change_principal(change) == custodian.change_principal(change)
+        assert custodian.ledger.checkpoint()[0].size == size + 4
+
+    def test_what_was_recorded_long_ago_is_not_said_again(self, team):
+        asked = team.ana.request(REF, reason="x")
+        approval = team.ben._say("approve", {"request": asked["digest"], "duration": 0, "uses": None})
+        team.ben._vault.custodian.approve(approval)
+        team.later(301)
+        with pytest.raises(AuthRequired) as caught:
+            team.ben._vault.custodian.approve(approval)
+        assert caught.value.code == "statement.stale"
+
+    def test_whoever_is_refused_without_end_does_not_fill_the_log(self, team):
+        size = team.olga.log._ledger.checkpoint()[0].size
+        for _ in range(100):
+            with pytest.raises(Denied):
+                team.ana.load(REF)
+        assert team.olga.log._ledger.checkpoint()[0].size == size + 60
+        # Of others nothing is kept from the log by that.
+        with pytest.raises(Denied):
+            team.eva.load(REF)
+        assert team.olga.log._ledger.checkpoint()[0].size == size + 61
 
 
 class TestRedaction:

@@ -16,7 +16,7 @@ _CODES = {"": 0, "info": 11, "low": 12, "medium": 13, "high": 14}
     "review",
     explain="""Made from the whole log: the same log gives the same review. --apply takes away what a finding names as
     unused or left over, by statements of yours, and records that it was reviewed; an emergency counts as looked at from
-    then on.""",
+    then on, unless it was your own.""",
 )
 @click.option("--apply", is_flag=True, help="Revoke what is unused or left over, and record the review.")
 @pass_options
@@ -54,6 +54,9 @@ def review(options: Options, apply: bool) -> int:
     lines += ["", *table(header, activity, right=(1, 2, 3, 4, 5))]
     options.output.answer(found, lines)
     removable = [item for item in found["findings"] if item["removes"]]
+    if apply and found["left"]:
+        entries = ", ".join(map(str, found["left"]))
+        options.output.note(f"  → entry {entries} is an emergency of your own: somebody else has to review it")
     if apply:
         options.output.note(f"  → {counted(len(found['removed']), 'right')} taken away, entry {found['entry']}")
     elif removable:

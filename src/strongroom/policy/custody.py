@@ -58,17 +58,18 @@ class Custody:
         """Somebody asks for a lease. Denied at once if no approval could ever make policy allow it."""
         who = authenticate(state, statement, now)
         body = statement.body
-        version = usable(state, body["ref"])
         _unheard(state, statement)
         holder = state.principals.get(body["for"])
-        if holder is None or not holder.active:
-            raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
-        if holder.person != who.person and not set(_RANKS) & set(who.roles):
+        # First: whether there is such a principal is told to those only who may ask for others.
+        if not set(_RANKS) & set(who.roles) and (holder is None or holder.person != who.person):
             raise Denied(
                 "request.for_other",
-                f"{who.path} may ask for itself, and not for {holder.path}",
-                hint=f"strongroom request {version.ref} --action {body['action']} --for {who.path}",
+                f"{who.path} may ask for itself, and not for {body['for']:.80}",
+                hint=f"strongroom request {body['ref']:.200} --action {body['action']} --for {who.path}",
             )
+        if holder is None or not holder.active:
+            raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
+        version = usable(state, body["ref"])
         if not 0 < body["duration"] <= _LONGEST or body["uses"] == 0:
             raise UsageError(
                 "request.nothing",
@@ -126,14 +127,18 @@ class Custody:
                 hint=f"somebody else runs: strongroom approve {request.id}",
             )
         self._approver(state, who, request.ref, request.action, own=own, now=now)
-        _once(request.approvals, who)
         usable(state, request.ref)
         duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
         approval = Approval(who.path, who.person, sorted(who.roles), now, 0, who.method)
         given = [*request.approvals, approval]
         query = self._grant(state, holder, request.action, request.ref, given, duration, now)
         lease = None
-        if self._policies(state.policy).decide(query).allowed:
+        allowed = self._policies(state.policy).decide(query).allowed
+        # Once is enough, but for a request that has all its approvals, and that a rule kept from becoming a lease: when
+        # the rule does not apply any more, somebody has to say so.
+        if not allowed:
+            _once(request.approvals, who)
+        if allowed:
             lease = {
                 "id": request.id,
                 "holder": holder.path,
@@ -374,7 +379,10 @@ class Custody:
         holder = state.principals[request.holder]
         query = self._grant(state, holder, request.action, request.ref, request.approvals, request.duration, now)
         policies = self._policies(state.policy)
-        return [] if policies.decide(query).allowed else list(explain(policies, query).needs)
+        if policies.decide(query).allowed:
+            return [f"one of those who approved to say it again: strongroom approve {request.id}"]
+        explanation = explain(policies, query)
+        return list(explanation.needs) or [f"{explanation.message}; {explanation.hint}"]
 
     # -- inside --------------------------------------------------------------------------------------------------
 

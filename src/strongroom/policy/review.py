@@ -83,7 +83,7 @@ class Review:
 
 def review(state: State, entries: Iterable[Entry], now: int) -> Review:
     """The review of a room whose log is `entries`, from the first, and whose state they make is `state`."""
-    history = _History()
+    history = _History(state)
     for index, entry in enumerate(entries):
         history.add(index, entry)
     holdings = [_holding(state, history, lease) for lease in state.leases.values() if lease.holds(now)]
@@ -98,9 +98,10 @@ def review(state: State, entries: Iterable[Entry], now: int) -> Review:
 class _History:
     """What only the entries say: counts, and what has happened since somebody reviewed last."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: State) -> None:
         self.activity: dict[str, Activity] = {}
-        self.emergencies: list[tuple[int, Entry]] = []  # since the last review
+        self._open = state.emergencies
+        self.emergencies: list[tuple[int, Entry]] = []  # that nobody else has reviewed
         self.refused: dict[str, int] = {}  # since the last review
         self.used: dict[str, int] = {}  # lease: when last
 
@@ -109,7 +110,6 @@ class _History:
 
     def add(self, index: int, entry: Entry) -> None:
         if entry.type == "review":
-            self.emergencies.clear()
             self.refused.clear()
         if entry.by == CUSTODIAN:
             return
@@ -119,7 +119,7 @@ class _History:
                 who.releases += 1
                 if entry.body["lease"] is not None:
                     self.used[entry.body["lease"]] = entry.at
-                if entry.body["break_glass"]:
+                if str(index) in self._open:
                     self.emergencies.append((index, entry))
             case "copy":
                 who.copies += 1
@@ -177,7 +177,10 @@ def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
 
 def _of_releases(state: State, history: _History) -> Iterable[Finding]:
     for index, entry in history.emergencies:
-        message = f"{entry.by} broke the glass for {entry.ref}, in entry {index}: strongroom log show {index}"
+        message = (
+            f"{entry.by} broke the glass for {entry.ref}, in entry {index}: strongroom log show {index}; "
+            "somebody else has to review it"
+        )
         yield Finding("high", "break-glass", entry.by, message)
     for use in state.uses.values():
         version = state.versions.get(use.ref)

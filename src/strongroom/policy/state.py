@@ -156,8 +156,8 @@ class State:
     """The fold. `latest` is the greatest time that an entry has had, `era` the index of the newest `clock` entry.
 
     `recent`: the digests of statements, and challenges, that must not come again, each with the time from which it may
-    be forgotten. Those of releases are too old by then, and void in another era; all others, of which there are not so
-    many, are kept for ever: after the clock was set back they would be young again.
+    be forgotten and the entry that it is in. Those of releases are too old by then, and void in another era; all
+    others, of which there are not so many, are kept for ever: after the clock was set back they would be young again.
     """
 
     room: str = ""
@@ -176,8 +176,9 @@ class State:
     proposals: dict[str, Proposal] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
-    emergencies: list[int] = field(default_factory=list)  # releases past a lease that nobody has reviewed
-    recent: dict[str, int] = field(default_factory=dict)
+    # Releases past a lease that nobody else has reviewed: the entry's index, as text, and the person.
+    emergencies: dict[str, str] = field(default_factory=dict)
+    recent: dict[str, list[int]] = field(default_factory=dict)
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -200,17 +201,17 @@ class State:
         self.latest = entry.at if entry.type == "clock" else max(self.latest, entry.at)
         if statement := entry.body.get("statement"):
             until = entry.at + _REMEMBERED if entry.type == "release" else _FOR_EVER
-            self._remember(Statement.decode(statement).digest, until)
+            self._remember(Statement.decode(statement).digest, until, index)
         if apply := _APPLY.get(entry.type):
             try:
                 apply(self, index, entry)
             except KeyError as error:
                 raise Tampered("log.malformed", f"entry {index} ({entry.type}) refers to nothing: {error}") from None
 
-    def _remember(self, digest: str, until: int) -> None:
-        self.recent[digest] = until
+    def _remember(self, digest: str, until: int, index: int) -> None:
+        self.recent[digest] = [until, index]
         if len(self.recent) % 64 == 0:
-            self.recent = {key: when for key, when in self.recent.items() if when >= self.latest}
+            self.recent = {key: item for key, item in self.recent.items() if item[0] >= self.latest}
 
     def _genesis(self, _: int, entry: Entry) -> None:
         body = entry.body
@@ -331,7 +332,7 @@ class State:
 
     def _release(self, index: int, entry: Entry) -> None:
         body = entry.body
-        self._remember(body["challenge"], entry.at + _REMEMBERED)
+        self._remember(body["challenge"], entry.at + _REMEMBERED, index)
         fresh = Use(body["holder"], entry.ref, entry.at, entry.at)
         use = self.uses.setdefault(f"{body['holder']} {entry.ref}", fresh)
         use.last = entry.at
@@ -339,7 +340,7 @@ class State:
         if body["action"] == "copy":
             use.copies += 1
         if body["break_glass"]:
-            self.emergencies.append(index)
+            self.emergencies[str(index)] = self.principals[body["holder"]].person
         if body["lease"] is not None:
             self.leases[body["lease"]].used += 1
 
@@ -349,8 +350,11 @@ class State:
     def _thaw(self, _: int, entry: Entry) -> None:
         self.versions[entry.ref].frozen = False
 
-    def _review(self, _: int, __: Entry) -> None:
-        self.emergencies.clear()
+    def _review(self, _: int, entry: Entry) -> None:
+        # Nobody looks at their own emergency, under any of their identities; where there is one person by design, there
+        # is nobody else.
+        person = self.principals[entry.by].person if self.custody != "solo" else ""
+        self.emergencies = {index: who for index, who in self.emergencies.items() if who == person}
 
     def _renew(self, _: int, entry: Entry) -> None:
         self.leases[entry.body["lease"]].expires_at = entry.body["expires_at"]

@@ -5,11 +5,6 @@ It takes signed statements and nothing else at their word: an embedded room and 
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +24,7 @@ from strongroom.errors import (
     StrongroomError,
     UsageError,
 )
-from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
+from strongroom.formats.entry import CUSTODIAN, Entry, Private
 from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
@@ -44,6 +39,7 @@ from strongroom.policy.state import Principal, Request, State
 from strongroom.storage.db import log_private
 from strongroom.vault.documents import Documents
 from strongroom.vault.record import VersionRecord
+from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import bundle_for
 from strongroom.vault.requests import describe_grant, describe_proposal, describe_request
 
@@ -52,9 +48,6 @@ if TYPE_CHECKING:
 
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
 _MANIFESTS = 32
-_DETAIL = 500  # characters of what is recorded of a refusal
-_STRANGERS = 60  # refusals of unknown speakers that are recorded in a minute: anybody can cause them
-_UNKNOWN = ("auth.refused", "statement.stale", "statement.replayed")  # it may be anybody who says this
 
 
 @dataclass(frozen=True)
@@ -69,6 +62,14 @@ class Answer:
     store: str
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """An entry that is in the log, durable."""
+
+    index: int
+    entry: Entry
+
+
 class Custodian:
     """The custody of one room."""
 
@@ -76,8 +77,7 @@ class Custodian:
         self._vault, self.ledger = vault, ledger
         self._documents = Documents(vault.db)
         self._manifests: dict[bytes, Manifest] = {}
-        self._strangers: deque[float] = deque(maxlen=_STRANGERS)  # when refusals of unknown speakers were recorded
-        self._strangers_lock, self._unrecorded = threading.Lock(), 0
+        self._refusals = Refusals(ledger)
         self.rules = Custody(self._documents.policies)
 
     # -- the beginning -------------------------------------------------------------------------------------------
@@ -160,8 +160,11 @@ class Custodian:
         """A new policy, as a proposal."""
         statement = self._statement(envelope, "propose")
         # Before the text is looked at: parsing takes seconds of whatever anybody sends.
-        with self._refusals(statement.by, "administer"):
-            self.authorise(self.identify(statement), "administer", recorded=False)
+        with self._refusals.recorded(statement.by, "administer"):
+            try:
+                self.authorise(self.identify(statement), "administer", recorded=False)
+            except Conflict as error:
+                _only_replayed(error)  # which is answered below
         policies = Policies.parse(text)
         if policies.digest != statement.body["digest"]:
             raise UsageError("policy.other_text", "the statement is about another policy text")
@@ -172,8 +175,8 @@ class Custodian:
             self._documents.keep(tx, policies)
             return Draft(self.rules.propose(state, statement, reason.commitment, now), [reason])
 
-        with self._refusals(statement.by, "administer"):
-            receipt = self._decide(decide, writes=True)
+        with self._refusals.recorded(statement.by, "administer"):
+            receipt = self._once(statement, decide, writes=True)
         return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
 
     def enact(self, proposal: str, by: str | Speaker) -> dict[str, Any]:
@@ -182,7 +185,7 @@ class Custodian:
         def decide(_: Connection, state: State, now: int) -> Draft:
             return Draft(self.rules.enact(state, proposal, self._speaking(state, by), now))
 
-        with self._refusals(by if isinstance(by, str) else by.path, "administer"):
+        with self._refusals.recorded(by if isinstance(by, str) else by.path, "administer"):
             receipt = self._decide(decide)
         return {"policy": receipt.entry.body["digest"], "proposal": proposal, "entry": receipt.index}
 
@@ -290,6 +293,11 @@ class Custodian:
             pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
             return review(state, (Entry.decode(data) for piece in pieces for data in piece), now)
 
+    def emergencies(self) -> list[int]:
+        """The entries of releases past a lease that nobody else has reviewed."""
+        with self.ledger.view() as state:
+            return [int(index) for index in state.emergencies]
+
     def redact(self, by: str, index: int) -> dict[str, Any]:
         """Delete what was kept beside an entry: its commitments stay in the log, and the tree as it was."""
 
@@ -299,7 +307,7 @@ class Custodian:
                 raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log show")
             return Draft(Entry("redact", now, by, "", {"entry": index}))
 
-        with self._refusals(by, "administer"):
+        with self._refusals.recorded(by, "administer"):
             receipt = self._decide(decide, writes=True)
         self._vault.db.scrub()
         return {"redacted": index, "entry": receipt.index}
@@ -335,7 +343,7 @@ class Custodian:
         statement = self._statement(envelope, "release")
         body = statement.body
         # Before anything is looked up: how long that takes would tell a stranger what there is.
-        with self._refusals(statement.by, body["action"], body["ref"]):
+        with self._refusals.recorded(statement.by, body["action"], body["ref"]):
             self.identify(statement)
         if reason is not None:
             _check_reason(reason, body["reason"])
@@ -359,7 +367,7 @@ class Custodian:
             entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
             return Draft(entry, [reason] if reason is not None else [])
 
-        with self._refusals(statement.by, body["action"], body["ref"]):
+        with self._refusals.recorded(statement.by, body["action"], body["ref"]):
             receipt = self._decide(decide)
         if isinstance(found, StrongroomError):
             raise found  # the decision has seen to that
@@ -414,7 +422,7 @@ class Custodian:
                 except Denied as error:
                     refusals.append(error)
         if recorded:
-            self.refuse(who.path, actions[0], ref, refusals[0])
+            self._refusals.record(who.path, actions[0], ref, refusals[0])
         raise refusals[0]
 
     def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
@@ -425,37 +433,6 @@ class Custodian:
         """Record that the copy which the entry `release` is about was written; the entry that says so."""
         body = {"holder": holder, "release": release, "files": files, "bytes": size}
         return self.record("copy", holder, ref, body).index
-
-    def refuse(self, by: str, action: str, ref: str, error: StrongroomError) -> None:
-        """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside. Of
-        people who are not authenticated so many are recorded in a minute; the next one says how many were not."""
-        if error.code in _UNKNOWN:
-            by = UNKNOWN
-        passed = self._passed_over() if by == UNKNOWN else 0
-        if passed is None:
-            return
-        more = f"; {passed} refusals like it before this one were not recorded" if passed else ""
-        detail = Private.fresh("detail", error.message[:_DETAIL] + more)
-        rule = str(error.evidence.get("rule", ""))[:80]
-
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            known = by if by in state.principals else UNKNOWN
-            about = ref if ref in state.versions else ""
-            body = {"action": action, "code": error.code, "rule": rule}
-            return Draft(Entry("refused", now, known, about, body, {"detail": detail.commitment}), [detail])
-
-        self.ledger.append(decide)
-
-    def _passed_over(self) -> int | None:
-        """How many refusals of strangers were not recorded since the last one that was; None for one more of them."""
-        with self._strangers_lock:
-            now = time.monotonic()
-            if len(self._strangers) == _STRANGERS and now - self._strangers[0] < 60:
-                self._unrecorded += 1
-                return None
-            self._strangers.append(now)
-            passed, self._unrecorded = self._unrecorded, 0
-            return passed
 
     def set_ceiling(self, by: str, ref: str, changes: dict[str, int]) -> dict[str, Any]:
         """Change how many may hold, copy and have copies of a version, or of every version of a name."""
@@ -469,7 +446,7 @@ class Custodian:
             before = dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
             return Draft(Entry("ceiling", now, by, ref, before | changes))
 
-        with self._refusals(by, "administer", ref):
+        with self._refusals.recorded(by, "administer", ref):
             receipt = self._decide(decide)
         return {"ref": ref, **receipt.entry.body, "entry": receipt.index}
 
@@ -485,7 +462,7 @@ class Custodian:
                 raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
             return Draft(Entry("thaw", now, by, ref, {}, {"reason": note.commitment}), [note])
 
-        with self._refusals(by, "administer", ref):
+        with self._refusals.recorded(by, "administer", ref):
             return {"ref": ref, "entry": self._decide(decide).index}
 
     def set_clock(self, by: str, reason: str) -> dict[str, Any]:
@@ -500,17 +477,29 @@ class Custodian:
             body = {"before": state.latest}
             return Draft(Entry("clock", now, by, "", body, {"reason": note.commitment}), [note])
 
-        with self._refusals(by, "administer"):
+        with self._refusals.recorded(by, "administer"):
             receipt = self._decide(decide)
         return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _append(self, statement: Statement, decide: Any) -> Receipt:
+    def _append(self, statement: Statement, decide: Any) -> Recorded:
         action = str(statement.body.get("action", statement.kind))
         ref = str(statement.body.get("ref", ""))
-        with self._refusals(statement.by, action, ref):
-            return self._decide(lambda _, state, now: decide(state, now))
+        with self._refusals.recorded(statement.by, action, ref):
+            return self._once(statement, lambda _, state, now: decide(state, now))
+
+    def _once(self, statement: Statement, decide: Decision[State], *, writes: bool = False) -> Recorded:
+        """As `_decide`; a statement that is recorded already is answered with its entry: whoever lost the answer with
+        the connection says the same again. It has been authenticated, and is fresh, when that is found."""
+        try:
+            receipt = self._decide(decide, writes=writes)
+        except Conflict as error:
+            _only_replayed(error)
+            with self.ledger.view() as state:
+                _, index = state.recent[statement.digest]
+            return Recorded(index, Entry.decode(self.ledger.proven(index, index + 1)[0]))
+        return Recorded(receipt.index, receipt.entry)
 
     def _decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
         """Append what `decide` returns; policies that it asks for are read in the sequencer's own transaction."""
@@ -520,15 +509,6 @@ class Custodian:
                 return decide(tx, state, now)
 
         return self.ledger.append(within, writes=writes)
-
-    @contextlib.contextmanager
-    def _refusals(self, by: str, action: str, ref: str = "") -> Iterator[None]:
-        """What is refused here is recorded, then raised."""
-        try:
-            yield
-        except (Denied, AuthRequired, Conflict) as error:
-            self.refuse(by, action, ref, error)
-            raise
 
     def _statement(self, envelope: str, kind: str) -> Statement:
         statement = Statement.decode(envelope)
@@ -555,8 +535,16 @@ class Custodian:
         return self._vault.clock()
 
 
+def _only_replayed(error: Conflict) -> None:
+    """Raises `error` again unless it says that the statement is in the log already."""
+    if error.code != "statement.replayed":
+        raise error
+
+
 def _check_reason(reason: Private, commitment: str) -> None:
-    """UsageError for what can't be kept or shown, Tampered unless it is what was signed."""
+    """UsageError for what can't be kept or shown, or says nothing, Tampered unless it is what was signed."""
+    if not reason.value.strip():
+        raise UsageError("reason.empty", "a reason says something: others will read it", hint="--reason TEXT")
     shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
     if reason.name != "reason" or len(reason.value) > LIMITS.reason or not shown:
         raise UsageError(

@@ -33,7 +33,7 @@ def describe_request(state: State, request: Request, needs: list[str], now: int)
         "uses": request.uses,
         "state": found,
         "needs": needs if found == "pending" else [],
-        "approved_by": [each.by for each in request.approvals],
+        "approved_by": list(dict.fromkeys(each.by for each in request.approvals)),
         "lease": told,
         "expires_at": lease.expires_at if lease is not None else request.expires_at,
     }

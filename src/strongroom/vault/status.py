@@ -135,14 +135,15 @@ def _log(vault: Vault) -> list[Check]:
     try:
         checkpoint, _ = vault.custodian.ledger.checkpoint()
         with vault.custodian.ledger.view() as state:
-            emergencies = list(state.emergencies)
+            emergencies = dict(state.emergencies)
     except StrongroomError as error:
         return [Check("log", "fail", error.message, error.hint or "strongroom log verify")]
     found = [Check("log", "ok", f"{checkpoint.size} entries, under the signed root")]
     if emergencies:
-        entries = ", ".join(map(str, emergencies))
-        message = f"the glass was broken, and nobody has reviewed it: entry {entries}"
-        found.append(Check("emergencies", "fail", message, "strongroom log show ENTRY; then strongroom review --apply"))
+        entries = ", ".join(f"{index} by {person}" for index, person in emergencies.items())
+        message = f"the glass was broken, and nobody else has reviewed it: entry {entries}"
+        hint = "somebody else: strongroom log show ENTRY; then strongroom review --apply"
+        found.append(Check("emergencies", "fail", message, hint))
     return found
 
 

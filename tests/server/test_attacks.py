@@ -24,9 +24,10 @@ from strongroom.client import Room
 from strongroom.crypto.authority import Authority
 from strongroom.crypto.reading import make_pass
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import AuthRequired, NotFound
+from strongroom.errors import AuthRequired, Denied, NotFound
 from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
+from strongroom.policy.engine import Policies
 from strongroom.server import listen
 from strongroom.server.guard import Guard
 from vault.rooms import write_model
@@ -164,22 +165,30 @@ def test_people_who_had_rights(served, state):
         assert post(served, path, statement=statement, reason=told)[1]["code"] == "auth.refused"
 
 
-class TestStrangers:
-    def test_make_nobody_parse_a_policy(self, served):
-        """Which takes seconds: the text is not looked at before the speaker is known, and may administer."""
-        text = "permit (principal, action, resource);" * 20_000
-        body = {"digest": "0" * 64, "reason": "0" * 64}
-        reason = {"value": "x", "salt": ""}
-        begun = time.monotonic()
-        for who, signer, code in (
-            ("user/eve", Signer(b"e" * 32), "auth.refused"),
-            ("user/olga", Signer(b"e" * 32), "auth.refused"),
-            ("user/ana", None, "denied.default"),
-        ):
-            statement = said(served, "propose", body, who, signer=signer)
-            assert post(served, "/v1/policies", statement=statement, text=text, reason=reason)[1]["code"] == code
-        assert time.monotonic() - begun < 2
+def test_nobody_makes_the_custodian_parse_a_policy(tmp_path, monkeypatch):
+    """Which takes seconds: the text is not looked at before the speaker is known, and may administer."""
+    room, _ = Room.init(tmp_path / "room", owner="user/olga")
+    with room:
+        room.principal_add("user/ana", roles=["researcher"])
+        ana = Room(tmp_path / "room", "user/ana")
+        custodian, text = room._vault.custodian, room.policy()["text"] + "\n// more\n"
+        parsed, parse = [], Policies.parse
+        monkeypatch.setattr(Policies, "parse", lambda text: parsed.append(text) or parse(text))
+        note = Private.fresh("reason", "x")
+        body = {"digest": parse(text).digest, "reason": note.commitment}
+        room_id, now = room._vault.id.hex(), room._vault.clock()
+        for who, refused in (("user/eve", AuthRequired), ("user/olga", AuthRequired)):
+            said = Statement.sign("propose", body, room=room_id, by=who, at=now, signer=Signer(b"e" * 32))
+            with pytest.raises(refused):
+                custodian.propose(said.envelope, text, note)
+        with ana, pytest.raises(Denied):
+            custodian.propose(ana._say("propose", body), text, note)
+        assert parsed == []
+        custodian.propose(room._say("propose", body), text, note)
+        assert parsed == [text]
 
+
+class TestStrangers:
     def test_are_told_the_same_of_what_is_there_and_what_is_not(self, served):
         answers = set()
         for ref in (REF, "acme/none@1", "no ref at all"):
@@ -196,8 +205,8 @@ class TestStrangers:
         for number in range(150):
             statement = release(served, "user/eve", signer=Signer(b"e" * 32))
             assert post(served, "/v1/releases", statement=statement)[0] == 401, number
-        assert time.monotonic() - begun < 55
-        assert size(served) - before <= 60
+        # However long that took here: so many in each minute.
+        assert size(served) - before <= 60 * (1 + (time.monotonic() - begun) // 60)
         # People whom the room knows are recorded all the same.
         before = size(served)
         post(served, "/v1/releases", statement=release(served))
@@ -223,7 +232,7 @@ def test_nothing_is_looked_up_for_strangers(tmp_path, monkeypatch):
 
 def test_what_was_not_recorded_is_counted(tmp_path, monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("strongroom.vault.custodian.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("strongroom.vault.refusals.time.monotonic", lambda: now[0])
     room, _ = Room.init(tmp_path / "room", owner="user/olga")
     with room:
         custodian = room._vault.custodian
@@ -260,11 +269,13 @@ class TestConnections:
         for _ in range(100):
             waiting.append(connect(served))
             waiting[-1].sendall(b"POST /v1/releases HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
-        begun = time.monotonic()
         assert served.raw("POST", "/v1/challenges")[0] == 200
         assert get(served, "/v1/weights", "user/ana")[0] == 200
-        assert time.monotonic() - begun < 5
+        # Those were answered while these were waited for still.
         for each in waiting:
+            each.settimeout(0.0)
+            with pytest.raises((BlockingIOError, ssl.SSLWantReadError)):
+                each.recv(1)
             each.close()
         time.sleep(0.5)
         assert "Traceback" not in Path(served.log.name).read_text()  # hanging up is no fault
@@ -342,20 +353,23 @@ class TestPatience:
         monkeypatch.setattr(listen, "_HEAD_TIME", 0.3)
         with running(tmp_path, nothing) as connect, connect() as wire:
             wire.sendall(sent)
-            begun = time.monotonic()
-            while wire.recv(4096):
-                pass
-            assert 0.1 < time.monotonic() - begun < 3
+            answers = b""
+            while piece := wire.recv(4096):  # ends when the server hangs up; the wire has a timeout
+                answers += piece
+            assert answers.count(b"HTTP/1.1 204") == sent.count(b"\r\n\r\n")
 
     def test_a_head_that_comes_in_drops_is_not_waited_for(self, tmp_path, monkeypatch):
         monkeypatch.setattr(listen, "_HEAD_TIME", 0.3)
+        hung_up = False
         with running(tmp_path, nothing) as connect, connect() as wire:
-            begun = time.monotonic()
-            with contextlib.suppress(OSError):
-                while time.monotonic() - begun < 10:
+            for _ in range(200):
+                try:
                     wire.sendall(b"G")
-                    time.sleep(0.05)
-            assert time.monotonic() - begun < 3
+                except OSError:
+                    hung_up = True
+                    break
+                time.sleep(0.05)
+        assert hung_up
 
     def test_a_connection_in_use_stays(self, tmp_path, monkeypatch):
         monkeypatch.setattr(listen, "_HEAD_TIME", 0.3)
@@ -527,7 +541,9 @@ class TestFaults:
             subprocess.Popen([*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True) for _ in range(4)
         ]
         try:
-            urls = [json.loads(each.stdout.readline())["url"] for each in started]
+            answers = [json.loads(each.stdout.readline()) for each in started]
+            assert [each for each in answers if "error" in each] == []
+            urls = [each["url"] for each in answers]
             from strongroom.formats.card import Card
 
             authority = Card.decode((tmp_path / "room" / "card.json").read_bytes()).authority

@@ -21,7 +21,8 @@ class Liar(ThreadingHTTPServer):
         self.answer, self.heard = answer, []
         self.authority = Authority(folder, "liar")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.authority.issue(["127.0.0.1"]))
+        with self.authority.issued(["127.0.0.1"]) as certificate:
+            context.load_cert_chain(certificate)
         self.socket = context.wrap_socket(self.socket, server_side=True)
         self.url = f"https://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()

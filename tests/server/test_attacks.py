@@ -324,7 +324,8 @@ def running(tmp_path, app):
     """The real server, here, so that its times can be made short."""
     authority = Authority(tmp_path / "tls", "test")
     with listen.listen("127.0.0.1", 0) as listener:
-        config = listen.configure(app, authority.issue(["127.0.0.1"]))
+        with authority.issued(["127.0.0.1"]) as certificate:
+            config = listen.configure(app, certificate)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
@@ -510,7 +511,7 @@ class TestFaults:
 
     def test_a_port_that_is_taken(self, own):
         """The card and the certificate of the server that has it stay."""
-        before = {path: path.read_bytes() for path in (own.folder / "card.json", own.folder / "tls" / "server.pem")}
+        before = {path: path.read_bytes() for path in (own.folder / "card.json", own.folder / "tls" / "ca.pem")}
         ended = self.serve(own, own.url.removeprefix("https://"))
         assert (ended["code"], ended["exit_code"]) == ("serve.listen", 7)
         assert {path: path.read_bytes() for path in before} == before

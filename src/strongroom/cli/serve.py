@@ -53,7 +53,8 @@ def serve(options: Options, where: str, names: tuple[str, ...]) -> None:
             url = f"https://{shown}:{listener.getsockname()[1]}"
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
-            config = configure(CustodianApp(vault, url).asgi, authority.issue(sorted({*called, host})))
+            with authority.issued(sorted({*called, host})) as certificate:
+                config = configure(CustodianApp(vault, url).asgi, certificate)
             path = _keep(vault.folder / "card.json", card)
             answer = {"url": url, "card": str(path), "log_key": vault.log_key.verifier.encode()}
             options.output.answer(answer, facts(list(answer.items())))

@@ -39,9 +39,11 @@ class Authority:
         """The authority's certificate, which clients are given."""
         return self._certificate.public_bytes(Encoding.PEM).decode()
 
-    def issue(self, hosts: list[str]) -> Path:
+    @contextmanager
+    def issued(self, hosts: list[str]) -> Iterator[Path]:
         """A certificate for a server under these names and addresses, made anew at every start: the file of its chain
-        and its key. One file, so that two that start at the same time don't mix theirs.
+        and its key, for the length of the block, in which it is read. A file of its own, which is read twice, for
+        chain and key: two that start at the same time would mix theirs.
 
         It is good for as long as the authority: the authority's own key lies beside it, so that a shorter life would
         protect nothing, and would end a server that runs for longer.
@@ -71,7 +73,11 @@ class Authority:
             .sign(self._key, SHA256())
         )
         chain = certificate.public_bytes(Encoding.PEM) + self.pem.encode()
-        return _write(self._folder / "server.pem", _private(key) + chain)
+        path = _write(self._folder / f"server-{os.urandom(8).hex()}.pem", _private(key) + chain)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
 
     def _load(self, name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
         path, key_path = self._folder / "ca.pem", self._folder / "ca.key"

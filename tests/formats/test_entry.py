@@ -63,6 +63,15 @@ WHOLE = {
     "trace": {"verdict": "one", "accused": ["user/ana"]},
     "review": {"findings": 1, "removed": 0},
     "login": {"method": "key"},
+    "session": {
+        "method": "oidc",
+        "authority": "https://id.example",
+        "public_key": DIGEST,
+        "expires_at": 9,
+        "proof": DIGEST,
+        "statement": "said",
+    },
+    "authority": {"id": SHORT, "authority": "https://id.example", "expires_at": None, "statement": "said"},
     "keystore": {"operation": "rotate", "epoch": 2},
     "redact": {"entry": 7},
     "ceiling": {"holders": 100, "copies": 5, "copiers": 3},
@@ -147,7 +156,8 @@ class TestEachType:
             wrong = [each for each in NEVER if not (right is False and each is True)]
             wrong += ["x", None] if not isinstance(right, str) else [None]
             for each in wrong:
-                if name in ("uses", "proposal", "lease") and each is None:
+                nullable = name in ("uses", "proposal", "lease") or (kind, name) == ("authority", "expires_at")
+                if nullable and each is None:
                     continue
                 value = whole(kind)
                 value["body"][name] = each

@@ -52,6 +52,8 @@ WHOLE = {
         "teams": [],
         "state": "active",
     },
+    "authority": {"authority": "https://id.example", "text": "{}"},
+    "login": {"method": "oidc", "authority": "https://id.example", "public_key": DIGEST, "duration": 60},
 }
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, True]
 

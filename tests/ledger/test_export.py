@@ -47,6 +47,8 @@ def one_of_each():
         body = {name: _VALUES.get(name, _HOSTILE) for name in members}
         if kind == "renew":
             body["lease"] = "0" * 16
+        if kind == "session":
+            body |= {"method": "oidc", "proof": "0" * 64}
         private = {"detail": _NOTE.commitment} if kind == "refused" else {}
         yield Entry(kind, NOW, "user/ana", "acme/tiny@1", body, private).encode()
 

@@ -74,9 +74,15 @@ def conforms(value: Mapping[str, Any], members: Mapping[str, Kind]) -> bool:
     return True
 
 
+def with_optional(members: dict[str, Kind], more: Mapping[str, Kind], value: Mapping[str, Any]) -> dict[str, Kind]:
+    """`members`, with those of `more` that `value` has."""
+    return members | {name: kind for name, kind in more.items() if name in value}
+
+
 TEXT, COUNT, FLAG, TEXTS = _text, _count, _flag, _texts
 ID, SHORT, DIGEST = _hexadecimal(32), _hexadecimal(16), _hexadecimal(64)
 STATE = one_of("active", "suspended", "removed")
+METHOD = one_of("oidc", "x509")
 LEASED = one_of("load", "copy", "trace")
 _LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
 
@@ -137,9 +143,20 @@ BODIES: dict[str, dict[str, Kind]] = {
     "trace": {"verdict": TEXT, "accused": TEXTS},
     "review": {"findings": COUNT, "removed": COUNT},
     "login": {"method": TEXT},
+    "session": {
+        "method": METHOD,
+        "authority": TEXT,
+        "public_key": DIGEST,
+        "expires_at": COUNT,
+        "proof": DIGEST,
+        "statement": TEXT,
+    },
+    "authority": {"id": SHORT, "authority": TEXT, "expires_at": or_null(_count), "statement": TEXT},
     "keystore": {"operation": TEXT, "epoch": COUNT},
     "redact": {"entry": COUNT},
 }
+# What it may have beside: absent, and not empty, where there is none.
+OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}}
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "principal": frozenset({"oidc", "spiffe", "contact"}),
@@ -202,6 +219,8 @@ def _fault(value: Any) -> str:
     if not _count(value["at"]) or not _text(value["by"]) or not _text(value["ref"]):
         return "time, principal or reference is not one"
     names = _PRIVATE_NAMES.get(value["type"], frozenset())
+    if value["type"] in OPTIONAL and isinstance(value["body"], dict):
+        body = with_optional(body, OPTIONAL[value["type"]], value["body"])
     if not isinstance(value["body"], dict) or not conforms(value["body"], body):
         return f"its body is not that of type {value['type']}"
     private = value["private"]

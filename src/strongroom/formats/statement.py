@@ -18,6 +18,8 @@ from strongroom.formats.entry import (
     FLAG,
     ID,
     LEASED,
+    METHOD,
+    OPTIONAL,
     SHORT,
     STATE,
     TEXT,
@@ -27,6 +29,7 @@ from strongroom.formats.entry import (
     one_of,
     or_empty,
     or_null,
+    with_optional,
 )
 
 PAYLOAD_TYPE = "application/vnd.strongroom.statement+json"
@@ -76,6 +79,8 @@ BODIES: dict[str, dict[str, Kind]] = {
         "teams": TEXTS,
         "state": STATE,
     },
+    "authority": {"authority": TEXT, "text": TEXT},
+    "login": {"method": METHOD, "authority": TEXT, "public_key": DIGEST, "duration": COUNT},
 }
 
 
@@ -132,6 +137,8 @@ class Statement:
         if not conforms(value, _MEMBERS):
             raise _malformed("it does not have exactly the members of one")
         members = BODIES.get(value["statement"])
+        if members is not None and value["statement"] in OPTIONAL:
+            members = with_optional(members, OPTIONAL[value["statement"]], body)
         if members is None or not conforms(body, members):
             raise _malformed(f"its body is not that of the kind {value['statement']!r:.40}")
         return cls(value["statement"], value["room"], value["by"], value["at"], value["nonce"], body, envelope)

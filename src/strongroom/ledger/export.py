@@ -40,6 +40,8 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "trace": (_READ, 6, "Copy traced"),
     "review": (_READ, 3, "Rights reviewed"),
     "login": (_OTHER, 3, "Login"),
+    "session": (_OTHER, 3, "Login by an identity provider"),
+    "authority": (_UPDATE, 6, "Identity provider changed"),
     "keystore": (_UPDATE, 5, "Key store used"),
     "redact": (_DELETE, 5, "Personal data redacted"),
 }

@@ -15,6 +15,9 @@ from strongroom.formats.note import Note, VerifierKey, verify_note
 from strongroom.formats.statement import Statement
 from strongroom.formats.tiles import WIDTH, Tile, all_tiles, decode_bundle
 
+# On which kind of statement an entry rests whose type has another name.
+_RESTS_ON = {"proposal": "propose", "grant": "principal", "session": "login"}
+
 Verify = Callable[[bytes, bytes, bytes], None]
 
 
@@ -172,6 +175,9 @@ class _Statements:
         self._room = ""
         self._keys: dict[str, str] = {}
         self._waiting: dict[str, tuple[str, str]] = {}  # principals and keys that a second person has to agree to
+        self._asked: dict[str, str] = {}  # authorities that a second person has to agree to
+        # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
+        self._sessions: dict[str, tuple[str, str, str, int]] = {}
         self._seen: set[str] = set()
         self.count = 0
 
@@ -184,17 +190,50 @@ class _Statements:
                 raise Tampered("log.other", f"the log {self._origin} begins with another room")
         if envelope := entry.body.get("statement"):
             self._check_statement(entry, Statement.decode(envelope))
+        self._who_speaks(entry)
+
+    def _who_speaks(self, entry: Entry) -> None:
+        """Which keys speak for whom after `entry`."""
         if entry.type == "principal":
-            self._keys[entry.body["principal"]] = entry.body["key"]
+            self._install(entry.body["principal"], entry.body["key"])
+        elif entry.type == "session":
+            body = entry.body
+            key_id = Statement.decode(body["statement"]).key_id
+            self._sessions[key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
+        elif entry.type == "authority" and entry.body["expires_at"] is not None:
+            self._asked[entry.body["id"]] = entry.body["authority"]
+        elif entry.type == "authority":
+            self._end(2, entry.body["authority"])
+        elif entry.type == "revoke":
+            self._end(1, entry.body["target"])
+        elif entry.type == "clock":
+            self._sessions.clear()
         elif entry.type == "grant":
             said = Statement.decode(entry.body["statement"]).body
             self._waiting[entry.body["id"]] = (said["principal"], said["key"])
         elif entry.type == "approve" and entry.body["id"] in self._waiting:
-            path, key = self._waiting.pop(entry.body["id"])
-            self._keys[path] = key
+            self._install(*self._waiting.pop(entry.body["id"]))
+        elif entry.type == "approve" and entry.body["id"] in self._asked:
+            self._end(2, self._asked.pop(entry.body["id"]))
+
+    def _install(self, path: str, key: str) -> None:
+        self._keys[path] = key
+        self._end(1, path)
+
+    def _end(self, place: int, name: str) -> None:
+        """No key that a login introduced speaks for this principal (1), or on this authority's word (2), any more."""
+        self._sessions = {key_id: each for key_id, each in self._sessions.items() if each[place] != name}
+
+    def _key(self, entry: Entry, statement: Statement) -> str:
+        """The key that `statement` has to be signed with, or empty: its principal's own, or one that a login has
+        introduced and that is good still. A login is signed with the key that it introduces."""
+        if entry.type == "session":
+            return str(statement.body.get("public_key", ""))
+        key, by, _, until = self._sessions.get(statement.key_id, ("", "", "", 0))
+        return key if by == statement.by and entry.at < until else self._keys.get(statement.by, "")
 
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
-        key = self._keys.get(statement.by)
+        key = self._key(entry, statement)
         if not key or statement.by != entry.by or statement.room != self._room:
             raise Tampered("statement.foreign", f"the statement is not by {entry.by} of this room")
         statement.verify(key, self._verify)
@@ -202,7 +241,7 @@ class _Statements:
             raise Tampered("statement.replayed", "the statement is in the log twice")
         self._seen.add(statement.digest)
         said, wrote = statement.body, entry.body
-        if statement.kind != {"proposal": "propose", "grant": "principal"}.get(entry.type, entry.type):
+        if statement.kind != _RESTS_ON.get(entry.type, entry.type):
             raise Tampered("statement.kind", f"an entry {entry.type} rests on a statement of the kind {statement.kind}")
         # What the entry says of its own (an approver's narrowing, an expiry) is the custodian's; the rest is quoted.
         shared = (said.keys() & wrote.keys()) - {"duration", "uses"}
@@ -211,7 +250,9 @@ class _Statements:
             differing.add("ref")
         if "reason" in said and said["reason"] and said["reason"] != entry.private.get("reason"):
             differing.add("reason")
-        if entry.type in ("request", "grant", "proposal") and wrote["id"] != statement.id:
+        if entry.type == "principal" and ("subject" in said) != ("subject" in wrote):
+            differing.add("subject")
+        if entry.type in ("request", "grant", "proposal", "authority") and wrote["id"] != statement.id:
             differing.add("id")
         if "request" in said and said["request"][:16] != wrote["id"]:
             differing.add("request")

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from strongroom.core.ids import Ref, parse_principal
+from strongroom.crypto import signatures
 from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
+from strongroom.policy import entrance
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
@@ -304,6 +306,11 @@ class Custody:
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
         return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
 
+    def authority(self, state: State, statement: Statement, now: int) -> Entry:
+        """Whose word the room takes for who somebody is: see policy/entrance.py."""
+        alone, until = state.most_granters < _TOGETHER, now + REQUEST_LIFE
+        return entrance.change(self, state, statement, now, expires_at=until, alone=alone)
+
     def propose(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
         """A new policy; it needs a second person and a waiting time."""
         who = authenticate(state, statement, now)
@@ -359,6 +366,10 @@ class Custody:
         """Somebody else who may grant agrees to a change of a principal."""
         if grant.state_at(now) != "pending":
             raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
+        if "authority" in grant.record:
+            if not self._allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
+                raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="ask for it again")
+            return entrance.second(self, state, who, grant, statement, now)
         target = state.principals.get(grant.record["principal"])
         if (target.entry if target else None) != grant.before:
             raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
@@ -524,7 +535,8 @@ def _weighty(before: Principal | None, body: Mapping[str, Any]) -> bool:
         return False
     if before is None or not before.active:
         return True
-    return bool(ranked - set(before.roles)) or (before.key, before.person) != (body["key"], body["person"])
+    held = (before.key, before.person, before.subject)
+    return bool(ranked - set(before.roles)) or held != (body["key"], body["person"], body.get("subject", ""))
 
 
 def _unheard(state: State, statement: Statement) -> None:
@@ -550,6 +562,11 @@ def _check_record(state: State, body: Mapping[str, Any]) -> None:
         )
     if body["key"] and any(each.key == body["key"] and each.person != person for each in others):
         raise UsageError("principal.key", f"the key of {path} is that of another person", hint=_PRINCIPALS)
+    if body["key"] and signatures.key_id(bytes.fromhex(body["key"])) in state.sessions:
+        raise UsageError("principal.key", "this key was introduced by a login", hint="strongroom identity new")
+    bound = body.get("subject", "")
+    if bound and any(each.subject == bound and each.person != person for each in others):
+        raise UsageError("principal.subject", f"{path} is bound to a name of another person", hint=_PRINCIPALS)
 
 
 def _once(approvals: list[Approval], who: Speaker) -> None:

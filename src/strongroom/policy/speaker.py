@@ -54,13 +54,16 @@ class Speaker:
         return self.principal.roles
 
 
-def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:  # noqa: ARG001 - keys that end need the time
+def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:
     """The key with the identifier `key_id` (SHA-256 in hexadecimal), if it speaks for the principal `path` now."""
     who = state.principals.get(path)
     if who is None or not who.active:
         return None
     if who.key and key_id == signatures.key_id(bytes.fromhex(who.key)):
         return Key(who.key, OWN_KEY)
+    session = state.sessions.get(key_id)
+    if session is not None and session.principal == path and now < session.expires_at:
+        return Key(session.public_key, session.method)
     return None
 
 
@@ -70,12 +73,19 @@ def authenticate(state: State, statement: Statement, now: int) -> Speaker:
     ``clock.backwards``."""
     key = key_of(state, statement.by, statement.key_id, now)
     if key is None or statement.room != state.room:
-        raise _nobody(statement.by)
+        raise nobody(statement.by)
     try:
         key.verify(statement)
     except Exception:  # noqa: BLE001 - whatever it is: this is not that principal
-        raise _nobody(statement.by) from None
+        raise nobody(statement.by) from None
     check_clock(state, now)
+    check_age(state, statement, now)
+    return Speaker(state.principals[statement.by], key.method)
+
+
+def check_age(state: State, statement: Statement, now: int) -> None:
+    """AuthRequired ``statement.stale`` unless it was just signed, Conflict ``statement.replayed`` if it was said
+    before."""
     if abs(now - statement.at) > TOLERANCE:
         raise AuthRequired(
             "statement.stale",
@@ -85,7 +95,6 @@ def authenticate(state: State, statement: Statement, now: int) -> Speaker:
         )
     if statement.digest in state.recent:
         raise Conflict("statement.replayed", "this very statement is in the log already", hint="sign a new one")
-    return Speaker(state.principals[statement.by], key.method)
 
 
 def check_clock(state: State, now: int) -> None:
@@ -99,7 +108,8 @@ def check_clock(state: State, now: int) -> None:
         )
 
 
-def _nobody(path: str) -> AuthRequired:
+def nobody(path: str) -> AuthRequired:
+    """The one answer to whoever is not known, whatever the reason."""
     return AuthRequired(
         "auth.refused",
         f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",

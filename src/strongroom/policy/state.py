@@ -33,10 +33,23 @@ class Principal:
     state: str
     since: int  # when it was added, in seconds
     entry: int
+    subject: str = ""  # what an authority calls it, hashed (formats/authority.py), or empty
 
     @property
     def active(self) -> bool:
         return self.state == "active"
+
+
+@dataclass
+class Session:
+    """A key that a login has introduced: Ed25519 in hexadecimal, good until `expires_at`. `method`: oidc or x509."""
+
+    principal: str
+    public_key: str
+    method: str
+    authority: str
+    expires_at: int
+    entry: int
 
 
 @dataclass
@@ -119,7 +132,8 @@ class Use:
 
 @dataclass
 class Grant:
-    """A change of a principal that waits for a second person. `record` is what the principal's entry would say."""
+    """A change of a principal, or of an authority, that waits for a second person. `record` is the body of the
+    statement: what the principal's entry would say. `before`: of an authority None."""
 
     id: str
     digest: str
@@ -175,6 +189,8 @@ class State:
     uses: dict[str, Use] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
+    authorities: dict[str, str] = field(default_factory=dict)  # by name: the text that formats/authority.py reads
+    sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease that nobody else has reviewed: the entry's index, as text, and the person.
     emergencies: dict[str, str] = field(default_factory=dict)
@@ -247,11 +263,51 @@ class State:
             body["state"],
             before.since if before else at,
             index,
+            body.get("subject", ""),
         )
+        self._end_sessions(lambda session: session.principal == path)
         granters = {each.person for each in self.principals.values() if each.active and _GRANTERS & set(each.roles)}
         self.most_granters = max(self.most_granters, len(granters))
-        if body["state"] != "active" or (before and before.key != body["key"]):
+        if body["state"] != "active" or (
+            before and (before.key, before.subject) != (body["key"], body.get("subject", ""))
+        ):
             self._end_leases(lambda lease: lease.holder == path, f"the principal changed in entry {index}")
+
+    def _authority(self, _: int, entry: Entry) -> None:
+        said, until = Statement.decode(entry.body["statement"]), entry.body["expires_at"]
+        if until is None:
+            self._trust(said.body)
+            return
+        self.grants[entry.body["id"]] = Grant(
+            entry.body["id"], said.digest, dict(said.body), None, entry.by, entry.at, until, self._method(entry, said)
+        )
+
+    def _trust(self, record: Mapping[str, Any]) -> None:
+        """Take an authority at its word from now on, or, with an empty text, no more. What it said before is void: it
+        was said under other terms."""
+        name = record["authority"]
+        if record["text"]:
+            self.authorities[name] = record["text"]
+        else:
+            self.authorities.pop(name, None)
+        self._end_sessions(lambda session: session.authority == name)
+
+    def _session(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        said = Statement.decode(body["statement"])
+        self._remember(body["proof"], _FOR_EVER)
+        self._end_sessions(lambda session: session.expires_at <= entry.at)
+        self.sessions[said.key_id] = Session(
+            self.principals[entry.by].path,
+            body["public_key"],
+            body["method"],
+            body["authority"],
+            body["expires_at"],
+            index,
+        )
+
+    def _end_sessions(self, which: Callable[[Session], bool]) -> None:
+        self.sessions = {name: each for name, each in self.sessions.items() if not which(each)}
 
     def _proposal(self, _: int, entry: Entry) -> None:
         body = entry.body
@@ -307,7 +363,10 @@ class State:
         approval = Approval(entry.by, person, list(body["roles"]), entry.at, index, method)
         if isinstance(found, Grant):
             found.state, found.approved_by = "approved", entry.by
-            self._install(index, entry.at, found.record)
+            if "authority" in found.record:
+                self._trust(found.record)
+            else:
+                self._install(index, entry.at, found.record)
             return
         found.approvals.append(approval)
         if isinstance(found, Proposal):
@@ -368,6 +427,7 @@ class State:
             if self.principals[target].active:
                 self.principals[target].state = "suspended"
             self.principals[target].entry = index
+            self._end_sessions(lambda session: session.principal == target)
             self._end_leases(lambda lease: lease.holder == target, why)
         else:
             self.versions[target].frozen = True
@@ -375,6 +435,7 @@ class State:
 
     def _clock(self, index: int, _: Entry) -> None:
         self.era = index
+        self.sessions.clear()
         self._end_leases(lambda _: True, f"the clock was set back in entry {index}")
 
     def _method(self, entry: Entry, said: Statement) -> str:
@@ -407,6 +468,7 @@ class State:
                     "leases": {key: Lease(**item) for key, item in value["leases"].items()},
                     "uses": {key: Use(**item) for key, item in value["uses"].items()},
                     "grants": {key: Grant(**item) for key, item in value["grants"].items()},
+                    "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
             )
@@ -422,6 +484,8 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "genesis": State._genesis,
     "principal": State._principal,
     "grant": State._grant,
+    "authority": State._authority,
+    "session": State._session,
     "proposal": State._proposal,
     "policy": State._policy,
     "put": State._put,

@@ -42,12 +42,13 @@ def describe_request(state: State, request: Request, needs: list[str], now: int)
 def describe_grant(grant: Grant, now: int) -> dict[str, Any]:
     """A change of a principal that waits, or has waited, for a second person."""
     state = grant.state_at(now)
+    about, record = "authority" in grant.record, grant.record
     return {
         "id": grant.id,
         "digest": grant.digest,
-        "action": "grant",
-        "ref": ", ".join(grant.record["roles"]),
-        "for": grant.record["principal"],
+        "action": "authority" if about else "grant",
+        "ref": "" if about else ", ".join(record["roles"]),
+        "for": record["authority"] if about else record["principal"],
         "by": grant.by,
         "duration": 0,
         "uses": None,

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from strongroom.crypto.keystores import PassphraseSource
+    from strongroom.formats.authority import Authority
     from strongroom.formats.bundle import KeyBundle
     from strongroom.formats.card import Card
     from strongroom.formats.entry import Private
+    from strongroom.load.login import Login
     from strongroom.load.reader import ImageReader
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
@@ -391,9 +393,10 @@ class Room:
     def _say(self, kind: str, body: dict[str, Any]) -> str:
         """A statement by this principal, signed with the key that this machine has of it."""
         from strongroom.formats.statement import Statement
+        from strongroom.load.login import signer_of
 
         vault, who = self._vault, self.principal
-        signer = vault.identities.signer(who)
+        signer = signer_of(vault, who)
         now = vault.clock()
         return Statement.sign(kind, body, room=vault.id.hex(), by=who, at=now, signer=signer).envelope
 
@@ -407,9 +410,13 @@ class Room:
         teams: Sequence[str] = (),
         person: str | None = None,
         public_key: str | None = None,
+        oidc: str | None = None,
+        spiffe: str | None = None,
     ) -> dict[str, Any]:
         """Register a principal. Without `public_key` (64 hexadecimal digits) its key is made here, among this machine's
-        identities. `person`: the principal of the same human that was registered first, if this is a further one."""
+        identities; one that is bound to a name which an authority gives it, `oidc` (ISSUER#SUBJECT) or `spiffe` (an
+        id), needs none. `person`: the principal of the same human that was registered first, if this is a further
+        one."""
         from strongroom.core.ids import parse_principal
 
         parse_principal(path)
@@ -419,11 +426,13 @@ class Room:
         identities = self._vault.identities
         # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
         make = identities.create if path in known else identities.ensure
-        key = public_key or make(path).public_key.hex()
+        bound = _bound(oidc, spiffe)
+        made = public_key is None and not bound
+        key = make(path).public_key.hex() if made else public_key or ""
         try:
-            return self._principal(path, key, person or path, roles, teams, "active")
+            return self._principal(path, key, person or path, roles, teams, "active", bound)
         except StrongroomError as error:
-            if public_key is None and not isinstance(error, BackendError):  # else it may be recorded all the same
+            if made and not isinstance(error, BackendError):  # else it may be recorded all the same
                 identities.remove(path)
             raise
 
@@ -433,12 +442,20 @@ class Room:
         """Give a principal other roles, or another state: active, suspended, removed."""
         before = self._vault.custodian.known(path)
         chosen = before.roles if roles is None else roles
-        return self._principal(path, before.key, before.person, chosen, before.teams, state or before.state)
+        return self._principal(
+            path, before.key, before.person, chosen, before.teams, state or before.state, before.subject
+        )
+
+    def principal_bind(self, path: str, *, oidc: str | None = None, spiffe: str | None = None) -> dict[str, Any]:
+        """Bind a principal to another name that an authority gives it, or, without one, to none."""
+        before = self._vault.custodian.known(path)
+        bound = _bound(oidc, spiffe)
+        return self._principal(path, before.key, before.person, before.roles, before.teams, before.state, bound)
 
     def _principal(
-        self, path: str, key: str, person: str, roles: Sequence[str], teams: Sequence[str], state: str
+        self, path: str, key: str, person: str, roles: Sequence[str], teams: Sequence[str], state: str, subject: str
     ) -> dict[str, Any]:
-        body = {
+        body: dict[str, Any] = {
             "principal": path,
             "key": key,
             "person": person,
@@ -446,7 +463,29 @@ class Room:
             "teams": sorted(set(teams)),
             "state": state,
         }
+        if subject:
+            body["subject"] = subject
         return self._vault.custodian.change_principal(self._say("principal", body))
+
+    def authority_add(self, authority: Authority) -> dict[str, Any]:
+        """Take an authority's word for who somebody is; with a second person once there are three who may grant."""
+        return self._vault.custodian.change_authority(
+            self._say("authority", {"authority": authority.name, "text": authority.encode()})
+        )
+
+    def authority_rm(self, name: str) -> dict[str, Any]:
+        """Take it no more: who came in by its word is out, at once."""
+        return self._vault.custodian.change_authority(self._say("authority", {"authority": name, "text": ""}))
+
+    def authority_ls(self) -> list[dict[str, Any]]:
+        """Whose word is taken."""
+        return self._vault.custodian.authorities()
+
+    def login(self, duration: int = 8 * 3600) -> Login:
+        """A login of this principal, to be finished with a token or a certificate; see `strongroom.load.login`."""
+        from strongroom.load.login import Login
+
+        return Login(self._vault, self._as or self._vault.principal(None), duration)
 
     def principal_show(self, path: str) -> dict[str, Any]:
         """One principal, and the leases that it holds."""
@@ -492,6 +531,15 @@ class Room:
 
         done = self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
         return self._keystore_used("recover", done)
+
+
+def _bound(oidc: str | None, spiffe: str | None) -> str:
+    """What a principal's record has for the name that an authority gives it."""
+    from strongroom.formats.authority import oidc_subject, spiffe_subject
+
+    if oidc and spiffe:
+        raise UsageError("principal.bound", "a principal is bound to one name", hint="--oidc or --spiffe")
+    return oidc_subject(oidc) if oidc else spiffe_subject(spiffe) if spiffe else ""
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

@@ -49,6 +49,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "who": ("reach", "Who can reach a version, and by which rule."),
         "reach": ("reach", "What one principal can reach, and by which rule."),
         "principal": ("principal", "Who there is, in which roles."),
+        "authority": ("authority", "Identity providers and trust domains: whose word is taken for who somebody is."),
         "policy": ("policy", "The rules: read, test and change them."),
         "log": ("log", "The record of everything, and whether it holds together."),
     },
@@ -56,6 +57,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("serve", "Serve the room to others, until interrupted."),
         "trust": ("trust", "Trust the card of a served room."),
         "identity": ("trust", "The keys of principals on this machine, for served rooms."),
+        "login": ("login", "Speak as a principal by an identity provider's token, or a workload's certificate."),
         "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),
     },
     "Use": {

@@ -27,6 +27,8 @@ def principal() -> None:
 @click.option("--team", "teams", multiple=True, metavar="team/NAME", help="May be given several times.")
 @click.option("--person", metavar="PRINCIPAL", help="The same human's first principal, if this is a further one.")
 @click.option("--public-key", metavar="HEX", help="Its Ed25519 public key, if the private one is elsewhere.")
+@click.option("--oidc", metavar="ISSUER#SUBJECT", help="What an identity provider calls it; it gets no key here.")
+@click.option("--spiffe", metavar="SPIFFE-ID", help="What a trust domain calls it; it gets no key here.")
 @pass_options
 def add(
     options: Options,
@@ -35,10 +37,14 @@ def add(
     teams: tuple[str, ...],
     person: str | None,
     public_key: str | None,
+    oidc: str | None,
+    spiffe: str | None,
 ) -> None:
     """Register a principal: user/NAME, workload/NAME or team/NAME."""
     with options.open() as room:
-        done = room.principal_add(path, roles=roles, teams=teams, person=person, public_key=public_key)
+        done = room.principal_add(
+            path, roles=roles, teams=teams, person=person, public_key=public_key, oidc=oidc, spiffe=spiffe
+        )
     _told(options, done, f"{path} is registered" + (f": {', '.join(done['roles'])}" if roles else ""))
     if not roles:
         options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
@@ -91,11 +97,28 @@ def show(options: Options, path: str) -> None:
             ("roles", ", ".join(found["roles"]) or "none"),
             ("teams", ", ".join(found["teams"]) or "none"),
             ("key", found["key"] or "none"),
+            ("bound to", found["subject"] or "nothing"),
             ("since", found["since"]),
             ("leases", leases),
         ]
     )
     options.output.answer(found, lines)
+
+
+@command(
+    "bind",
+    explain="""In the principal's record is a hash of the name: the log does not show it. Without a name it is bound to
+    none. Logins that it has end.""",
+)
+@click.argument("path", metavar="PRINCIPAL")
+@click.option("--oidc", metavar="ISSUER#SUBJECT", help="What an identity provider calls it.")
+@click.option("--spiffe", metavar="SPIFFE-ID", help="What a trust domain calls it.")
+@pass_options
+def bind(options: Options, path: str, oidc: str | None, spiffe: str | None) -> None:
+    """Bind a principal to a name that an authority gives it, or to none."""
+    with options.open() as room:
+        done = room.principal_bind(path, oidc=oidc, spiffe=spiffe)
+    _told(options, done, f"{path} is bound to {oidc or spiffe or 'nothing'}")
 
 
 @command("role", explain="The roles replace those that it had. Nobody gives roles to themselves, under any name.")
@@ -126,6 +149,7 @@ for each in (
     add,
     ls,
     show,
+    bind,
     role,
     _state(
         "suspend",

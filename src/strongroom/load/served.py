@@ -14,6 +14,7 @@ from strongroom.core.clock import unix
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
+from strongroom.crypto.session_key import SessionKeys
 from strongroom.errors import AuthRequired, NotFound, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
@@ -24,6 +25,7 @@ from strongroom.formats.suites import Suite
 from strongroom.formats.tiles import WIDTH, Tile, decode_bundle, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.load import answers
+from strongroom.load.login import signer_of
 from strongroom.load.receive import Released
 from strongroom.load.send import Progress, announce, body
 from strongroom.storage.blobs import Blobs, open_blobs
@@ -51,6 +53,7 @@ class Known:
     roles: list[str]
     teams: list[str]
     state: str
+    subject: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ class ServedAnswer(Released):
     store: str
 
 
+_KNOWN = ("path", "key", "person", "roles", "teams", "state", "subject")
+
+
 class ServedRoom:
     """The room that `card` names, as `principal` (default: the only identity on this machine)."""
 
@@ -67,6 +73,7 @@ class ServedRoom:
         self.card, self.id, self.signer = card, card.room, card.signer
         self.log_key = LogKey(card.room, card.log_key)
         self.identities = Identities(Settings.from_environment().identities_folder)
+        self.sessions = SessionKeys(Settings.from_environment().state_folder, card.room)
         self.clock = unix
         self._principal = principal
         self._session = Session(card)
@@ -79,7 +86,7 @@ class ServedRoom:
         """Who to act as; the server says whether that is somebody."""
         if path is not None:
             return parse_principal(path)
-        mine = self.identities.ls()
+        mine = sorted({*self.identities.ls(), *self.sessions.ls()})
         if len(mine) == 1:
             return mine[0]
         raise AuthRequired(
@@ -160,7 +167,7 @@ class ServedRoom:
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
         who = self.principal(self._principal)
         said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
-        signer = self.identities.signer(who)
+        signer = signer_of(self, who)
         statement = Statement.sign("call", said, room=self.id.hex(), by=who, at=self.clock(), signer=signer)
         text = base64.urlsafe_b64encode(statement.envelope.encode()).rstrip(b"=").decode()
         return {"Authorization": f"Strongroom {text}"}
@@ -258,7 +265,17 @@ class ServedCustodian:
 
     def known(self, path: str) -> Known:
         found = self.show_principal(path)
-        return Known(**{name: found[name] for name in ("path", "key", "person", "roles", "teams", "state")})
+        return Known(**{name: found[name] for name in _KNOWN})
+
+    def change_authority(self, envelope: str) -> dict[str, Any]:
+        return self._post("/v1/authorities", answers.CHANGED_AUTHORITY, envelope)
+
+    def authorities(self) -> list[dict[str, Any]]:
+        return list(self._room.get("/v1/authorities", answers.AUTHORITIES)["authorities"])
+
+    def login(self, envelope: str, proof: Mapping[str, Any]) -> dict[str, Any]:
+        value = {"statement": envelope, "proof": dict(proof)}
+        return self._room.post("/v1/logins", answers.LOGIN, value)
 
     def who(self, ref: str) -> list[dict[str, Any]]:
         return list(self._room.get(f"/v1/reach?{urlencode({'ref': ref})}", answers.ACCESS)["access"])

@@ -295,7 +295,7 @@ class State:
     def _session(self, index: int, entry: Entry) -> None:
         body = entry.body
         said = Statement.decode(body["statement"])
-        self._remember(body["proof"], _FOR_EVER)
+        self._remember(body["proof"], _FOR_EVER, index)
         self._end_sessions(lambda session: session.expires_at <= entry.at)
         self.sessions[said.key_id] = Session(
             self.principals[entry.by].path,

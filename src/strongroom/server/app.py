@@ -76,6 +76,9 @@ class CustodianApp:
             self._route("GET", "/v1/principals", self._principals),
             self._route("POST", "/v1/principals", partial(self._say, "principal")),
             self._route("GET", "/v1/principals/{path:path}", self._principal),
+            self._route("POST", "/v1/logins", self._login),
+            self._route("GET", "/v1/authorities", self._authorities),
+            self._route("POST", "/v1/authorities", partial(self._say, "authority")),
             self._route("GET", "/v1/policies", self._policy),
             self._route("POST", "/v1/policies", partial(self._say, "propose")),
             self._route("POST", "/v1/policies/{id}/enact", self._enact),
@@ -153,8 +156,17 @@ class CustodianApp:
                 return self._custodian.revoke(envelope, _needed(reason))
             case "propose":
                 return self._custodian.propose(envelope, _text(value, "text"), _needed(reason))
+            case "authority":
+                return self._custodian.change_authority(envelope)
             case _:
                 return self._custodian.change_principal(envelope)
+
+    def _login(self, _: Request, body: bytes) -> dict[str, Any]:
+        value = _object(body, {"statement", "proof"})
+        proof = value.get("proof")
+        if not isinstance(proof, dict):
+            raise UsageError("server.body", "the body has no proof")
+        return self._custodian.login(_text(value, "statement"), proof)
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -205,6 +217,11 @@ class CustodianApp:
         if guest not in ("", path):
             raise NotFound("principal.missing", f"there is no {path!r:.80} in this room")
         return self._custodian.show_principal(path)
+
+    def _authorities(self, request: Request, body: bytes) -> dict[str, Any]:
+        if guest := self._guest(request, body):
+            raise Denied("read.guest", f"{guest} is a guest of this room, and does not see whom it trusts")
+        return {"authorities": self._custodian.authorities()}
 
     def _policy(self, request: Request, body: bytes) -> dict[str, Any]:
         if guest := self._guest(request, body):

@@ -5,6 +5,7 @@ It takes signed statements and nothing else at their word: an embedded room and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,13 @@ from strongroom.errors import (
     StrongroomError,
     UsageError,
 )
-from strongroom.formats.entry import CUSTODIAN, Entry, Private
+from strongroom.formats.authority import Authority
+from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
 from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
+from strongroom.policy import entrance
 from strongroom.policy.custody import Custody, Facts, ceilings, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
@@ -38,6 +41,8 @@ from strongroom.policy.speaker import OWN_KEY, TOLERANCE, Speaker, authenticate
 from strongroom.policy.state import Principal, Request, State
 from strongroom.storage.db import log_private
 from strongroom.vault.documents import Documents
+from strongroom.vault.logins import Logins
+from strongroom.vault.logins import check as check_authority
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import bundle_for
@@ -78,6 +83,7 @@ class Custodian:
         self._documents = Documents(vault.db)
         self._manifests: dict[bytes, Manifest] = {}
         self._refusals = Refusals(ledger)
+        self._logins = Logins()
         self.rules = Custody(self._documents.policies)
 
     # -- the beginning -------------------------------------------------------------------------------------------
@@ -155,6 +161,37 @@ class Custodian:
         if receipt.entry.type == "grant":
             return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}
         return {**told, "entry": receipt.index}
+
+    def change_authority(self, envelope: str) -> dict[str, Any]:
+        """Whose word is taken for who somebody is: a statement of the kind ``authority``."""
+        statement = self._statement(envelope, "authority")
+        if text := statement.body["text"]:
+            check_authority(Authority.decode(text))
+        receipt = self._append(statement, lambda state, now: Draft(self.rules.authority(state, statement, now)))
+        pending = receipt.entry.body["expires_at"] is not None
+        done = "pending" if pending else "active" if statement.body["text"] else "removed"
+        told = {"authority": statement.body["authority"], "state": done, "entry": receipt.index}
+        return {**told, "id": statement.id} if pending else told
+
+    def authorities(self) -> list[dict[str, Any]]:
+        """Whose word is taken, by name."""
+        with self.ledger.view() as state:
+            found = [Authority.decode(text) for _, text in sorted(state.authorities.items())]
+        return [{**vars(each), "algorithms": list(each.algorithms)} for each in found]
+
+    def login(self, envelope: str, proof: Mapping[str, Any]) -> dict[str, Any]:
+        """A key speaks for a principal, by the word of an authority (spec/ledger.md, section 9)."""
+        statement = self._statement(envelope, "login")
+        body = statement.body
+        with self._refusals.recorded(UNKNOWN, "login"):
+            # Before anything is looked up, or asked of anybody: steps 1 to 3.
+            with self.ledger.view() as state:
+                entrance.check_statement(state, statement, self._now())
+                authority = entrance.find(state, body["method"], body["authority"])
+            # Not in the sequencer: it asks the issuer.
+            found = self._logins.verify(authority, statement, proof, self._now())
+            done = self._decide(lambda _, state, now: Draft(entrance.login(state, statement, found, now)))
+        return {"principal": statement.by, "expires_at": done.entry.body["expires_at"], "entry": done.index}
 
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         """A new policy, as a proposal."""

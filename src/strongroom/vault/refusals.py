@@ -18,7 +18,8 @@ from strongroom.policy.state import State
 
 _DETAIL = 500  # characters of what is recorded of a refusal
 _A_MINUTE = 60  # refusals of one principal, and of all strangers together, that are recorded
-_STRANGERS = ("auth.refused", "statement.stale", "statement.replayed")  # it may be anybody who says this
+# It may be anybody who says this.
+_STRANGERS = ("auth.refused", "login.key", "login.refused", "login.replayed", "statement.stale", "statement.replayed")
 
 
 class Refusals:

@@ -20,6 +20,7 @@ from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
+from strongroom.crypto.session_key import SessionKeys
 from strongroom.crypto.shamir import Share
 from strongroom.errors import (
     AuthRequired,
@@ -245,7 +246,7 @@ class Vault:
         """The principal to act as: `path`, else the only one that this machine has the key of, else the only one."""
         known = [str(item["path"]) for item in self.principal_ls() if item["state"] == "active"]
         if path is None:
-            mine = [item for item in self.identities.ls() if item in known]
+            mine = [item for item in sorted({*self.identities.ls(), *self.sessions.ls()}) if item in known]
             if len(mine) == 1:
                 return mine[0]
             raise AuthRequired(
@@ -258,6 +259,11 @@ class Vault:
                 "principal.unknown", f"{path} is not an active principal of this room", hint="strongroom principal ls"
             )
         return path
+
+    @property
+    def sessions(self) -> SessionKeys:
+        """The keys that logins to this room have introduced, on this machine."""
+        return SessionKeys(Settings.from_environment().state_folder, self.id)
 
     # -- versions ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,247 @@
+"""Logins, on the custodian's side: what a token or a certificate proves (spec/ledger.md, section 9).
+
+Steps are numbered as there. Nothing here decides who may come in: policy/entrance.py does, in the log's order.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from strongroom.crypto import svid
+from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
+from strongroom.formats.authority import (
+    AUDIENCE,
+    LONGEST,
+    NONCE,
+    OIDC,
+    Authority,
+    audience_name,
+    check_proof,
+    key_name,
+    subject,
+    svid_message,
+    trust_domain,
+)
+from strongroom.formats.statement import Statement
+from strongroom.policy.entrance import Verified, refused
+from strongroom.storage.fetch import fetch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_TOKEN = 16 * 1024
+_LEEWAY = 60  # seconds that the issuer's clock may be off
+_YOUNG = 600  # seconds since a token was made: one is got for a login, and used at once
+_KEEP = 3600.0  # seconds that an issuer's keys are believed without asking again
+_AGAIN = 30.0  # seconds between two questions to an issuer, whoever shows whatever
+_KEYS = 64
+_KINDS = {"RS256": ("RSA",), "PS256": ("RSA",), "ES256": ("EC",), "EdDSA": ("OKP",)}
+_RSA_BYTES = 256
+
+
+class Logins:
+    """Verifies proofs. Thread-safe."""
+
+    def __init__(self, get: Callable[[str, str], dict[str, Any]] = fetch) -> None:
+        self._get = get
+        self._keys: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # by the authority's digest: when, which
+        self._asked: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def verify(self, authority: Authority, statement: Statement, proof: Mapping[str, Any], now: int) -> Verified:
+        """What `proof` shows about who has the key that `statement` introduces. Step 4. AuthRequired
+        ``login.refused``, BackendError ``issuer.unreachable``."""
+        if check_proof(proof) != authority.kind:
+            raise refused("it shows a token for a certificate, or the other way round")
+        room, key = bytes.fromhex(statement.room), bytes.fromhex(statement.body["public_key"])
+        if authority.kind == OIDC:
+            found = self._token(authority, str(proof["token"]), room, key, now)
+            until, shown = now + LONGEST, str(proof["token"])
+        else:
+            found, until = _workload(authority, proof, room, statement, now)
+            # The chain, not the signature, of which one key can make many: one login for one statement, all the same.
+            shown = str(proof["chain"]) + statement.digest
+        named = subject(authority.kind, authority.name, found)
+        return Verified(authority.encode(), named, until, hashlib.sha256(shown.encode()).hexdigest())
+
+    # -- OpenID Connect ------------------------------------------------------------------------------------------
+
+    def _token(self, authority: Authority, token: str, room: bytes, key: bytes, now: int) -> str:
+        """The subject of an ID token (OpenID Connect Core, section 3.1.3.7; RFC 8725)."""
+        try:
+            from joserfc import jws
+            from joserfc.errors import JoseError
+            from joserfc.jwk import import_key
+        except ImportError:
+            raise UsageError(
+                "login.not_installed", "tokens can't be read here", hint="pip install 'strongroom[server]'"
+            ) from None
+        # 4a: three parts, and a header that says no more than it may.
+        header, payload = _parts(token)
+        algorithm, key_id = header.get("alg"), header.get("kid")
+        if algorithm not in authority.algorithms:
+            raise refused(f"the token's algorithm {algorithm!r:.20} is none of {', '.join(authority.algorithms)}")
+        if header.get("typ", "JWT") != "JWT" or "crit" in header or "b64" in header:
+            raise refused("the token's header is not that of an ID token")
+        if not isinstance(key_id, str) or not key_id:
+            raise refused("the token does not name its key")
+        # 4b: exactly one key of that name, for that algorithm. Keys in the header (jwk, jku, x5c) are looked at never.
+        signer = self._key(authority, key_id, str(algorithm))
+        try:
+            jws.deserialize_compact(token, import_key(signer), algorithms=[str(algorithm)])
+        except (JoseError, ValueError, TypeError, KeyError):
+            raise refused("the token is not signed with the issuer's key") from None
+        # 4c: what it says.
+        _check_claims(authority, payload, now)
+        # 4d: it was made for this key and this room.
+        if authority.binding == NONCE:
+            audience, nonce = authority.audience, key_name(room, key)
+            if payload.get("nonce") != nonce:
+                raise refused("the token was not made for this key: its nonce is another")
+        else:
+            audience = audience_name(room, key)
+        if payload.get("aud") not in (audience, [audience]):
+            raise refused("the token was made for somebody else, or not for this key: its audience is another")
+        if payload.get("azp", audience) != audience and authority.binding != AUDIENCE:
+            raise refused("the token was given to somebody else")
+        return str(payload["sub"])
+
+    def _key(self, authority: Authority, key_id: str, algorithm: str) -> dict[str, Any]:
+        found = [each for each in self._jwks(authority, fresh=False) if each.get("kid") == key_id]
+        if not found and not authority.jwks:  # it may have changed its keys
+            found = [each for each in self._jwks(authority, fresh=True) if each.get("kid") == key_id]
+        if len(found) != 1:
+            raise refused(f"the issuer has {len(found) or 'no'} key(s) of the name that the token gives")
+        (key,) = found
+        operations = key.get("key_ops", ["verify"])
+        fits = (
+            key.get("kty") in _KINDS[algorithm]
+            and key.get("alg", algorithm) == algorithm
+            and key.get("use", "sig") == "sig"
+            and isinstance(operations, list)
+            and "verify" in operations
+        )
+        if not fits or (key.get("kty") == "RSA" and len(_decoded(str(key.get("n", ""))).lstrip(b"\0")) < _RSA_BYTES):
+            raise refused("the issuer's key of that name is not for this algorithm")
+        # Of a key no more than its public part.
+        return {name: key[name] for name in ("kty", "crv", "x", "y", "n", "e") if name in key}
+
+    def _jwks(self, authority: Authority, *, fresh: bool) -> list[dict[str, Any]]:
+        """The issuer's keys. A stranger's token must not make this custodian ask for them again and again."""
+        if authority.jwks:
+            return keys_of(authority.jwks)
+        with self._lock:
+            at, known = self._keys.get(authority.digest, (-_KEEP, []))
+            now = time.monotonic()
+            if known and (now - at < _AGAIN or (not fresh and now - at < _KEEP)):
+                return known
+            if now - self._asked.get(authority.digest, -_AGAIN) < _AGAIN:
+                if known and now - at < _KEEP:
+                    return known
+                raise BackendError("issuer.unreachable", f"{authority.name} was just asked", hint="try again later")
+            self._asked[authority.digest] = now
+        about = self._get(f"{authority.name.rstrip('/')}/.well-known/openid-configuration", authority.ca)
+        if about.get("issuer") != authority.name:
+            raise BackendError("issuer.unreachable", f"{authority.name} says that it is another issuer")
+        found = keys_of(json.dumps(self._get(str(about.get("jwks_uri")), authority.ca)))
+        with self._lock:
+            self._keys[authority.digest] = (time.monotonic(), found)
+        return found
+
+
+def keys_of(text: str) -> list[dict[str, Any]]:
+    """The keys of a JWK set (RFC 7517); BackendError ``issuer.unreachable`` for what is none."""
+    try:
+        value = json.loads(text)
+        found = value["keys"]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        found = None
+    if not isinstance(found, list) or len(found) > _KEYS or not all(isinstance(each, dict) for each in found):
+        raise BackendError("issuer.unreachable", f"the issuer's keys are not a set of at most {_KEYS}")
+    return found
+
+
+def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int) -> None:
+    if claims.get("iss") != authority.name:
+        raise refused(f"the token is by {claims.get('iss')!r:.200}, letter by letter not {authority.name!r:.200}")
+    if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255:
+        raise refused("the token names nobody")
+    times = {name: claims.get(name, 0 if name == "nbf" else None) for name in ("iat", "exp", "nbf")}
+    if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in times.values()):
+        raise refused("the token does not say when it was made, and when it ends")
+    if now >= times["exp"] + _LEEWAY:
+        raise refused("the token has expired", "get a new one, and run strongroom login at once")
+    if now < max(times["iat"], times["nbf"]) - _LEEWAY:
+        raise refused("the token is not good yet: the issuer's clock and the custodian's differ")
+    if now - times["iat"] > _YOUNG + _LEEWAY:
+        raise refused(f"the token is older than {_YOUNG} seconds", "get a new one, and run strongroom login at once")
+
+
+def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    parts = token.split(".")
+    if len(token) > _TOKEN or len(parts) != 3 or not all(parts):
+        raise refused("that is no signed token")
+    found = []
+    for part in parts[:2]:
+        try:
+            value = json.loads(_decoded(part), object_pairs_hook=_once)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise refused("that is no signed token")
+        found.append(value)
+    return found[0], found[1]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Two readers that take the first and the last of two members would see two tokens."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError
+    return value
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        padded = text.encode("ascii") + b"=" * (-len(text) % 4)
+        return base64.b64decode(padded, altchars=b"-_", validate=True)
+    except ValueError:
+        return b""
+
+
+# -- workloads ---------------------------------------------------------------------------------------------------------
+
+
+def _workload(
+    authority: Authority, proof: Mapping[str, Any], room: bytes, statement: Statement, now: int
+) -> tuple[str, int]:
+    """The SPIFFE id that the chain proves, and until when."""
+    try:
+        signature = base64.b64decode(str(proof["signature"]), validate=True)
+        found = svid.verify(str(proof["chain"]), signature, svid_message(room, statement.digest), authority.bundle, now)
+        domain = trust_domain(found.uri)
+    except ValueError:
+        raise refused("the signature is not base64") from None
+    except (Tampered, UsageError) as error:
+        raise refused(error.message) from None
+    if domain != authority.name:
+        raise refused(f"the certificate is of the trust domain {domain}, and not of {authority.name}")
+    return found.uri, found.until
+
+
+def check(authority: Authority) -> None:
+    """UsageError ``authority.malformed`` for keys or certificates that can't be read: found out now, and not by whoever
+    logs in."""
+    try:
+        if authority.bundle:
+            svid.check_bundle(authority.bundle)
+        if authority.jwks:
+            keys_of(authority.jwks)
+    except StrongroomError as error:
+        raise UsageError("authority.malformed", f"the authority is malformed: {error.message}") from None

@@ -25,6 +25,11 @@ from strongroom.crypto.authority import Authority as WebAuthority
 CLIENT = "strongroom-room"
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A client that does not like the certificate hangs up."""
+
+
 class Provider:
     """The provider; `keys` are what it signs with, the last one for new tokens, and `asked` the paths it was asked
     for."""
@@ -39,10 +44,10 @@ class Provider:
         self.subject = "ana@example.com"
         self.claims: dict = {}
         self.redirect = ""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(authority.issue(["127.0.0.1"]))
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.issuer = f"https://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -57,7 +57,9 @@ class SessionKeys:
         if value is None:
             return None
         if type(value.get("expires_at")) is not int or now >= value["expires_at"]:
-            raise AuthRequired("login.expired", f"the login of {principal} has ended", hint="strongroom login")
+            raise AuthRequired(
+                "login.expired", f"the login of {principal} has ended", hint=f"strongroom login --as {principal}"
+            )
         return _signer(value)
 
     def end(self, principal: str) -> bool:

@@ -40,14 +40,12 @@ def fetch(url: str, ca: str = "", form: dict[str, str] | None = None) -> dict[st
             else:
                 headers["Content-Type"] = "application/x-www-form-urlencoded"
                 connection.request("POST", path, urlencode(form), headers)
-            response = connection.getresponse()
-            data = bytearray()
-            while piece := response.read1(65536):
-                data += piece
-                if len(data) > _MOST or time.monotonic() > end:
-                    raise _unreachable(
-                        host, f"it sends more than {_MOST} bytes, or for longer than {_TIME:.0f} seconds"
-                    )
+            with connection.getresponse() as response:
+                data = bytearray()
+                while piece := response.read1(65536):
+                    data += piece
+                    if len(data) > _MOST or time.monotonic() > end:
+                        raise _unreachable(host, f"its answer has more than {_MOST} bytes, or takes too long")
         finally:
             connection.close()
     except (OSError, HTTPException, ssl.SSLError, ValueError) as error:

@@ -46,7 +46,8 @@ class Provider:
         self.redirect = ""
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(authority.issue(["127.0.0.1"]))
+        with authority.issued(["127.0.0.1"]) as certificate:
+            context.load_cert_chain(certificate)
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.issuer = f"https://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

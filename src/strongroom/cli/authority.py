@@ -71,7 +71,7 @@ def add(
     options.output.note(f"  → somebody else who may grant: strongroom approve {done['id']}")
 
 
-@command("ls", explain="Read from the log.")
+@command("ls", explain="Read from the log: those that were added, under the terms that count now.")
 @pass_options
 def ls(options: Options) -> None:
     """Whose word is taken."""

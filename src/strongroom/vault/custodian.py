@@ -37,7 +37,7 @@ from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
 from strongroom.policy.review import Review, review
-from strongroom.policy.speaker import OWN_KEY, TOLERANCE, Speaker, authenticate
+from strongroom.policy.speaker import TOLERANCE, Speaker, assumed, authenticate
 from strongroom.policy.state import Principal, Request, State
 from strongroom.storage.db import log_private
 from strongroom.vault.documents import Documents
@@ -317,7 +317,7 @@ class Custodian:
             self._documents.policies(state.policy),
             subject(principal),
             [resource(state, ref)],
-            situation=situation(state, Speaker(principal, OWN_KEY), ref, now),
+            situation=situation(state, assumed(principal), ref, now),
             leases=leases,
         )
         return [item.as_json() for item in found]
@@ -566,7 +566,7 @@ class Custodian:
         there; what comes over the network names a `Speaker`."""
         if isinstance(by, Speaker):
             return Speaker(self._active(state, by.path), by.method)
-        return Speaker(self._active(state, by), OWN_KEY)
+        return assumed(self._active(state, by))
 
     def _now(self) -> int:
         return self._vault.clock()

@@ -14,6 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.hashes import SHA256
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from joserfc import jwk
 
 from server.provider import CLIENT, Provider, TrustDomain, usage
@@ -26,6 +28,8 @@ from strongroom.formats.authority import AUDIENCE, NONCE, OIDC, X509, Authority,
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
 from strongroom.ledger.verify import _Statements
+from strongroom.load.login import signer_of
+from strongroom.vault.logins import Logins
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model
 
@@ -195,6 +199,10 @@ def test_the_log_is_verified_with_statements_under_keys_of_logins(lobby):
         pytest.param({}, {"exp": int(time.time()) - 120}, id="expired"),
         pytest.param({}, {"exp": "9999999999"}, id="ends at a text"),
         pytest.param({}, {"exp": True}, id="ends at true"),
+        pytest.param({}, {"exp": float("inf")}, id="ends at infinity"),
+        pytest.param({}, {"exp": float("nan")}, id="ends at no number"),
+        pytest.param({}, {"iat": float("nan")}, id="made at no number"),
+        pytest.param({}, {"nbf": -1}, id="good before there was time"),
         pytest.param({}, {"iat": int(time.time()) + 300}, id="made later"),
         pytest.param({}, {"iat": int(time.time()) - 900}, id="made long ago"),
         pytest.param({}, {"nbf": int(time.time()) + 300}, id="not good yet"),
@@ -338,10 +346,15 @@ class TestWhomATokenIsFor:
             "duration": HOUR,
         }
         said = lobby.say("login", "user/ana", body, key)
-        lobby.custodian.login(said, {"token": lobby.provider.token(nonce=nonce)})
-        with pytest.raises(Conflict) as caught:
-            lobby.custodian.login(said, {"token": lobby.provider.token(nonce=nonce, jti="x")})
-        assert caught.value.code == "statement.replayed"
+        first = lobby.custodian.login(said, {"token": lobby.provider.token(nonce=nonce)})
+        before = lobby.entries()
+        # Whoever lost the answer with the connection says it again; whatever comes with it, nothing more is recorded.
+        for proof in ({"token": lobby.provider.token(nonce=nonce, jti="x")}, {}):
+            assert lobby.custodian.login(said, proof) == first
+        assert lobby.entries() == before
+        lobby.offset = 400
+        with pytest.raises(AuthRequired):
+            lobby.custodian.login(said, {})
 
     def test_the_statement_is_made_with_the_key(self, lobby):
         key, other = lobby.signer(), lobby.signer()
@@ -733,6 +746,96 @@ def verify(key, signature, message):
     from strongroom.crypto import signatures
 
     signatures.verify(key, signature, message)
+
+
+def test_anything_for_a_token(lobby):
+    with lobby.custodian.ledger.view() as state:
+        authority = Authority.decode(state.authorities[lobby.provider.issuer])
+    key = lobby.signer()
+    body = {"method": OIDC, "authority": authority.name, "public_key": key.public_key.hex(), "duration": HOUR}
+    said = Statement.decode(lobby.say("login", "user/ana", body, key))
+    words = st.text(max_size=40) | st.sampled_from(
+        ["kid", "alg", "RS256", "one", "RSA", "keys", "n", "e", "kty", "sig"]
+    )
+    value = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | words,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(words, inner, max_size=6),
+        max_leaves=12,
+    )
+    keys = st.lists(
+        st.dictionaries(st.sampled_from(["kty", "n", "e", "alg", "use", "key_ops", "x", "crv"]), value), max_size=3
+    )
+
+    @given(
+        st.text(max_size=200)
+        | st.tuples(value, value, words).map(lambda parts: ".".join(part(each) for each in parts)),
+        keys,
+    )
+    @settings(max_examples=300)
+    def refused(token, found):
+        for each in found:
+            each["kid"] = "one"
+            each.setdefault("kty", "RSA")
+        logins = Logins(lambda url, _: {"keys": found, "issuer": authority.name, "jwks_uri": url})
+        header = part({"alg": "RS256", "kid": "one"})
+        for shown in (token, f"{header}.{part({})}.c2ln"):
+            with pytest.raises(StrongroomError):
+                logins.verify(authority, said, {"token": shown}, unix())
+
+    refused()
+
+
+def part(value) -> str:
+    return encoded(json.dumps(value).encode())
+
+
+@given(st.text(max_size=300), st.text(max_size=300), st.binary(max_size=80))
+def test_anything_for_a_certificate(chain, bundle, signature):
+    pem = "-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n"
+    for text in (chain, pem.format(chain), pem.format(base64.b64encode(signature).decode())):
+        with pytest.raises(Tampered):
+            svid.verify(text, signature, b"said", pem.format(bundle), unix())
+
+
+class TestOnOnesOwnMachine:
+    """`Room.login`, in an embedded room."""
+
+    def test_a_login_is_used_without_being_told(self, lobby):
+        with Room(lobby.folder, "user/ana") as room:
+            with pytest.raises(AuthRequired):
+                room.request(REF, reason="before")
+            asked = room.login().prepare()
+            room.login(HOUR).with_token(lobby.provider.token(nonce=asked["nonce"]))
+            assert room.request(REF, reason="after")["by"] == "user/ana"
+            with pytest.raises(Denied):
+                room.thaw(REF, reason="by whose word?")
+            assert room.login().end()
+            with pytest.raises(AuthRequired):
+                room.request(REF, reason="afterwards")
+
+    def test_a_key_of_ones_own_is_enough_after_a_login_has_ended(self, lobby):
+        with Room(lobby.folder, "user/ben") as room:
+            sessions, signer = room._vault.sessions, room._vault.identities.signer("user/ben")
+            key = sessions.make("user/ben")
+            sessions.keep("user/ben", key, unix() + 60)
+            assert signer_of(room._vault, "user/ben").public_key == key.public_key
+            key = sessions.make("user/ben")
+            sessions.keep("user/ben", key, unix() - 1)
+            assert signer_of(room._vault, "user/ben").public_key == signer.public_key
+
+    def test_a_key_that_others_may_read_is_not_used(self, lobby):
+        with Room(lobby.folder, "user/ana") as room:
+            sessions = room._vault.sessions
+            sessions.keep("user/ana", sessions.make("user/ana"), unix() + 60)
+            (kept,) = sessions._folder.rglob("*.login")
+            kept.chmod(0o640)
+            with pytest.raises(UsageError) as caught:
+                room.request(REF, reason="x")
+            assert caught.value.code == "login.exposed"
+            kept.chmod(0o600)
+            kept.write_text("[]")
+            with pytest.raises(Tampered):
+                room.request(REF, reason="x")
 
 
 def test_what_a_custodian_remembers_is_what_the_log_says(lobby):

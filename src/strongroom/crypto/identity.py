@@ -74,7 +74,7 @@ class Identities:
             raise AuthRequired(
                 "identity.missing",
                 f"this machine has no key of {principal}, so it can't act as that principal",
-                hint=f"--as {(self.ls() or ['PRINCIPAL'])[0]}; keys are looked for in {self.folder}",
+                hint=f"--as {(self.ls() or ['PRINCIPAL'])[0]}, or strongroom login; keys lie in {self.folder}",
             ) from None
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)

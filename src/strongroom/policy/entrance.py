@@ -54,10 +54,13 @@ def check_statement(state: State, statement: Statement, now: int) -> None:
     check_age(state, statement, now)
 
 
-def login(state: State, statement: Statement, found: Verified, now: int) -> Entry:
-    """A key speaks for a principal from now on, for some hours."""
+def login(state: State, statement: Statement, found: Verified | None, now: int) -> Entry:
+    """A key speaks for a principal from now on, for some hours. `found` may be missing of a statement that is recorded
+    already, which is said: Conflict ``statement.replayed``."""
     body = statement.body
     check_statement(state, statement, now)
+    if found is None:
+        raise nobody(statement.by)
     # Step 3, once more: it may have been taken away, or changed, while its answer was on the way.
     authority = find(state, body["method"], body["authority"])
     if authority.encode() != found.authority:

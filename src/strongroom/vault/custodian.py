@@ -182,15 +182,16 @@ class Custodian:
     def login(self, envelope: str, proof: Mapping[str, Any]) -> dict[str, Any]:
         """A key speaks for a principal, by the word of an authority (spec/ledger.md, section 9)."""
         statement = self._statement(envelope, "login")
-        body = statement.body
+        found, authority = None, None
         with self._refusals.recorded(UNKNOWN, "login"):
             # Before anything is looked up, or asked of anybody: steps 1 to 3.
             with self.ledger.view() as state:
-                entrance.check_statement(state, statement, self._now())
-                authority = entrance.find(state, body["method"], body["authority"])
-            # Not in the sequencer: it asks the issuer.
-            found = self._logins.verify(authority, statement, proof, self._now())
-            done = self._decide(lambda _, state, now: Draft(entrance.login(state, statement, found, now)))
+                if statement.digest not in state.recent:  # else it is answered as the first time
+                    entrance.check_statement(state, statement, self._now())
+                    authority = entrance.find(state, statement.body["method"], statement.body["authority"])
+            if authority is not None:  # not in the sequencer: it asks the issuer
+                found = self._logins.verify(authority, statement, proof, self._now())
+            done = self._once(statement, lambda _, state, now: Draft(entrance.login(state, statement, found, now)))
         return {"principal": statement.by, "expires_at": done.entry.body["expires_at"], "entry": done.index}
 
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:

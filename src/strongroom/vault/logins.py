@@ -40,6 +40,7 @@ _LEEWAY = 60  # seconds that the issuer's clock may be off
 _YOUNG = 600  # seconds since a token was made: one is got for a login, and used at once
 _KEEP = 3600.0  # seconds that an issuer's keys are believed without asking again
 _AGAIN = 30.0  # seconds between two questions to an issuer, whoever shows whatever
+_WAIT = 3.0  # seconds to wait for an answer that somebody else has asked for
 _KEYS = 64
 _KINDS = {"RS256": ("RSA",), "PS256": ("RSA",), "ES256": ("EC",), "EdDSA": ("OKP",)}
 _RSA_BYTES = 256
@@ -52,7 +53,8 @@ class Logins:
         self._get = get
         self._keys: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # by the authority's digest: when, which
         self._asked: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._asking: set[str] = set()
+        self._changed = threading.Condition()
 
     def verify(self, authority: Authority, statement: Statement, proof: Mapping[str, Any], now: int) -> Verified:
         """What `proof` shows about who has the key that `statement` introduces. Step 4. AuthRequired
@@ -76,7 +78,6 @@ class Logins:
         """The subject of an ID token (OpenID Connect Core, section 3.1.3.7; RFC 8725)."""
         try:
             from joserfc import jws
-            from joserfc.errors import JoseError
             from joserfc.jwk import import_key
         except ImportError:
             raise UsageError(
@@ -95,7 +96,7 @@ class Logins:
         signer = self._key(authority, key_id, str(algorithm))
         try:
             jws.deserialize_compact(token, import_key(signer), algorithms=[str(algorithm)])
-        except (JoseError, ValueError, TypeError, KeyError):
+        except Exception:  # noqa: BLE001 - whatever it is: this is not what the issuer has signed
             raise refused("the token is not signed with the issuer's key") from None
         # 4c: what it says.
         _check_claims(authority, payload, now)
@@ -136,7 +137,10 @@ class Logins:
         """The issuer's keys. A stranger's token must not make this custodian ask for them again and again."""
         if authority.jwks:
             return keys_of(authority.jwks)
-        with self._lock:
+        with self._changed:
+            # Somebody else may be asking right now: most answers come within that time. No longer, or a slow issuer
+            # would hold up every thread of a server.
+            self._changed.wait_for(lambda: authority.digest not in self._asking, _WAIT)
             at, known = self._keys.get(authority.digest, (-_KEEP, []))
             now = time.monotonic()
             if known and (now - at < _AGAIN or (not fresh and now - at < _KEEP)):
@@ -146,13 +150,22 @@ class Logins:
                     return known
                 raise BackendError("issuer.unreachable", f"{authority.name} was just asked", hint="try again later")
             self._asked[authority.digest] = now
+            self._asking.add(authority.digest)
+        try:
+            found = self._ask(authority)
+            with self._changed:
+                self._keys[authority.digest] = (time.monotonic(), found)
+        finally:
+            with self._changed:
+                self._asking.discard(authority.digest)
+                self._changed.notify_all()
+        return found
+
+    def _ask(self, authority: Authority) -> list[dict[str, Any]]:
         about = self._get(f"{authority.name.rstrip('/')}/.well-known/openid-configuration", authority.ca)
         if about.get("issuer") != authority.name:
             raise BackendError("issuer.unreachable", f"{authority.name} says that it is another issuer")
-        found = keys_of(json.dumps(self._get(str(about.get("jwks_uri")), authority.ca)))
-        with self._lock:
-            self._keys[authority.digest] = (time.monotonic(), found)
-        return found
+        return keys_of(json.dumps(self._get(str(about.get("jwks_uri")), authority.ca)))
 
 
 def keys_of(text: str) -> list[dict[str, Any]]:
@@ -173,7 +186,7 @@ def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int) -> 
     if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255:
         raise refused("the token names nobody")
     times = {name: claims.get(name, 0 if name == "nbf" else None) for name in ("iat", "exp", "nbf")}
-    if not all(isinstance(each, int | float) and not isinstance(each, bool) for each in times.values()):
+    if not all(map(_time, times.values())):
         raise refused("the token does not say when it was made, and when it ends")
     if now >= times["exp"] + _LEEWAY:
         raise refused("the token has expired", "get a new one, and run strongroom login at once")
@@ -181,6 +194,11 @@ def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int) -> 
         raise refused("the token is not good yet: the issuer's clock and the custodian's differ")
     if now - times["iat"] > _YOUNG + _LEEWAY:
         raise refused(f"the token is older than {_YOUNG} seconds", "get a new one, and run strongroom login at once")
+
+
+def _time(value: object) -> bool:
+    """Neither Infinity nor NaN, which JSON as Python reads it has, and which is later than nothing."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 def _parts(token: str) -> tuple[dict[str, Any], dict[str, Any]]:

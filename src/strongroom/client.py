@@ -69,6 +69,7 @@ class Room:
     ) -> None:
         self._vault = self._opened(room, principal, passphrase)
         self._as = principal
+        self._who: str | None = None
 
     @staticmethod
     def _opened(room: str | Path | Card, principal: str | None, passphrase: PassphraseSource | None) -> Vault:
@@ -126,7 +127,9 @@ class Room:
     @property
     def principal(self) -> str:
         """Who this room is opened as."""
-        return self._vault.principal(self._as)
+        if self._who is None:
+            self._who = self._vault.principal(self._as)
+        return self._who
 
     # -- weights -------------------------------------------------------------------------------------------------
 

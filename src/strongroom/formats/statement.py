@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from strongroom.core import canonical
@@ -95,6 +96,7 @@ class Statement:
     nonce: str
     body: Mapping[str, Any]
     envelope: str = field(repr=False, compare=False)
+    _verified: str = field(default="", init=False, repr=False, compare=False)
 
     @classmethod
     def sign(
@@ -141,14 +143,20 @@ class Statement:
             members = with_optional(members, OPTIONAL[value["statement"]], body)
         if members is None or not conforms(body, members):
             raise _malformed(f"its body is not that of the kind {value['statement']!r:.40}")
-        return cls(value["statement"], value["room"], value["by"], value["at"], value["nonce"], body, envelope)
+        found = cls(value["statement"], value["room"], value["by"], value["at"], value["nonce"], body, envelope)
+        vars(found)["_parsed"] = parsed  # what is asked for next, of every statement, several times
+        return found
+
+    @cached_property
+    def _parsed(self) -> Envelope:
+        return Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE)
 
     @property
     def payload(self) -> bytes:
         """The signed bytes."""
-        return Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE).payload
+        return self._parsed.payload
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the payload in hexadecimal: what an approval names."""
         return hashlib.sha256(self.payload).hexdigest()
@@ -156,7 +164,7 @@ class Statement:
     @property
     def key_id(self) -> str:
         """What the signature says of the key that made it: SHA-256 of the public key in hexadecimal, or any text."""
-        ((key_id, _),) = Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE).signatures
+        ((key_id, _),) = self._parsed.signatures
         return key_id
 
     @property
@@ -167,13 +175,15 @@ class Statement:
     def verify(self, public_key: str, verify: Callable[[bytes, bytes, bytes], None]) -> None:
         """Tampered unless signed by `public_key` (64 hexadecimal digits). `verify` takes key, signature and message,
         and raises Tampered, as `strongroom.crypto.signatures.verify` does."""
-        parsed = Envelope.decode(self.envelope.encode(), payload_type=PAYLOAD_TYPE)
-        ((key_id, signature),) = parsed.signatures
+        if self._verified == public_key:  # this very object: what it says, and its signature, can't have changed
+            return
+        ((key_id, signature),) = self._parsed.signatures
         key = bytes.fromhex(public_key)
         # Named and not only tried: a text for one statement, whoever looks at it later.
         if key_id != hashlib.sha256(key).hexdigest():
             raise Tampered("statement.other_key", f"the statement by {self.by} is signed with another key")
-        verify(key, signature, pre_authentication_encoding(PAYLOAD_TYPE, parsed.payload))
+        verify(key, signature, pre_authentication_encoding(PAYLOAD_TYPE, self.payload))
+        vars(self)["_verified"] = public_key
 
 
 def _malformed(why: str) -> Tampered:

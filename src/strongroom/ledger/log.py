@@ -46,7 +46,7 @@ from strongroom.storage.db import Database, log_entries, log_nodes, log_private,
 
 SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
-_SNAPSHOT_EVERY = 512  # entries, or more of them where the state is large
+_SNAPSHOT_EVERY = 64  # entries, or more of them where the state is large: whoever opens a room applies those since
 _TILE_BITS = 8
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
@@ -142,6 +142,7 @@ class Ledger(Generic[S]):
         self._leading = False
         self._snapshot_due = 0
         self._published_at = -_PUBLISH_EVERY
+        self._caught_up = 0.0  # when what is loaded was the newest, by the monotonic clock
 
     # -- appending -----------------------------------------------------------------------------------------------
 
@@ -273,9 +274,13 @@ class Ledger(Generic[S]):
     # -- the state -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def view(self) -> Iterator[S]:
-        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
+    def view(self, age: float = 0.0) -> Iterator[S]:
+        """The state as of now, or of at most `age` seconds ago, for reading, for the length of the block: nothing is
+        appended here meanwhile."""
         with self._state_lock:
+            if self._loaded is not None and age and time.monotonic() - self._caught_up <= age:
+                yield self._loaded.state
+                return
             try:
                 with self._db.reading() as tx:
                     loaded = self._catch_up(tx)
@@ -341,6 +346,7 @@ class Ledger(Generic[S]):
         """What this process has seen stays seen, also when an error makes it load the log anew."""
         if self._loaded is not None:
             self._seen = (self._loaded.frontier.size, self._loaded.frontier.root())
+            self._caught_up = time.monotonic()
 
     def _check_seen(self, tx: Connection, checkpoint: Checkpoint) -> None:
         if self._seen is None:

@@ -9,6 +9,7 @@ machine computes the same word.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,15 @@ COLLUDERS = 16  # c0: what the cut-off is made for
 _STEPS = 256
 
 
+@lru_cache(maxsize=8)
 def bias_table(colluders: int = COLLUDERS) -> NDArray[np.uint32]:
     """uint32 (256,): 65536 times the probability of a 1, at equally likely steps of the arcsine density with
     cut-off."""
     least = math.asin(math.sqrt(1 / (300 * colluders)))
     angles = (least + (math.pi / 2 - 2 * least) * (k + 0.5) / _STEPS for k in range(_STEPS))
-    return np.array([round(65536 * math.sin(angle) ** 2) for angle in angles], np.uint32)
+    table = np.array([round(65536 * math.sin(angle) ** 2) for angle in angles], np.uint32)
+    table.flags.writeable = False
+    return table
 
 
 class Code:

@@ -89,8 +89,13 @@ class Policies:
 
     @classmethod
     def parse(cls, text: str) -> Policies:
-        """Parse and validate. UsageError ``policy.invalid`` for anything that is not a valid set of policies, each with
-        an @id of its own; the evidence has the `line`, and the `problems` that Cedar found."""
+        """Parse and validate; the same text again costs nothing. UsageError ``policy.invalid`` for anything that is not
+        a valid set of policies, each with an @id of its own; the evidence has the `line`, and the `problems` that Cedar
+        found."""
+        return _parsed(text)
+
+    @classmethod
+    def _of(cls, text: str) -> Policies:
         found = statements(text)
         import cedarpy
 
@@ -242,6 +247,11 @@ def _role_names(value: Any) -> set[str]:
 
 def _read(name: str) -> str:
     return files("strongroom.policy").joinpath(name).read_text("utf-8")
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Policies:
+    return Policies._of(text)  # noqa: SLF001 - the same noun; a cache can't hold a class method of a frozen class
 
 
 @cache

@@ -52,7 +52,12 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
-_MANIFESTS = 32
+_VERSIONS = 32  # whose secrets and manifests are kept opened
+_OUTDATED = ("release.revision", "version.missing")
+_GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
+
+# The secrets of a version, and its verified manifest.
+Opened = tuple[VersionRecord, Manifest]
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Custodian:
     def __init__(self, vault: Vault, ledger: Ledger[State]) -> None:
         self._vault, self.ledger = vault, ledger
         self._documents = Documents(vault.db)
-        self._manifests: dict[bytes, Manifest] = {}
+        self._opened: dict[str, Opened] = {}
         self._refusals = Refusals(ledger)
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
@@ -372,7 +377,7 @@ class Custodian:
 
     def challenge(self) -> bytes:
         """A fresh challenge of 32 bytes, good for 300 seconds."""
-        with self.ledger.view() as state:
+        with self.ledger.view(_GLANCE) as state:
             era = state.era
         return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
 
@@ -382,14 +387,39 @@ class Custodian:
         body = statement.body
         # Before anything is looked up: how long that takes would tell a stranger what there is.
         with self._refusals.recorded(statement.by, body["action"], body["ref"]):
-            self.identify(statement)
+            self._recognise(statement)
         if reason is not None:
             _check_reason(reason, body["reason"])
         elif body["break_glass"]:
             raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
         # Before the entry: what can fail must not be recorded as done.
         check_receiver(bytes.fromhex(body["public_key"]))
-        found = self._looked_up(body["ref"])
+        with self._refusals.recorded(statement.by, body["action"], body["ref"]):
+            try:
+                receipt, (record, manifest) = self._released(statement, reason, self._opened.get(body["ref"]))
+            except (Conflict, NotFound) as error:
+                # What was opened before may be another revision than the log's by now, or have been shredded.
+                if error.code not in _OUTDATED or self._opened.pop(body["ref"], None) is None:
+                    raise
+                receipt, (record, manifest) = self._released(statement, reason, None)
+        bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
+        leaf = leaf_hash(receipt.data)
+        sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
+        return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
+
+    def _recognise(self, statement: Statement) -> None:
+        """As `identify`, where the sequencer decides afterwards: somebody whom another custodian has suspended within
+        the last second may pass here."""
+        try:
+            with self.ledger.view(_GLANCE) as state:
+                authenticate(state, statement, self._now())
+        except StrongroomError:
+            self.identify(statement)
+
+    def _released(self, statement: Statement, reason: Private | None, opened: Opened | None) -> tuple[Receipt, Opened]:
+        """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
+        body = statement.body
+        found = opened or self._looked_up(body["ref"])
         key = self._vault.keys.challenge_key
 
         def facts() -> Facts:
@@ -405,33 +435,21 @@ class Custodian:
             entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
             return Draft(entry, [reason] if reason is not None else [])
 
-        with self._refusals.recorded(statement.by, body["action"], body["ref"]):
-            receipt = self._decide(decide)
+        receipt = self._decide(decide)
         if isinstance(found, StrongroomError):
             raise found  # the decision has seen to that
-        record, manifest = found
-        bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
-        leaf = leaf_hash(receipt.data)
-        sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
-        return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
+        if len(self._opened) >= _VERSIONS:
+            self._opened.clear()
+        self._opened[body["ref"]] = found
+        return receipt, found
 
-    def _looked_up(self, ref: str) -> tuple[VersionRecord, Manifest] | StrongroomError:
+    def _looked_up(self, ref: str) -> Opened | StrongroomError:
         """The secrets and the manifest of a version; or why not, which is for those that are authenticated only."""
         try:
             record = self._vault.record(self._vault.find(ref))
-            return record, self._manifest(record)
+            return record, self._vault.manifest(record)
         except StrongroomError as error:
             return error
-
-    def _manifest(self, record: VersionRecord) -> Manifest:
-        """The version's verified manifest. Kept by the digest that pins all of it: it can't change."""
-        found = self._manifests.get(record.manifest_digest)
-        if found is None:
-            found = self._vault.manifest(record)
-            if len(self._manifests) >= _MANIFESTS:
-                self._manifests.clear()
-            self._manifests[record.manifest_digest] = found
-        return found
 
     def lease_end(self, entry: bytes) -> int:
         """When the lease ends that a release entry rests on; a day from then for one that rests on none."""

@@ -241,41 +241,12 @@ class Room:
         return {"ref": bundle.ref, "to": to, "files": files, "bytes": size, "entry": entry}
 
     def _release(self, ref: str, action: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
-        """The receiver's side of spec/release.md, and in an embedded room the custodian's with it: where the ciphertext
-        is read, and the keys."""
-        from strongroom.crypto.release import ReleaseKey
-        from strongroom.formats.entry import Private
-        from strongroom.formats.statement import Statement
-        from strongroom.load.receive import Released, Remembered, accept
+        """Where the ciphertext is read, and the keys."""
+        from strongroom.load.receive import receive
 
-        custodian, log = self._vault.custodian, self._vault.log_key
-        row = self._vault.find(ref)
-        key = ReleaseKey()
-        reason = Private.fresh("reason", break_glass) if break_glass is not None else None
-        envelope = self._say(
-            "release",
-            {
-                "action": action,
-                "ref": f"{row.name}@{row.number}",
-                "holder": self.principal,
-                "public_key": key.public_key.hex(),
-                "challenge": custodian.challenge().hex(),
-                "break_glass": break_glass is not None,
-                "reason": reason.commitment if reason is not None else "",
-            },
-        )
-        answer = custodian.release(envelope, reason)
-        self._released = answer.index
-        bundle = accept(
-            Released(answer.entry, answer.index, answer.proof, answer.checkpoint, answer.sealed),
-            Statement.decode(envelope),
-            key,
-            log=log,
-            signer=self._vault.signer,
-            remembered=Remembered(Settings.from_environment().state_folder, log),
-            consistency=custodian.ledger.consistency,
-        )
-        return answer.store, bundle
+        found = receive(self._vault, self._say, self.principal, ref, action, break_glass)
+        self._released = found.index
+        return found.store, found.bundle
 
     @property
     def log(self) -> RoomLog:
@@ -284,15 +255,15 @@ class Room:
 
     def set_ceiling(self, ref: str, **changes: int) -> dict[str, Any]:
         """Change `holders`, `copies` or `copiers` of a version, or of every version of a name."""
-        return self._vault.custodian.set_ceiling(self.principal, ref, changes)
+        return self._vault.custodian.upkeep.set_ceiling(self.principal, ref, changes)
 
     def thaw(self, ref: str, *, reason: str) -> dict[str, Any]:
         """Let a version that was revoked be asked for again."""
-        return self._vault.custodian.thaw(self.principal, ref, reason)
+        return self._vault.custodian.upkeep.thaw(self.principal, ref, reason)
 
     def set_clock(self, reason: str) -> dict[str, Any]:
         """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
-        return self._vault.custodian.set_clock(self.principal, reason)
+        return self._vault.custodian.upkeep.set_clock(self.principal, reason)
 
     # -- custody -------------------------------------------------------------------------------------------------
 

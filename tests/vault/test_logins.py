@@ -479,7 +479,7 @@ class TestWhenItEnds:
         now = unix() + lobby.offset
         key = lobby.login(iat=now, exp=now + 60)
         lobby.offset = 0
-        lobby.custodian.set_clock("user/ben", "it was ahead")
+        lobby.custodian.upkeep.set_clock("user/ben", "it was ahead")
         self.dead(lobby, key)
 
     def test_of_a_principal_that_was_suspended_before(self, lobby):

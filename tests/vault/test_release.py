@@ -267,7 +267,7 @@ class TestTheChallenge:
         with hall.records_nothing("clock.backwards"):
             hall.custodian.challenge()
             hall.release(challenge=early)
-        hall.custodian.set_clock("user/ben", "it was ahead")
+        hall.custodian.upkeep.set_clock("user/ben", "it was ahead")
         note = Private.fresh("reason", "fire")
         with hall.records("user/eva", "challenge.foreign"):
             hall.release("user/eva", challenge=early, reason=note)
@@ -275,7 +275,7 @@ class TestTheChallenge:
             hall.custodian.release(said)
         hall.release("user/eva", reason=note)
         with pytest.raises(UsageError) as caught:
-            hall.custodian.set_clock("user/ben", "it is right")
+            hall.custodian.upkeep.set_clock("user/ben", "it is right")
         assert caught.value.code == "clock.right"
 
 
@@ -485,11 +485,11 @@ class TestLookingAfterTheRoom:
     """What is not signed is asked of policy all the same, and a refusal is recorded."""
 
     ACTS = (
-        lambda hall, by: hall.custodian.set_ceiling(by, REF, {"copies": 1}),
-        lambda hall, by: hall.custodian.thaw(by, REF, "it was a mistake"),
-        lambda hall, by: hall.custodian.set_clock(by, "it was ahead"),
+        lambda hall, by: hall.custodian.upkeep.set_ceiling(by, REF, {"copies": 1}),
+        lambda hall, by: hall.custodian.upkeep.thaw(by, REF, "it was a mistake"),
+        lambda hall, by: hall.custodian.upkeep.set_clock(by, "it was ahead"),
         lambda hall, by: hall.custodian.enact("0" * 16, by),
-        lambda hall, by: hall.custodian.redact(by, 1),
+        lambda hall, by: hall.custodian.upkeep.redact(by, 1),
         lambda hall, by: hall.custodian.authorise(by, "administer"),
     )
 
@@ -502,14 +502,14 @@ class TestLookingAfterTheRoom:
     @pytest.mark.parametrize("value", [-1, 2**53, 2**64])
     def test_a_ceiling_is_a_number_that_the_log_can_hold(self, hall, value):
         with hall.records_nothing("ceiling.negative"):
-            hall.custodian.set_ceiling("user/ben", REF, {"copies": value})
+            hall.custodian.upkeep.set_ceiling("user/ben", REF, {"copies": value})
 
     def test_what_was_frozen_is_asked_for_anew(self, hall):
         with hall.room("user/ben") as ben:
             ben.revoke(REF, reason="it leaked")
         with hall.records_nothing("reason.malformed"):
-            hall.custodian.thaw("user/ben", REF, "\x1b[2J")
-        hall.custodian.thaw("user/ben", REF, "it did not")
+            hall.custodian.upkeep.thaw("user/ben", REF, "\x1b[2J")
+        hall.custodian.upkeep.thaw("user/ben", REF, "it did not")
         with hall.records("user/ana", "denied.default"):
             hall.release()
 

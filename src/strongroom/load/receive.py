@@ -8,15 +8,29 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from strongroom.core.settings import Settings
 from strongroom.crypto.release import ReleaseKey
-from strongroom.errors import BackendError, Forked, Rollback, Sealed, StrongroomError, Tampered
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    Conflict,
+    Forked,
+    Rollback,
+    Sealed,
+    StrongroomError,
+    Tampered,
+)
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.checkpoint import Checkpoint
-from strongroom.formats.entry import Entry
+from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import leaf_hash, verify_consistency, verify_inclusion
 from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
+
+if TYPE_CHECKING:
+    from strongroom.vault.vault import Vault
 
 Consistency = Callable[[int, int], list[bytes]]
 
@@ -173,3 +187,62 @@ def accept(
         raise Tampered("release.other_bundle", "the key bundle is not the one that the log's entry is about")
     # Step 6 is the reader's: it checks the manifest against this digest and signer.
     return bundle
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a release has brought: the entry that records it, where the ciphertext is read, and the keys."""
+
+    index: int
+    store: str
+    bundle: KeyBundle
+
+
+def receive(
+    vault: Vault,
+    say: Callable[[str, dict[str, Any]], str],
+    holder: str,
+    ref: str,
+    action: str,
+    break_glass: str | None = None,
+) -> Received:
+    """Ask for the keys of one version, and check all that comes; in an embedded room the custodian's side runs within.
+    `say` signs a statement of a kind, as `holder`. Errors of `accept`, and what the custodian refuses."""
+    custodian, log = vault.custodian, vault.log_key
+    row = vault.find(ref)
+    key = ReleaseKey()
+    reason = Private.fresh("reason", break_glass) if break_glass is not None else None
+
+    def asked() -> str:
+        return say(
+            "release",
+            {
+                "action": action,
+                "ref": f"{row.name}@{row.number}",
+                "holder": holder,
+                "public_key": key.public_key.hex(),
+                "challenge": custodian.challenge().hex(),
+                "break_glass": break_glass is not None,
+                "reason": reason.commitment if reason is not None else "",
+            },
+        )
+
+    envelope = asked()
+    try:
+        answer = custodian.release(envelope, reason)
+    except (AuthRequired, Conflict) as error:
+        # The room's clock was set right a moment ago, or an answer was lost with its connection: ask anew, once.
+        if error.code not in ("challenge.foreign", "statement.replayed"):
+            raise
+        envelope = asked()
+        answer = custodian.release(envelope, reason)
+    bundle = accept(
+        Released(answer.entry, answer.index, answer.proof, answer.checkpoint, answer.sealed),
+        Statement.decode(envelope),
+        key,
+        log=log,
+        signer=vault.signer,
+        remembered=Remembered(Settings.from_environment().state_folder, log),
+        consistency=custodian.ledger.consistency,
+    )
+    return Received(answer.index, answer.store, bundle)

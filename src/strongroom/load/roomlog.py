@@ -72,7 +72,7 @@ class RoomLog:
 
     def redact(self, index: int) -> dict[str, Any]:
         """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
-        return self._vault.custodian.redact(self._vault.principal(self._by or None), index)
+        return self._vault.custodian.upkeep.redact(self._vault.principal(self._by or None), index)
 
     def cosign(self, url: str, witness: str) -> dict[str, Any]:
         """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish

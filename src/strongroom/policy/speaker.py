@@ -121,3 +121,21 @@ def nobody(path: str) -> AuthRequired:
         f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",
         hint="--as PRINCIPAL, with that principal's own key",
     )
+
+
+def active(state: State, path: str) -> Principal:
+    """The principal at `path`; AuthRequired ``principal.unknown`` unless it may act."""
+    found = state.principals.get(path)
+    if found is None or not found.active:
+        raise AuthRequired(
+            "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
+        )
+    return found
+
+
+def speaking(state: State, by: str | Speaker) -> Speaker:
+    """Who has spoken, as it is now. By name: whoever opened an embedded room, and is the principal whose key lies
+    there; what comes over the network names a `Speaker`."""
+    if isinstance(by, Speaker):
+        return Speaker(active(state, by.path), by.method)
+    return assumed(active(state, by))

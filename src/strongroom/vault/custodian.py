@@ -9,16 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete
 from sqlalchemy.engine import Connection
 
-from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.clock import text
-from strongroom.core.ids import Ref
-from strongroom.core.limits import LIMITS
 from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
 from strongroom.errors import (
-    AuthRequired,
     Conflict,
     Denied,
     NotFound,
@@ -32,21 +27,21 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
 from strongroom.policy import entrance
-from strongroom.policy.custody import Custody, Facts, ceilings, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
 from strongroom.policy.review import Review, review
-from strongroom.policy.speaker import TOLERANCE, Speaker, assumed, authenticate
+from strongroom.policy.speaker import Speaker, active, assumed, authenticate, speaking
 from strongroom.policy.state import Principal, Request, State
-from strongroom.storage.db import log_private
 from strongroom.vault.documents import Documents
 from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import bundle_for
-from strongroom.vault.requests import describe_grant, describe_proposal, describe_request
+from strongroom.vault.requests import check_reason, describe_grant, describe_proposal, describe_request
+from strongroom.vault.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
@@ -90,6 +85,7 @@ class Custodian:
         self._refusals = Refusals(ledger)
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
+        self.upkeep = Upkeep(self.rules, self._decide, self._refusals, vault.db)
 
     # -- the beginning -------------------------------------------------------------------------------------------
 
@@ -130,7 +126,7 @@ class Custodian:
     def principal(self, path: str) -> Principal:
         """An active principal; AuthRequired ``principal.unknown``."""
         with self.ledger.view() as state:
-            return self._active(state, path)
+            return active(state, path)
 
     def known(self, path: str) -> Principal:
         """A principal in any state; NotFound ``principal.missing``."""
@@ -211,7 +207,7 @@ class Custodian:
         policies = Policies.parse(text)
         if policies.digest != statement.body["digest"]:
             raise UsageError("policy.other_text", "the statement is about another policy text")
-        _check_reason(reason, statement.body["reason"])
+        check_reason(reason, statement.body["reason"])
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
             authenticate(state, statement, now)
@@ -226,7 +222,7 @@ class Custodian:
         """A proposal becomes the policy."""
 
         def decide(_: Connection, state: State, now: int) -> Draft:
-            return Draft(self.rules.enact(state, proposal, self._speaking(state, by), now))
+            return Draft(self.rules.enact(state, proposal, speaking(state, by), now))
 
         with self._refusals.recorded(by if isinstance(by, str) else by.path, "administer"):
             receipt = self._decide(decide)
@@ -237,7 +233,7 @@ class Custodian:
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
         """Ask for a lease."""
         statement = self._statement(envelope, "request")
-        _check_reason(reason, statement.body["reason"])
+        check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.request(state, statement, reason.commitment, now), [reason]),
@@ -253,7 +249,7 @@ class Custodian:
     def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
         """A no."""
         statement = self._statement(envelope, "deny")
-        _check_reason(reason, statement.body["reason"])
+        check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement, lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason])
         )
@@ -262,7 +258,7 @@ class Custodian:
     def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
         """End a lease or request, suspend a principal, freeze a version."""
         statement = self._statement(envelope, "revoke")
-        _check_reason(reason, statement.body["reason"])
+        check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement, lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason])
         )
@@ -341,20 +337,6 @@ class Custodian:
         with self.ledger.view() as state:
             return [int(index) for index in state.emergencies]
 
-    def redact(self, by: str, index: int) -> dict[str, Any]:
-        """Delete what was kept beside an entry: its commitments stay in the log, and the tree as it was."""
-
-        def decide(tx: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._speaking(state, by), "administer", now=now)
-            if not tx.execute(delete(log_private).where(log_private.c.position == index)).rowcount:
-                raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log show")
-            return Draft(Entry("redact", now, by, "", {"entry": index}))
-
-        with self._refusals.recorded(by, "administer"):
-            receipt = self._decide(decide, writes=True)
-        self._vault.db.scrub()
-        return {"redacted": index, "entry": receipt.index}
-
     def policy(self) -> dict[str, Any]:
         """The policy in force, and the proposals that are open."""
         with self.ledger.view() as state:
@@ -389,7 +371,7 @@ class Custodian:
         with self._refusals.recorded(statement.by, body["action"], body["ref"]):
             self._recognise(statement)
         if reason is not None:
-            _check_reason(reason, body["reason"])
+            check_reason(reason, body["reason"])
         elif body["break_glass"]:
             raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
         # Before the entry: what can fail must not be recorded as done.
@@ -469,7 +451,7 @@ class Custodian:
         """Denied, explained and recorded, unless policy lets `by` do one of `actions` directly."""
         now = self._now()
         with self.ledger.view() as state:
-            who = self._speaking(state, by)
+            who = speaking(state, by)
             refusals = []
             for action in actions:
                 try:
@@ -489,53 +471,6 @@ class Custodian:
         """Record that the copy which the entry `release` is about was written; the entry that says so."""
         body = {"holder": holder, "release": release, "files": files, "bytes": size}
         return self.record("copy", holder, ref, body).index
-
-    def set_ceiling(self, by: str, ref: str, changes: dict[str, int]) -> dict[str, Any]:
-        """Change how many may hold, copy and have copies of a version, or of every version of a name."""
-        if not Ref.parse(ref).name or not all(0 <= value <= MAX_INTEGER for value in changes.values()):
-            raise UsageError("ceiling.negative", f"a ceiling is a number from 0 to {MAX_INTEGER}")
-
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._speaking(state, by), "administer", now=now)
-            if not any(ref in (each, each.partition("@")[0]) for each in state.versions):
-                raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
-            before = dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
-            return Draft(Entry("ceiling", now, by, ref, before | changes))
-
-        with self._refusals.recorded(by, "administer", ref):
-            receipt = self._decide(decide)
-        return {"ref": ref, **receipt.entry.body, "entry": receipt.index}
-
-    def thaw(self, by: str, ref: str, reason: str) -> dict[str, Any]:
-        """A version that was revoked may be asked for again. Its leases have ended: each takes new approvals."""
-        note = Private.fresh("reason", reason)
-        _check_reason(note, note.commitment)
-
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._speaking(state, by), "administer", now=now)
-            version = state.versions.get(ref)
-            if version is None or not version.frozen:
-                raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
-            return Draft(Entry("thaw", now, by, ref, {}, {"reason": note.commitment}), [note])
-
-        with self._refusals.recorded(by, "administer", ref):
-            return {"ref": ref, "entry": self._decide(decide).index}
-
-    def set_clock(self, by: str, reason: str) -> dict[str, Any]:
-        """After the clock had been ahead: take the room's time back to now. Ends every lease."""
-        note = Private.fresh("reason", reason)
-        _check_reason(note, note.commitment)
-
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, self._speaking(state, by), "administer", now=now)
-            if now >= state.latest - TOLERANCE:
-                raise UsageError("clock.right", "the clock is not behind the log: nothing has to be mended")
-            body = {"before": state.latest}
-            return Draft(Entry("clock", now, by, "", body, {"reason": note.commitment}), [note])
-
-        with self._refusals.recorded(by, "administer"):
-            receipt = self._decide(decide)
-        return {"before": receipt.entry.body["before"], "now": receipt.entry.at, "entry": receipt.index}
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -572,21 +507,6 @@ class Custodian:
             raise UsageError("statement.kind", f"this takes a statement of the kind {kind}, not {statement.kind}")
         return statement
 
-    def _active(self, state: State, path: str) -> Principal:
-        found = state.principals.get(path)
-        if found is None or not found.active:
-            raise AuthRequired(
-                "principal.unknown", f"{path!r:.80} is not active in this room", hint="strongroom principal ls"
-            )
-        return found
-
-    def _speaking(self, state: State, by: str | Speaker) -> Speaker:
-        """Who has spoken, as it is now. By name: whoever opened an embedded room, and is the principal whose key lies
-        there; what comes over the network names a `Speaker`."""
-        if isinstance(by, Speaker):
-            return Speaker(self._active(state, by.path), by.method)
-        return assumed(self._active(state, by))
-
     def _now(self) -> int:
         return self._vault.clock()
 
@@ -595,17 +515,3 @@ def _only_replayed(error: Conflict) -> None:
     """Raises `error` again unless it says that the statement is in the log already."""
     if error.code != "statement.replayed":
         raise error
-
-
-def _check_reason(reason: Private, commitment: str) -> None:
-    """UsageError for what can't be kept or shown, or says nothing, Tampered unless it is what was signed."""
-    if not reason.value.strip():
-        raise UsageError("reason.empty", "a reason says something: others will read it", hint="--reason TEXT")
-    shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
-    if reason.name != "reason" or len(reason.value) > LIMITS.reason or not shown:
-        raise UsageError(
-            "reason.malformed",
-            f"a reason is a text of at most {LIMITS.reason} characters that can be shown",
-            hint="--reason",
-        )
-    reason.check(commitment)

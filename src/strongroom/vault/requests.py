@@ -1,9 +1,12 @@
-"""Requests, grants and proposals as callers see them: one shape for all that waits for approvals."""
+"""Requests, grants and proposals as callers see them: one shape for all that waits for approvals; and reasons."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from strongroom.core.limits import LIMITS
+from strongroom.errors import UsageError
+from strongroom.formats.entry import Private
 from strongroom.policy.state import Grant, Proposal, Request, State
 
 
@@ -75,3 +78,17 @@ def describe_proposal(proposal: Proposal) -> dict[str, Any]:
         "lease": None,
         "expires_at": None,
     }
+
+
+def check_reason(reason: Private, commitment: str) -> None:
+    """UsageError for what can't be kept or shown, or says nothing, Tampered unless it is what was signed."""
+    if not reason.value.strip():
+        raise UsageError("reason.empty", "a reason says something: others will read it", hint="--reason TEXT")
+    shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
+    if reason.name != "reason" or len(reason.value) > LIMITS.reason or not shown:
+        raise UsageError(
+            "reason.malformed",
+            f"a reason is a text of at most {LIMITS.reason} characters that can be shown",
+            hint="--reason",
+        )
+    reason.check(commitment)

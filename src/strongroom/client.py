@@ -427,7 +427,14 @@ class Room:
         return self._principal(path, before.key, before.person, before.roles, before.teams, before.state, bound)
 
     def _principal(
-        self, path: str, key: str, person: str, roles: Sequence[str], teams: Sequence[str], state: str, subject: str
+        self,
+        path: str,
+        key: str,
+        person: str,
+        roles: Sequence[str],
+        teams: Sequence[str],
+        state: str,
+        subject: str = "",
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "principal": path,

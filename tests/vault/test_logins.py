@@ -22,6 +22,7 @@ from server.provider import CLIENT, Provider, TrustDomain, usage
 from strongroom.client import Room
 from strongroom.core.clock import unix
 from strongroom.crypto import svid
+from strongroom.crypto.release import ReleaseKey
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import AuthRequired, BackendError, Conflict, Denied, StrongroomError, Tampered, UsageError
 from strongroom.formats.authority import AUDIENCE, NONCE, OIDC, X509, Authority, audience_name, key_name, svid_message
@@ -504,6 +505,23 @@ class TestWhatAProviderMayNot:
         assert caught.value.evidence["rule"] == "own-key-to-decide"
         lobby.approve("user/ben", said)
 
+    def test_break_the_glass(self, lobby):
+        """An officer who is known by a subject only: else whoever runs the provider would have the weights."""
+        second = lobby.login("user/ann", sub="ann@example.com")
+        note = Private.fresh("reason", "it is urgent")
+        body = {
+            "action": "load",
+            "ref": REF,
+            "holder": "user/ann",
+            "public_key": ReleaseKey().public_key.hex(),
+            "challenge": lobby.custodian.challenge().hex(),
+            "break_glass": True,
+            "reason": note.commitment,
+        }
+        with pytest.raises(Denied) as caught:
+            lobby.custodian.release(lobby.say("release", "user/ann", body, second), note)
+        assert caught.value.evidence["rule"] == "own-key-in-emergencies"
+
     def test_grant_or_change_authorities(self, lobby):
         second = lobby.login("user/ann", sub="ann@example.com")
         with pytest.raises(Denied) as caught:
@@ -527,6 +545,16 @@ class TestAuthorities:
         assert new.name in [each["name"] for each in lobby.custodian.authorities()]
         with Room(lobby.folder, "user/olga") as room:
             room.log.verify()
+
+    def test_that_were_taken_away_do_not_come_back_by_what_was_asked_before(self, lobby):
+        changed = oidc(lobby.provider, algorithms=("ES256", "RS256"))
+        asked = lobby.authority(changed.name, changed.encode(), "user/ben")
+        said = Statement.decode(lobby.entries()[asked["entry"]].body["statement"])
+        lobby.authority(changed.name, "")
+        with pytest.raises(Conflict) as caught:
+            lobby.approve("user/eva", said)
+        assert caught.value.code == "request.over"
+        assert changed.name not in [each["name"] for each in lobby.custodian.authorities()]
 
     def test_are_not_for_everybody(self, lobby):
         key = lobby.login()
@@ -812,6 +840,22 @@ class TestOnOnesOwnMachine:
             assert room.login().end()
             with pytest.raises(AuthRequired):
                 room.request(REF, reason="afterwards")
+
+    def test_weights_are_loaded_under_a_lease_that_people_approved(self, lobby):
+        with Room(lobby.folder, "user/ana") as room:
+            asked = room.login().prepare()
+            room.login().with_token(lobby.provider.token(nonce=asked["nonce"]))
+            with pytest.raises(Denied):
+                room.reader(REF)
+            lease = room.request(REF, reason="evaluation")["id"]
+            for approver in ("user/ben", "user/eva"):
+                with Room(lobby.folder, approver) as other:
+                    other.approve(lease)
+            assert room.reader(REF)
+            # At once, and not when the lease ends.
+            lobby.authority(lobby.provider.issuer, "")
+            with pytest.raises(AuthRequired):
+                room.reader(REF)
 
     def test_a_key_of_ones_own_is_enough_after_a_login_has_ended(self, lobby):
         with Room(lobby.folder, "user/ben") as room:

@@ -286,6 +286,10 @@ class State:
         """Take an authority at its word from now on, or, with an empty text, no more. What it said before is void: it
         was said under other terms."""
         name = record["authority"]
+        # What others have asked for about it was asked of something else: taken away, it must not come back by that.
+        for each in self.grants.values():
+            if each.record.get("authority") == name and each.state == "pending":
+                each.state = "outdated"
         if record["text"]:
             self.authorities[name] = record["text"]
         else:

@@ -88,7 +88,7 @@ class Logins:
         algorithm, key_id = header.get("alg"), header.get("kid")
         if algorithm not in authority.algorithms:
             raise refused(f"the token's algorithm {algorithm!r:.20} is none of {', '.join(authority.algorithms)}")
-        if header.get("typ", "JWT") != "JWT" or "crit" in header or "b64" in header:
+        if str(header.get("typ", "JWT")).upper() != "JWT" or "crit" in header or "b64" in header:
             raise refused("the token's header is not that of an ID token")
         if not isinstance(key_id, str) or not key_id:
             raise refused("the token does not name its key")

@@ -44,10 +44,12 @@ class Provider:
         self.subject = "ana@example.com"
         self.claims: dict = {}
         self.redirect = ""
+        self.body: bytes | None = None  # whatever it answers, in place of what it should
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         with authority.issued(["127.0.0.1"]) as certificate:
             context.load_cert_chain(certificate)
+        self.tls = context
         self._server.socket = context.wrap_socket(self._server.socket, server_side=True, do_handshake_on_connect=False)
         self.issuer = f"https://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -116,7 +118,7 @@ def _handler(provider: Provider):
             self._answer({"id_token": provider.token(nonce=asked["nonce"], aud=form["client_id"][0])})
 
         def _answer(self, value):
-            data = json.dumps(value).encode()
+            data = json.dumps(value).encode() if provider.body is None else provider.body
             self.send_response(200)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hmac
 import json
 import shutil
+import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography import x509
@@ -30,6 +34,7 @@ from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
 from strongroom.ledger.verify import _Statements
 from strongroom.load.login import signer_of
+from strongroom.storage.fetch import fetch
 from strongroom.vault.logins import Logins
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model
@@ -165,6 +170,7 @@ def lobby(tmp_path, template, provider, domain, monkeypatch):
     found.vault.close()
     provider.keys = {"one": provider.keys["one"]}
     provider.extra, provider.claims, provider.redirect, provider.subject = [], {}, "", "ana@example.com"
+    provider.body = None
 
 
 def oidc(provider, **more):
@@ -404,6 +410,31 @@ class TestAnIssuerThatIsDown:
         assert isinstance(error, BackendError)
         assert error.retryable
 
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"x", b"[]", b"7", b'"x"', b"{" * 100_000, b" " * 300_000 + b"{}", b"\xff"],
+        ids=lambda each: each[:4],
+    )
+    def test_that_answers_with_something_else(self, lobby, body):
+        lobby.provider.body = body
+        lobby.refused("issuer.unreachable", lobby.login)
+
+    def test_that_answers_without_end(self, lobby, monkeypatch):
+        monkeypatch.setattr("strongroom.storage.fetch._TIME", 0.3)
+        ended = threading.Event()
+
+        def drip(connection):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n{")
+            with contextlib.suppress(OSError):
+                while not ended.wait(0.05):
+                    connection.sendall(b" ")
+
+        with secure(lobby.provider, drip) as address:
+            with pytest.raises(BackendError) as caught:
+                fetch(f"{address}/x", lobby.provider.ca)
+            ended.set()
+        assert caught.value.code == "issuer.unreachable"
+
     def test_that_says_it_is_another(self, lobby):
         lobby.provider.claims = {"issuer": "https://elsewhere.example"}
         lobby.refused("issuer.unreachable", lobby.login)
@@ -423,6 +454,144 @@ class TestAnIssuerThatIsDown:
             lobby.refused("issuer.unreachable", lobby.login)
         finally:
             other.stop()
+
+
+class Watch:
+    """A clock for how old an issuer's keys are."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def monotonic(self):
+        return self.now
+
+
+class TestAnIssuersKeys:
+    """Asked for by need, and not by whoever shows whatever."""
+
+    @pytest.fixture
+    def issuer(self, monkeypatch, provider):
+        watch, asked = Watch(), []
+        monkeypatch.setattr("strongroom.vault.logins.time", watch)
+
+        def get(url, _):
+            asked.append(url)
+            return {"issuer": provider.issuer, "jwks_uri": f"{provider.issuer}/jwks"} | provider.jwks()
+
+        return watch, asked, Logins(get)
+
+    def login(self, lobby, logins, **options):
+        key = lobby.signer()
+        authority = oidc(lobby.provider)
+        body = {"method": OIDC, "authority": authority.name, "public_key": key.public_key.hex(), "duration": HOUR}
+        said = Statement.decode(lobby.say("login", "user/ana", body, key))
+        token = lobby.provider.token(nonce=key_name(lobby.vault.id, key.public_key), **options)
+        return logins.verify(authority, said, {"token": token}, unix())
+
+    def test_are_kept_for_an_hour(self, lobby, issuer):
+        watch, asked, logins = issuer
+        for _ in range(5):
+            self.login(lobby, logins)
+        assert len(asked) == 2
+        watch.now += 3601
+        self.login(lobby, logins)
+        assert len(asked) == 4
+
+    def test_are_asked_for_again_when_they_change(self, lobby, issuer):
+        watch, asked, logins = issuer
+        self.login(lobby, logins)
+        lobby.provider.keys["two"] = jwk.RSAKey.generate_key(2048, private=True)
+        with pytest.raises(AuthRequired):
+            self.login(lobby, logins)
+        watch.now += 31
+        self.login(lobby, logins)
+        assert len(asked) == 4
+
+    def test_are_asked_for_once_in_a_while_whatever_strangers_show(self, lobby, issuer):
+        watch, asked, logins = issuer
+        self.login(lobby, logins)
+        for _ in range(10):
+            watch.now += 10
+            with pytest.raises(AuthRequired):
+                self.login(lobby, logins, header={"kid": "unknown"})
+        assert len(asked) <= 2 + 2 * 4
+
+    def test_that_is_down_is_not_asked_by_everybody(self, lobby, monkeypatch):
+        watch, asked = Watch(), []
+        monkeypatch.setattr("strongroom.vault.logins.time", watch)
+
+        def get(url, _):
+            asked.append(url)
+            raise BackendError("issuer.unreachable", "down")
+
+        logins = Logins(get)
+        for _ in range(10):
+            with pytest.raises(BackendError):
+                self.login(lobby, logins)
+        assert len(asked) == 1
+        watch.now += 31
+        with pytest.raises(BackendError):
+            self.login(lobby, logins)
+        assert len(asked) == 2
+
+    def test_are_asked_for_once_by_many(self, lobby, provider):
+        asked, both = [], threading.Barrier(4)
+
+        def get(url, _):
+            asked.append(url)
+            return {"issuer": provider.issuer, "jwks_uri": f"{provider.issuer}/jwks"} | provider.jwks()
+
+        logins = Logins(get)
+
+        def attempt(_):
+            both.wait(10)
+            return self.login(lobby, logins)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert len(list(pool.map(attempt, range(4)))) == 4
+        assert len(asked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:EdDSA is deprecated")  # the provider of the tests signs with it
+@pytest.mark.parametrize(
+    ("algorithm", "key"),
+    [
+        ("RS256", lambda: jwk.RSAKey.generate_key(2048, private=True)),
+        ("PS256", lambda: jwk.RSAKey.generate_key(2048, private=True)),
+        ("ES256", lambda: jwk.ECKey.generate_key("P-256", private=True)),
+        ("EdDSA", lambda: jwk.OKPKey.generate_key("Ed25519", private=True)),
+    ],
+)
+def test_every_algorithm_that_may_be_pinned(lobby, algorithm, key):
+    made, speaker = key(), lobby.signer()
+    jwks = json.dumps({"keys": [{**made.as_dict(private=False), "kid": "k"}]})
+    authority = oidc(lobby.provider, algorithms=(algorithm,), jwks=jwks)
+    body = {"method": OIDC, "authority": authority.name, "public_key": speaker.public_key.hex(), "duration": HOUR}
+    said = Statement.decode(lobby.say("login", "user/ana", body, speaker))
+    nonce = key_name(lobby.vault.id, speaker.public_key)
+    token = lobby.provider.token(header={"alg": algorithm, "kid": "k"}, key=made, nonce=nonce)
+    assert Logins().verify(authority, said, {"token": token}, unix()).subject
+    others = dataclasses.replace(authority, algorithms=tuple(sorted({"RS256", "ES256"} - {algorithm})))
+    with pytest.raises(AuthRequired):
+        Logins().verify(others, said, {"token": token}, unix())
+
+
+@contextlib.contextmanager
+def secure(provider, answer):
+    """A server under the provider's certificate that does `answer` with each connection, after its request."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            with contextlib.suppress(OSError):
+                plain, _ = listener.accept()
+                with plain, provider.tls.wrap_socket(plain, server_side=True) as connection:
+                    connection.recv(65536)
+                    answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"https://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(30)
 
 
 class TestWhenItEnds:

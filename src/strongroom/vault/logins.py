@@ -10,6 +10,7 @@ import hashlib
 import json
 import threading
 import time
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +79,14 @@ class Logins:
         """The subject of an ID token (OpenID Connect Core, section 3.1.3.7; RFC 8725)."""
         try:
             from joserfc import jws
+            from joserfc.errors import SecurityWarning
             from joserfc.jwk import import_key
         except ImportError:
             raise UsageError(
                 "login.not_installed", "tokens can't be read here", hint="pip install 'strongroom[server]'"
             ) from None
+        # Its new names (RFC 9864) are those of no issuer yet.
+        warnings.filterwarnings("ignore", "EdDSA is deprecated", SecurityWarning)
         # 4a: three parts, and a header that says no more than it may.
         header, payload = _parts(token)
         algorithm, key_id = header.get("alg"), header.get("kid")

@@ -563,8 +563,20 @@ def test_two_hundred_policies_are_parsed_once_and_decide_as_the_few_among_them_t
             query = ask(action, role, stage="release", lease=True)
             assert policies.decide(query) == TEAM.decide(query)
     query = ask("load", "researcher", stage="release", lease=True)
-    result = cedarpy.is_authorized(query.request(), policies._parsed, query.entities())
+    result = cedarpy.is_authorized(query.request(), policies._slice("load").parsed, query.entities())
     assert result.metrics["policies_pre_parsed"] == 1
     assert policies.decide(ask("load", "researcher", "role-3", stage="release", lease=True, now=3 * 3600)).rules == (
         "never-3",
     )
+
+
+@pytest.mark.parametrize("name", ["team", "solo"])
+def test_what_the_slice_of_an_action_decides_is_what_all_policies_decide(name):
+    policies = Policies.shipped(name)
+    whole = cedarpy.PolicySet.from_str(policies.text)
+    for action in ACTIONS:
+        for role in ROLES:
+            for stage, more in (("release", {"lease": True}), ("release", {"break_glass": True}), ("direct", {})):
+                query = ask(action, role, stage=stage, **more)
+                decision = cedarpy.is_authorized(query.request(), whole, query.entities()).decision
+                assert policies.decide(query).allowed == (decision is cedarpy.Decision.Allow)

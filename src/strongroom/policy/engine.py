@@ -84,8 +84,8 @@ class Policies:
     digest: str = field(compare=False)
     rules: Mapping[str, Rule] = field(compare=False, repr=False)
     roles: tuple[str, ...] = field(compare=False)
-    _parsed: cedarpy.PolicySet = field(compare=False, repr=False)
-    _names: Mapping[str, str] = field(compare=False, repr=False)  # Cedar's own policy0, policy1, … -> @id
+    _scoped: Mapping[str, tuple[Statement, frozenset[str]]] = field(compare=False, repr=False)  # @id: text, actions
+    _slices: dict[str, _Slice] = field(compare=False, repr=False)  # by action, each parsed when it is first asked for
 
     @classmethod
     def parse(cls, text: str) -> Policies:
@@ -100,7 +100,7 @@ class Policies:
         import cedarpy
 
         try:
-            parsed = cedarpy.PolicySet.from_str(text)
+            cedarpy.PolicySet.from_str(text)
             structure = json.loads(cedarpy.policies_to_json_str(text))
         except (ValueError, RecursionError) as error:
             line = _first_bad(found)
@@ -113,7 +113,11 @@ class Policies:
         _validate(text, names, rules)
         digest = hashlib.sha256(text.encode()).hexdigest()
         roles = tuple(sorted(_role_names(structure)))
-        return cls(text, digest, MappingProxyType(rules), roles, parsed, MappingProxyType(names))
+        scoped = {
+            names[f"policy{number}"]: (statement, _actions(structure["staticPolicies"][f"policy{number}"]["action"]))
+            for number, statement in enumerate(found)
+        }
+        return cls(text, digest, MappingProxyType(rules), roles, MappingProxyType(scoped), {})
 
     @classmethod
     def shipped(cls, name: str) -> Policies:
@@ -144,9 +148,10 @@ class Policies:
         # The schema checks the request as well: a context that lacks an attribute is refused as a whole, before any
         # rule could err on it.
         entities = _entities(query.subject, query.resource)
-        result = cedarpy.is_authorized(query.request(), self._parsed, entities, _schema())
-        errors = tuple(self._named(error) for error in result.diagnostics.errors)
-        rules = tuple(sorted((self._names[name] for name in result.diagnostics.reasons), key=self.ids.index))
+        slice_ = self._slice(query.action)
+        result = cedarpy.is_authorized(query.request(), slice_.parsed, entities, _schema())
+        errors = tuple(slice_.named(error) for error in result.diagnostics.errors)
+        rules = tuple(sorted((slice_.names[name] for name in result.diagnostics.reasons), key=self.ids.index))
         reason = "; ".join(self.rules[rule].reason or rule for rule in rules)
         if errors or result.decision is cedarpy.Decision.NoDecision:
             denying = tuple(rule for rule in rules if self.rules[rule].effect == "forbid")
@@ -162,8 +167,29 @@ class Policies:
             return _unclear("Cedar allowed it without a permit")
         return Decision(allowed=True, rules=rules, errors=(), reason=reason)
 
-    def _named(self, error: str) -> str:
-        return re.sub("`(policy[0-9]+)`", lambda match: f"`{self._names.get(match[1], match[1])}`", error)
+    def _slice(self, action: str) -> _Slice:
+        """The policies whose scope has this action: no other can have a part in the decision, and with hundreds of them
+        looking at each takes longer than all else."""
+        found = self._slices.get(action)
+        if found is None:
+            import cedarpy
+
+            ids = [name for name, (_, actions) in self._scoped.items() if action in actions]
+            text = "\n".join(self._scoped[name][0].text for name in ids)
+            names = {f"policy{number}": name for number, name in enumerate(ids)}
+            found = self._slices[action] = _Slice(cedarpy.PolicySet.from_str(text), names)
+        return found
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Some of the policies, parsed; `names` from Cedar's own policy0, policy1, … to the @id."""
+
+    parsed: cedarpy.PolicySet
+    names: Mapping[str, str]
+
+    def named(self, error: str) -> str:
+        return re.sub("`(policy[0-9]+)`", lambda match: f"`{self.names.get(match[1], match[1])}`", error)
 
 
 def _unclear(error: str) -> Decision:
@@ -198,6 +224,13 @@ def _rules(structure: dict[str, Any], found: list[Statement]) -> tuple[dict[str,
         names[f"policy{number}"] = name
         rules[name] = Rule(name, policy["effect"], notes.get("reason", ""), notes.get("ask", ""), line)
     return names, rules
+
+
+def _actions(scope: Mapping[str, Any]) -> frozenset[str]:
+    """The actions of a policy's scope. The schema has no groups of actions: `in` is one of a list."""
+    if scope["op"] == "All":
+        return frozenset(ACTIONS)
+    return frozenset(entity["id"] for entity in scope.get("entities", [scope.get("entity")]))
 
 
 def _validate(text: str, names: Mapping[str, str], rules: Mapping[str, Rule]) -> None:

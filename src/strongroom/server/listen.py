@@ -7,7 +7,7 @@ import contextlib
 import resource
 import socket
 import ssl
-from asyncio import Transport
+from asyncio import TimerHandle, Transport
 from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,14 +19,18 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from strongroom.errors import BackendError
 
 _HEAD_TIME = 20.0  # seconds in which the next request has to begin, and its head to have come
+_TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent: a piece of an object at most
 _FROM_ONE = 1000  # connections at a time from one address, which a whole cluster may share
 _HEAD = 64 * 1024  # bytes
 
 
 class Connection(H11Protocol):
-    """A connection that is closed when no request comes, and is not opened when its address has too many."""
+    """A connection that is closed when no request comes, or what it was sent is not taken, and is not opened when its
+    address has too many."""
 
     _from: ClassVar[Counter[str]] = Counter()
+    _waiting: TimerHandle | None = None
+    _taking: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -41,9 +45,21 @@ class Connection(H11Protocol):
         self._from[self._address] -= 1
         if not self._from[self._address]:
             del self._from[self._address]
-        if (waiting := getattr(self, "_waiting", None)) is not None:
-            waiting.cancel()
+        for timer in (self._waiting, self._taking):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Who reads a byte a minute would keep the connection, and a piece in memory, for as long as it likes.
+        self._taking = self.loop.call_later(_TAKE_TIME, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def _look(self, before: Any) -> None:
         """Close if there was no new request since the last look, and none is being answered."""

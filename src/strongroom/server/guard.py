@@ -27,9 +27,15 @@ class Guard:
     """ASGI middleware: a token bucket for each address, and security headers on every answer."""
 
     def __init__(
-        self, app: Any, *, rate: float = _RATE, burst: float = _BURST, clock: Callable[[], float] = time.monotonic
+        self,
+        app: Any,
+        *,
+        rate: float = _RATE,
+        burst: float = _BURST,
+        clock: Callable[[], float] = time.monotonic,
+        refused: Callable[[], None] = lambda: None,
     ) -> None:
-        self._app, self._rate, self._burst, self._clock = app, rate, burst, clock
+        self._app, self._rate, self._burst, self._clock, self._refused = app, rate, burst, clock, refused
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # address: tokens, when
         self._lock = threading.Lock()
 
@@ -49,6 +55,7 @@ class Guard:
         if self._allows(address):
             await self._app(scope, receive, guarded)
         else:
+            self._refused()
             await _busy(guarded)
 
     def _allows(self, address: str) -> bool:

@@ -1,0 +1,83 @@
+"""Every route of the custodian, in one table: what is not here is not served, and what is here is in the OpenAPI
+document (spec/http.md, section 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# How a request says who speaks: not at all, by the header Authorization, in its body, by the pass in its path.
+NOBODY, CALL, STATEMENT, PASS = "nobody", "call", "statement", "pass"
+JSON, BYTES, NOTE, EXPOSITION = "application/json", "application/octet-stream", "text/plain", "text/plain"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A route. `takes` and `answers`: names of schemas, or media types where it is no JSON; `query`: the names of
+    parameters that may be given."""
+
+    name: str
+    method: str
+    path: str
+    summary: str
+    speaks: str
+    answers: str
+    takes: str = ""
+    query: tuple[str, ...] = ()
+
+
+OPERATIONS = (
+    Operation("challenge", "POST", "/v1/challenges", "A fresh challenge, for one release", NOBODY, "Challenge"),
+    Operation("release", "POST", "/v1/releases", "The keys of a version, for its holder", STATEMENT, "Release", "Said"),
+    Operation("requests", "GET", "/v1/requests", "What was asked for", CALL, "Requests"),
+    Operation("request", "POST", "/v1/requests", "Ask for a lease", STATEMENT, "Request", "SaidWithReason"),
+    Operation("show_request", "GET", "/v1/requests/{id}", "One request, grant or proposal", CALL, "Request"),
+    Operation("approve", "POST", "/v1/requests/{id}/approve", "One person's yes", STATEMENT, "Request", "Said"),
+    Operation("deny", "POST", "/v1/requests/{id}/deny", "A no", STATEMENT, "Request", "SaidWithReason"),
+    Operation("leases", "GET", "/v1/leases", "The leases that hold now", CALL, "Leases"),
+    Operation("renew", "POST", "/v1/leases/{id}/renew", "Extend a lease to load", STATEMENT, "Request", "Said"),
+    Operation(
+        "revoke",
+        "POST",
+        "/v1/revocations",
+        "End a lease, suspend a principal, freeze a version",
+        STATEMENT,
+        "Revoked",
+        "SaidWithReason",
+    ),
+    Operation("principals", "GET", "/v1/principals", "Everybody", CALL, "Principals"),
+    Operation(
+        "principal", "POST", "/v1/principals", "Register or change a principal", STATEMENT, "PrincipalChanged", "Said"
+    ),
+    Operation("show_principal", "GET", "/v1/principals/{path:path}", "One principal", CALL, "Principal"),
+    Operation("login", "POST", "/v1/logins", "A key speaks for a principal for a while", STATEMENT, "Login", "Proven"),
+    Operation("authorities", "GET", "/v1/authorities", "Whose word is taken for who somebody is", CALL, "Authorities"),
+    Operation("authority", "POST", "/v1/authorities", "Take, or no more", STATEMENT, "AuthorityChanged", "Said"),
+    Operation("policy", "GET", "/v1/policies", "The policy in force, and proposals", CALL, "Policy"),
+    Operation("propose", "POST", "/v1/policies", "Propose a policy", STATEMENT, "PolicyProposed", "Proposed"),
+    Operation("enact", "POST", "/v1/policies/{id}/enact", "Make a proposal the policy in force", CALL, "PolicyEnacted"),
+    Operation("weights", "GET", "/v1/weights", "Versions", CALL, "Versions", query=("name",)),
+    Operation("put", "POST", "/v1/weights", "Put a model (section 7)", CALL, "Put", BYTES),
+    Operation("show", "GET", "/v1/weights/{ref:path}", "Everything about one version", CALL, "VersionShown"),
+    Operation("check_put", "POST", "/v1/uploads", "Would this be taken?", CALL, "UploadTaken", BYTES),
+    Operation(
+        "reach", "GET", "/v1/reach", "Who can, or what can be reached", CALL, "Reach", query=("ref", "principal")
+    ),
+    Operation("review", "GET", "/v1/reviews", "Who has what, who used it, what to look at", CALL, "Review"),
+    Operation("status", "GET", "/v1/status", "What the room holds", CALL, "Status"),
+    Operation("object", "GET", "/v1/objects/{pass}/{name:path}", "Ciphertext (section 5)", PASS, BYTES),
+    Operation("checkpoint", "GET", "/v1/log/checkpoint", "The newest signed note", CALL, NOTE),
+    Operation(
+        "consistency",
+        "GET",
+        "/v1/log/consistency",
+        "That the log only grew",
+        CALL,
+        "Proof",
+        query=("old", "new"),
+    ),
+    Operation("tile", "GET", "/v1/log/tile/{path:path}", "A tile or an entry bundle", CALL, BYTES),
+    Operation("openapi", "GET", "/v1/openapi.json", "This document", NOBODY, JSON),
+    Operation("metrics", "GET", "/metrics", "Counts and times, in the text form of Prometheus", CALL, EXPOSITION),
+    Operation("alive", "GET", "/healthz", "The server runs", NOBODY, "Ok"),
+    Operation("ready", "GET", "/readyz", "The room is unsealed, its log and its key store answer", NOBODY, "Ok"),
+)

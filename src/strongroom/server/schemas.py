@@ -1,0 +1,195 @@
+"""What requests and answers of the custodian consist of, as JSON Schema (spec/http.md): the components of its OpenAPI
+document. An answer has exactly the members that are here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strongroom.core.canonical import MAX_INTEGER
+from strongroom.core.limits import LIMITS
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}
+FLAG: Schema = {"type": "boolean"}
+DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+ID: Schema = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
+BYTES: Schema = {"type": "string", "contentEncoding": "base64"}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _list(schema: Schema) -> Schema:
+    return {"type": "array", "items": schema}
+
+
+def _object(members: dict[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
+    required = sorted(members.keys() - set(optional))
+    return {"type": "object", "properties": members, "required": required, "additionalProperties": False}
+
+
+def _one(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _all(*names: str) -> dict[str, Schema]:
+    return dict.fromkeys(names, TEXT)
+
+
+def _counts(*names: str) -> dict[str, Schema]:
+    return dict.fromkeys(names, COUNT)
+
+
+_LEASE: dict[str, Schema] = {"id": ID, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT}
+_REQUEST: dict[str, Schema] = {
+    "id": ID,
+    "digest": DIGEST,
+    **_all("action", "state", "ref", "for", "by"),
+    **_counts("duration", "enact_after", "entry"),
+    "uses": _or_null(COUNT),
+    "needs": _list(TEXT),
+    "approved_by": _list(TEXT),
+    "lease": _or_null(_object(_LEASE)),
+    "expires_at": _or_null(COUNT),
+}
+_SOMETIMES = ("ref", "for", "duration", "uses", "enact_after", "entry")  # by what it is: a request, grant or proposal
+_WHO: dict[str, Schema] = {
+    **_all("path", "person", "state", "since"),
+    "roles": _list(TEXT),
+    "teams": _list(TEXT),
+}
+_VERSION: dict[str, Schema] = {
+    **_all("ref", "state", "digest", "created_at", "created_by"),
+    **_counts("revision", "bytes", "stored_bytes", "segments", "positions"),
+    "shredded_at": _or_null(TEXT),
+}
+_HELD: dict[str, Schema] = {"id": ID, **_all("holder", "action", "ref"), **_counts("expires_at", "used")}
+
+# What is sent.
+_SAID: dict[str, Schema] = {"statement": {"type": "string", "maxLength": LIMITS.entry}}
+_REASON: Schema = _object({"value": {"type": "string", "maxLength": LIMITS.reason}, "salt": BYTES})
+
+COMPONENTS: dict[str, Schema] = {
+    "Problem": _object(
+        {
+            "type": {"const": "about:blank"},
+            **_all("title", "detail", "code", "hint"),
+            "status": {"type": "integer", "minimum": 400, "maximum": 599},
+            "evidence": {"type": "object"},
+        }
+    ),
+    "Reason": _REASON,
+    "Said": _object(_SAID | {"reason": _or_null(_one("Reason"))}, optional=("reason",)),
+    "SaidWithReason": _object(_SAID | {"reason": _one("Reason")}),
+    "Proposed": _object(_SAID | {"reason": _one("Reason"), "text": TEXT}),
+    "Proven": _object(_SAID | {"proof": {"type": "object"}}),
+    "Ok": _object({"ok": {"const": True}}),
+    "Challenge": _object({"nonce": DIGEST, "expires_at": COUNT}),
+    "Release": _object(
+        {"entry": BYTES, "index": COUNT, "proof": _list(BYTES), "checkpoint": BYTES, "sealed": BYTES, "store": TEXT}
+    ),
+    "Request": _object(_REQUEST, optional=_SOMETIMES),
+    "Requests": _object({"requests": _list(_one("Request"))}),
+    "Lease": _object(_HELD),
+    "Leases": _object({"leases": _list(_one("Lease"))}),
+    "Revoked": _object({"target": TEXT, "state": {"const": "revoked"}, "entry": COUNT}),
+    "Principal": _object(
+        _WHO
+        | {
+            "key": TEXT,
+            "subject": TEXT,
+            "entry": COUNT,
+            "leases": _list(_object({"id": ID, **_all("action", "ref"), "expires_at": COUNT})),
+        }
+    ),
+    "Principals": _object({"principals": _list(_object(_WHO))}),
+    "PrincipalChanged": _object(
+        {**_all("principal", "person", "state"), "roles": _list(TEXT), "teams": _list(TEXT), "id": ID, "entry": COUNT},
+        optional=("id",),
+    ),
+    "Login": _object({"principal": TEXT, **_counts("expires_at", "entry")}),
+    "Authorities": _object(
+        {
+            "authorities": _list(
+                _object(
+                    {
+                        **_all("kind", "name", "audience", "binding", "jwks", "ca", "bundle"),
+                        "algorithms": _list(TEXT),
+                        "longest": COUNT,
+                    }
+                )
+            )
+        }
+    ),
+    "AuthorityChanged": _object({**_all("authority", "state"), "id": ID, "entry": COUNT}, optional=("id",)),
+    "Policy": _object(
+        {
+            "digest": DIGEST,
+            **_all("since", "text"),
+            "rules": _list(_object({**_all("id", "effect", "reason", "ask"), "line": COUNT})),
+            "proposals": _list(_object({"id": ID, "digest": DIGEST, "by": TEXT, "enact_after": COUNT})),
+        }
+    ),
+    "PolicyProposed": _object({"id": ID, **_counts("enact_after", "entry")}),
+    "PolicyEnacted": _object({"policy": DIGEST, "proposal": ID, "entry": COUNT}),
+    "Version": _object(_VERSION),
+    "Versions": _object({"versions": _list(_one("Version"))}),
+    "VersionShown": {
+        "type": "object",
+        "properties": {
+            **_VERSION,
+            **_all("version", "suite", "signed_by"),
+            **_counts("marked_bytes", "markable_bytes", "common_segment", "marked_segment", "packs"),
+            "files": _list(_object({**_all("path", "kind"), "bytes": COUNT, "sha256": DIGEST})),
+        },
+        "required": sorted([*_VERSION, "version", "suite", "signed_by", "files", "packs"]),
+    },
+    "UploadTaken": _object(_counts("files", "bytes")),
+    "Put": _object(
+        {
+            **_all("ref", "digest"),
+            **_counts("bytes", "stored_bytes", "segments", "positions", "resumed_packs", "entry"),
+            "files": _list(TEXT),
+            "unmarked": {"type": "object", "additionalProperties": COUNT},
+        }
+    ),
+    "Reach": _object(
+        {
+            "access": _list(
+                _object(
+                    {**_all("principal", "action", "ref", "state", "answer"), "needs": _list(TEXT), "path": _list(TEXT)}
+                )
+            )
+        }
+    ),
+    "Review": _object(
+        {
+            "findings": _list(_object(_all("severity", "kind", "about", "message", "removes"))),
+            "holdings": _list(
+                _object(
+                    {
+                        **_all("lease", "holder", "action", "ref"),
+                        **_counts("expires_at", "used", "last_used"),
+                        "approved_by": _list(TEXT),
+                    }
+                )
+            ),
+            "activity": _list(
+                _object(
+                    {"principal": TEXT, **_counts("releases", "copies", "requests", "approvals", "refused", "last")}
+                )
+            ),
+        }
+    ),
+    "Status": _object(
+        {
+            "room": TEXT,
+            "sealed": FLAG,
+            **_counts("principals", "versions", "shredded", "bytes", "stored_bytes", "log_size", "leases"),
+        }
+    ),
+    "Proof": _object({"proof": _list(BYTES)}),
+}

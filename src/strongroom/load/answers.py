@@ -12,7 +12,7 @@ from typing import Any
 
 from strongroom.errors import BackendError
 from strongroom.formats.card import Card
-from strongroom.formats.entry import COUNT, DIGEST, TEXT, Kind, or_null
+from strongroom.formats.entry import COUNT, DIGEST, FLAG, TEXT, Kind, or_null
 from strongroom.storage.blobs import OBJECT_STORES
 
 _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
@@ -64,6 +64,41 @@ PUT: dict[str, Kind] = {
     **dict.fromkeys(("bytes", "stored_bytes", "segments", "positions", "resumed_packs", "entry"), COUNT),
     "files": _TEXTS,
     "unmarked": lambda value: isinstance(value, dict) and all(map(TEXT, value)) and all(map(COUNT, value.values())),
+}
+LEASES: dict[str, Kind] = {
+    "leases": _list(
+        _object({**dict.fromkeys(("id", "holder", "action", "ref"), TEXT), "expires_at": COUNT, "used": COUNT})
+    )
+}
+SHOWN = _VERSION | {
+    **dict.fromkeys(("version", "suite", "signed_by"), TEXT),
+    "files": _list(_object({"path": TEXT, "kind": TEXT, "bytes": COUNT, "sha256": TEXT})),
+    "packs": COUNT,
+}
+REVIEW: dict[str, Kind] = {
+    "findings": _list(_object(dict.fromkeys(("severity", "kind", "about", "message", "removes"), TEXT))),
+    "holdings": _list(
+        _object(
+            {
+                **dict.fromkeys(("lease", "holder", "action", "ref"), TEXT),
+                **dict.fromkeys(("expires_at", "used", "last_used"), COUNT),
+                "approved_by": _TEXTS,
+            }
+        )
+    ),
+    "activity": _list(
+        _object(
+            {
+                "principal": TEXT,
+                **dict.fromkeys(("releases", "copies", "requests", "approvals", "refused", "last"), COUNT),
+            }
+        )
+    ),
+}
+STATUS: dict[str, Kind] = {
+    "room": TEXT,
+    "sealed": FLAG,
+    **dict.fromkeys(("principals", "versions", "shredded", "bytes", "stored_bytes", "log_size", "leases"), COUNT),
 }
 CHALLENGE: dict[str, Kind] = {"nonce": DIGEST}
 RELEASE: dict[str, Kind] = {

@@ -1,0 +1,244 @@
+"""Who may do what over HTTP: every route, asked by every role, by people who were something, and by strangers."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import time
+
+import pytest
+
+from server.served import PEOPLE, REF, Served
+from server.test_http import call
+from server.test_openapi import conforms
+from strongroom.client import Room
+from strongroom.crypto.reading import make_pass
+from strongroom.crypto.release import ReleaseKey
+from strongroom.crypto.signatures import Signer
+from strongroom.formats.entry import Private
+from strongroom.formats.statement import Statement
+from strongroom.formats.upload import Upload, UploadFile
+from strongroom.server.operations import CALL, NOBODY, OPERATIONS, PASS, STATEMENT
+
+pytestmark = pytest.mark.server
+
+ROLES = {role: path for path, role in PEOPLE.items()} | {"operator": "user/oto", "partner": "user/pat"}
+OTHERS = {"suspended": "user/sus", "removed": "user/rem", "unknown": "user/nobody", "nobody": ""}
+EVERYBODY = {*ROLES, *OTHERS}
+INSIDE = {*ROLES} - {"partner"}
+AUDIT = {"officer", "auditor"}
+
+# For each route, who is not refused. Everybody else gets 401 (if the room does not know them) or 403.
+MAY = {
+    "challenge": EVERYBODY,
+    "release": {"researcher"},
+    "requests": set(ROLES),
+    "request": {"researcher", "operator", "partner"},
+    "show_request": INSIDE,
+    "approve": {"officer", "executive"},
+    "deny": {"officer", "executive", "researcher"},  # who asked takes it back
+    "leases": set(ROLES),
+    "renew": {"officer", "executive"},
+    "revoke": {"officer", "executive", "researcher"},  # and gives back what it was given
+    "principals": set(ROLES),
+    "principal": {"officer", "executive"},
+    "show_principal": INSIDE,
+    "policy": INSIDE,
+    "propose": {"officer"},
+    "enact": {"officer"},
+    "weights": set(ROLES),
+    "put": {"operator"},
+    "show": set(ROLES),
+    "check_put": {"operator"},
+    "reach": set(ROLES),
+    "review": AUDIT,
+    "status": INSIDE,
+    "object": EVERYBODY,  # who has a pass: it was given to a holder
+    "checkpoint": set(ROLES),
+    "consistency": set(ROLES),
+    "tile": AUDIT,
+    "openapi": EVERYBODY,
+    "metrics": AUDIT,
+    "alive": EVERYBODY,
+    "ready": EVERYBODY,
+}
+# What concerns others is answered to a guest as if it were not there.
+HIDDEN = {("show_request", "partner"), ("show_principal", "partner")}
+
+
+def test_the_table_has_every_route():
+    assert set(MAY) == {each.name for each in OPERATIONS}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    made = Served(tmp_path_factory.mktemp("served"), operators=("user/oto",))
+    with Room(made.folder, "user/olga") as room:
+        for path, role in (("user/pat", "partner"), ("user/sus", "auditor"), ("user/rem", "auditor")):
+            room.principal_add(path, roles=[role], public_key=made.identities.create(path).public_key.hex())
+        room.principal_change("user/sus", state="suspended")
+        room.principal_change("user/rem", state="removed")
+    yield made
+    made.stop()
+
+
+class Asker:
+    """Requests that are well formed, for every route, as anybody."""
+
+    def __init__(self, served):
+        self.served = served
+        self.strangers = Signer(b"e" * 32)
+
+    def signer(self, who):
+        return self.served.identities.signer(who) if who in self.served.identities.ls() else self.strangers
+
+    def said(self, kind, body, who):
+        now, room = int(time.time()), self.served.card.room.hex()
+        return Statement.sign(kind, body, room=room, by=who, at=now, signer=self.signer(who)).envelope
+
+    def lease(self, who="user/ana", by=("user/ben", "user/eva")):
+        """A request of ana's, and, with `by`, its lease."""
+        found = self.send("request", who)
+        assert found[0] == 200, found
+        request = json.loads(found[2])
+        for each in by:
+            self.request = request
+            assert self.send("approve", each)[0] == 200
+        self.request = request
+        return request
+
+    def send(self, name, who):
+        """Status, headers and body of the answer to a request of this kind by `who`."""
+        operation = next(each for each in OPERATIONS if each.name == name)
+        path, body = getattr(self, f"_{name}", lambda _: (operation.path, b""))(who)
+        headers = {}
+        if operation.speaks == CALL and who:
+            signed = body
+            if name == "put":
+                signed = body[4 : 4 + int.from_bytes(body[:4], "big")]
+            headers = call(self.served, operation.method, path, who, signer=self.signer(who), body=signed)
+        return self.served.raw(operation.method, path, body, headers)
+
+    def _statement(self, kind, body, who, reason=None, **more):
+        value = {"statement": self.said(kind, body, who or "user/ana") if who else "", **more}
+        if reason is not None:
+            value["reason"] = {"value": reason.value, "salt": base64.b64encode(reason.salt).decode()}
+        return json.dumps(value).encode()
+
+    def _release(self, who):
+        challenge = json.loads(self.served.raw("POST", "/v1/challenges")[2])["nonce"]
+        body = {"action": "load", "ref": REF, "holder": who, "public_key": ReleaseKey().public_key.hex()}
+        body |= {"challenge": challenge, "break_glass": False, "reason": ""}
+        return "/v1/releases", self._statement("release", body, who)
+
+    def _request(self, who):
+        reason = Private.fresh("reason", "to test")
+        body = {"action": "load", "ref": REF, "for": who, "duration": 60, "uses": None, "reason": reason.commitment}
+        return "/v1/requests", self._statement("request", body, who, reason)
+
+    def _show_request(self, _):
+        return f"/v1/requests/{self.request['id']}", b""
+
+    def _approve(self, who):
+        body = {"request": self.request["digest"], "duration": 0, "uses": None}
+        return f"/v1/requests/{self.request['id']}/approve", self._statement("approve", body, who)
+
+    def _deny(self, who):
+        reason = Private.fresh("reason", "no")
+        body = {"request": self.request["digest"], "reason": reason.commitment}
+        return f"/v1/requests/{self.request['id']}/deny", self._statement("deny", body, who, reason)
+
+    def _renew(self, who):
+        body = {"lease": self.request["id"], "duration": 0}
+        return f"/v1/leases/{self.request['id']}/renew", self._statement("renew", body, who)
+
+    def _revoke(self, who):
+        reason = Private.fresh("reason", "no")
+        body = {"target": self.request["id"], "reason": reason.commitment}
+        return "/v1/revocations", self._statement("revoke", body, who, reason)
+
+    def _principal(self, who):
+        body = {
+            "principal": f"user/new-{who[5:]}",
+            "key": hashlib.sha256(who.encode()).hexdigest(),
+            "person": f"user/new-{who[5:]}",
+        }
+        body |= {"roles": ["researcher"], "teams": [], "state": "active"}
+        return "/v1/principals", self._statement("principal", body, who)
+
+    def _show_principal(self, _):
+        return "/v1/principals/user/ana", b""
+
+    def _propose(self, who):
+        with Room(self.served.folder, "user/olga") as room:
+            text = room.policy()["text"] + f"\n// as {who or 'nobody'} would have it\n"
+        reason = Private.fresh("reason", "better")
+        body = {"digest": hashlib.sha256(text.encode()).hexdigest(), "reason": reason.commitment}
+        return "/v1/policies", self._statement("propose", body, who, reason, text=text)
+
+    def _enact(self, _):
+        return f"/v1/policies/{self.proposal['id']}/enact", b""
+
+    def _upload(self):
+        data = b"{}"
+        file = UploadFile("config.json", 2, hashlib.sha256(data).hexdigest(), 2)
+        return Upload(name="acme/sent", share="1/8", positions=64, suite="blake3", files=(file,)).encode()
+
+    def _put(self, _):
+        head = self._upload()
+        return "/v1/weights", len(head).to_bytes(4, "big") + head + b"{}"
+
+    def _check_put(self, _):
+        return "/v1/uploads", self._upload()
+
+    def _show(self, _):
+        return f"/v1/weights/{REF}", b""
+
+    def _reach(self, _):
+        return f"/v1/reach?ref={REF}", b""
+
+    def _object(self, _):
+        with Room(self.served.folder, "user/olga") as room:
+            good = make_pass(room._vault.keys.reading_key, self.served.card.room, int(time.time()) + 60)
+        name = next(each for each in (self.served.folder / "store").rglob("*") if each.is_file())
+        return f"/v1/objects/{good}/{name.relative_to(self.served.folder / 'store')}", b""
+
+    def _consistency(self, _):
+        return "/v1/log/consistency?old=1&new=2", b""
+
+    def _tile(self, _):
+        return "/v1/log/tile/entries/000.p/1", b""
+
+
+@pytest.fixture(scope="module")
+def asker(served):
+    made = Asker(served)
+    made.lease()
+    made.proposal = json.loads(made.send("propose", "user/ben")[2])
+    return made
+
+
+@pytest.mark.parametrize("role", sorted(EVERYBODY))
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
+def test_who_may(asker, operation, role):
+    who = {**ROLES, **OTHERS}[role]
+    name = operation.name
+    if name in ("approve", "deny"):
+        asker.lease(by=())  # a fresh one, that waits
+    if name in ("renew", "revoke", "release"):
+        asker.lease()
+    status, headers, body = asker.send(name, who)
+    conforms(operation, status, headers, body)
+    if role in MAY[name]:
+        # Enacting takes a day and a second person: somebody who may is told so.
+        assert status in (200, 206) or (name == "enact" and status == 409), body
+        if operation.speaks in (NOBODY, PASS):
+            assert status == 200
+    elif (name, role) in HIDDEN:
+        assert status == 404, body
+    elif operation.speaks == STATEMENT and not who:
+        assert status == 422, body  # there is no statement in it
+    else:
+        assert status == (401 if role in OTHERS else 403), body
+        assert json.loads(body)["code"] == "auth.refused" or role in ROLES

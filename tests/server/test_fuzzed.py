@@ -33,7 +33,7 @@ CHECKS = [
     checks.response_schema_conformance,
 ]
 OPEN = ("challenge", "alive", "ready", "openapi")
-ABOUT = {"request": {401, 403, 404}, "revoke": {401, 403, 404}, "principal": {401, 403}}  # each gets as far as policy
+ABOUT = {"request": {401, 403, 404}, "revoke": {401, 403, 404}}  # each gets as far as policy
 TOLD = ("requests", "leases", "principals", "policy", "weights", "review", "status", "checkpoint", "metrics")
 SAID = [each.name for each in OPERATIONS if each.speaks == STATEMENT]  # called as the kind of the statement is
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
 )
 @click.option("--listen", "where", default="127.0.0.1:8470", show_default=True, metavar="HOST:PORT")
 @click.option("--name", "names", multiple=True, metavar="HOST", help="What clients call this server.  [default: HOST]")
+@click.option(
+    "--metrics",
+    "shown_at",
+    metavar="HOST:PORT",
+    help="Show metrics there, on loopback, to anybody.  [default: nowhere]",
+)
 @pass_options
-def serve(options: Options, where: str, names: tuple[str, ...]) -> None:
+def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | None) -> None:
     """Serve the room to others, until interrupted."""
     try:
         from strongroom.server.app import CustodianApp
         from strongroom.server.listen import configure, listen, run
+        from strongroom.server.metrics import MetricsServer
     except ImportError:
         raise UsageError(
             "serve.not_installed", "the server is not installed", hint="pip install 'strongroom[server]'"
@@ -38,30 +47,42 @@ def serve(options: Options, where: str, names: tuple[str, ...]) -> None:
     from strongroom.formats.card import Card
     from strongroom.vault.vault import Vault
 
-    host, _, text = where.rpartition(":")
-    host = host.strip("[]")
-    if not host or not (text.isascii() and text.isdigit()) or int(text[:6]) > 65535:
-        raise UsageError("serve.listen", f"{where!r} is not HOST:PORT", hint="--listen 127.0.0.1:8470")
+    host, port = _address(where)
+    metrics_at = _address(shown_at) if shown_at is not None else None
     called = list(names) or [host]
     vault = Vault(options.folder)
     try:
         vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not by the first client
         # Before anything is written: the card of a server that runs here already stays.
-        with listen(host, int(text)) as listener:
+        with listen(host, port) as listener, contextlib.ExitStack() as stack:
             authority = Authority(vault.folder / "tls", f"Strongroom room {vault.id.hex()[:8]}")
             shown = f"[{called[0]}]" if ":" in called[0] else called[0]
             url = f"https://{shown}:{listener.getsockname()[1]}"
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
+            app = CustodianApp(vault, url)
             with authority.issued(sorted({*called, host})) as certificate:
-                config = configure(CustodianApp(vault, url).asgi, certificate)
+                config = configure(app.asgi, certificate)
+            metrics = stack.enter_context(MetricsServer(app.metrics, *metrics_at)) if metrics_at else None
             path = _keep(vault.folder / "card.json", card)
             answer = {"url": url, "card": str(path), "log_key": vault.log_key.verifier.encode()}
+            if metrics is not None:
+                answer["metrics"] = f"{metrics.url}/metrics"
+                threading.Thread(target=metrics.serve_forever, daemon=True).start()
+                stack.callback(metrics.shutdown)
             options.output.answer(answer, facts(list(answer.items())))
             options.output.note("  → give the card to clients, over a channel that they trust: strongroom trust CARD")
             run(config, listener)
     finally:
         vault.close()
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    if not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > 65535:
+        raise UsageError("serve.listen", f"{text!r} is not HOST:PORT", hint="--listen 127.0.0.1:8470")
+    return host, int(port)
 
 
 def _keep(path: Path, card: Card) -> Path:

@@ -24,7 +24,7 @@ from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
 from strongroom.server.calls import Calls
 from strongroom.server.guard import Guard
-from strongroom.server.metrics import Metrics
+from strongroom.server.metrics import CONTENT_TYPE, Metrics
 from strongroom.server.operations import OPERATIONS, Operation
 from strongroom.server.problem import fault, missing, problem
 from strongroom.server.readiness import Readiness
@@ -172,7 +172,7 @@ class CustodianApp:
 
     def _metrics(self, request: Request, body: bytes) -> Response:
         self._calls.caller(request, body, "audit", "administer")
-        return Response(self.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
 
     def _ready(self, _: Request, __: bytes) -> dict[str, Any]:
         self._readiness.check()

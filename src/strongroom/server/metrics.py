@@ -4,18 +4,22 @@ machine is not told who uses what."""
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from strongroom.errors import StrongroomError
+from strongroom.errors import BackendError, StrongroomError, UsageError
+from strongroom.server.bounded import BoundedServer
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ROUTE = ("route", "method", "status")
 
 
@@ -75,3 +79,48 @@ class Metrics:
     def exposition(self) -> bytes:
         """All of it, as text."""
         return generate_latest(self._registry)
+
+
+class MetricsServer(BoundedServer):
+    """``GET /metrics`` for whoever is on this machine, without a signature: Prometheus makes none. Plain HTTP, so on a
+    loopback address only: UsageError ``serve.metrics``; BackendError ``serve.listen``."""
+
+    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+        try:
+            loopback = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback:
+            raise UsageError(
+                "serve.metrics",
+                f"metrics are shown without a signature and without TLS, so on a loopback address only, not on {host}",
+                hint="--metrics 127.0.0.1:9470, and something on this machine that passes them on",
+            )
+        self.metrics = metrics
+        try:
+            super().__init__((host, port), _Handler)
+        except OSError as error:
+            raise BackendError(
+                "serve.listen",
+                f"can't listen on {host}, port {port}: {error.strerror or error}",
+                hint="--metrics with another port, or stop what listens there",
+            ) from None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: MetricsServer
+    timeout = 10.0
+    server_version = "strongroom"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        found = self.path == "/metrics"
+        body = self.server.metrics.exposition() if found else b""
+        self.send_response(200 if found else 404)
+        self.send_header("Content-Type", CONTENT_TYPE)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Requests are not printed: only the command line prints."""

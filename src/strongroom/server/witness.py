@@ -6,15 +6,15 @@ private.
 
 from __future__ import annotations
 
-import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, ClassVar
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import BackendError, Conflict, Denied, LimitExceeded, NotFound, StrongroomError, Tampered
 from strongroom.ledger.witness import Witness
+from strongroom.server.bounded import BoundedServer
 
-_TIMEOUT = 10.0  # seconds that a client may take to send its request
+_TIMEOUT = 10.0  # seconds without a byte of a request
 # In the words of the specification; a proof that does not verify is told from a request that is not one by its code.
 _STATUS: tuple[tuple[type[StrongroomError], int], ...] = (
     (NotFound, 404),
@@ -26,24 +26,12 @@ _STATUS: tuple[tuple[type[StrongroomError], int], ...] = (
 )
 
 
-class WitnessServer(ThreadingHTTPServer):
+class WitnessServer(BoundedServer):
     """`witness` on `address`, a pair of host and port; port 0 is any that is free."""
 
-    daemon_threads = True
-
-    def __init__(self, witness: Witness, address: tuple[str, int]) -> None:
+    def __init__(self, witness: Witness, address: tuple[str, int], **bounds: Any) -> None:
         self.witness = witness
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A traceback for faults of ours, and not for everybody who hangs up."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-    @property
-    def url(self) -> str:
-        host, port = self.server_address[:2]
-        return f"http://{host!s}:{port}"
+        super().__init__(address, _Handler, **bounds)
 
 
 class _Handler(BaseHTTPRequestHandler):

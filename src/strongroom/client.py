@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
 from strongroom.core.settings import Settings
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from strongroom.formats.entry import Private
     from strongroom.load.login import Login
     from strongroom.load.reader import ImageReader
+    from strongroom.load.room import AnyRoom
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
     from strongroom.vault.fsck import FsckReport
@@ -67,21 +68,29 @@ class Room:
     def __init__(
         self, room: str | Path | Card, principal: str | None = None, *, passphrase: PassphraseSource | None = None
     ) -> None:
-        self._vault = self._opened(room, principal, passphrase)
         self._as = principal
         self._who: str | None = None
-
-    @staticmethod
-    def _opened(room: str | Path | Card, principal: str | None, passphrase: PassphraseSource | None) -> Vault:
+        self._vault: AnyRoom
+        self._embedded: Vault | None = None  # for what is done where the room is
         if isinstance(room, Path) or (isinstance(room, str) and not room.startswith("https://")):
             from strongroom.vault.vault import Vault
 
-            return Vault(room_folder(room), passphrase=passphrase)
-        from strongroom.load.served import ServedRoom
-        from strongroom.storage.session import card_of
+            self._vault = self._embedded = Vault(room_folder(room), passphrase=passphrase)
+        else:
+            from strongroom.load.served import ServedRoom
+            from strongroom.storage.session import card_of
 
-        # It has the part of a vault's surface that is offered over a network, and refuses the rest by name.
-        return cast("Vault", ServedRoom(card_of(room) if isinstance(room, str) else room, principal))
+            self._vault = ServedRoom(card_of(room) if isinstance(room, str) else room, principal)
+
+    def _here(self, command: str) -> Vault:
+        """The room itself; UsageError ``room.not_here`` for a served one, which is changed so on its own host only."""
+        if self._embedded is None:
+            raise UsageError(
+                "room.not_here",
+                f"strongroom {command} works on the room's own host: a served room does not offer it",
+                hint=f"there: strongroom --room FOLDER {command}",
+            )
+        return self._embedded
 
     @classmethod
     def init(
@@ -180,17 +189,19 @@ class Room:
 
     def verify(self, ref: str, *, deep: bool = False, progress: Progress = _silent) -> VerifyReport:
         """Check every byte in the store; `deep` also decrypts both variants and compares with what was put."""
-        return self._vault.verify(ref, deep=deep, progress=progress)
+        return self._here("verify").verify(ref, deep=deep, progress=progress)
 
     def rotate(self, ref: str, *, progress: Progress = _silent) -> dict[str, Any]:
         """Re-encrypt one version under new keys; marks and code words stay."""
-        self._vault.custodian.authorise(self.principal, "administer", ref=ref)
-        return self._vault.rotate(ref, by=self.principal, progress=progress)
+        vault = self._here("rotate")
+        vault.custodian.authorise(self.principal, "administer", ref=ref)
+        return vault.rotate(ref, by=self.principal, progress=progress)
 
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy one version's keys and ciphertext; `confirm` repeats its full name."""
-        self._vault.custodian.authorise(self.principal, "administer", ref=ref)
-        return self._vault.shred(ref, confirm=confirm, by=self.principal)
+        vault = self._here("shred")
+        vault.custodian.authorise(self.principal, "administer", ref=ref)
+        return vault.shred(ref, confirm=confirm, by=self.principal)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -251,19 +262,19 @@ class Room:
     @property
     def log(self) -> RoomLog:
         """The log of this room."""
-        return RoomLog(self._vault, self._as or "")
+        return RoomLog(self._vault, self._as or "", self._here)
 
     def set_ceiling(self, ref: str, **changes: int) -> dict[str, Any]:
         """Change `holders`, `copies` or `copiers` of a version, or of every version of a name."""
-        return self._vault.custodian.upkeep.set_ceiling(self.principal, ref, changes)
+        return self._here("ceiling").custodian.upkeep.set_ceiling(self.principal, ref, changes)
 
     def thaw(self, ref: str, *, reason: str) -> dict[str, Any]:
         """Let a version that was revoked be asked for again."""
-        return self._vault.custodian.upkeep.thaw(self.principal, ref, reason)
+        return self._here("thaw").custodian.upkeep.thaw(self.principal, ref, reason)
 
     def set_clock(self, reason: str) -> dict[str, Any]:
         """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
-        return self._vault.custodian.upkeep.set_clock(self.principal, reason)
+        return self._here("log clock").custodian.upkeep.set_clock(self.principal, reason)
 
     # -- custody -------------------------------------------------------------------------------------------------
 
@@ -343,12 +354,13 @@ class Room:
         """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
         left over is revoked, by statements of this principal, and the review is recorded; `left`: the entries of
         emergencies that somebody else has to review."""
-        custodian = self._vault.custodian
-        custodian.authorise(self.principal, *(("administer",) if apply else ("audit", "administer")))
+        if not apply:
+            self._vault.custodian.authorise(self.principal, "audit", "administer")
+            return self._vault.custodian.review().as_json()
+        custodian = self._here("review --apply").custodian
+        custodian.authorise(self.principal, "administer")
         found = custodian.review()
         answer = found.as_json()
-        if not apply:
-            return answer
         removed = sorted({each.removes for each in found.findings if each.removes and each.removes != self.principal})
         for target in removed:
             self.revoke(target, reason="review: unused or left over")
@@ -476,41 +488,45 @@ class Room:
         return self._vault.principal_ls()
 
     def status(self) -> dict[str, Any]:
-        from strongroom.vault.status import status
-
-        return status(self._vault)
+        return self._vault.status()
 
     def doctor(self) -> list[Check]:
         from strongroom.vault.status import doctor
 
-        return doctor(self._vault)
+        return doctor(self._here("doctor"))
 
     def fsck(self, *, repair: bool = False) -> FsckReport:
         from strongroom.vault.fsck import fsck
 
-        return fsck(self._vault, repair=repair)
+        return fsck(self._here("fsck"), repair=repair)
+
+    def keystore_show(self) -> dict[str, Any]:
+        """The key store, and whether the room can be unsealed with it."""
+        found = self._here("keystore show").status()
+        return {name: found[name] for name in ("keystore", "sealed", "sealed_because", "key_epoch")}
 
     def keystore_rotate(self, to: str | None = None) -> dict[str, int | str]:
         """A new room key under a new key-encryption key, or in another key store."""
-        self._vault.custodian.authorise(self.principal, "administer")
-        return self._keystore_used("rotate", self._vault.keys.rotate(to))
+        vault = self._here("keystore rotate")
+        vault.custodian.authorise(self.principal, "administer")
+        return self._keystore_used("rotate", vault.keys.rotate(to))
 
     def _keystore_used(self, operation: str, done: dict[str, int | str]) -> dict[str, int | str]:
         body = {"operation": operation, "epoch": done["key_epoch"]}
-        entry = self._vault.custodian.record("keystore", self.principal, "", body).index
+        entry = self._here("keystore").custodian.record("keystore", self.principal, "", body).index
         return {**done, "entry": entry}
 
     def recovery_drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room."""
         from strongroom.crypto.shamir import Share
 
-        self._vault.keys.drill([Share.parse(share) for share in shares])
+        self._here("recovery drill").keys.drill([Share.parse(share) for share in shares])
 
     def recover(self, shares: Sequence[str], keystore: str) -> dict[str, int | str]:
         """Open a room whose key store is lost, and give it another."""
         from strongroom.crypto.shamir import Share
 
-        done = self._vault.keys.recover([Share.parse(share) for share in shares], keystore)
+        done = self._here("recover").keys.recover([Share.parse(share) for share in shares], keystore)
         return self._keystore_used("recover", done)
 
 

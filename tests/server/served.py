@@ -98,5 +98,5 @@ class Served:
 
     def _answer(self, command, env, check):
         ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=self.home)
-        assert ended.returncode == check, (ended.stdout, ended.stderr)
+        assert check in (None, ended.returncode), (ended.stdout, ended.stderr)
         return json.loads(ended.stdout) if ended.stdout.startswith("{") else ended.stdout

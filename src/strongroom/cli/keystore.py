@@ -20,12 +20,11 @@ def keystore() -> None:
 def show(options: Options) -> None:
     """Which key store the room has, and whether it opens the room."""
     with options.open() as room:
-        status = room.status()
-    answer = {key: status[key] for key in ("keystore", "sealed", "sealed_because", "key_epoch")}
+        answer = room.keystore_show()
     lines = [
-        ("key store", status["keystore"]),
-        ("room", f"sealed: {status['sealed_because']}" if status["sealed"] else "unsealed"),
-        ("key epoch", status["key_epoch"]),
+        ("key store", answer["keystore"]),
+        ("room", f"sealed: {answer['sealed_because']}" if answer["sealed"] else "unsealed"),
+        ("key epoch", answer["key_epoch"]),
     ]
     options.output.answer(answer, facts(lines))
 

@@ -21,20 +21,22 @@ def status(options: Options) -> None:
     """Where the room is, whether it is unsealed, what it holds."""
     with options.open() as room:
         found = room.status()
-    lines = [
-        ("room", found["folder"]),
-        ("store", found["store"]),
-        ("key store", found["keystore"]),
-        ("state", f"sealed: {found['sealed_because']}" if found["sealed"] else "unsealed"),
-        ("recovery", _recovery(found["recovery"], found["recovery_proven_at"])),
+    lines = [("room", found["url"] if "url" in found else found["folder"])]
+    if "url" not in found:
+        lines += [("store", found["store"]), ("key store", found["keystore"])]
+    why = found.get("sealed_because")
+    lines.append(("state", (f"sealed: {why}" if why else "sealed") if found["sealed"] else "unsealed"))
+    if "url" not in found:
+        lines.append(("recovery", _recovery(found["recovery"], found["recovery_proven_at"])))
+    lines += [
         ("principals", found["principals"]),
         ("versions", f"{found['versions']} ({found['shredded']} shredded)"),
         ("weights", f"{size(found['bytes'])}, {size(found['stored_bytes'])} in the store"),
     ]
-    if found["interrupted_puts"]:
+    if found.get("interrupted_puts"):
         lines.append(("interrupted", counted(found["interrupted_puts"], "put")))
     options.output.answer(found, facts(lines))
-    if found["interrupted_puts"]:
+    if found.get("interrupted_puts"):
         options.output.note("  → run the put again: it goes on where it was")
 
 

@@ -65,11 +65,6 @@ PUT: dict[str, Kind] = {
     "files": _TEXTS,
     "unmarked": lambda value: isinstance(value, dict) and all(map(TEXT, value)) and all(map(COUNT, value.values())),
 }
-LEASES: dict[str, Kind] = {
-    "leases": _list(
-        _object({**dict.fromkeys(("id", "holder", "action", "ref"), TEXT), "expires_at": COUNT, "used": COUNT})
-    )
-}
 SHOWN = _VERSION | {
     **dict.fromkeys(("version", "suite", "signed_by"), TEXT),
     "files": _list(_object({"path": TEXT, "kind": TEXT, "bytes": COUNT, "sha256": TEXT})),

@@ -30,7 +30,7 @@ from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
 
 if TYPE_CHECKING:
-    from strongroom.vault.vault import Vault
+    from strongroom.load.room import AnyRoom
 
 Consistency = Callable[[int, int], list[bytes]]
 
@@ -199,7 +199,7 @@ class Received:
 
 
 def receive(
-    vault: Vault,
+    vault: AnyRoom,
     say: Callable[[str, dict[str, Any]], str],
     holder: str,
     ref: str,
@@ -230,9 +230,9 @@ def receive(
     envelope = asked()
     try:
         answer = custodian.release(envelope, reason)
-    except (AuthRequired, Conflict) as error:
+    except (AuthRequired, BackendError, Conflict) as error:
         # The room's clock was set right a moment ago, or an answer was lost with its connection: ask anew, once.
-        if error.code not in ("challenge.foreign", "statement.replayed"):
+        if error.code not in ("challenge.foreign", "server.interrupted", "statement.replayed"):
             raise
         envelope = asked()
         answer = custodian.release(envelope, reason)

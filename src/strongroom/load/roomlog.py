@@ -11,14 +11,15 @@ from strongroom.errors import NotFound
 
 if TYPE_CHECKING:
     from strongroom.formats.checkpoint import Checkpoint
+    from strongroom.load.room import AnyRoom
     from strongroom.vault.vault import Vault
 
 
 class RoomLog:
-    """The log of a room."""
+    """The log of a room. `here` is how the room itself is had, for what is done on its own host only."""
 
-    def __init__(self, vault: Vault, by: str) -> None:
-        self._vault, self._by = vault, by
+    def __init__(self, vault: AnyRoom, by: str, here: Callable[[str], Vault]) -> None:
+        self._vault, self._by, self._here = vault, by, here
         self._ledger = vault.custodian.ledger
 
     @property
@@ -55,10 +56,11 @@ class RoomLog:
         """The C2SP tlog-proof of one entry, and the entry."""
         from strongroom.formats.tlogproof import LogProof
 
+        ledger = self._here("log prove").custodian.ledger
         found = self._entries(index, index + 1)[0]
-        checkpoint, note = self._ledger.checkpoint()
+        checkpoint, note = ledger.checkpoint()
         note = self._vault.cosigned_note(note)
-        proof = LogProof(index, tuple(self._ledger.inclusion(index, checkpoint.size)), note)
+        proof = LogProof(index, tuple(ledger.inclusion(index, checkpoint.size)), note)
         return {"index": index, "leaf": found["leaf"], "size": checkpoint.size, "proof": proof.encode().decode()}
 
     def export(self, form: str = "jsonl") -> Iterator[str]:
@@ -72,7 +74,7 @@ class RoomLog:
 
     def redact(self, index: int) -> dict[str, Any]:
         """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
-        return self._vault.custodian.upkeep.redact(self._vault.principal(self._by or None), index)
+        return self._here("log redact").custodian.upkeep.redact(self._vault.principal(self._by or None), index)
 
     def cosign(self, url: str, witness: str) -> dict[str, Any]:
         """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish
@@ -80,10 +82,11 @@ class RoomLog:
         from strongroom.formats.note import VerifierKey
         from strongroom.ledger.witness import cosign
 
-        self._vault.publish_log()
-        published = self._vault.published
+        vault = self._here("log cosign")
+        vault.publish_log()
+        published = vault.published
         key = VerifierKey.parse(witness)
-        note = cosign(url, key, published.note(), self._ledger.consistency)
+        note = cosign(url, key, published.note(), vault.custodian.ledger.consistency)
         published.cosigned(note)
         return {"size": self._vault.log_key.open(note).size, "witness": key.name}
 

@@ -15,7 +15,7 @@ from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys
-from strongroom.errors import AuthRequired, NotFound, Tampered, UsageError
+from strongroom.errors import AuthRequired, NotFound, Tampered
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
@@ -28,6 +28,7 @@ from strongroom.load import answers
 from strongroom.load.login import signer_of
 from strongroom.load.receive import Released
 from strongroom.load.send import Progress, announce, body
+from strongroom.policy.review import Review
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.session import Session
 from strongroom.vault.source import ModelSource
@@ -103,6 +104,14 @@ class ServedRoom:
         found = self.get(f"/v1/weights{query}", answers.VERSIONS)["versions"]
         return [VersionInfo.from_json(item) for item in found]
 
+    def show(self, ref: str) -> dict[str, Any]:
+        named = self.find(ref)
+        return self.get(f"/v1/weights/{quote(f'{named.name}@{named.number}', safe='/@')}", answers.SHOWN)
+
+    def status(self) -> dict[str, Any]:
+        """What the custodian tells of the room: its keys and its files are its host's own business."""
+        return self.get("/v1/status", answers.STATUS) | {"url": self.card.url}
+
     def put(
         self,
         source: ModelSource,
@@ -158,11 +167,17 @@ class ServedRoom:
         return self._session.request("GET", path, headers=self._call("GET", path, b""))
 
     def post(
-        self, path: str, members: Mapping[str, Kind], value: dict[str, Any] | None = None, *, call: bool = False
+        self,
+        path: str,
+        members: Mapping[str, Kind],
+        value: dict[str, Any] | None = None,
+        *,
+        call: bool = False,
+        again: bool = True,
     ) -> dict[str, Any]:
         body = json.dumps(value or {}).encode()
         headers = self._call("POST", path, body) if call else {}
-        return answers.parse(self._session.request("POST", path, body, headers), members)
+        return answers.parse(self._session.request("POST", path, body, headers, again=again), members)
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
         who = self.principal(self._principal)
@@ -171,12 +186,6 @@ class ServedRoom:
         statement = Statement.sign("call", said, room=self.id.hex(), by=who, at=self.clock(), signer=signer)
         text = base64.urlsafe_b64encode(statement.envelope.encode()).rstrip(b"=").decode()
         return {"Authorization": f"Strongroom {text}"}
-
-    def __getattr__(self, name: str) -> Any:
-        # `put`, `verify`, `keys`, …: what is done where the room is.
-        raise UsageError(
-            "room.not_here", f"a served room does not offer this from here ({name})", hint="run it on the room's host"
-        )
 
 
 class ServedCustodian:
@@ -193,7 +202,9 @@ class ServedCustodian:
         return bytes.fromhex(self._room.post("/v1/challenges", answers.CHALLENGE)["nonce"])
 
     def release(self, envelope: str, reason: Private | None = None) -> ServedAnswer:
-        found = self._post("/v1/releases", answers.RELEASE, envelope, reason)
+        # Not sent twice: its challenge is good for one, and what was sealed before is sealed to nobody else.
+        value = {"statement": envelope, "reason": _reason(reason)}
+        found = self._room.post("/v1/releases", answers.RELEASE, value, again=False)
         return ServedAnswer(
             answers.decode(found["entry"]),
             found["index"],
@@ -289,6 +300,9 @@ class ServedCustodian:
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         return self._post("/v1/policies", answers.PROPOSED, envelope, reason, text=text)
 
+    def review(self) -> Review:
+        return Review.from_json(self._room.get("/v1/reviews", answers.REVIEW))
+
     def enact(self, proposal: str, by: str) -> dict[str, Any]:  # noqa: ARG002 - who calls is who enacts
         return self._room.post(f"/v1/policies/{quote(proposal, safe='')}/enact", answers.ENACTED, call=True)
 
@@ -297,11 +311,6 @@ class ServedCustodian:
     ) -> dict[str, Any]:
         value = {"statement": envelope, "reason": _reason(reason), **more}
         return self._room.post(path, members, value)
-
-    def __getattr__(self, name: str) -> Any:
-        raise UsageError(
-            "room.not_here", f"a served room does not offer this from here ({name})", hint="run it on the room's host"
-        )
 
 
 class _Tiles:

@@ -5,8 +5,8 @@ A function of the log: the same entries give the same review, whoever makes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
@@ -79,6 +79,19 @@ class Review:
             "holdings": [{**asdict(each), "approved_by": list(each.approved_by)} for each in self.holdings],
             "activity": [asdict(each) for each in self.activity],
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Review:
+        """The reverse, of an answer that has these members; more are left out."""
+        findings = [Finding(**_of(Finding, item)) for item in value["findings"]]
+        holdings = [
+            Holding(**_of(Holding, item) | {"approved_by": tuple(item["approved_by"])}) for item in value["holdings"]
+        ]
+        return cls(findings, holdings, [Activity(**_of(Activity, item)) for item in value["activity"]])
+
+
+def _of(kind: type, item: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: item[each.name] for each in fields(kind)}
 
 
 def review(state: State, entries: Iterable[Entry], now: int) -> Review:

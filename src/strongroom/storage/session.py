@@ -8,20 +8,23 @@ import json
 import os
 import ssl
 import threading
-from collections.abc import Iterable, Iterator
-from http.client import HTTPException, HTTPResponse, HTTPSConnection
+import time
+from collections.abc import Callable, Iterable, Iterator
+from http.client import HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from strongroom import errors
-from strongroom.core.limits import MIB
+from strongroom.core.limits import KIB, MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.card import Card
 
 _TIMEOUT = 60.0  # seconds without a byte
+_SLOWEST = 16 * KIB  # bytes a second of an answer, after that time
 _MOST = 128 * MIB
+_PIECE = MIB
 _TEXT = 4096  # characters of what is shown of an error of the server's
 _CLASSES: dict[str, type[StrongroomError]] = {
     name: found
@@ -33,8 +36,8 @@ _CLASSES: dict[str, type[StrongroomError]] = {
 class Session:
     """A served room, by its card."""
 
-    def __init__(self, card: Card) -> None:
-        self.card = card
+    def __init__(self, card: Card, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.card, self._clock = card, clock
         parts = urlsplit(card.url)
         self._host, self._port = parts.hostname or "", parts.port or 443
         try:
@@ -45,10 +48,22 @@ class Session:
         self._own = threading.local()
         self._all: set[HTTPSConnection] = set()
 
-    def request(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> bytes:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        *,
+        again: bool = True,
+    ) -> bytes:
         """The body of the answer; an error of ours for every other status than 200 and 206. BackendError
-        ``server.unreachable``, ``server.certificate``."""
-        response, data = self._exchange(method, path, body, headers or {})
+        ``server.unreachable``, ``server.certificate``.
+
+        When a kept connection turns out to have ended, the very same bytes are sent once more, which the custodian
+        answers as it did, or would have, the first time. Without `again`: BackendError ``server.interrupted``.
+        """
+        response, data = self._exchange(method, path, body, headers or {}, again=again)
         if response.status in (200, 206):
             return data
         raise _error(response.status, data)
@@ -94,10 +109,12 @@ class Session:
         self._all.discard(connection)
         self._own.connection = None
 
-    def _exchange(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[HTTPResponse, bytes]:
+    def _exchange(
+        self, method: str, path: str, body: bytes, headers: dict[str, str], *, again: bool = True
+    ) -> tuple[HTTPResponse, bytes]:
         if body:
             headers = {**headers, "Content-Type": "application/json"}
-        for again in (True, False):
+        for first in (True, False):
             kept = getattr(self._own, "connection", None) is not None
             if not kept:
                 self._own.connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
@@ -105,20 +122,44 @@ class Session:
             try:
                 self._own.connection.request(method, path, body or None, headers)
                 response = self._own.connection.getresponse()
-                data = response.read(_MOST + 1)
+                data = self._read(response)
             except ssl.SSLCertVerificationError as error:
                 self._drop()
                 raise self._other_certificate(error) from None
             except (OSError, HTTPException, ValueError) as error:  # ValueError: an address that is not one
                 self._drop()
-                # A connection that was kept may have been closed meanwhile; what is asked may be asked twice.
-                if kept and again:
+                # A connection that was kept may have been closed meanwhile.
+                if kept and first and again:
                     continue
+                if kept and not again:
+                    raise BackendError(
+                        "server.interrupted",
+                        f"the connection to {self.card.url} ended before the answer had come",
+                        hint="strongroom log tail shows what was recorded; then try again",
+                    ) from None
                 raise self._unreachable(error) from None
             if len(data) > _MOST:
                 raise BackendError("server.answer", f"{self.card.url} answers with more than {_MOST} bytes")
             return response, data
         raise AssertionError  # the loop returns or raises
+
+    def _read(self, response: HTTPResponse) -> bytes:
+        """At most one byte more than an answer may have. A server that sends a byte a minute is not waited for."""
+        parts, size, begun = [], 0, self._clock()
+        while size <= _MOST and (part := response.read1(min(_PIECE, _MOST + 1 - size))):
+            parts.append(part)
+            size += len(part)
+            if self._clock() - begun > _TIMEOUT + size / _SLOWEST:
+                self._drop()
+                raise BackendError(
+                    "server.too_slow",
+                    f"{self.card.url} sent {size} bytes in {self._clock() - begun:.0f} seconds",
+                    hint="try again; whoever runs the custodian: strongroom doctor",
+                )
+        if response.length and size <= _MOST:  # it said that there would be more
+            raise IncompleteRead(b"".join(parts), response.length)
+        response.close()  # of the answer, not of the connection: `read1` leaves it open at the end
+        return b"".join(parts)
 
     def _other_certificate(self, error: ssl.SSLCertVerificationError) -> BackendError:
         return BackendError(

@@ -351,6 +351,12 @@ class Vault:
             **report,
         }
 
+    def status(self) -> dict[str, Any]:
+        """See `strongroom.vault.status.status`."""
+        from strongroom.vault.status import status
+
+        return status(self)
+
     def bundle(self, ref: str, holder: str) -> KeyBundle:
         """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""
         record = self.record(self.find(ref))

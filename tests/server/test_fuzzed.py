@@ -108,6 +108,9 @@ MEMBERS = {
     "key": digests | st.just(""),
     "roles": st.lists(st.sampled_from(["officer", "partner", "x", ""]), max_size=3),
     "teams": st.lists(paths, max_size=2),
+    "method": st.sampled_from(["oidc", "x509"]),
+    "authority": st.sampled_from(["https://id.example", "prod.example", ""]) | texts,
+    "text": st.just("") | texts,
     "state": st.sampled_from(["active", "suspended", "removed"]),
 }
 

@@ -16,6 +16,7 @@ from strongroom.client import Room
 from strongroom.crypto.reading import make_pass
 from strongroom.crypto.release import ReleaseKey
 from strongroom.crypto.signatures import Signer
+from strongroom.formats.authority import Authority
 from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 from strongroom.formats.upload import Upload, UploadFile
@@ -44,6 +45,9 @@ MAY = {
     "principals": set(ROLES),
     "principal": {"officer", "executive"},
     "show_principal": INSIDE,
+    "login": set(),  # with what is no token: nobody gets in
+    "authorities": INSIDE,
+    "authority": {"officer", "executive"},
     "policy": INSIDE,
     "propose": {"officer"},
     "enact": {"officer"},
@@ -167,6 +171,15 @@ class Asker:
         body |= {"roles": ["researcher"], "teams": [], "state": "active"}
         return "/v1/principals", self._statement("principal", body, who)
 
+    def _login(self, who):
+        body = {"method": "oidc", "authority": "https://id.example", "public_key": "5" * 64, "duration": 60}
+        return "/v1/logins", self._statement("login", body, who, proof={"token": "a.b.c"})
+
+    def _authority(self, who):
+        name = f"https://{who[5:]}.example"
+        said = Authority("oidc", name, audience="room", binding="nonce", algorithms=("ES256",)).encode()
+        return "/v1/authorities", self._statement("authority", {"authority": name, "text": said}, who)
+
     def _show_principal(self, _):
         return "/v1/principals/user/ana", b""
 
@@ -240,5 +253,5 @@ def test_who_may(asker, operation, role):
     elif operation.speaks == STATEMENT and not who:
         assert status == 422, body  # there is no statement in it
     else:
-        assert status == (401 if role in OTHERS else 403), body
+        assert status == (401 if role in OTHERS or name == "login" else 403), body
         assert json.loads(body)["code"] == "auth.refused" or role in ROLES

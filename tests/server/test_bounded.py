@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import sqlite3
+import ssl
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -14,6 +18,7 @@ import pytest
 from strongroom.client import Room
 from strongroom.crypto.identity import Identities
 from strongroom.errors import BackendError, UsageError
+from strongroom.formats.card import Card
 from strongroom.ledger.witness import Witness
 from strongroom.server.metrics import Metrics, MetricsServer
 from strongroom.server.witness import WitnessServer
@@ -132,3 +137,31 @@ def test_a_port_that_is_taken(room):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BackendError) as caught:
         MetricsServer(Metrics(room._vault), "127.0.0.1", taken.getsockname()[1])
     assert caught.value.code == "serve.listen"
+
+
+@pytest.mark.server
+def test_metrics_of_a_server_that_runs(room, tmp_path):
+    command = [sys.executable, "-m", "strongroom.cli", "--room", str(tmp_path / "room"), "--json", "serve"]
+    command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        answer = json.loads(started.stdout.readline())
+        context = ssl.create_default_context(
+            cadata=Card.decode((tmp_path / "room" / "card.json").read_bytes()).authority
+        )
+        urllib.request.urlopen(f"{answer['url']}/healthz", timeout=30, context=context).close()
+        for path in ("/v1/weights", "/whatever"):  # refused, and not there
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(answer["url"] + path, timeout=30, context=context)
+            caught.value.close()
+        with urllib.request.urlopen(answer["metrics"], timeout=30) as shown:
+            found = samples(shown.read().decode())
+    finally:
+        started.terminate()
+        started.wait(30)
+        started.stdout.close()
+    assert found['strongroom_requests_total{method="GET",route="/healthz",status="200"}'] == 1
+    assert found['strongroom_requests_total{method="GET",route="/v1/weights",status="401"}'] == 1
+    assert found['strongroom_requests_total{method="any",route="none",status="404"}'] == 1
+    assert found['strongroom_refusals_total{code="auth.refused"}'] == 1
+    assert not any("whatever" in name for name in found)

@@ -12,7 +12,8 @@ from typing import Any
 
 from strongroom.errors import BackendError
 from strongroom.formats.card import Card
-from strongroom.formats.entry import COUNT, DIGEST, FLAG, TEXT, Kind, or_null
+from strongroom.formats.entry import COUNT, DIGEST, FLAG, TEXT, Kind, one_of, or_null
+from strongroom.policy.review import SEVERITIES
 from strongroom.storage.blobs import OBJECT_STORES
 
 _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
@@ -71,7 +72,9 @@ SHOWN = _VERSION | {
     "packs": COUNT,
 }
 REVIEW: dict[str, Kind] = {
-    "findings": _list(_object(dict.fromkeys(("severity", "kind", "about", "message", "removes"), TEXT))),
+    "findings": _list(
+        _object({**dict.fromkeys(("kind", "about", "message", "removes"), TEXT), "severity": one_of(*SEVERITIES)})
+    ),
     "holdings": _list(
         _object(
             {

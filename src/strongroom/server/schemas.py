@@ -7,6 +7,7 @@ from typing import Any
 
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.limits import LIMITS
+from strongroom.policy.review import SEVERITIES
 
 Schema = dict[str, Any]
 
@@ -167,7 +168,9 @@ COMPONENTS: dict[str, Schema] = {
     ),
     "Review": _object(
         {
-            "findings": _list(_object(_all("severity", "kind", "about", "message", "removes"))),
+            "findings": _list(
+                _object({**_all("kind", "about", "message", "removes"), "severity": {"enum": list(SEVERITIES)}})
+            ),
             "holdings": _list(
                 _object(
                     {

@@ -293,8 +293,8 @@ def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, se
     verdict = "met" if best >= peer / 4 else "missed"
     page.say(
         f"A release against a decrypt: {best / peer:.2f} (required 0.25): **{verdict}**. {result.positions:,} "
-        "positions, 200 rules, PostgreSQL on the same machine, no HTTP on our side. What the client does (a key pair, a "
-        "signature) is done before the clock runs."
+        "positions, 200 rules, PostgreSQL on the same machine, no HTTP on our side. What the client does (a key pair, "
+        "a signature) is done before the clock runs."
     )
     grown = statistics.median(ours[2, 16]) / statistics.median(ours[1, 16])
     page.say(

@@ -3,6 +3,7 @@ as far as that offers them over a network."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -60,6 +61,10 @@ def _no_folder(room: str, why: str) -> UsageError:
     return UsageError(
         "room.not_a_folder", f"{room} is not a room that can be opened from here: {why}", hint="--room FOLDER"
     )
+
+
+_ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
+_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Room:
@@ -348,6 +353,10 @@ class Room:
 
     def renew(self, lease: str, *, duration: int = 0) -> dict[str, Any]:
         """Extend somebody else's lease to load, from now, by what it was granted for or less."""
+        if not _ID.fullmatch(lease):
+            raise UsageError(
+                "renew.malformed", f"{lease!r:.40} is not the 16 digits of a lease", hint="strongroom requests"
+            )
         return self._vault.custodian.renew(self._say("renew", {"lease": lease, "duration": duration}))
 
     def review(self, *, apply: bool = False) -> dict[str, Any]:
@@ -406,6 +415,12 @@ class Room:
         from strongroom.core.ids import parse_principal
 
         parse_principal(path)
+        if public_key is not None and not _KEY.fullmatch(public_key):
+            raise UsageError(
+                "principal.public_key",
+                f"{public_key!r:.80} is not a public key: 64 hexadecimal digits, in lower case",
+                hint="strongroom identity new PRINCIPAL, on the machine of whoever it is for, shows it",
+            )
         known = {item["path"]: item["state"] for item in self.principal_ls()}
         if known.get(path, "removed") != "removed":
             raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")

@@ -181,3 +181,42 @@ def test_who_one_is_has_to_be_said_and_shown(team):
         assert (ended.code, ended.error["code"]) == (4, "identity.missing")
     finally:
         (team.folder / "eva.key").rename(team.room / "identities" / "user" / "eva.key")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "error"),
+    [
+        (("renew", "0000"), 2, "renew.malformed"),
+        (("principal", "add", "user/x", "--public-key", "zz"), 2, "principal.public_key"),
+        (("ceiling", "acme/tiny"), 2, "ceiling.nothing"),
+        (("log", "verify", "--key", "garbage"), 2, "usage.bad_value"),
+        (("log", "verify", ".", "--key", "garbage"), 2, "usage.bad_value"),
+        (("trust", "nowhere.json"), 2, "card.unreadable"),
+        (("request", "acme/tiny", "--reason", " "), 2, "reason.empty"),
+    ],
+)
+def test_a_slip_of_the_hand_is_a_usage_error_and_says_what_helps(team, command, code, error):
+    ended = team.run(*command, "--as", "user/ben", "--json")
+    assert (ended.code, ended.error["code"]) == (code, error)
+    assert ended.error["hint"]
+
+
+def test_a_file_that_is_no_card(team):
+    (team.folder / "card.json").write_text('{"a": 1}')
+    ended = team.run("trust", str(team.folder / "card.json"), "--json")
+    assert ended.code == 2
+    assert "is not the card of a room" in ended.error["message"]
+
+
+def test_a_load_that_is_refused_names_the_request_that_waits_and_the_lease_that_ended(team):
+    asked = team.run("request", "acme/tiny", "--reason", "x", "--as", "user/ana", "--json").json
+    ended = run(team, "user/ana")
+    assert ended.code == 5
+    assert asked["id"] in ended.err
+    for who in ("user/ben", "user/eva"):
+        team.run("approve", asked["id"], "--as", who)
+    assert run(team, "user/ana").code == 0
+    team.run("revoke", asked["id"], "--reason", "enough", "--as", "user/ben")
+    ended = run(team, "user/ana")
+    assert ended.code == 3
+    assert f"the lease {asked['id']} has ended: revoked in entry" in ended.err

@@ -18,7 +18,7 @@ def test_a_forbid_is_named_with_its_reason_and_what_to_do():
     assert found.message == (
         "user/ana may not load acme/tiny@1: As many hold these weights as may hold them. (rule holders-ceiling)"
     )
-    assert found.hint == "strongroom who REF lists them; revoke one, or have the ceiling raised"
+    assert found.hint == "strongroom who REF lists them; an officer raises it: strongroom ceiling REF --holders N"
 
 
 def test_all_forbids_that_hit_are_named():

@@ -246,8 +246,9 @@ class TestWhatARuleBlocks:
         team.olga.set_ceiling(REF, holders=1)
         (need,) = next(item for item in team.ana.requests() if item["id"] == asked["id"])["needs"]
         assert f"strongroom approve {asked['id']}" in need
-        with pytest.raises(Denied):
+        with pytest.raises(Pending) as waits:
             team.ana.load(REF)
+        assert need in waits.value.message
         done = team.ben.approve(asked["id"])
         assert done["state"] == "approved"
         assert done["approved_by"] == ["user/ben", "user/eva"]

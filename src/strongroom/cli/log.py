@@ -11,6 +11,7 @@ import click
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, number, seconds, table
 from strongroom.core.clock import text
+from strongroom.errors import StrongroomError, UsageError
 
 _LAST = 20
 
@@ -79,6 +80,21 @@ def _gist(item: dict[str, Any]) -> str:
     return ""
 
 
+class Vkey(click.ParamType[str]):
+    """A verifier key (C2SP signed-note): a typo is a mistake of whoever types, and no sign of tampering."""
+
+    name = "vkey"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from strongroom.formats.note import VerifierKey
+
+        try:
+            VerifierKey.parse(value)
+        except StrongroomError as error:
+            self.fail(error.message, param, ctx)
+        return value
+
+
 @command(
     "verify",
     explain="""From what is published of the log and its public key alone: every entry is hashed, the tiles and the
@@ -86,8 +102,8 @@ def _gist(item: dict[str, Any]) -> str:
     before. Then the newest checkpoint that this machine has seen has to be one of this log.""",
 )
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--key", "verifier", metavar="VKEY", help="The log's public key, for a FOLDER without its room.")
-@click.option("--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have cosigned.")
+@click.option("--key", "verifier", type=Vkey(), help="The log's public key, for a FOLDER without its room.")
+@click.option("--witness", "witnesses", multiple=True, type=Vkey(), help="A witness that must have cosigned.")
 @pass_options
 def verify(options: Options, folder: Path | None, verifier: str | None, witnesses: tuple[str, ...]) -> None:
     """Check the whole log, offline.
@@ -98,6 +114,12 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
 
     output = options.output
     begun = time.monotonic()
+    if folder is None and verifier is not None:
+        raise UsageError(
+            "log.no_folder",
+            "--key is for the log in a FOLDER; a room's own log is checked with the key that is pinned",
+            hint="strongroom log verify FOLDER --key VKEY",
+        )
     if folder is not None and verifier is not None:
         found = verify_log(folder, verifier, witnesses=witnesses)
     else:
@@ -173,7 +195,7 @@ def export(options: Options, form: str) -> None:
     signature is published with the checkpoint.""",
 )
 @click.option("--url", required=True, metavar="URL", help="Where the witness is.")
-@click.option("--witness", required=True, metavar="VKEY", help="The witness's key, as it prints it.")
+@click.option("--witness", required=True, type=Vkey(), help="The witness's key, as it prints it.")
 @pass_options
 def cosign(options: Options, url: str, witness: str) -> None:
     """Have a witness sign the newest checkpoint."""

@@ -167,7 +167,7 @@ def _interrupted(printer: output.Output) -> int:
     failure = Interrupted(
         "interrupted.signal",
         "interrupted",
-        hint="run the command again: a put goes on where it was; fsck --repair drops what it stored",
+        hint="what was recorded before stays recorded; put and rotate, given again, go on where they were",
     )
     printer.error(failure)
     return failure.exit_code

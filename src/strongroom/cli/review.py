@@ -8,6 +8,7 @@ from strongroom.cli.custody import Duration
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, table
 from strongroom.core.clock import text
+from strongroom.errors import UsageError
 
 _CODES = {"": 0, "info": 11, "low": 12, "medium": 13, "high": 14}
 
@@ -88,8 +89,13 @@ def thaw(options: Options, ref: str, reason: str) -> None:
 def ceiling(options: Options, ref: str, holders: int | None, copies: int | None, copiers: int | None) -> None:
     """How many may hold a version, copy it, and have copies of it."""
     given = {"holders": holders, "copies": copies, "copiers": copiers}
+    changes = {name: value for name, value in given.items() if value is not None}
+    if not changes:
+        raise UsageError(
+            "ceiling.nothing", "say which ceiling, and how high", hint=f"strongroom ceiling {ref} --holders 20"
+        )
     with options.open() as room:
-        found = room.set_ceiling(ref, **{name: value for name, value in given.items() if value is not None})
+        found = room.set_ceiling(ref, **changes)
     line = f"{ref}: {found['holders']} holders, {found['copies']} copies, {found['copiers']} people with copies"
     options.output.answer(found, [line])
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
-from strongroom.cli.output import facts
-from strongroom.errors import UsageError
+from strongroom.cli.output import facts, table
+from strongroom.errors import Tampered, UsageError
 
 if TYPE_CHECKING:
     from strongroom.crypto.identity import Identities
@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 def trust(options: Options, card: Path) -> None:
     """Trust the card of a served room."""
     from strongroom.formats.card import Card
+    from strongroom.ledger.key import LogKey
     from strongroom.storage.session import trust as keep
 
     try:
         found = Card.decode(card.read_bytes())
     except OSError as error:
-        raise UsageError("card.unreadable", f"can't read {card}: {error.strerror}") from None
+        raise UsageError(
+            "card.unreadable", f"can't read {card}: {error.strerror}", hint="strongroom serve writes it: card.json"
+        ) from None
+    except Tampered as error:  # nothing is trusted yet that it could contradict
+        raise UsageError(error.code, f"{card} is not the card of a room: {error.message}", hint="card.json") from None
     path = keep(found)
-    answer = {"url": found.url, "room": found.room.hex(), "log_key": found.log_key.hex(), "kept": str(path)}
+    key = LogKey(found.room, found.log_key).verifier.encode()
+    answer = {"url": found.url, "room": found.room.hex(), "log_key": key, "kept": str(path)}
     options.output.answer(answer, facts(list(answer.items())))
     options.output.note(f"  → strongroom --room {found.url} ls")
 
@@ -54,12 +60,15 @@ def new(options: Options, path: str) -> None:
     options.output.note(f"  → somebody who may grant: strongroom principal add {path} --public-key {key} --role ROLE")
 
 
-@command("ls", explain="The files in the folder of identities; nothing of the keys is shown.")
+@command("ls", explain="The files in the folder of identities. Of the keys the public halves are shown.")
 @pass_options
 def ls(options: Options) -> None:
     """Whom this machine can act as."""
-    found = _identities().ls()
-    options.output.answer({"identities": found}, found or ["nobody"])
+    identities = _identities()
+    found = {path: identities.signer(path).public_key.hex() for path in identities.ls()}
+    rows = list(found.items())
+    lines = table(("PRINCIPAL", "PUBLIC KEY"), rows) if rows else ["nobody"]
+    options.output.answer({"identities": list(found), "public_keys": found}, lines)
 
 
 def _identities() -> Identities:

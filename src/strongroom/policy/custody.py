@@ -7,26 +7,25 @@ Steps of `release` are numbered as in spec/release.md, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from strongroom.core.ids import Ref, parse_principal
-from strongroom.crypto import signatures
-from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
+from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
-from strongroom.policy import entrance
+from strongroom.policy import entrance, registration
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
+from strongroom.policy.registration import RANKS
 from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate, check_clock
-from strongroom.policy.state import Approval, Grant, Principal, Proposal, Request, State, Version
+from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal, Request, State, Version
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
 _LONGEST = 100 * 366 * 86_400  # seconds that may be asked for; what is granted is policy's to say
-_RANKS = ("executive", "officer", "operator")
 _TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 T = TypeVar("T")
 
@@ -63,7 +62,7 @@ class Custody:
         _unheard(state, statement)
         holder = state.principals.get(body["for"])
         # First: whether there is such a principal is told to those only who may ask for others.
-        if not set(_RANKS) & set(who.roles) and (holder is None or holder.person != who.person):
+        if not set(RANKS) & set(who.roles) and (holder is None or holder.person != who.person):
             raise Denied(
                 "request.for_other",
                 f"{who.path} may ask for itself, and not for {body['for']:.80}",
@@ -260,7 +259,10 @@ class Custody:
             state, who, version.ref, now, stage="release", lease=lease is not None, break_glass=body["break_glass"]
         )
         # Step 7.
-        self._ask(state, Query(subject(who), body["action"], resource(state, version.ref), here))
+        try:
+            self._ask(state, Query(subject(who), body["action"], resource(state, version.ref), here))
+        except Denied as error:
+            raise self._with_what_there_is(state, error, who.principal, body["action"], version.ref, now) from None
         return Entry(
             "release",
             now,
@@ -280,6 +282,31 @@ class Custody:
             {"reason": reason} if reason else {},
         )
 
+    def _with_what_there_is(
+        self, state: State, error: Denied, who: Principal, action: str, ref: str, now: int
+    ) -> StrongroomError:
+        """A refusal to release that says more: which request waits for its approvals, or which lease has ended."""
+
+        def about(each: Request | Lease) -> bool:
+            return (each.holder, each.action, each.ref) == (who.path, action, ref)
+
+        waiting = [each for each in state.requests.values() if about(each) and each.state_at(now) == "pending"]
+        if waiting and error.code == "denied.default":
+            needs = "; ".join(self.missing(state, waiting[-1], now))
+            return Pending(
+                "release.pending",
+                f"{who.path} may not {action} {ref} yet: the request {waiting[-1].id} waits for {needs}",
+                hint=f"strongroom requests; who may approve: strongroom approve {waiting[-1].id}",
+                request=waiting[-1].id,
+            )
+        over = [each for each in state.leases.values() if about(each) and not each.holds(now)]
+        if over and error.code == "denied.default":
+            last = max(over, key=lambda each: each.granted_at)
+            why = last.ended or ("used up" if last.uses is not None and last.used >= last.uses else "its time is over")
+            message = f"{error.message}; the lease {last.id} has ended: {why}"
+            return Denied(error.code, message, hint=error.hint, **error.evidence, lease=last.id)
+        return error
+
     # -- principals and policies ---------------------------------------------------------------------------------
 
     def principal(self, state: State, statement: Statement, now: int) -> Entry:
@@ -290,7 +317,7 @@ class Custody:
         for path in (body["principal"], body["person"], *body["teams"]):
             parse_principal(path)
         before = state.principals.get(body["principal"])
-        _check_record(state, body)
+        registration.check(state, body)
         if who.person in (body["person"], before.person if before else ""):
             gained = {*body["roles"], *body["teams"]} - ({*before.roles, *before.teams} if before else set())
             revived = before and not before.active and body["state"] == "active"
@@ -300,7 +327,7 @@ class Custody:
                     f"{who.path} can't give rights to {body['principal']}, which is the same person",
                     hint="somebody else who may grant has to do it",
                 )
-        if state.most_granters >= _TOGETHER and _weighty(before, body):
+        if state.most_granters >= _TOGETHER and registration.weighty(before, body):
             _unheard(state, statement)
             grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
@@ -375,7 +402,7 @@ class Custody:
             raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
         if not self._allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
             raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="grant it again")
-        _check_record(state, grant.record)
+        registration.check(state, grant.record)
         persons = (state.principals[grant.by].person, grant.record["person"], target.person if target else "")
         if who.person in persons:
             raise Denied("approve.own", "nobody approves their own grant", hint="somebody else who may grant has to")
@@ -446,7 +473,7 @@ class Custody:
             if by.person != holder.person and self._counts(state, approval, ref, action, now):
                 counted.setdefault(by.person, set()).update(set(approval.roles) & set(by.roles))
         # Each under one role, the highest, so that sums of roles count people.
-        ranks = [next((rank for rank in _RANKS if rank in roles), "") for roles in counted.values()]
+        ranks = [next((rank for rank in RANKS if rank in roles), "") for roles in counted.values()]
         here = situation(
             state,
             Speaker(holder, OWN_KEY),  # who is not speaking now; what it shows when it is comes in stage "release"
@@ -527,46 +554,11 @@ _REQUESTS = "strongroom requests"
 _PRINCIPALS = "strongroom principal ls"
 
 
-def _weighty(before: Principal | None, body: Mapping[str, Any]) -> bool:
-    """Whether a change makes, or makes over, somebody whose approval counts: what one person alone must not do, or
-    that person could invent the others. Taking rights away is never held up."""
-    ranked = set(_RANKS) & set(body["roles"])
-    if body["state"] != "active" or not ranked:
-        return False
-    if before is None or not before.active:
-        return True
-    held = (before.key, before.person, before.subject)
-    return bool(ranked - set(before.roles)) or held != (body["key"], body["person"], body.get("subject", ""))
-
-
 def _unheard(state: State, statement: Statement) -> None:
     """Half an hour of hashing finds two statements with one identifier; an approval of one must not be taken for an
     approval of the other."""
     if statement.id in state.requests or statement.id in state.proposals or statement.id in state.grants:
         raise Conflict("request.exists", f"there is a {statement.id} already", hint="sign a new one")
-
-
-def _check_record(state: State, body: Mapping[str, Any]) -> None:
-    """UsageError for a principal that no question could be asked about later, or who could pass for two people."""
-    path, person = body["principal"], body["person"]
-    if not path.startswith("team/"):
-        Subject(path, tuple(body["roles"]), tuple(body["teams"]), person, suspended=False)
-    first = state.principals.get(person)
-    chained = person != path and (first is None or first.person != person)
-    others = [each for each in state.principals.values() if each.path != path]
-    if chained or (person != path and any(each.person == path for each in others)):
-        raise UsageError(
-            "principal.person",
-            f"the person behind {path} is named by the principal that they had first, and {person} is not one",
-            hint=_PRINCIPALS,
-        )
-    if body["key"] and any(each.key == body["key"] and each.person != person for each in others):
-        raise UsageError("principal.key", f"the key of {path} is that of another person", hint=_PRINCIPALS)
-    if body["key"] and signatures.key_id(bytes.fromhex(body["key"])) in state.sessions:
-        raise UsageError("principal.key", "this key was introduced by a login", hint="strongroom identity new")
-    bound = body.get("subject", "")
-    if bound and any(each.subject == bound and each.person != person for each in others):
-        raise UsageError("principal.subject", f"{path} is bound to a name of another person", hint=_PRINCIPALS)
 
 
 def _once(approvals: list[Approval], who: Speaker) -> None:

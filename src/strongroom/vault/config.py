@@ -45,8 +45,8 @@ class RoomConfig:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             hint = (
-                f"strongroom --room {folder} init; or name another room with --room or STRONGROOM_ROOM; "
-                "or start the program with: strongroom run REF -- COMMAND"
+                "name the room with --room or STRONGROOM_ROOM; to make one here: "
+                f"strongroom --room {folder} init; a program that reads weights: strongroom run REF -- COMMAND"
             )
             raise NotFound(
                 "room.missing", f"there is no room at {folder.absolute()}: it has no {NAME}", hint=hint

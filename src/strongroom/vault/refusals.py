@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from sqlalchemy.engine import Connection
 
-from strongroom.errors import AuthRequired, Conflict, Denied, StrongroomError
+from strongroom.errors import AuthRequired, Conflict, Denied, Pending, StrongroomError
 from strongroom.formats.entry import UNKNOWN, Entry, Private
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.policy.state import State
@@ -36,7 +36,7 @@ class Refusals:
         """What is refused in this block is recorded, then raised."""
         try:
             yield
-        except (Denied, AuthRequired, Conflict) as error:
+        except (Denied, AuthRequired, Conflict, Pending) as error:
             self.record(by, action, ref, error)
             raise
 

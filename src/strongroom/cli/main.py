@@ -71,6 +71,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "status": ("room", "Where the room is, whether it is unsealed, what it holds."),
         "doctor": ("room", "Check how safe and how fast this room and machine are."),
         "fsck": ("room", "Check the whole room: database against store, both ways."),
+        "upgrade": ("upgrade", "Bring a room that an older release made to this one."),
     },
 }
 

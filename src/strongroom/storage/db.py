@@ -184,6 +184,25 @@ class Database:
             raise
         return database
 
+    @classmethod
+    def migrate(cls, url: str) -> int:
+        """Bring the database at `url` to this release's schema, all of it or nothing; the schema that it had. A SQLite
+        file is copied first, beside it. Errors as `open`; Conflict ``db.backup_exists``."""
+        path = _sqlite_path(url)
+        database = cls(_server_engine(url) if path is None else _sqlite_engine(path, create=False))
+        try:
+            with database.reading() as tx:
+                found = database._schema_of(tx)
+            if found is not None and found < SCHEMA:
+                if path is not None:
+                    _copy(path, path.with_name(f"{path.name}.schema-{found}"))
+                with database.transaction() as tx:
+                    _run_migrations(tx, found)
+            database._check_schema()
+        finally:
+            database.close()
+        return found or 0
+
     @property
     def url(self) -> str:
         """Where the database is, without its password."""
@@ -280,11 +299,16 @@ class Database:
         finally:
             self._inside.yes = False
 
+    @staticmethod
+    def _schema_of(tx: sa.Connection) -> int | None:
+        if not sa.inspect(tx).has_table(_schema.name):
+            return None
+        found: int | None = tx.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
+        return found
+
     def _check_schema(self) -> None:
         with self.reading() as tx:
-            found = None
-            if sa.inspect(tx).has_table(_schema.name):
-                found = tx.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
+            found = self._schema_of(tx)
         if found is None:
             raise BackendError(
                 "db.missing", f"{self.url} holds no room", hint="strongroom init, or correct the database's URL"
@@ -293,7 +317,7 @@ class Database:
             raise BackendError(
                 "db.older_schema",
                 f"the database was written by an older Strongroom (schema {found}; this one needs {SCHEMA})",
-                hint="use the release that made the room, or put its weights into a new room",
+                hint="strongroom upgrade --owner PRINCIPAL, on the room's host; it copies the database first",
                 schema=found,
                 known=SCHEMA,
             )
@@ -336,6 +360,38 @@ def _sqlite_engine(path: Path, *, create: bool) -> sa.Engine:
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
     return engine
+
+
+def _run_migrations(tx: sa.Connection, found: int) -> None:
+    """Every revision after schema `found`, in the transaction `tx`."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
+    config.attributes["connection"] = tx
+    command.stamp(config, f"{found:04}")
+    command.upgrade(config, f"{SCHEMA:04}")
+
+
+def _copy(path: Path, backup: Path) -> None:
+    """A copy of a SQLite database as it is now, for its owner only; what is there already is kept."""
+    try:
+        os.close(os.open(backup, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise Conflict(
+            "db.backup_exists",
+            f"{backup} is there already: an upgrade was begun before",
+            hint=f"see that {path} is what you want to upgrade, then move {backup.name} away",
+        ) from None
+    except OSError as error:
+        raise BackendError("db.read_only", f"can't write {backup}: {error.strerror}", hint="free disk space") from None
+    with (
+        _mapped(),
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(backup)) as target,
+    ):
+        source.backup(target)
 
 
 def _make_file(path: Path) -> None:

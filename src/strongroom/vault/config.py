@@ -11,7 +11,7 @@ from typing import Any
 
 from strongroom.core import canonical
 from strongroom.core.limits import KIB
-from strongroom.errors import BackendError, NotFound, Tampered
+from strongroom.errors import BackendError, CannotVerify, NotFound, Tampered
 from strongroom.formats.suites import FORMAT, check_format
 
 NAME = "room.json"
@@ -37,8 +37,9 @@ class RoomConfig:
     log_key: bytes
 
     @classmethod
-    def read(cls, folder: Path) -> RoomConfig:
-        """NotFound ``room.missing``; Tampered ``room.malformed``; CannotVerify ``format.unknown``."""
+    def read(cls, folder: Path, *, older: bool = False) -> RoomConfig:
+        """NotFound ``room.missing``; Tampered ``room.malformed``; CannotVerify ``format.unknown``, ``room.older``. With
+        `older` that of a room without a log is read, too, and has an empty `log_key`."""
         path = folder / NAME
         try:
             # Neither a link to another file nor a pipe that never answers.
@@ -59,12 +60,12 @@ class RoomConfig:
             raise Tampered("room.malformed", f"{path} is larger than a room's configuration")
         value = canonical.decode(data, what=str(path))
         try:
-            return cls._of(value)
+            return cls._of(value, older=older)
         except (KeyError, TypeError, ValueError) as error:
             raise Tampered("room.malformed", f"{path} does not hold together: {error}") from None
 
     @classmethod
-    def _of(cls, value: Any) -> RoomConfig:
+    def _of(cls, value: Any, *, older: bool) -> RoomConfig:
         check_format(value["format"], f"this room ({NAME})")
         keystores = value["keystores"]
         if not isinstance(keystores, list) or not keystores:
@@ -75,7 +76,13 @@ class RoomConfig:
         if not isinstance(value["room"], str) or len(value["room"]) != 32:
             raise ValueError("the room's identifier does not have 16 bytes")
         if "log" not in value:
-            raise ValueError("it names no log key: the room was made by a release that had no log")
+            if not older:
+                raise CannotVerify(
+                    "room.older",
+                    "the room names no log key: it was made by a release that had no log",
+                    hint="strongroom upgrade --owner PRINCIPAL, on the room's host; it copies the database first",
+                )
+            return cls(bytes.fromhex(value["room"]), value["store"], value["db"], tuple(keystores), b"")
         if not isinstance(value["log"], str) or len(value["log"]) != 64:
             raise ValueError("the log's public key does not have 32 bytes")
         room, log_key = bytes.fromhex(value["room"]), bytes.fromhex(value["log"])

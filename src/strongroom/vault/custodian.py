@@ -89,8 +89,9 @@ class Custodian:
 
     # -- the beginning -------------------------------------------------------------------------------------------
 
-    def begin(self, owner: str, key: bytes, custody: str, signer: bytes) -> None:
-        """The first two entries of a new room: the room itself under a shipped policy, and its owner."""
+    def begin(self, owner: str, key: bytes, custody: str, signer: bytes, *, begun: bool = False) -> None:
+        """The first two entries of a new room: the room itself under a shipped policy, unless that has `begun`, and its
+        owner."""
         policies = Policies.shipped(custody)
 
         def genesis(tx: Connection, state: State, now: int) -> Draft:
@@ -114,7 +115,8 @@ class Custodian:
             }
             return Draft(Entry("principal", now, CUSTODIAN, owner, body))
 
-        self.ledger.append(genesis, writes=True)
+        if not begun:
+            self.ledger.append(genesis, writes=True)
         self.ledger.append(first)
 
     def policies(self, digest: str) -> Policies:

@@ -85,7 +85,7 @@ class RoomKeys:
             return self._cached[1]
 
     def _keystore(self, row: Row[Any]) -> Keystore:
-        config = RoomConfig.read(self._folder)
+        config = RoomConfig.read(self._folder, older=True)  # its log key is none of this module's business
         if row.keystore_uri not in config.keystores:
             # Whoever writes to the database must not choose the server that is given the key store's token.
             raise Tampered(
@@ -166,7 +166,7 @@ class RoomKeys:
 
         `old_key` None is the one in use. Both key stores are pinned while the database changes from one to the other.
         """
-        config = RoomConfig.read(self._folder)
+        config = RoomConfig.read(self._folder, older=True)  # its log key is none of this module's business
         config.pin(self._folder, [*config.keystores, store.uri])
         try:
             with self._db.transaction() as tx:

@@ -413,6 +413,7 @@ class Room:
         id), needs none. `person`: the principal of the same human that was registered first, if this is a further
         one."""
         from strongroom.core.ids import parse_principal
+        from strongroom.formats.authority import subject_of
 
         parse_principal(path)
         if public_key is not None and not _KEY.fullmatch(public_key):
@@ -427,7 +428,7 @@ class Room:
         identities = self._vault.identities
         # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
         make = identities.create if path in known else identities.ensure
-        bound = _bound(oidc, spiffe)
+        bound = subject_of(oidc, spiffe)
         made = public_key is None and not bound
         key = make(path).public_key.hex() if made else public_key or ""
         try:
@@ -449,8 +450,10 @@ class Room:
 
     def principal_bind(self, path: str, *, oidc: str | None = None, spiffe: str | None = None) -> dict[str, Any]:
         """Bind a principal to another name that an authority gives it, or, without one, to none."""
+        from strongroom.formats.authority import subject_of
+
         before = self._vault.custodian.known(path)
-        bound = _bound(oidc, spiffe)
+        bound = subject_of(oidc, spiffe)
         return self._principal(path, before.key, before.person, before.roles, before.teams, before.state, bound)
 
     def _principal(
@@ -543,15 +546,6 @@ class Room:
 
         done = self._here("recover").keys.recover([Share.parse(share) for share in shares], keystore)
         return self._keystore_used("recover", done)
-
-
-def _bound(oidc: str | None, spiffe: str | None) -> str:
-    """What a principal's record has for the name that an authority gives it."""
-    from strongroom.formats.authority import oidc_subject, spiffe_subject
-
-    if oidc and spiffe:
-        raise UsageError("principal.bound", "a principal is bound to one name", hint="--oidc or --spiffe")
-    return oidc_subject(oidc) if oidc else spiffe_subject(spiffe) if spiffe else ""
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

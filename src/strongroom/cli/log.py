@@ -80,19 +80,17 @@ def _gist(item: dict[str, Any]) -> str:
     return ""
 
 
-class Vkey(click.ParamType[str]):
-    """A verifier key (C2SP signed-note): a typo is a mistake of whoever types, and no sign of tampering."""
+def _checked(*keys: str) -> None:
+    """UsageError ``log.vkey``: a typo in a verifier key is a mistake of whoever types, and no sign of tampering."""
+    from strongroom.formats.note import VerifierKey
 
-    name = "vkey"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from strongroom.formats.note import VerifierKey
-
+    for key in keys:
         try:
-            VerifierKey.parse(value)
+            VerifierKey.parse(key)
         except StrongroomError as error:
-            self.fail(error.message, param, ctx)
-        return value
+            raise UsageError(
+                "log.vkey", error.message, hint="strongroom log key shows a log's; a witness its own"
+            ) from None
 
 
 @command(
@@ -102,8 +100,8 @@ class Vkey(click.ParamType[str]):
     before. Then the newest checkpoint that this machine has seen has to be one of this log.""",
 )
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
-@click.option("--key", "verifier", type=Vkey(), help="The log's public key, for a FOLDER without its room.")
-@click.option("--witness", "witnesses", multiple=True, type=Vkey(), help="A witness that must have cosigned.")
+@click.option("--key", "verifier", metavar="VKEY", help="The log's public key, for a FOLDER without its room.")
+@click.option("--witness", "witnesses", multiple=True, metavar="VKEY", help="A witness that must have cosigned.")
 @pass_options
 def verify(options: Options, folder: Path | None, verifier: str | None, witnesses: tuple[str, ...]) -> None:
     """Check the whole log, offline.
@@ -114,6 +112,7 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
 
     output = options.output
     begun = time.monotonic()
+    _checked(*witnesses, *([verifier] if verifier else []))
     if folder is None and verifier is not None:
         raise UsageError(
             "log.no_folder",
@@ -195,10 +194,11 @@ def export(options: Options, form: str) -> None:
     signature is published with the checkpoint.""",
 )
 @click.option("--url", required=True, metavar="URL", help="Where the witness is.")
-@click.option("--witness", required=True, type=Vkey(), help="The witness's key, as it prints it.")
+@click.option("--witness", required=True, metavar="VKEY", help="The witness's key, as it prints it.")
 @pass_options
 def cosign(options: Options, url: str, witness: str) -> None:
     """Have a witness sign the newest checkpoint."""
+    _checked(witness)
     with options.open() as room:
         found = room.log.cosign(url, witness)
     options.output.answer(found, [f"{found['witness']} has signed {number(found['size'])} entries"])

@@ -171,3 +171,11 @@ def _malformed(why: str) -> UsageError:
     return UsageError(
         "authority.malformed", f"the authority is malformed: {why}", hint="strongroom authority add --help"
     )
+
+
+def subject_of(oidc: str | None, spiffe: str | None) -> str:
+    """What a principal's record has for the name that an authority gives it, or empty; UsageError
+    ``principal.bound``, and those of the two."""
+    if oidc and spiffe:
+        raise UsageError("principal.bound", "a principal is bound to one name", hint="--oidc or --spiffe")
+    return oidc_subject(oidc) if oidc else spiffe_subject(spiffe) if spiffe else ""

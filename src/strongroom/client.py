@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from strongroom.formats.bundle import KeyBundle
     from strongroom.formats.card import Card
     from strongroom.formats.entry import Private
+    from strongroom.formats.statement import Signing
     from strongroom.load.login import Login
+    from strongroom.load.passkey import Passkeys
     from strongroom.load.reader import ImageReader
     from strongroom.load.room import AnyRoom
     from strongroom.load.safe_open import SafeOpen
@@ -237,24 +239,15 @@ class Room:
 
         `to` is who the copy is for: this principal itself, whose code word it carries.
         """
-        from strongroom.load.copy import write_copy
+        from strongroom.load.copy import check_copy, write_copy
         from strongroom.load.reader import ImageReader
 
-        if to != self.principal:
-            raise UsageError(
-                "copy.other",
-                f"a copy carries its holder's code word, so {to} has to take it",
-                hint=f"strongroom copy {ref} --to {to} --out DIR --as {to}",
-            )
-        folder = Path(out)
-        if folder.exists():
-            raise UsageError("copy.exists", f"{folder} is there already", hint="--out with a new folder")
+        folder = check_copy(ref, to, self.principal, Path(out))
         store, bundle = self._release(ref, "copy")
         written = write_copy(ImageReader(self._vault.blobs_at(store), bundle), folder, progress=progress)
         size = sum(count for _, count in written)
         entry = self._vault.custodian.copied(to, bundle.ref, self._released, len(written), size)
-        files = [path for path, _ in written]
-        return {"ref": bundle.ref, "to": to, "files": files, "bytes": size, "entry": entry}
+        return {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size, "entry": entry}
 
     def _release(self, ref: str, action: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""
@@ -310,16 +303,28 @@ class Room:
         """All requests, oldest first."""
         return self._vault.custodian.requests()
 
-    def approve(self, identifier: str, *, duration: int = 0, uses: int | None = None) -> dict[str, Any]:
-        """Approve a request or a proposed policy, by its identifier; an approver may shorten, and count the uses."""
+    def approve(
+        self, identifier: str, *, duration: int = 0, uses: int | None = None, show: Callable[[str], None] | None = None
+    ) -> dict[str, Any]:
+        """Approve a request or a proposed policy; an approver may shorten, and count the uses. With `show`, by a
+        passkey: it is called with the address of the page that asks for it."""
         body = {"request": self._asked(identifier), "duration": duration, "uses": uses}
-        return self._vault.custodian.approve(self._say("approve", body))
+        signer = self.passkeys.signer("approve", identifier, show) if show else None
+        return self._vault.custodian.approve(self._say("approve", body, signer))
 
-    def deny(self, identifier: str, *, reason: str) -> dict[str, Any]:
-        """Refuse a request or a proposed policy, or take back one's own."""
+    def deny(self, identifier: str, *, reason: str, show: Callable[[str], None] | None = None) -> dict[str, Any]:
+        """Refuse a request or a proposed policy, or take back one's own; `show` as of `approve`."""
         note = self._private("reason", reason)
         body = {"request": self._asked(identifier), "reason": note.commitment}
-        return self._vault.custodian.deny(self._say("deny", body), note)
+        signer = self.passkeys.signer("deny", identifier, show) if show else None
+        return self._vault.custodian.deny(self._say("deny", body, signer), note)
+
+    @property
+    def passkeys(self) -> Passkeys:
+        """The passkeys of this principal."""
+        from strongroom.load.passkey import Passkeys
+
+        return Passkeys(self._vault, self.principal, self._say)
 
     def revoke(self, target: str, *, reason: str) -> dict[str, Any]:
         """End a lease, suspend a principal, or freeze a version; in force at once."""
@@ -385,15 +390,14 @@ class Room:
 
         return Private.fresh(name, value)
 
-    def _say(self, kind: str, body: dict[str, Any]) -> str:
-        """A statement by this principal, signed with the key that this machine has of it."""
+    def _say(self, kind: str, body: dict[str, Any], signer: Signing | None = None) -> str:
+        """A statement by this principal, signed by `signer`, else with the key that this machine has of it."""
         from strongroom.formats.statement import Statement
         from strongroom.load.login import signer_of
 
         vault, who = self._vault, self.principal
-        signer = signer_of(vault, who)
-        now = vault.clock()
-        return Statement.sign(kind, body, room=vault.id.hex(), by=who, at=now, signer=signer).envelope
+        at, key = vault.clock(), signer or signer_of(vault, who)
+        return Statement.sign(kind, body, room=vault.id.hex(), by=who, at=at, signer=key).envelope
 
     # -- the room itself -----------------------------------------------------------------------------------------
 
@@ -442,11 +446,9 @@ class Room:
         self, path: str, *, roles: Sequence[str] | None = None, state: str | None = None
     ) -> dict[str, Any]:
         """Give a principal other roles, or another state: active, suspended, removed."""
-        before = self._vault.custodian.known(path)
-        chosen = before.roles if roles is None else roles
-        return self._principal(
-            path, before.key, before.person, chosen, before.teams, state or before.state, before.subject
-        )
+        old = self._vault.custodian.known(path)
+        chosen = old.roles if roles is None else roles
+        return self._principal(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject)
 
     def principal_bind(self, path: str, *, oidc: str | None = None, spiffe: str | None = None) -> dict[str, Any]:
         """Bind a principal to another name that an authority gives it, or, without one, to none."""

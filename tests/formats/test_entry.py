@@ -71,6 +71,7 @@ WHOLE = {
         "proof": DIGEST,
         "statement": "said",
     },
+    "passkey": {"key": "30" * 91, "credential": "abc", "state": "active", "statement": "said"},
     "authority": {"id": SHORT, "authority": "https://id.example", "expires_at": None, "statement": "said"},
     "keystore": {"operation": "rotate", "epoch": 2},
     "redact": {"entry": 7},

@@ -53,6 +53,7 @@ WHOLE = {
         "state": "active",
     },
     "authority": {"authority": "https://id.example", "text": "{}"},
+    "passkey": {"key": "30" * 91, "credential": "abc", "state": "active"},
     "login": {"method": "oidc", "authority": "https://id.example", "public_key": DIGEST, "duration": 60},
 }
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, True]

@@ -52,6 +52,7 @@ RELIED_ON = {
     "Login": answers.LOGIN,
     "Authorities": answers.AUTHORITIES,
     "AuthorityChanged": answers.CHANGED_AUTHORITY,
+    "PasskeyChanged": answers.CHANGED_PASSKEY,
     "Reach": answers.ACCESS,
     "Versions": answers.VERSIONS,
     "VersionShown": answers.SHOWN,

@@ -21,6 +21,7 @@ from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.server.operations import CALL, NOBODY, OPERATIONS, PASS, STATEMENT
+from vault.authenticator import Authenticator
 
 pytestmark = pytest.mark.server
 
@@ -48,6 +49,7 @@ MAY = {
     "login": set(),  # with what is no token: nobody gets in
     "authorities": INSIDE,
     "authority": {"officer", "executive"},
+    "passkey": set(ROLES),
     "policy": INSIDE,
     "propose": {"officer"},
     "enact": {"officer"},
@@ -174,6 +176,11 @@ class Asker:
     def _login(self, who):
         body = {"method": "oidc", "authority": "https://id.example", "public_key": "5" * 64, "duration": 60}
         return "/v1/logins", self._statement("login", body, who, proof={"token": "a.b.c"})
+
+    def _passkey(self, who):
+        key = Authenticator()
+        body = {"key": key.key.hex(), "credential": key.credential, "state": "active"}
+        return "/v1/passkeys", self._statement("passkey", body, who)
 
     def _authority(self, who):
         name = f"https://{who[5:]}.example"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -85,6 +86,13 @@ def requests(options: Options, everything: bool) -> None:
     options.output.answer({"requests": found}, table(header, rows) if rows else ["no request is open"])
 
 
+_passkey = click.option("--passkey", is_flag=True, help="Sign with a passkey, in a browser on this machine.")
+
+
+def _show(options: Options) -> Callable[[str], None]:
+    return lambda address: options.output.note(f"  → open in a browser here: {address}")
+
+
 @command(
     "approve",
     explain="""Your approval names the whole request by its hash, so it holds for nothing else. It counts for you as a
@@ -93,11 +101,12 @@ def requests(options: Options, everything: bool) -> None:
 @click.argument("identifier", metavar="ID")
 @click.option("--duration", "seconds", type=Duration(), default=0, help="Shorten the lease to this.")
 @click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.")
+@_passkey
 @pass_options
-def approve(options: Options, identifier: str, seconds: int, uses: int | None) -> None:
+def approve(options: Options, identifier: str, seconds: int, uses: int | None, passkey: bool) -> None:
     """Approve somebody else's request, or a proposed policy."""
     with options.open() as room:
-        found = room.approve(identifier, duration=seconds, uses=uses)
+        found = room.approve(identifier, duration=seconds, uses=uses, show=_show(options) if passkey else None)
     if found["lease"]:
         what = f"{found['for']} may {found['action']} {found['ref']}"
         line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}"
@@ -112,11 +121,12 @@ def approve(options: Options, identifier: str, seconds: int, uses: int | None) -
 @command("deny", explain="One no, of somebody who could approve, ends a request. Your own you may take back.")
 @click.argument("identifier", metavar="ID")
 @click.option("--reason", required=True, metavar="TEXT")
+@_passkey
 @pass_options
-def deny(options: Options, identifier: str, reason: str) -> None:
+def deny(options: Options, identifier: str, reason: str, passkey: bool) -> None:
     """Refuse a request, or take back your own."""
     with options.open() as room:
-        found = room.deny(identifier, reason=reason)
+        found = room.deny(identifier, reason=reason, show=_show(options) if passkey else None)
     options.output.answer(found, [f"{found['id']} is denied"])
 
 

@@ -57,6 +57,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "serve": ("serve", "Serve the room to others, until interrupted."),
         "trust": ("trust", "Trust the card of a served room."),
         "identity": ("trust", "The keys of principals on this machine, for served rooms."),
+        "passkey": ("passkey", "Passkeys and security keys that sign approvals, each time anew."),
         "login": ("login", "Speak as a principal by an identity provider's token, or a workload's certificate."),
         "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),
     },

@@ -82,6 +82,14 @@ def with_optional(members: dict[str, Kind], more: Mapping[str, Kind], value: Map
 TEXT, COUNT, FLAG, TEXTS = _text, _count, _flag, _texts
 ID, SHORT, DIGEST = _hexadecimal(32), _hexadecimal(16), _hexadecimal(64)
 STATE = one_of("active", "suspended", "removed")
+_KEY = re.compile(r"(?:[0-9a-f]{2}){33,1024}", re.ASCII).fullmatch
+
+
+def _key(value: Any) -> bool:
+    return isinstance(value, str) and _KEY(value) is not None
+
+
+KEY = _key  # a passkey's public key, in hexadecimal: longer than an Ed25519 key
 METHOD = one_of("oidc", "x509")
 LEASED = one_of("load", "copy", "trace")
 _LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
@@ -151,6 +159,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "proof": DIGEST,
         "statement": TEXT,
     },
+    "passkey": {"key": KEY, "credential": TEXT, "state": one_of("active", "removed"), "statement": TEXT},
     "authority": {"id": SHORT, "authority": TEXT, "expires_at": or_null(_count), "statement": TEXT},
     "keystore": {"operation": TEXT, "epoch": COUNT},
     "redact": {"entry": COUNT},

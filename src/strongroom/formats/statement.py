@@ -18,6 +18,7 @@ from strongroom.formats.entry import (
     DIGEST,
     FLAG,
     ID,
+    KEY,
     LEASED,
     METHOD,
     OPTIONAL,
@@ -32,7 +33,9 @@ from strongroom.formats.entry import (
     or_null,
     with_optional,
 )
+from strongroom.formats.passkey import Assertion
 
+_ED25519 = 64  # bytes of such a signature; an assertion has more
 PAYLOAD_TYPE = "application/vnd.strongroom.statement+json"
 
 
@@ -81,6 +84,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "state": STATE,
     },
     "authority": {"authority": TEXT, "text": TEXT},
+    "passkey": {"key": KEY, "credential": TEXT, "state": one_of("active", "removed")},
     "login": {"method": METHOD, "authority": TEXT, "public_key": DIGEST, "duration": COUNT},
 }
 
@@ -166,6 +170,12 @@ class Statement:
         """What the signature says of the key that made it: SHA-256 of the public key in hexadecimal, or any text."""
         ((key_id, _),) = self._parsed.signatures
         return key_id
+
+    @property
+    def count(self) -> int:
+        """The signature counter of the passkey that made this; 0 for every other key. Tampered for what is neither."""
+        ((_, signature),) = self._parsed.signatures
+        return 0 if len(signature) == _ED25519 else Assertion.decode(signature).count
 
     @property
     def id(self) -> str:

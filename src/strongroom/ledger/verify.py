@@ -3,6 +3,7 @@ nothing of the room. It imports formats only; whoever trusts none of us can read
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,6 +179,7 @@ class _Statements:
         self._asked: dict[str, str] = {}  # authorities that a second person has to agree to
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
+        self._passkeys: dict[str, tuple[str, str]] = {}  # by the key's identifier: key and principal
         self._seen: set[str] = set()
         self.count = 0
 
@@ -195,7 +197,12 @@ class _Statements:
     def _who_speaks(self, entry: Entry) -> None:
         """Which keys speak for whom after `entry`."""
         if entry.type == "principal":
-            self._install(entry.body["principal"], entry.body["key"])
+            self._install(entry.body["principal"], entry.body["key"], removed=entry.body["state"] == "removed")
+        elif entry.type == "passkey":
+            key = bytes.fromhex(entry.body["key"])
+            self._passkeys.pop(hashlib.sha256(key).hexdigest(), None)
+            if entry.body["state"] == "active":
+                self._passkeys[hashlib.sha256(key).hexdigest()] = (key.hex(), entry.by)
         elif entry.type == "session":
             body = entry.body
             key_id = Statement.decode(body["statement"]).key_id
@@ -216,7 +223,9 @@ class _Statements:
         elif entry.type == "approve" and entry.body["id"] in self._asked:
             self._end(2, self._asked.pop(entry.body["id"]))
 
-    def _install(self, path: str, key: str) -> None:
+    def _install(self, path: str, key: str, *, removed: bool = False) -> None:
+        if removed or self._keys.get(path) != key:
+            self._passkeys = {name: each for name, each in self._passkeys.items() if each[1] != path}
         self._keys[path] = key
         self._end(1, path)
 
@@ -229,6 +238,9 @@ class _Statements:
         introduced and that is good still. A login is signed with the key that it introduces."""
         if entry.type == "session":
             return str(statement.body.get("public_key", ""))
+        own, whose = self._passkeys.get(statement.key_id, ("", ""))
+        if own and whose == statement.by:
+            return own
         key, by, _, until = self._sessions.get(statement.key_id, ("", "", "", 0))
         return key if by == statement.by and entry.at < until else self._keys.get(statement.by, "")
 

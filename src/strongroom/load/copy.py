@@ -11,11 +11,24 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from strongroom.core.limits import MIB
-from strongroom.errors import BackendError, Tampered
+from strongroom.errors import BackendError, Tampered, UsageError
 from strongroom.load.reader import ImageReader
 
 _PIECE = 32 * MIB
 _ROOM_LEFT = 16 * MIB
+
+
+def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
+    """`folder`, if `principal` may have a copy for `to` written there; UsageError ``copy.other``, ``copy.exists``."""
+    if to != principal:
+        raise UsageError(
+            "copy.other",
+            f"a copy carries its holder's code word, so {to} has to take it",
+            hint=f"strongroom copy {ref} --to {to} --out DIR --as {to}",
+        )
+    if folder.exists():
+        raise UsageError("copy.exists", f"{folder} is there already", hint="--out with a new folder")
+    return folder
 
 
 def write_copy(

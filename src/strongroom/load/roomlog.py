@@ -109,7 +109,7 @@ def verify_log(
 ) -> dict[str, Any]:
     """Check an exported log, in a folder or given by how its files are read, by its public key alone (`RoomLog.key`);
     IntegrityError when it does not hold together."""
-    from strongroom.crypto import signatures
+    from strongroom.crypto import passkey
     from strongroom.formats.note import VerifierKey
     from strongroom.ledger.published import read_from
     from strongroom.ledger.verify import verify_log as verify
@@ -117,7 +117,7 @@ def verify_log(
     report = verify(
         log if callable(log) else read_from(Path(log)),
         VerifierKey.parse(key),
-        signatures.verify,
+        passkey.verify,
         witnesses=[VerifierKey.parse(each) for each in witnesses],
         remembered=remembered,
     )

@@ -278,6 +278,9 @@ class ServedCustodian:
         found = self.show_principal(path)
         return Known(**{name: found[name] for name in _KNOWN})
 
+    def change_passkey(self, envelope: str) -> dict[str, Any]:
+        return self._post("/v1/passkeys", answers.CHANGED_PASSKEY, envelope)
+
     def change_authority(self, envelope: str) -> dict[str, Any]:
         return self._post("/v1/authorities", answers.CHANGED_AUTHORITY, envelope)
 

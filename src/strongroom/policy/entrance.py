@@ -6,19 +6,24 @@ numbered as in spec/ledger.md, section 9.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strongroom.crypto import signatures
+from strongroom.crypto.passkey import check_key
 from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, UsageError
 from strongroom.formats.authority import LONGEST, Authority
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
-from strongroom.policy.speaker import Key, Speaker, authenticate, check_age, check_clock, nobody
+from strongroom.policy.speaker import OWN_KEY, Key, Speaker, authenticate, check_age, check_clock, nobody
 
 if TYPE_CHECKING:
     from strongroom.policy.custody import Custody
     from strongroom.policy.state import Grant, State
+
+
+_CREDENTIAL = re.compile(r"[A-Za-z0-9_-]{1,1366}", re.ASCII)  # base64url of at most 1,023 bytes
 
 
 @dataclass(frozen=True)
@@ -135,3 +140,28 @@ def refused(why: str, hint: str = "strongroom login --help") -> AuthRequired:
 
 
 _LS = "strongroom authority ls"
+
+
+def passkey(state: State, statement: Statement, now: int) -> Entry:
+    """A principal adds a passkey with its own key, or takes one of its own away (spec/ledger.md, section 10)."""
+    who, body = authenticate(state, statement, now), statement.body
+    mine = state.passkeys.get(signatures.key_id(bytes.fromhex(body["key"])))
+    if body["state"] == "removed":
+        if mine is None or mine.principal != who.path:
+            raise NotFound("passkey.missing", f"{who.path} has no such passkey", hint="strongroom passkey ls")
+    elif who.method != OWN_KEY:
+        # On an authority's word, or a passkey's, whoever has that could add a key that outlives it.
+        raise Denied(
+            "passkey.own_key",
+            f"a passkey is added with the principal's own key, and {who.path} speaks by {who.method}",
+            hint="strongroom login --end, on a machine that has the principal's own key",
+        )
+    elif mine is not None:
+        raise Conflict("passkey.exists", "this passkey is there already", hint="strongroom passkey ls")
+    else:
+        check_key(bytes.fromhex(body["key"]))
+        if not _CREDENTIAL.fullmatch(body["credential"]):
+            raise UsageError(
+                "passkey.credential", "the credential's identifier is not one", hint="strongroom passkey add"
+            )
+    return Entry("passkey", now, who.path, "", {**body, "statement": statement.envelope})

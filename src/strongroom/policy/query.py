@@ -19,7 +19,7 @@ ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant",
 ON_WEIGHTS = ("load", "copy", "infer", "adapt")  # never about the room as a whole
 RELEASES = ("load", "copy")  # decided twice: in stage "grant" and in stage "release"
 STAGES = ("grant", "release", "direct")
-AUTHENTICATIONS = ("key", "oidc", "x509")  # what the one who speaks has shown; policy/speaker.py finds it
+AUTHENTICATIONS = ("key", "passkey", "oidc", "x509")  # what the one who speaks has shown; policy/speaker.py finds it
 ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
 ROOM = "room"  # as a `ref`: the room as a whole. Of weights that have this very name, only versions can be named.
 

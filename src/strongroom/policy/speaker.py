@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from strongroom.crypto import signatures
+from strongroom.crypto import passkey, signatures
 from strongroom.errors import AuthRequired, Conflict, Sealed
 from strongroom.formats.statement import Statement
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 300  # seconds that a clock may be off
 OWN_KEY = "key"  # the Ed25519 key in the principal's record
+PASSKEY = "passkey"  # one that the principal has added with its own key
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Key:
 
     def verify(self, statement: Statement) -> None:
         """Tampered unless `statement` is signed with this key."""
-        statement.verify(self.public_key, signatures.verify)
+        statement.verify(self.public_key, passkey.verify)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:
         return None
     if who.key and key_id == signatures.key_id(bytes.fromhex(who.key)):
         return Key(who.key, OWN_KEY)
+    own = state.passkeys.get(key_id)
+    if own is not None and own.principal == path:
+        return Key(own.key, PASSKEY)
     session = state.sessions.get(key_id)
     if session is not None and session.principal == path and max(now, state.latest) < session.expires_at:
         return Key(session.public_key, session.method)
@@ -101,6 +105,14 @@ def check_age(state: State, statement: Statement, now: int) -> None:
         )
     if statement.digest in state.recent:
         raise Conflict("statement.replayed", "this very statement is in the log already", hint="sign a new one")
+    used = state.passkeys.get(statement.key_id)
+    # An authenticator that counts, and has counted back, is one of two with the same key (step 22).
+    if used is not None and (used.count or statement.count) and statement.count <= used.count:
+        raise AuthRequired(
+            "passkey.cloned",
+            f"the passkey has told a higher count before ({used.count}): there may be a copy of it",
+            hint="strongroom passkey rm; then add another one",
+        )
 
 
 def check_clock(state: State, now: int) -> None:

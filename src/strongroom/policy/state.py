@@ -6,6 +6,7 @@ releases, so of those it keeps one record for each pair of holder and version.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -166,6 +167,17 @@ class Proposal:
 
 
 @dataclass
+class Passkey:
+    """`key`: SubjectPublicKeyInfo in hexadecimal; `count`: the greatest that its authenticator has told."""
+
+    principal: str
+    key: str
+    credential: str
+    entry: int
+    count: int = 0
+
+
+@dataclass
 class State:
     """The fold. `latest` is the greatest time that an entry has had, `era` the index of the newest `clock` entry.
 
@@ -190,6 +202,7 @@ class State:
     proposals: dict[str, Proposal] = field(default_factory=dict)
     grants: dict[str, Grant] = field(default_factory=dict)
     authorities: dict[str, str] = field(default_factory=dict)  # by name: the text that formats/authority.py reads
+    passkeys: dict[str, Passkey] = field(default_factory=dict)  # by the identifier of the key
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease that nobody else has reviewed: the entry's index, as text, and the person.
@@ -217,7 +230,10 @@ class State:
         self.latest = entry.at if entry.type == "clock" else max(self.latest, entry.at)
         if statement := entry.body.get("statement"):
             until = entry.at + _REMEMBERED if entry.type == "release" else _FOR_EVER
-            self._remember(Statement.decode(statement).digest, until, index)
+            said = Statement.decode(statement)
+            self._remember(said.digest, until, index)
+            if (used := self.passkeys.get(said.key_id)) is not None:
+                used.count = max(used.count, said.count)
         if apply := _APPLY.get(entry.type):
             try:
                 apply(self, index, entry)
@@ -266,6 +282,9 @@ class State:
             body.get("subject", ""),
         )
         self._end_sessions(lambda session: session.principal == path)
+        if body["state"] == "removed" or before is None or before.key != body["key"]:
+            # What another key has added may have been added by whoever had stolen that.
+            self.passkeys = {name: each for name, each in self.passkeys.items() if each.principal != path}
         granters = {each.person for each in self.principals.values() if each.active and _GRANTERS & set(each.roles)}
         self.most_granters = max(self.most_granters, len(granters))
         if body["state"] != "active" or (
@@ -309,6 +328,14 @@ class State:
             body["expires_at"],
             index,
         )
+
+    def _passkey(self, index: int, entry: Entry) -> None:
+        body = entry.body
+        name = hashlib.sha256(bytes.fromhex(body["key"])).hexdigest()
+        if body["state"] == "active":
+            self.passkeys[name] = Passkey(self.principals[entry.by].path, body["key"], body["credential"], index)
+        else:
+            self.passkeys.pop(name, None)
 
     def _end_sessions(self, which: Callable[[Session], bool]) -> None:
         self.sessions = {name: each for name, each in self.sessions.items() if not which(each)}
@@ -472,6 +499,7 @@ class State:
                     "leases": {key: Lease(**item) for key, item in value["leases"].items()},
                     "uses": {key: Use(**item) for key, item in value["uses"].items()},
                     "grants": {key: Grant(**item) for key, item in value["grants"].items()},
+                    "passkeys": {key: Passkey(**item) for key, item in value["passkeys"].items()},
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
@@ -489,6 +517,7 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "principal": State._principal,
     "grant": State._grant,
     "authority": State._authority,
+    "passkey": State._passkey,
     "session": State._session,
     "proposal": State._proposal,
     "policy": State._policy,

@@ -55,7 +55,7 @@ class CustodianApp:
 
     def _handlers(self) -> dict[str, Handler]:
         reading = Reading(self._vault, self._calls)
-        said = ("request", "approve", "deny", "renew", "revoke", "propose", "principal", "authority")
+        said = ("request", "approve", "deny", "renew", "revoke", "propose", "principal", "authority", "passkey")
         read = ("requests", "show_request", "leases", "principals", "show_principal", "policy", "weights", "show")
         more = ("authorities", "reach", "review", "status", "checkpoint", "consistency", "tile", "object")
         return {
@@ -140,23 +140,23 @@ class CustodianApp:
             if str(said.get("request", said.get("lease", "")))[:16] != named:
                 raise UsageError("statement.elsewhere", "the statement is about something else than the address is")
         reason = reason_of(value.get("reason"))
+        custodian = self._custodian
         match kind:
             case "request":
-                return self._custodian.request(envelope, needed(reason))
-            case "approve":
-                return self._custodian.approve(envelope)
+                return custodian.request(envelope, needed(reason))
             case "deny":
-                return self._custodian.deny(envelope, needed(reason))
-            case "renew":
-                return self._custodian.renew(envelope)
+                return custodian.deny(envelope, needed(reason))
             case "revoke":
-                return self._custodian.revoke(envelope, needed(reason))
+                return custodian.revoke(envelope, needed(reason))
             case "propose":
-                return self._custodian.propose(envelope, text_of(value, "text"), needed(reason))
-            case "authority":
-                return self._custodian.change_authority(envelope)
-            case _:
-                return self._custodian.change_principal(envelope)
+                return custodian.propose(envelope, text_of(value, "text"), needed(reason))
+        return {
+            "approve": custodian.approve,
+            "renew": custodian.renew,
+            "principal": custodian.change_principal,
+            "authority": custodian.change_authority,
+            "passkey": custodian.change_passkey,
+        }[kind](envelope)
 
     def _login(self, _: Request, body: bytes) -> dict[str, Any]:
         value = members(body, {"statement", "proof"})

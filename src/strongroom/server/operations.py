@@ -51,6 +51,7 @@ OPERATIONS = (
     Operation("show_principal", "GET", "/v1/principals/{path:path}", "One principal", CALL, "Principal"),
     Operation("login", "POST", "/v1/logins", "A key speaks for a principal for a while", STATEMENT, "Login", "Proven"),
     Operation("authorities", "GET", "/v1/authorities", "Whose word is taken for who somebody is", CALL, "Authorities"),
+    Operation("passkey", "POST", "/v1/passkeys", "Add a passkey, or remove it", STATEMENT, "PasskeyChanged", "Said"),
     Operation("authority", "POST", "/v1/authorities", "Take, or no more", STATEMENT, "AuthorityChanged", "Said"),
     Operation("policy", "GET", "/v1/policies", "The policy in force, and proposals", CALL, "Policy"),
     Operation("propose", "POST", "/v1/policies", "Propose a policy", STATEMENT, "PolicyProposed", "Proposed"),

@@ -104,6 +104,7 @@ COMPONENTS: dict[str, Schema] = {
             "subject": TEXT,
             "entry": COUNT,
             "leases": _list(_object({"id": ID, **_all("action", "ref"), "expires_at": COUNT})),
+            "passkeys": _list(_object({**_all("key", "credential"), "entry": COUNT})),
         }
     ),
     "Principals": _object({"principals": _list(_object(_WHO))}),
@@ -125,6 +126,7 @@ COMPONENTS: dict[str, Schema] = {
             )
         }
     ),
+    "PasskeyChanged": _object({**_all("principal", "state"), "entry": COUNT}),
     "AuthorityChanged": _object({**_all("authority", "state"), "id": ID, "entry": COUNT}, optional=("id",)),
     "Policy": _object(
         {

@@ -153,7 +153,12 @@ class Custodian:
                 for lease in state.leases.values()
                 if lease.holder == path and lease.holds(now)
             ]
-        return {**vars(who), "since": text(who.since), "leases": leases}
+            passkeys = [
+                {"key": each.key, "credential": each.credential, "entry": each.entry}
+                for each in state.passkeys.values()
+                if each.principal == path
+            ]
+        return {**vars(who), "since": text(who.since), "leases": leases, "passkeys": passkeys}
 
     def change_principal(self, envelope: str) -> dict[str, Any]:
         """Register somebody, or change roles, key or state: a statement of the kind ``principal``."""
@@ -175,6 +180,12 @@ class Custodian:
         done = "pending" if pending else "active" if statement.body["text"] else "removed"
         told = {"authority": statement.body["authority"], "state": done, "entry": receipt.index}
         return {**told, "id": statement.id} if pending else told
+
+    def change_passkey(self, envelope: str) -> dict[str, Any]:
+        """A principal adds a passkey, or takes one away: a statement of the kind ``passkey``."""
+        statement = self._statement(envelope, "passkey")
+        receipt = self._append(statement, lambda state, now: Draft(entrance.passkey(state, statement, now)))
+        return {"principal": statement.by, "state": statement.body["state"], "entry": receipt.index}
 
     def authorities(self) -> list[dict[str, Any]]:
         """Whose word is taken, by name."""

@@ -266,7 +266,9 @@ def releases(work: Path, new_url: Callable[[], str], page: Page, rounds: int, se
         return Draft(Entry("policy", now, "user/ana", "", {"digest": policies.digest, "proposal": None}))
 
     vault.custodian.ledger.append(enact, writes=True)
-    result = vault.put(ModelSource.scan(model.directory), "bench/model", by="user/ana")
+    result = vault.put(ModelSource.scan(model.directory), "bench/model", by="user/ana", share="1/4")
+    if result.positions != 16_384:
+        raise SystemExit(f"the bundle has {result.positions} keys, and not 16,384")
     vault.close()
     rows = []
     with bao(work) as decrypt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from functools import cache
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -41,11 +42,17 @@ def _tag(key: bytes, room: bytes, era: int, head: bytes) -> bytes:
     return hmac.digest(key, _CHALLENGE + room + era.to_bytes(8, "big") + head, "sha256")[:_TAG]
 
 
+@cache
+def _probe() -> X25519PrivateKey:
+    """A key to try others with; what it agrees on with them is thrown away."""
+    return X25519PrivateKey.generate()
+
+
 def check_receiver(public_key: bytes) -> None:
     """UsageError ``release.bad_key`` for a key that nothing can be sealed to: to be known before anything is
     recorded."""
     try:
-        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public_key))
+        _probe().exchange(X25519PublicKey.from_public_bytes(public_key))
     except ValueError:  # a point of small order: whoever listens could compute the secret
         raise _bad_key() from None
 

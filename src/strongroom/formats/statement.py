@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 from strongroom.core import canonical
@@ -126,7 +126,12 @@ class Statement:
 
     @classmethod
     def decode(cls, envelope: str) -> Statement:
-        """Parse; Tampered ``statement.malformed`` or what `Envelope.decode` raises."""
+        """Parse; Tampered ``statement.malformed`` or what `Envelope.decode` raises. The same text gives the same object
+        for a while: a statement is read by whoever receives it, by the fold, and by whoever looks at its entry."""
+        return _decoded(envelope)
+
+    @classmethod
+    def _of(cls, envelope: str) -> Statement:
         if len(envelope) > LIMITS.entry:
             raise LimitExceeded("statement.too_large", f"a statement of {len(envelope)} characters")
         try:
@@ -194,6 +199,11 @@ class Statement:
             raise Tampered("statement.other_key", f"the statement by {self.by} is signed with another key")
         verify(key, signature, pre_authentication_encoding(PAYLOAD_TYPE, self.payload))
         vars(self)["_verified"] = public_key
+
+
+@lru_cache(maxsize=512)
+def _decoded(envelope: str) -> Statement:
+    return Statement._of(envelope)  # noqa: SLF001 - the same noun; what raises is not kept
 
 
 def _malformed(why: str) -> Tampered:

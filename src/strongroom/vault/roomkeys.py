@@ -34,6 +34,8 @@ class RoomKeys:
         self._db, self._folder, self._room_id, self._passphrase = db, folder, room_id, passphrase
         self._cached: tuple[int, bytes] | None = None  # the epoch of the room key, and the key
         self._opened: bytes | None = None  # the signing seed
+        self._signer: Signer | None = None
+        self._log_signer: Signer | None = None
         self._lock = threading.Lock()
 
     # -- creating ------------------------------------------------------------------------------------------------
@@ -98,12 +100,16 @@ class RoomKeys:
     @property
     def signer(self) -> Signer:
         """The room's signature key."""
-        return Signer(self._seed)
+        if self._signer is None:
+            self._signer = Signer(self._seed)
+        return self._signer
 
     @property
     def log_signer(self) -> Signer:
         """The key that signs the log's checkpoints."""
-        return log_signer(self._seed)
+        if self._log_signer is None:
+            self._log_signer = log_signer(self._seed)
+        return self._log_signer
 
     @property
     def challenge_key(self) -> bytes:

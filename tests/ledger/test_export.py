@@ -49,6 +49,8 @@ def one_of_each():
             body["lease"] = "0" * 16
         if kind == "session":
             body |= {"method": "oidc", "proof": "0" * 64}
+        if kind == "passkey":
+            body |= {"key": "30" * 91, "state": "active"}
         private = {"detail": _NOTE.commitment} if kind == "refused" else {}
         yield Entry(kind, NOW, "user/ana", "acme/tiny@1", body, private).encode()
 

@@ -41,6 +41,7 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "review": (_READ, 3, "Rights reviewed"),
     "login": (_OTHER, 3, "Login"),
     "session": (_OTHER, 3, "Login by an identity provider"),
+    "passkey": (_UPDATE, 5, "Passkey changed"),
     "authority": (_UPDATE, 6, "Identity provider changed"),
     "keystore": (_UPDATE, 5, "Key store used"),
     "redact": (_DELETE, 5, "Personal data redacted"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -44,6 +45,7 @@ def content(source: ModelSource, path: str) -> bytes:
 
 
 def refused(path: Path) -> UsageError:
+    gc.collect()  # what other tests have left, or it would be closed in between
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UsageError) as caught, converted(path):
         pass

@@ -355,7 +355,8 @@ class TestSourceChanges:
         report = house.vault.verify(NEXT, deep=True)
         assert report.ok
         assert_marked(house, NEXT, original(house, NEXT, model))
-        assert len(fsck(house.vault).pending) == 1
+        # One that began after the other was killed has gone on with what that had begun.
+        assert len(fsck(house.vault).pending) <= 1
         tidied(house)
         house.close()
 
@@ -491,7 +492,8 @@ class TestTogether:
         assert done["result"]["ref"] == NEXT
         house = House(folder)
         assert house.vault.verify(NEXT, deep=True).ok
-        assert len(fsck(house.vault).pending) == 1
+        # One that began after the other was killed has gone on with what that had begun.
+        assert len(fsck(house.vault).pending) <= 1
         tidied(house)
         house.close()
 

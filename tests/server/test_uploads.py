@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -10,11 +11,16 @@ import socket
 import ssl
 
 import pytest
+from starlette.requests import Request
 
 from server.served import Served
+from strongroom.client import Room
 from strongroom.core.clock import unix
+from strongroom.errors import AuthRequired, Denied
 from strongroom.formats.statement import Statement
 from strongroom.formats.upload import Upload, UploadFile
+from strongroom.policy.speaker import speaking
+from strongroom.server.uploads import Uploads
 from vault.rooms import write_model
 
 pytestmark = pytest.mark.server
@@ -134,3 +140,36 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
     assert "acme/broken@1" not in refs(served)
     status, answer = send(served, head, data)
     assert (status, answer["ref"]) == (200, "acme/broken@1")
+
+
+@pytest.mark.parametrize("last", [None, "suspended", "demoted"])
+def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, last):
+    """Else whoever sends slowly keeps for ever what was allowed at the beginning."""
+    data = os.urandom(100_000)
+    head = announcement(data, name="acme/late")
+    room, _ = Room.init(tmp_path / "room", owner="user/olga")
+    with room:
+        room.principal_add("user/oto", roles=["operator"])
+        custodian = room._vault.custodian
+        with custodian.ledger.view() as state:
+            oto = speaking(state, "user/oto")
+        pieces = [len(head).to_bytes(4, "big") + head + data[:50_000], data[50_000:]]
+
+        async def receive():
+            if len(pieces) == 1 and last == "suspended":
+                room.principal_change("user/oto", state="suspended")
+            elif len(pieces) == 1 and last == "demoted":
+                room.principal_change("user/oto", roles=["researcher"])
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+        request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": []}, receive)
+        uploads = Uploads(room._vault, lambda _, __: oto)
+        if last is None:
+            assert asyncio.run(uploads.receive(request)).ref == "acme/late@1"
+            return
+        with pytest.raises((AuthRequired, Denied)) as caught:
+            asyncio.run(uploads.receive(request))
+        assert not pieces
+        assert isinstance(caught.value, Denied) == (last == "demoted")
+        assert room.ls() == []
+        assert room.log.tail(1)[0]["type"] == "refused"

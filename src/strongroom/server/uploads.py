@@ -50,7 +50,7 @@ class Uploads:
         by = await run_in_threadpool(self._caller, request, head)
         upload = await run_in_threadpool(self._announced, by, head)
         with self._slot():
-            return await run_in_threadpool(self._put, upload, by.path, stream)
+            return await run_in_threadpool(self._put, upload, by, stream)
 
     def _announced(self, by: Speaker, head: bytes) -> Upload:
         self._vault.custodian.authorise(by, "put")
@@ -73,7 +73,7 @@ class Uploads:
         finally:
             self._slots.release()
 
-    def _put(self, upload: Upload, by: str, stream: _Stream) -> PutResult:
+    def _put(self, upload: Upload, by: Speaker, stream: _Stream) -> PutResult:
         return self._vault.put(
             UploadSource.begin(upload, stream.receive),
             upload.name,

@@ -476,6 +476,17 @@ class Custodian:
             self._refusals.record(who.path, actions[0], ref, refusals[0])
         raise refusals[0]
 
+    def append_as(self, by: Speaker, action: str, decide: Decision[State]) -> Receipt:
+        """Append what `by` has done, if it may do so at that moment still: it may have begun long ago, and have been
+        suspended since. Denied, AuthRequired ``principal.unknown``, both recorded."""
+
+        def still(tx: Connection, state: State, now: int) -> Draft:
+            self.rules.may(state, speaking(state, by), action, now=now)
+            return decide(tx, state, now)
+
+        with self._refusals.recorded(by.path, action):
+            return self.ledger.append(still, writes=True)
+
     def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
         """An entry about what was done already."""
         return self.ledger.append(lambda _, __, now: Draft(Entry(kind, now, by, ref, body)))

@@ -43,6 +43,7 @@ from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.ledger.published import Published, read_from
 from strongroom.policy.query import ROOM
+from strongroom.policy.speaker import Speaker
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, versions
@@ -369,17 +370,20 @@ class Vault:
         source: ModelSource,
         name: str,
         *,
-        by: str,
+        by: str | Speaker,
         share: str = "1/8",
         positions: int = 16384,
         suite: Suite = Suite.BLAKE3,
         progress: Progress = silent,
     ) -> PutResult:
-        """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was."""
+        """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was.
+
+        A `Speaker` is asked for again when the version appears; a name is that of somebody on the room's own host."""
+        path = by.path if isinstance(by, Speaker) else by
         self.check_put(name, positions)
         plan = Plan.of(source, share=parse_share(share), positions=positions, suite=suite)
         signer = self.keys.signer
-        with self._journal(plan.fingerprint(name), name, by) as journal:
+        with self._journal(plan.fingerprint(name), name, path) as journal:
             resumed = len(journal.packs)
             try:
                 manifest, index = put(plan, journal, self.blobs, self.id, workers=self.workers, progress=progress)
@@ -420,8 +424,11 @@ class Vault:
         self.blobs.delete(manifest.name)  # an interrupted attempt may have left one that nothing refers to
         self.blobs.write(manifest.name, [envelope.encode()])
 
-    def _publish(self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str) -> tuple[Row[Any], int]:
+    def _publish(
+        self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str | Speaker
+    ) -> tuple[Row[Any], int]:
         """One transaction: the version appears, and its journal goes."""
+        path = by.path if isinstance(by, Speaker) else by
         digest = manifest.digest()
         rows: list[Row[Any]] = []
 
@@ -442,7 +449,7 @@ class Vault:
                     record=record.seal(self.keys.current(tx)),
                     bytes=sum(entry.bytes for entry in index.layout.files),
                     created_at=now(),
-                    created_by=by,
+                    created_by=path,
                     **measured(manifest),
                 )
             )
@@ -456,9 +463,12 @@ class Vault:
                 "bytes": sum(entry.bytes for entry in index.layout.files),
                 "positions": manifest.positions,
             }
-            return Draft(Entry("put", at, by, f"{name}@{number}", body))
+            return Draft(Entry("put", at, path, f"{name}@{number}", body))
 
-        receipt = self.custodian.ledger.append(decide, writes=True)
+        if isinstance(by, Speaker):
+            receipt = self.custodian.append_as(by, "put", decide)
+        else:
+            receipt = self.custodian.ledger.append(decide, writes=True)
         return rows[-1], receipt.index
 
     # -- rotate and shred ----------------------------------------------------------------------------------------

@@ -192,6 +192,15 @@ class TestStatements:
         ):
             self.refused(desk, entry)
 
+    def test_that_nobody_has_made(self, desk):
+        """A lying custodian's word for somebody's decision: the fold of a room doesn't matter to who reads the log."""
+        denied = {"id": "5" * 16, "statement": ""}
+        self.refused(desk, revocation(NOW, body=denied))
+
+    def test_that_nobody_has_approved(self, desk):
+        body = {"id": "5" * 16, "duration": 0, "uses": None, "roles": [], "statement": "", "lease": None}
+        self.refused(desk, revocation(NOW, type="approve", body=body, private={}))
+
     def test_that_is_there_twice(self, desk):
         said = statement()
         append(desk, revocation(NOW, said))

@@ -16,7 +16,9 @@ from webauthn.helpers.exceptions import WebAuthnException
 from strongroom.client import Room
 from strongroom.crypto import passkey
 from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, StrongroomError, Tampered, UsageError
+from strongroom.formats.entry import Entry
 from strongroom.formats.passkey import Assertion
+from strongroom.ledger.log import Draft
 from vault.authenticator import Authenticator, text
 from vault.rooms import write_model
 
@@ -177,6 +179,40 @@ class TestInARoom:
         with pytest.raises(Denied) as caught:
             rooms["ben"]._vault.custodian.change_passkey(rooms["ben"]._say("passkey", body, key))
         assert caught.value.code == "passkey.own_key"
+
+    @pytest.mark.parametrize("state", ["active", "removed"])
+    def test_a_log_in_which_a_passkey_adds_one_or_takes_another_s_is_refused(self, rooms, state):
+        """Written by a custodian that lies: whoever borrows a passkey once must not get one that stays."""
+        key, other = Authenticator(), Authenticator()
+        add(rooms["ben"], key)
+        if state == "removed":
+            add(rooms["eva"], other)
+        body = {"key": other.key.hex(), "credential": other.credential, "state": state}
+        said = rooms["ben"]._say("passkey", body, key)
+        written = {**body, "statement": said}
+        ledger = rooms["ben"]._vault.custodian.ledger
+        ledger.append(lambda _, __, now: Draft(Entry("passkey", now, "user/ben", "", written)))
+        with pytest.raises(Tampered) as caught:
+            rooms["olga"].log.verify()
+        assert caught.value.code == "statement.foreign"
+
+    def test_a_log_in_which_nobody_added_a_passkey_is_refused(self, rooms):
+        other = Authenticator()
+        body = {"key": other.key.hex(), "credential": other.credential, "state": "active", "statement": ""}
+        ledger = rooms["ben"]._vault.custodian.ledger
+        ledger.append(lambda _, __, now: Draft(Entry("passkey", now, "user/ben", "", body)))
+        with pytest.raises(Tampered) as caught:
+            rooms["olga"].log.verify()
+        assert caught.value.code == "statement.missing"
+
+    def test_a_log_in_which_the_custodian_gives_somebody_another_key_is_refused(self, rooms):
+        body = {"principal": "user/ben", "key": "7" * 64, "person": "user/ben", "roles": [], "teams": []}
+        body |= {"state": "active", "statement": ""}
+        ledger = rooms["ben"]._vault.custodian.ledger
+        ledger.append(lambda _, __, now: Draft(Entry("principal", now, "custodian", "user/ben", body)))
+        with pytest.raises(Tampered) as caught:
+            rooms["olga"].log.verify()
+        assert caught.value.code == "statement.missing"
 
     @pytest.mark.parametrize("key", ["00" * 91, "30" * 91, Authenticator().key.hex() + "00"])
     def test_what_is_no_key_of_a_passkey(self, rooms, key):

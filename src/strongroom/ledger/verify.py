@@ -10,7 +10,7 @@ from typing import Any
 
 from strongroom.errors import CannotVerify, Forked, NotFound, Rollback, StrongroomError, Tampered, Truncated
 from strongroom.formats.checkpoint import Checkpoint, verify_cosignature
-from strongroom.formats.entry import Entry
+from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.formats.merkle import Frontier, leaf_hash
 from strongroom.formats.note import Note, VerifierKey, verify_note
 from strongroom.formats.statement import Statement
@@ -190,8 +190,12 @@ class _Statements:
             self._room = entry.body["room"]
             if self._origin.rpartition("/")[2] != self._room:
                 raise Tampered("log.other", f"the log {self._origin} begins with another room")
-        if envelope := entry.body.get("statement"):
+        envelope = entry.body.get("statement")
+        if envelope:
             self._check_statement(entry, Statement.decode(envelope))
+        elif envelope is not None and (entry.type != "principal" or entry.by != CUSTODIAN or self.count):
+            # Who is there when the room is made, nobody has said. All else would be the custodian's word for others.
+            raise Tampered("statement.missing", f"the entry {entry.type} rests on a statement, and has none")
         self._who_speaks(entry)
 
     def _who_speaks(self, entry: Entry) -> None:
@@ -244,6 +248,16 @@ class _Statements:
         key, by, _, until = self._sessions.get(statement.key_id, ("", "", "", 0))
         return key if by == statement.by and entry.at < until else self._keys.get(statement.by, "")
 
+    def _check_passkey(self, entry: Entry, signed_with: str) -> None:
+        """Else a custodian that lies could make of a passkey or a login that was borrowed once a key that stays, or
+        take somebody's passkey away on another's word."""
+        name = hashlib.sha256(bytes.fromhex(entry.body["key"])).hexdigest()
+        whose = self._passkeys.get(name, ("", ""))[1]
+        if entry.body["state"] == "removed" and whose != entry.by:
+            raise Tampered("statement.foreign", f"the passkey that is removed is not one of {entry.by}")
+        if entry.body["state"] == "active" and (whose or signed_with != self._keys.get(entry.by)):
+            raise Tampered("statement.foreign", f"the passkey is not added with {entry.by}'s own key, or not new")
+
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
         key = self._key(entry, statement)
         if not key or statement.by != entry.by or statement.room != self._room:
@@ -252,6 +266,8 @@ class _Statements:
         if statement.digest in self._seen:
             raise Tampered("statement.replayed", "the statement is in the log twice")
         self._seen.add(statement.digest)
+        if entry.type == "passkey":
+            self._check_passkey(entry, key)
         said, wrote = statement.body, entry.body
         if statement.kind != _RESTS_ON.get(entry.type, entry.type):
             raise Tampered("statement.kind", f"an entry {entry.type} rests on a statement of the kind {statement.kind}")

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from server.served import Served
 from strongroom.client import Room
 from strongroom.core.clock import unix
-from strongroom.errors import AuthRequired, Denied
+from strongroom.errors import AuthRequired, Denied, LimitExceeded
 from strongroom.formats.statement import Statement
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.policy.speaker import speaking
@@ -173,3 +173,25 @@ def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, l
         assert isinstance(caught.value, Denied) == (last == "demoted")
         assert room.ls() == []
         assert room.log.tail(1)[0]["type"] == "refused"
+
+
+def test_a_head_that_comes_in_drops_is_not_waited_for():
+    """Nobody knows yet who sends it."""
+    drops = []
+
+    async def story():
+        asyncio.get_running_loop().time = lambda: 50.0 * len(drops)  # a drop each 50 seconds
+
+        async def receive():
+            drops.append(1)
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return {"type": "http.request", "body": b"\0", "more_body": len(drops) < 4}
+
+        request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": []}, receive)
+        await Uploads(None, lambda *_: pytest.fail("a head that never came")).receive(request)
+
+    with pytest.raises(LimitExceeded) as caught:
+        asyncio.run(story())
+    assert caught.value.code == "server.too_slow"
+    assert len(drops) < 4

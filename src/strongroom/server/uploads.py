@@ -42,15 +42,27 @@ class Uploads:
     async def receive(self, request: Request) -> PutResult:
         """Take in a whole upload; the version that it has become."""
         stream = _Stream(request)
-        length = int.from_bytes(await stream.exactly(_LENGTH), "big")
-        if length > LIMITS.upload:
-            raise LimitExceeded("upload.too_large", f"the list of files has {length} bytes; at most {LIMITS.upload}")
-        head = await stream.exactly(length)
+        try:
+            # As a whole: nobody knows yet who sends it.
+            async with asyncio.timeout(_PIECE_TIME):
+                head = await self._head(stream)
+        except TimeoutError:
+            raise LimitExceeded(
+                "server.too_slow",
+                f"the list of files has to come within {_PIECE_TIME:.0f} seconds",
+                hint="put it again",
+            ) from None
         # Nothing more is read before it is known who sends it.
         by = await run_in_threadpool(self._caller, request, head)
         upload = await run_in_threadpool(self._announced, by, head)
         with self._slot():
             return await run_in_threadpool(self._put, upload, by, stream)
+
+    async def _head(self, stream: _Stream) -> bytes:
+        length = int.from_bytes(await stream.exactly(_LENGTH), "big")
+        if length > LIMITS.upload:
+            raise LimitExceeded("upload.too_large", f"the list of files has {length} bytes; at most {LIMITS.upload}")
+        return await stream.exactly(length)
 
     def _announced(self, by: Speaker, head: bytes) -> Upload:
         self._vault.custodian.authorise(by, "put")

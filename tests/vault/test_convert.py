@@ -45,13 +45,13 @@ def content(source: ModelSource, path: str) -> bytes:
 
 
 def refused(path: Path) -> UsageError:
-    gc.collect()  # what other tests have left, or it would be closed in between
+    gc.collect()  # what other tests have left is closed now, or, by their threads, in between
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(UsageError) as caught, converted(path):
         pass
     assert caught.value.hint
     assert caught.value.message.isprintable()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
     return caught.value
 
 

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 from typing import NoReturn
 
@@ -72,6 +73,9 @@ def run(options: Options, refs: tuple[str, ...], break_glass: str | None, argume
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Before anything else is opened here: what has these numbers now was inherited.
     inherited = _passphrase_descriptors()
+    # Before a release is recorded that nothing would be read under.
+    if shutil.which(arguments[0]) is None:
+        raise _no_command(arguments[0], "there is no such program, or it can't be run")
     with options.open() as room:
         grants = [Grant(*room.grant(str(Ref.parse(ref)), break_glass=break_glass)) for ref in refs]
     for number in inherited:
@@ -123,8 +127,8 @@ def _become(arguments: list[str], environment: dict[str, str]) -> NoReturn:
     try:
         os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - no shell is wanted
     except OSError as error:
-        raise UsageError(
-            "run.command",
-            f"can't run {arguments[0]}: {error.strerror}",
-            hint="strongroom run REF -- COMMAND [ARGUMENT]...",
-        ) from None
+        raise _no_command(arguments[0], str(error.strerror)) from None
+
+
+def _no_command(name: str, why: str) -> UsageError:
+    return UsageError("run.command", f"can't run {name}: {why}", hint="strongroom run REF -- COMMAND [ARGUMENT]...")

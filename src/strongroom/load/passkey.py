@@ -1,5 +1,6 @@
 """Passkeys, on the side of whoever decides: a page of this machine's own asks the authenticator, each time
-(spec/ledger.md, section 10). What it shows comes from the program that builds the statement, and not from a server."""
+(spec/ledger.md, section 10). What it shows is what the program that builds the statement has read of the request: in a
+served room, from the custodian."""
 
 from __future__ import annotations
 

@@ -402,6 +402,10 @@ class Custodian:
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
 
+    def forget(self, ref: str) -> None:
+        """Drop the secrets of a version that are kept opened: they must not outlive a shred in this process."""
+        self._opened.pop(ref, None)
+
     def _recognise(self, statement: Statement) -> None:
         """As `identify`, where the sequencer decides afterwards: somebody whom another custodian has suspended within
         the last second may pass here."""

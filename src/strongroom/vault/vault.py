@@ -543,7 +543,9 @@ class Vault:
 
     def shred(self, ref: str, *, confirm: str, by: str = CUSTODIAN) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext; see `strongroom.vault.shred`."""
-        return shred(self, ref, confirm=confirm, by=by)
+        done = shred(self, ref, confirm=confirm, by=by)
+        self.custodian.forget(confirm)
+        return done
 
     # -- verify --------------------------------------------------------------------------------------------------
 

@@ -6,34 +6,20 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import parse_principal
 from strongroom.crypto import svid
-from strongroom.crypto.identity import Identities
-from strongroom.crypto.session_key import SessionKeys
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import AuthRequired, NotFound, UsageError
 from strongroom.formats.authority import OIDC, X509, audience_name, key_name, svid_message, trust_domain
 from strongroom.formats.statement import Statement
 
-
-class Rooms(Protocol):
-    """What of a room is needed: `strongroom.vault.vault.Vault`, or a served one."""
-
-    @property
-    def id(self) -> bytes: ...
-    @property
-    def identities(self) -> Identities: ...
-    @property
-    def sessions(self) -> SessionKeys: ...
-    @property
-    def clock(self) -> Callable[[], int]: ...
-    @property
-    def custodian(self) -> Any: ...
+if TYPE_CHECKING:
+    from strongroom.load.room import AnyRoom
 
 
-def signer_of(room: Rooms, who: str) -> Signer:
+def signer_of(room: AnyRoom, who: str) -> Signer:
     """The key to speak as `who` with: that of a login, else its own. A login counts first, since it is what somebody
     has asked for last. AuthRequired ``login.expired``, ``identity.missing``."""
     own = who in room.identities.ls()
@@ -49,7 +35,7 @@ def signer_of(room: Rooms, who: str) -> Signer:
 class Login:
     """One login of `who` to `room`, for `duration` seconds at most."""
 
-    def __init__(self, room: Rooms, who: str, duration: int) -> None:
+    def __init__(self, room: AnyRoom, who: str, duration: int) -> None:
         self._room, self._who, self._duration = room, parse_principal(who), duration
 
     def prepare(self) -> dict[str, str]:

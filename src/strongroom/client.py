@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import unquote, urlsplit
 
+from strongroom.core.canonical import MAX_INTEGER
+from strongroom.core.ids import Ref
 from strongroom.core.settings import Settings
-from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
+from strongroom.errors import UsageError
 from strongroom.load.roomlog import RoomLog, verify_log
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from strongroom.load.login import Login
     from strongroom.load.passkey import Passkeys
     from strongroom.load.reader import ImageReader
+    from strongroom.load.registry import Registry
     from strongroom.load.room import AnyRoom
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
@@ -66,7 +69,6 @@ def _no_folder(room: str, why: str) -> UsageError:
 
 
 _ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
-_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Room:
@@ -246,7 +248,8 @@ class Room:
         store, bundle = self._release(ref, "copy")
         written = write_copy(ImageReader(self._vault.blobs_at(store), bundle), folder, progress=progress)
         size = sum(count for _, count in written)
-        entry = self._vault.custodian.copied(to, bundle.ref, self._released, len(written), size)
+        body = {"ref": bundle.ref, "holder": to, "release": self._released, "files": len(written), "bytes": size}
+        entry = self._act("copy", body)["entry"]
         return {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size, "entry": entry}
 
     def _release(self, ref: str, action: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
@@ -260,19 +263,23 @@ class Room:
     @property
     def log(self) -> RoomLog:
         """The log of this room."""
-        return RoomLog(self._vault, self._as or "", self._here)
+        return RoomLog(self._vault, self._act, self._here)
 
     def set_ceiling(self, ref: str, **changes: int) -> dict[str, Any]:
         """Change `holders`, `copies` or `copiers` of a version, or of every version of a name."""
-        return self._here("ceiling").custodian.upkeep.set_ceiling(self.principal, ref, changes)
+        if not all(0 <= value <= MAX_INTEGER for value in changes.values()):
+            raise UsageError("ceiling.negative", f"a ceiling is a number from 0 to {MAX_INTEGER}")
+        body = {"ref": str(Ref.parse(ref)), **self._vault.custodian.ceilings(ref), **changes}
+        return {**body, "entry": self._act("ceiling", body)["entry"]}
 
     def thaw(self, ref: str, *, reason: str) -> dict[str, Any]:
         """Let a version that was revoked be asked for again."""
-        return self._here("thaw").custodian.upkeep.thaw(self.principal, ref, reason)
+        return {"ref": ref, "entry": self._act("thaw", {"ref": ref}, reason)["entry"]}
 
     def set_clock(self, reason: str) -> dict[str, Any]:
-        """After this machine's clock was ahead: take the room's time back to now. Ends every lease."""
-        return self._here("log clock").custodian.upkeep.set_clock(self.principal, reason)
+        """After the custodian's clock was ahead: take the room's time back to now. Ends every lease and login."""
+        done = self._act("clock", {}, reason)
+        return {"before": done["body"]["before"], "now": done["at"], "entry": done["entry"]}
 
     # -- custody -------------------------------------------------------------------------------------------------
 
@@ -354,7 +361,14 @@ class Room:
 
     def enact(self, proposal: str) -> dict[str, Any]:
         """Make a proposal the policy in force; Pending until it may be."""
-        return self._vault.custodian.enact(proposal, self.principal)
+        if not _ID.fullmatch(proposal):
+            raise UsageError(
+                "policy.malformed",
+                f"{proposal!r:.40} is not the 16 digits of a proposal",
+                hint="strongroom policy show",
+            )
+        done = self._act("enact", {"proposal": proposal})
+        return {"policy": done["body"]["digest"], "proposal": proposal, "entry": done["entry"]}
 
     def renew(self, lease: str, *, duration: int = 0) -> dict[str, Any]:
         """Extend somebody else's lease to load, from now, by what it was granted for or less."""
@@ -368,19 +382,20 @@ class Room:
         """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
         left over is revoked, by statements of this principal, and the review is recorded; `left`: the entries of
         emergencies that somebody else has to review."""
+        custodian = self._vault.custodian
         if not apply:
-            self._vault.custodian.authorise(self.principal, "audit", "administer")
-            return self._vault.custodian.review().as_json()
-        custodian = self._here("review --apply").custodian
+            custodian.authorise(self.principal, "audit", "administer")
+            return custodian.review().as_json()
         custodian.authorise(self.principal, "administer")
         found = custodian.review()
-        answer = found.as_json()
         removed = sorted({each.removes for each in found.findings if each.removes and each.removes != self.principal})
         for target in removed:
             self.revoke(target, reason="review: unused or left over")
-        body = {"findings": len(found.findings), "removed": len(removed)}
-        entry = custodian.record("review", self.principal, "", body).index
-        return {**answer, "removed": removed, "left": custodian.emergencies(), "entry": entry}
+        # What has come after it was made, nobody has looked at.
+        body = {"size": found.size, "findings": len(found.findings), "removed": len(removed)}
+        entry = self._act("review", body)["entry"]
+        left = custodian.review().emergencies if found.emergencies else []
+        return {**found.as_json(), "removed": removed, "left": left, "entry": entry}
 
     def _asked(self, identifier: str) -> str:
         return str(self._vault.custodian.show_request(identifier)["digest"])
@@ -392,14 +407,25 @@ class Room:
 
     def _say(self, kind: str, body: dict[str, Any], signer: Signing | None = None) -> str:
         """A statement by this principal, signed by `signer`, else with the key that this machine has of it."""
-        from strongroom.formats.statement import Statement
-        from strongroom.load.login import signer_of
+        from dataclasses import replace
 
-        vault, who = self._vault, self.principal
-        at, key = vault.clock(), signer or signer_of(vault, who)
-        return Statement.sign(kind, body, room=vault.id.hex(), by=who, at=at, signer=key).envelope
+        voice = self._vault.voice(self.principal)
+        return (replace(voice, signer=signer) if signer else voice).say(kind, body).envelope
+
+    def _act(self, kind: str, body: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        """Say and do one thing; what the custodian has recorded of it."""
+        note = None if reason is None else self._private("reason", reason)
+        if note is not None:
+            body = {**body, "reason": note.commitment}
+        return self._vault.custodian.acted(self._say(kind, body), note)
 
     # -- the room itself -----------------------------------------------------------------------------------------
+
+    @property
+    def _registry(self) -> Registry:
+        from strongroom.load.registry import Registry
+
+        return Registry(self._vault, self._say)
 
     def principal_add(
         self,
@@ -416,69 +442,17 @@ class Room:
         identities; one that is bound to a name which an authority gives it, `oidc` (ISSUER#SUBJECT) or `spiffe` (an
         id), needs none. `person`: the principal of the same human that was registered first, if this is a further
         one."""
-        from strongroom.core.ids import parse_principal
-        from strongroom.formats.authority import subject_of
-
-        parse_principal(path)
-        if public_key is not None and not _KEY.fullmatch(public_key):
-            raise UsageError(
-                "principal.public_key",
-                f"{public_key!r:.80} is not a public key: 64 hexadecimal digits, in lower case",
-                hint="strongroom identity new PRINCIPAL, on the machine of whoever it is for, shows it",
-            )
-        known = {item["path"]: item["state"] for item in self.principal_ls()}
-        if known.get(path, "removed") != "removed":
-            raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
-        identities = self._vault.identities
-        # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
-        make = identities.create if path in known else identities.ensure
-        bound = subject_of(oidc, spiffe)
-        made = public_key is None and not bound
-        key = make(path).public_key.hex() if made else public_key or ""
-        try:
-            return self._principal(path, key, person or path, roles, teams, "active", bound)
-        except StrongroomError as error:
-            if made and not isinstance(error, BackendError):  # else it may be recorded all the same
-                identities.remove(path)
-            raise
+        return self._registry.add(path, roles, teams, person, public_key, oidc, spiffe)
 
     def principal_change(
         self, path: str, *, roles: Sequence[str] | None = None, state: str | None = None
     ) -> dict[str, Any]:
         """Give a principal other roles, or another state: active, suspended, removed."""
-        old = self._vault.custodian.known(path)
-        chosen = old.roles if roles is None else roles
-        return self._principal(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject)
+        return self._registry.change(path, roles, state)
 
     def principal_bind(self, path: str, *, oidc: str | None = None, spiffe: str | None = None) -> dict[str, Any]:
         """Bind a principal to another name that an authority gives it, or, without one, to none."""
-        from strongroom.formats.authority import subject_of
-
-        before = self._vault.custodian.known(path)
-        bound = subject_of(oidc, spiffe)
-        return self._principal(path, before.key, before.person, before.roles, before.teams, before.state, bound)
-
-    def _principal(
-        self,
-        path: str,
-        key: str,
-        person: str,
-        roles: Sequence[str],
-        teams: Sequence[str],
-        state: str,
-        subject: str = "",
-    ) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "principal": path,
-            "key": key,
-            "person": person,
-            "roles": sorted(set(roles)),
-            "teams": sorted(set(teams)),
-            "state": state,
-        }
-        if subject:
-            body["subject"] = subject
-        return self._vault.custodian.change_principal(self._say("principal", body))
+        return self._registry.bind(path, oidc, spiffe)
 
     def authority_add(self, authority: Authority) -> dict[str, Any]:
         """Take an authority's word for who somebody is; with a second person once there are three who may grant."""
@@ -529,12 +503,9 @@ class Room:
         """A new room key under a new key-encryption key, or in another key store."""
         vault = self._here("keystore rotate")
         vault.custodian.authorise(self.principal, "administer")
-        return self._keystore_used("rotate", vault.keys.rotate(to))
-
-    def _keystore_used(self, operation: str, done: dict[str, int | str]) -> dict[str, int | str]:
-        body = {"operation": operation, "epoch": done["key_epoch"]}
-        entry = self._here("keystore").custodian.record("keystore", self.principal, "", body).index
-        return {**done, "entry": entry}
+        vault.voice(self.principal)  # before anything is changed: who can't say so must not do it
+        done = vault.keys.rotate(to)
+        return {**done, "entry": self._act("keystore", {"operation": "rotate", "epoch": done["key_epoch"]})["entry"]}
 
     def recovery_drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room."""
@@ -546,8 +517,9 @@ class Room:
         """Open a room whose key store is lost, and give it another."""
         from strongroom.crypto.shamir import Share
 
-        done = self._here("recover").keys.recover([Share.parse(share) for share in shares], keystore)
-        return self._keystore_used("recover", done)
+        vault = self._here("recover")
+        done = vault.keys.recover([Share.parse(share) for share in shares], keystore)
+        return {**done, "entry": vault.custodian.recovered(int(done["key_epoch"]))}
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

@@ -36,7 +36,7 @@ _COUNTS = (
     "before",
     "epoch",
 )
-_VALUES |= dict.fromkeys((*_COUNTS, "findings", "removed", "entry", "holders", "copies", "copiers"), 5)
+_VALUES |= dict.fromkeys((*_COUNTS, "findings", "removed", "entry", "holders", "copies", "copiers", "size"), 5)
 _DIGESTS = ("signer", "policy", "digest", "manifest", "key", "public_key", "challenge")
 _VALUES |= dict.fromkeys(_DIGESTS, "0" * 64)
 _HOSTILE = "a|b=c\\d\ne\r\u202e"
@@ -47,6 +47,10 @@ def one_of_each():
         body = {name: _VALUES.get(name, _HOSTILE) for name in members}
         if kind == "renew":
             body["lease"] = "0" * 16
+        if kind == "policy":
+            body["proposal"] = "0" * 16
+        if kind == "keystore":
+            body["operation"] = "rotate"
         if kind == "session":
             body |= {"method": "oidc", "proof": "0" * 64}
         if kind == "passkey":

@@ -35,6 +35,7 @@ CHECKS = [
 OPEN = ("challenge", "alive", "ready", "openapi")
 ABOUT = {"request": {401, 403, 404}, "revoke": {401, 403, 404}}  # each gets as far as policy
 TOLD = ("requests", "leases", "principals", "policy", "weights", "review", "status", "checkpoint", "metrics")
+ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")
 SAID = [each.name for each in OPERATIONS if each.speaks == STATEMENT]  # called as the kind of the statement is
 
 
@@ -106,6 +107,9 @@ MEMBERS = {
     "principal": paths | texts,
     "person": paths | texts,
     "key": digests | st.just("") | st.just("30" * 91),
+    "proposal": identifiers,
+    **dict.fromkeys(("holders", "copies", "copiers", "files", "bytes"), counts),
+    **dict.fromkeys(("release", "size", "findings", "removed", "entry"), counts),
     "credential": st.just("abc") | texts,
     "roles": st.lists(st.sampled_from(["officer", "partner", "x", ""]), max_size=3),
     "teams": st.lists(paths, max_size=2),
@@ -135,7 +139,7 @@ def say(served, case, kind, body, who):
     if kind == "propose":
         case.body["text"] = "permit (principal, action, resource);"
         body["digest"] = hashlib.sha256(case.body["text"].encode()).hexdigest()
-    if about := body.get("request", body.get("lease")):
+    if about := body.get("request", body.get("lease", body.get("proposal"))):
         case.path_parameters = {"id": about[:16]}
     case.body["statement"] = statement(served, kind, body, who)
 
@@ -157,7 +161,8 @@ def test_whatever_is_asked(served, api, name, who):
     @hypothesis.given(case=fair | operation.as_strategy(generation_mode=GenerationMode.NEGATIVE), data=st.data())
     def ask(case, data):
         if name in SAID and data.draw(st.booleans()):
-            say(served, case, name, data.draw(bodies(name)), who)
+            kind = data.draw(st.sampled_from(ACTS)) if name == "act" else name
+            say(served, case, kind, data.draw(bodies(kind)), who)
         response = case.call(verify=str(served.authority), auth=auth)
         seen.add(response.status_code)
         case.validate_response(response, checks=CHECKS)

@@ -23,7 +23,7 @@ CALLS = [
     ("GET", "/v1/principals/user/ana"),
     ("GET", "/v1/principals/user/nobody"),
     ("GET", "/v1/policies"),
-    ("POST", "/v1/policies/0123456789abcdef/enact"),
+    ("GET", f"/v1/ceilings?ref={REF}"),
     ("GET", "/v1/weights"),
     ("GET", f"/v1/reach?ref={REF}"),
     ("GET", "/v1/reach?principal=user/ana"),
@@ -41,6 +41,8 @@ SAID = [
     "/v1/revocations",
     "/v1/principals",
     "/v1/policies",
+    "/v1/policies/0123456789abcdef/enact",
+    "/v1/acts",
 ]
 
 

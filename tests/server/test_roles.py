@@ -13,14 +13,16 @@ from server.served import PEOPLE, REF, Served
 from server.test_http import call
 from server.test_openapi import conforms
 from strongroom.client import Room
+from strongroom.core.clock import unix
 from strongroom.crypto.reading import make_pass
 from strongroom.crypto.release import ReleaseKey
 from strongroom.crypto.signatures import Signer
 from strongroom.formats.authority import Authority
 from strongroom.formats.entry import Private
-from strongroom.formats.statement import Statement
+from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.server.operations import CALL, NOBODY, OPERATIONS, PASS, STATEMENT
+from strongroom.vault.sent import Sent
 from vault.authenticator import Authenticator
 
 pytestmark = pytest.mark.server
@@ -53,6 +55,8 @@ MAY = {
     "policy": INSIDE,
     "propose": {"officer"},
     "enact": {"officer"},
+    "ceilings": INSIDE,
+    "act": {"officer"},
     "weights": set(ROLES),
     "put": {"operator"},
     "show": set(ROLES),
@@ -197,20 +201,31 @@ class Asker:
         body = {"digest": hashlib.sha256(text.encode()).hexdigest(), "reason": reason.commitment}
         return "/v1/policies", self._statement("propose", body, who, reason, text=text)
 
-    def _enact(self, _):
-        return f"/v1/policies/{self.proposal['id']}/enact", b""
+    def _enact(self, who):
+        body = {"proposal": self.proposal["id"]}
+        return f"/v1/policies/{self.proposal['id']}/enact", self._statement("enact", body, who)
 
-    def _upload(self):
+    def _ceilings(self, _):
+        return f"/v1/ceilings?ref={REF}", b""
+
+    def _act(self, who):
+        body = {"ref": REF, "holders": 100, "copies": 5, "copiers": 3}
+        return "/v1/acts", self._statement("ceiling", body, who)
+
+    def _upload(self, who):
         data = b"{}"
         file = UploadFile("config.json", 2, hashlib.sha256(data).hexdigest(), 2)
-        return Upload(name="acme/sent", share="1/8", positions=64, suite="blake3", files=(file,)).encode()
+        voice = Voice(self.served.card.room.hex(), who or "user/ana", self.signer(who), unix)
+        said = Sent.of(voice, "acme/sent", [(file.path, file.sha256)])
+        signed = (said.statement.envelope, said.files.salt.hex())
+        return Upload("acme/sent", "1/8", 64, "blake3", (file,), *signed).encode()
 
-    def _put(self, _):
-        head = self._upload()
+    def _put(self, who):
+        head = self._upload(who)
         return "/v1/weights", len(head).to_bytes(4, "big") + head + b"{}"
 
-    def _check_put(self, _):
-        return "/v1/uploads", self._upload()
+    def _check_put(self, who):
+        return "/v1/uploads", self._upload(who)
 
     def _show(self, _):
         return f"/v1/weights/{REF}", b""

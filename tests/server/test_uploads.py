@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import ssl
+from dataclasses import replace
 
 import pytest
 from starlette.requests import Request
@@ -16,11 +17,13 @@ from starlette.requests import Request
 from server.served import Served
 from strongroom.client import Room
 from strongroom.core.clock import unix
+from strongroom.crypto.signatures import Signer
 from strongroom.errors import AuthRequired, Denied, LimitExceeded
-from strongroom.formats.statement import Statement
+from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.policy.speaker import speaking
 from strongroom.server.uploads import Uploads
+from strongroom.vault.sent import Sent
 from vault.rooms import write_model
 
 pytestmark = pytest.mark.server
@@ -41,12 +44,21 @@ def call(served, path, head, by="user/oto", method="POST"):
     return {"Authorization": "Strongroom " + base64.urlsafe_b64encode(made.envelope.encode()).rstrip(b"=").decode()}
 
 
-def announcement(data=b"{}", *, path="config.json", name="acme/sent", digest=None, **more):
+def oto(served):
+    return Voice(served.card.room.hex(), "user/oto", served.identities.signer("user/oto"), unix)
+
+
+def announcement(voice, data=b"{}", *, path="config.json", name="acme/sent", digest=None, **more):
     digest = digest or hashlib.sha256(data).hexdigest()
     file = UploadFile(path, len(data), digest, len(data))
-    return Upload(
-        **{"name": name, "share": "1/8", "positions": 64, "suite": "blake3", "files": (file,), **more}
-    ).encode()
+    said = Sent.of(voice, name, [(path, digest)])
+    signed = {"statement": said.statement.envelope, "salt": said.files.salt.hex()}
+    parts = {"name": name, "share": "1/8", "positions": 64, "suite": "blake3", "files": (file,), **signed}
+    return Upload(**{**parts, **more}).encode()
+
+
+def other(voice, name):
+    return voice.say("put", {"name": name, "files": "0" * 64}).envelope
 
 
 def send(served, head, data, **more):
@@ -81,16 +93,21 @@ def test_who_may_not_put_is_told_so_before_anything_is_sent(served, tmp_path):
     model = write_model(tmp_path / "model", seed=6)
     error = served.cli("put", str(model), "acme/far", as_="user/ana", check=3)["error"]
     assert error["code"] == "denied.default"
-    status, answer = send(served, announcement(), b"{}", by="user/ana")
+    status, answer = send(
+        served,
+        announcement(oto(served)),
+        b"{}",
+        by="user/ana",
+    )
     assert (status, answer["code"]) == (403, "denied.default")
 
 
 def test_nobody_uploads_without_a_call_of_that_very_head(served):
-    head = announcement()
+    head = announcement(oto(served))
     body = len(head).to_bytes(4, "big") + head + b"{}"
     for headers in (
         {},
-        call(served, "/v1/weights", announcement(name="acme/other")),
+        call(served, "/v1/weights", announcement(oto(served), name="acme/other")),
         call(served, "/v1/uploads", head),
     ):
         status, _, answer = served.raw("POST", "/v1/weights", body, headers)
@@ -100,28 +117,33 @@ def test_nobody_uploads_without_a_call_of_that_very_head(served):
 @pytest.mark.parametrize(
     ("head", "data", "status", "code"),
     [
-        (announcement(digest="0" * 64), b"{}", 409, "source.changed"),
-        (announcement(b"{}  "), b"{}", 409, "upload.interrupted"),
-        (announcement(name="acme/sent@3"), b"{}", 400, "put.numbered"),
-        (announcement(name="room"), b"{}", 400, "put.reserved"),
-        (announcement(suite="md5"), b"{}", 400, "put.suite"),
-        (announcement(share="9"), b"{}", 400, "put.share"),
-        (announcement(path="../../x"), b"{}", 400, "source.name"),
-        (announcement(path="x.pt"), b"{}", 400, "source.pickle"),
-        (b"{}", b"", 400, "upload.malformed"),
-        (b"", b"", 400, "upload.malformed"),
+        (lambda voice: announcement(voice, digest="0" * 64), b"{}", 409, "source.changed"),
+        (lambda voice: announcement(voice, b"{}  "), b"{}", 409, "upload.interrupted"),
+        (lambda voice: announcement(voice, name="acme/sent@3"), b"{}", 400, "put.numbered"),
+        (lambda voice: announcement(voice, name="room"), b"{}", 400, "put.reserved"),
+        (lambda voice: announcement(voice, suite="md5"), b"{}", 400, "put.suite"),
+        (lambda voice: announcement(voice, share="9"), b"{}", 400, "put.share"),
+        (lambda voice: announcement(voice, path="../../x"), b"{}", 400, "source.name"),
+        (lambda voice: announcement(voice, path="x.pt"), b"{}", 400, "source.pickle"),
+        (lambda voice: announcement(voice, statement=other(voice, "acme/x")), b"{}", 400, "upload.other"),
+        (lambda voice: announcement(voice, salt="0" * 64), b"{}", 400, "upload.other"),
+        (lambda voice: announcement(replace(voice, by="user/ben")), b"{}", 400, "upload.other"),
+        (lambda voice: announcement(replace(voice, signer=Signer(bytes(32)))), b"{}", 401, "auth.refused"),
+        (lambda voice: announcement(replace(voice, clock=lambda: unix() - 400)), b"{}", 401, "statement.stale"),
+        (lambda _: b"{}", b"", 400, "upload.malformed"),
+        (lambda _: b"", b"", 400, "upload.malformed"),
     ],
 )
 def test_what_is_refused_is_no_version(served, head, data, status, code):
     before = refs(served)
-    found, answer = send(served, head, data)
+    found, answer = send(served, head(oto(served)), data)
     assert (found, answer["code"]) == (status, code)
     assert refs(served) == before
 
 
 def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(served):
     data = os.urandom(100_000)
-    head = announcement(data, name="acme/broken")
+    head = announcement(oto(served), data, name="acme/broken")
     address = served.url.removeprefix("https://")
     host, _, port = address.partition(":")
     context = ssl.create_default_context(cadata=served.card.authority)
@@ -146,13 +168,13 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
 def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, last):
     """Else whoever sends slowly keeps for ever what was allowed at the beginning."""
     data = os.urandom(100_000)
-    head = announcement(data, name="acme/late")
     room, _ = Room.init(tmp_path / "room", owner="user/olga")
     with room:
         room.principal_add("user/oto", roles=["operator"])
+        head = announcement(room._vault.voice("user/oto"), data, name="acme/late")
         custodian = room._vault.custodian
         with custodian.ledger.view() as state:
-            oto = speaking(state, "user/oto")
+            caller = speaking(state, "user/oto")
         pieces = [len(head).to_bytes(4, "big") + head + data[:50_000], data[50_000:]]
 
         async def receive():
@@ -163,7 +185,7 @@ def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, l
             return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
         request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": []}, receive)
-        uploads = Uploads(room._vault, lambda _, __: oto)
+        uploads = Uploads(room._vault, lambda _, __: caller)
         if last is None:
             assert asyncio.run(uploads.receive(request)).ref == "acme/late@1"
             return

@@ -143,7 +143,7 @@ def do_rotate(vault: Vault, job: dict[str, Any]) -> Any:
 
 
 def do_shred(vault: Vault, job: dict[str, Any]) -> Any:
-    return vault.shred(job["ref"], confirm=job["ref"])
+    return vault.shred(job["ref"], confirm=job["ref"], by="user/ana")
 
 
 def do_keystore_rotate(vault: Vault, job: dict[str, Any]) -> Any:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from strongroom.client import Room
+from strongroom.formats.entry import Entry
+from strongroom.ledger.log import Draft
 from strongroom.load.reader import ImageReader
 from strongroom.storage.blobs import Blobs
 from strongroom.vault.source import ModelSource
@@ -107,7 +109,7 @@ class House:
             "state": "active",
             "statement": "",
         }
-        self.vault.custodian.record("principal", OWNER, path, body)
+        self.vault.custodian.ledger.append(lambda _, __, now: Draft(Entry("principal", now, OWNER, path, body)))
 
     def close(self) -> None:
         self.vault.close()

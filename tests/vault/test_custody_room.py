@@ -78,7 +78,9 @@ class TestGrants:
         for change in (
             lambda: team.ben.principal_change("user/eva", state="active"),
             lambda: team.ben.principal_change("user/ana", roles=["operator"]),
-            lambda: team.ben._principal("user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active", ""),
+            lambda: team.ben._registry._change(
+                "user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active", ""
+            ),
         ):
             assert change()["state"] == "pending"
         assert team.ben.principal_show("user/eva")["state"] == "suspended"

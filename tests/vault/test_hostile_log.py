@@ -31,7 +31,9 @@ from strongroom.errors import (
     Truncated,
 )
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.entry import Entry
 from strongroom.ledger import log as log_module
+from strongroom.ledger.log import Draft
 from strongroom.policy.engine import Policies
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model
@@ -51,6 +53,11 @@ def refusals(*acts: Callable[[], object]) -> list[bool]:
         else:
             failed.append(False)
     return failed
+
+
+def came(_: object, __: object, now: int) -> Draft:
+    """An entry that changes nothing."""
+    return Draft(Entry("login", now, OLGA, "", {"method": "key"}))
 
 
 class House:
@@ -347,7 +354,7 @@ def test_entries_before_a_snapshot_are_shown_as_signed_or_not_at_all(house: Hous
     monkeypatch.setattr(log_module, "_SNAPSHOT_EVERY", 4)
     with house.be(OLGA) as olga:
         for _ in range(8):
-            olga._vault.custodian.record("login", OLGA, "", {"method": "key"})
+            olga._vault.custodian.ledger.append(came)
     assert house.sql("SELECT count(*) FROM log_snapshot") == [(1,)]
     put, size = house.find("put"), len(house.entries())
     house.rewrite(put, lambda entry: entry.update(by=EVA))
@@ -368,7 +375,7 @@ def test_entries_before_a_snapshot_are_shown_as_signed_or_not_at_all(house: Hous
 def test_so_are_those_of_a_log_of_many_tiles(house: House) -> None:
     with house.be(OLGA) as olga:
         for _ in range(300):
-            olga._vault.custodian.record("login", OLGA, "", {"method": "key"})
+            olga._vault.custodian.ledger.append(came)
         size = len(house.entries())
         for index in (0, 1, 255, 256, size - 1):
             assert olga.log.show(index)["index"] == index
@@ -431,7 +438,7 @@ class TestSetBack:
             shutil.rmtree(house.folder / "log")
             with house.be(OLGA) as olga:
                 for _ in range(4):
-                    olga._vault.custodian.record("login", OLGA, "", {"method": "key"})
+                    olga._vault.custodian.ledger.append(came)
             for _ in range(3):
                 with pytest.raises(Forked):
                     ben.principal_ls()

@@ -756,7 +756,7 @@ class TestCheckThenUse:
         box = seal(common_key, wrong.encode(), wrong.context(manifest.version, manifest.revision))
         (house.store / manifest.index_name).write_bytes(box)
         manifest = replace(manifest, index_bytes=len(box), index_digest=manifest.suite.digest(box))
-        vault._sign(manifest, vault.keys.signer)
+        vault.sign(manifest, vault.keys.signer)
         sealed = replace(record, manifest_digest=manifest.digest()).seal(vault.keys.room_key)
         house.sql("UPDATE versions SET record = ?, manifest_sha256 = ?", sealed, manifest.digest().hex())
         assert vault.verify(REF).ok

@@ -32,8 +32,7 @@ from strongroom.errors import AuthRequired, BackendError, Conflict, Denied, Stro
 from strongroom.formats.authority import AUDIENCE, NONCE, OIDC, X509, Authority, audience_name, key_name, svid_message
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
-from strongroom.ledger.verify import _Statements
-from strongroom.load.login import signer_of
+from strongroom.ledger.statements import Statements
 from strongroom.storage.fetch import fetch
 from strongroom.vault.logins import Logins
 from strongroom.vault.vault import Vault
@@ -649,7 +648,9 @@ class TestWhenItEnds:
         now = unix() + lobby.offset
         key = lobby.login(iat=now, exp=now + 60)
         lobby.offset = 0
-        lobby.custodian.upkeep.set_clock("user/ben", "it was ahead")
+        note = Private.fresh("reason", "it was ahead")
+        said = lobby.vault.voice("user/ben").say("clock", {"reason": note.commitment})
+        lobby.custodian.acted(said.envelope, note)
         self.dead(lobby, key)
 
     def test_of_a_principal_that_was_suspended_before(self, lobby):
@@ -889,7 +890,7 @@ class TestVerifyingWhatIsRecorded:
     """Offline, a statement under a key that a login introduced counts exactly while that is good in the log's order."""
 
     def check(self, lobby, entries):
-        statements = _Statements(f"strongroom/{lobby.vault.id.hex()}", verify)
+        statements = Statements(f"strongroom/{lobby.vault.id.hex()}", verify)
         for index, entry in enumerate(entries):
             statements.check(index, entry)
 
@@ -1031,10 +1032,10 @@ class TestOnOnesOwnMachine:
             sessions, signer = room._vault.sessions, room._vault.identities.signer("user/ben")
             key = sessions.make("user/ben")
             sessions.keep("user/ben", key, unix() + 60)
-            assert signer_of(room._vault, "user/ben").public_key == key.public_key
+            assert room._vault.voice("user/ben").signer.public_key == key.public_key
             key = sessions.make("user/ben")
             sessions.keep("user/ben", key, unix() - 1)
-            assert signer_of(room._vault, "user/ben").public_key == signer.public_key
+            assert room._vault.voice("user/ben").signer.public_key == signer.public_key
 
     def test_a_key_that_others_may_read_is_not_used(self, lobby):
         with Room(lobby.folder, "user/ana") as room:

@@ -582,7 +582,7 @@ class TestTogether:
 
         def shred(_done: int, _total: int) -> None:
             if not done:
-                done.append(house.vault.shred(REF, confirm=REF))
+                done.append(house.vault.shred(REF, confirm=REF, by=OWNER))
 
         with pytest.raises(Conflict) as caught:
             house.vault.rotate(REF, by=OWNER, progress=shred)
@@ -683,7 +683,7 @@ class TestBackends:
                 patch.setattr(house.vault.custodian.ledger, "entries", self.gone)
             assert house.put(other_source).ref == NEXT
             assert house.vault.rotate(NEXT, by=OWNER)["revision"] == 2
-            assert house.vault.shred(REF, confirm=REF)["ref"] == REF
+            assert house.vault.shred(REF, confirm=REF, by=OWNER)["ref"] == REF
             assert not (house.folder / "log" / "checkpoint").exists()
         if how == "no folder":
             (house.folder / "log").unlink()
@@ -816,7 +816,7 @@ class TestShred:
             states[info.state] += 1
             if info.state == "active":
                 sound(house, readable={REF: image})
-                house.vault.shred(REF, confirm=REF)
+                house.vault.shred(REF, confirm=REF, by=OWNER)
             with pytest.raises(NotFound) as caught:
                 house.vault.bundle(REF, OWNER)
             assert caught.value.code == "weights.shredded"
@@ -833,7 +833,7 @@ class TestShred:
     def test_nothing_opens_it_afterwards(self, house, tmp_path):
         objects = house.objects()
         (record,) = house.sql("SELECT record FROM versions")[0]
-        house.vault.shred(REF, confirm=REF)
+        house.vault.shred(REF, confirm=REF, by=OWNER)
         for name, data in objects.items():  # the store never forgot
             (house.store / name).parent.mkdir(parents=True, exist_ok=True)
             (house.store / name).write_bytes(data)
@@ -853,7 +853,7 @@ class TestShred:
         house = House(folder)
         ((record,),) = house.sql("SELECT record FROM puts")
         assert len(house.objects()) > 4
-        house.vault.shred(REF, confirm=REF)
+        house.vault.shred(REF, confirm=REF, by=OWNER)
         assert house.sql("SELECT * FROM puts") == []
         assert house.sql("SELECT * FROM put_packs") == []
         for path in house.folder.glob("room.db*"):
@@ -868,7 +868,7 @@ class TestShred:
         for name in house.objects():
             if kind in name:
                 (house.store / name).unlink()
-        house.vault.shred(REF, confirm=REF)
+        house.vault.shred(REF, confirm=REF, by=OWNER)
         tidied(house)
         assert house.objects() == {}
 
@@ -881,12 +881,12 @@ class TestShred:
         with monkeypatch.context() as patch:
             patch.setattr(house.vault.db, "scrub", fails)
             patch.setattr(house.vault.blobs, "delete", fails)
-            said = house.vault.shred(REF, confirm=REF)
+            said = house.vault.shred(REF, confirm=REF, by=OWNER)
         assert f"strongroom shred {REF} --confirm {REF}" in said["means"][0]
         assert said["objects_deleted"] == 0
         record = house.sql("SELECT record FROM versions")
         assert record == [(None,)]
-        again = house.vault.shred(REF, confirm=REF)
+        again = house.vault.shred(REF, confirm=REF, by=OWNER)
         assert not any("log still holds" in line for line in again["means"])
         assert "fsck --repair" in again["means"][0]
         tidied(house)
@@ -897,7 +897,7 @@ class TestShred:
         store and destroying the old key makes the copy of the room useless, too."""
         before = clone(house, tmp_path / "copy")
         bundle, right = house.vault.bundle(REF, OWNER), house.read()
-        house.vault.shred(REF, confirm=REF)
+        house.vault.shred(REF, confirm=REF, by=OWNER)
         assert ImageReader(before.vault.blobs, bundle).read_all() == right
         assert before.read() == right
         before.close()

@@ -35,6 +35,7 @@ from strongroom.formats.entry import UNKNOWN, Entry, Private
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
+from strongroom.ledger.log import Draft
 from strongroom.load.copy import write_copy
 from strongroom.load.reader import ImageReader
 from strongroom.load.receive import Released, Remembered, accept
@@ -75,6 +76,10 @@ class Hall:
         signer = signer or self.vault.identities.signer(by)
         at = self.clock() if at is None else at
         return Statement.sign(kind, body, room=self.vault.id.hex(), by=by, at=at, signer=signer).envelope
+
+    def act(self, kind, by, body, reason=None):
+        note = Private.fresh("reason", reason) if reason is not None else None
+        return self.custodian.acted(self.say(kind, by, body | ({"reason": note.commitment} if note else {})), note)
 
     def taking(self, by="user/ana", *, key=None, ref=REF, action="load", challenge=None, reason=None, **how) -> str:
         body = {
@@ -262,12 +267,12 @@ class TestTheChallenge:
         early = hall.custodian.challenge()
         hall.offset = 400 * 24 * HOUR
         hall.custodian.authorise("user/ben", "administer")
-        hall.custodian.record("login", "user/ben", "", {"method": "key"})
+        hall.log.append(lambda _, __, now: Draft(Entry("login", now, "user/ben", "", {"method": "key"})))
         hall.offset = 10
         with hall.records_nothing("clock.backwards"):
             hall.custodian.challenge()
             hall.release(challenge=early)
-        hall.custodian.upkeep.set_clock("user/ben", "it was ahead")
+        hall.act("clock", "user/ben", {}, "it was ahead")
         note = Private.fresh("reason", "fire")
         with hall.records("user/eva", "challenge.foreign"):
             hall.release("user/eva", challenge=early, reason=note)
@@ -275,7 +280,7 @@ class TestTheChallenge:
             hall.custodian.release(said)
         hall.release("user/eva", reason=note)
         with pytest.raises(UsageError) as caught:
-            hall.custodian.upkeep.set_clock("user/ben", "it is right")
+            hall.act("clock", "user/ben", {}, "it is right")
         assert caught.value.code == "clock.right"
 
 
@@ -418,16 +423,16 @@ class TestTheVersion:
     @contextmanager
     def between(self, hall, act):
         """`act` happens right after everything was looked up, and before it is decided."""
-        deciding = hall.custodian._decide
+        deciding = hall.custodian.decide
 
         def late(decide, **how):
-            hall.custodian._decide = deciding
+            hall.custodian.decide = deciding
             act()
             return deciding(decide, **how)
 
-        hall.custodian._decide = late
+        hall.custodian.decide = late
         yield
-        assert hall.custodian._decide is deciding  # it came to that
+        assert hall.custodian.decide is deciding  # it came to that
 
     def do(self, hall, who, act):
         with hall.room(who) as room:
@@ -482,14 +487,16 @@ class TestTheVersion:
 
 
 class TestLookingAfterTheRoom:
-    """What is not signed is asked of policy all the same, and a refusal is recorded."""
+    """Each act is signed, policy is asked, and a refusal is recorded."""
 
     ACTS = (
-        lambda hall, by: hall.custodian.upkeep.set_ceiling(by, REF, {"copies": 1}),
-        lambda hall, by: hall.custodian.upkeep.thaw(by, REF, "it was a mistake"),
-        lambda hall, by: hall.custodian.upkeep.set_clock(by, "it was ahead"),
-        lambda hall, by: hall.custodian.enact("0" * 16, by),
-        lambda hall, by: hall.custodian.upkeep.redact(by, 1),
+        lambda hall, by: hall.act("ceiling", by, {"ref": REF, "holders": 1, "copies": 1, "copiers": 1}),
+        lambda hall, by: hall.act("thaw", by, {"ref": REF}, "it was a mistake"),
+        lambda hall, by: hall.act("clock", by, {}, "it was ahead"),
+        lambda hall, by: hall.act("enact", by, {"proposal": "0" * 16}),
+        lambda hall, by: hall.act("redact", by, {"entry": 1}),
+        lambda hall, by: hall.act("review", by, {"size": 1, "findings": 0, "removed": 0}),
+        lambda hall, by: hall.act("keystore", by, {"operation": "rotate", "epoch": 2}),
         lambda hall, by: hall.custodian.authorise(by, "administer"),
     )
 
@@ -501,15 +508,15 @@ class TestLookingAfterTheRoom:
 
     @pytest.mark.parametrize("value", [-1, 2**53, 2**64])
     def test_a_ceiling_is_a_number_that_the_log_can_hold(self, hall, value):
-        with hall.records_nothing("ceiling.negative"):
-            hall.custodian.upkeep.set_ceiling("user/ben", REF, {"copies": value})
+        with hall.records_nothing("ceiling.negative"), hall.room("user/ben") as ben:
+            ben.set_ceiling(REF, copies=value)
 
     def test_what_was_frozen_is_asked_for_anew(self, hall):
         with hall.room("user/ben") as ben:
             ben.revoke(REF, reason="it leaked")
         with hall.records_nothing("reason.malformed"):
-            hall.custodian.upkeep.thaw("user/ben", REF, "\x1b[2J")
-        hall.custodian.upkeep.thaw("user/ben", REF, "it did not")
+            hall.act("thaw", "user/ben", {"ref": REF}, "\x1b[2J")
+        hall.act("thaw", "user/ben", {"ref": REF}, "it did not")
         with hall.records("user/ana", "denied.default"):
             hall.release()
 

@@ -7,8 +7,11 @@ from dataclasses import replace
 import pytest
 
 from strongroom.core import canonical
+from strongroom.core.clock import unix
 from strongroom.core.limits import LIMITS
+from strongroom.crypto.signatures import Signer
 from strongroom.errors import Conflict, LimitExceeded, StrongroomError, UsageError
+from strongroom.formats.statement import Voice
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.load.send import announce, body
 from strongroom.vault import packing
@@ -37,8 +40,11 @@ def sent(source, upload, *, chunk=10_000, stop=None):
     return receive
 
 
+VOICE = Voice("ab" * 16, OWNER, Signer(bytes(32)), unix)
+
+
 def announced(source):
-    return announce(source, NAME, "1/8", 64, "blake3")
+    return announce(source, NAME, "1/8", 64, "blake3", VOICE)
 
 
 def put(house, source, upload, receive):
@@ -95,7 +101,8 @@ def test_another_content_than_was_announced_never_becomes_a_version(house, sourc
 
 
 def single(path, data, *, head=None):
-    upload = Upload(NAME, "1/8", 64, "blake3", (UploadFile(path, len(data), hashlib.sha256(data).hexdigest(), head),))
+    file = UploadFile(path, len(data), hashlib.sha256(data).hexdigest(), head)
+    upload = Upload(NAME, "1/8", 64, "blake3", (file,), "", "0" * 64)
     at = 0
 
     def receive(buffer):
@@ -152,6 +159,7 @@ class TestWhatAClientMayNotSend:
 
 FILE = {"path": "a", "size": 1, "sha256": "0" * 64, "head": 1}
 HEAD = {"format": 1, "name": "a/b", "share": "1/8", "positions": 1, "suite": "blake3", "files": [FILE]}
+HEAD |= {"statement": "{}", "salt": "0" * 64}
 
 
 class TestTheHead:
@@ -171,6 +179,8 @@ class TestTheHead:
             {**HEAD, "positions": -1},
             {**HEAD, "positions": True},
             {**HEAD, "files": []},
+            {**HEAD, "salt": "0" * 62},
+            {**HEAD, "statement": None},
             {**HEAD, "files": {}},
             {**HEAD, "files": [FILE, FILE]},
             {**HEAD, "files": [{**FILE, "path": "b"}, FILE]},

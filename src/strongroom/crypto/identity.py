@@ -51,7 +51,11 @@ class Identities:
             for folder in (path.parent, self.folder, self.folder.parent):
                 _sync(folder)
         except FileExistsError:
-            raise Conflict("identity.exists", f"this machine has a key of {principal} already: {path}") from None
+            raise Conflict(
+                "identity.exists",
+                f"this machine has a key of {principal} already: {path}",
+                hint="move that file away for a new key, or give the key that it has: --public-key",
+            ) from None
         except OSError as error:
             raise BackendError("identity.write", f"can't write {path}: {error.strerror}") from None
         return Signer(seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from strongroom.core.ids import parse_principal
+from strongroom.crypto.identity import Identities
 from strongroom.crypto.signatures import SEED_BYTES, Signer
 from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered, UsageError
 
@@ -102,6 +103,19 @@ class SessionKeys:
             temporary.rename(path)
         except OSError as error:
             raise BackendError("login.unwritable", f"can't write {path}: {error.strerror}") from None
+
+
+def signer_of(identities: Identities, sessions: SessionKeys, who: str, now: int) -> Signer:
+    """The key to speak as `who` with: that of a login, else its own. A login counts first, since it is what somebody
+    has asked for last. AuthRequired ``login.expired``, ``identity.missing``."""
+    own = who in identities.ls()
+    try:
+        found = sessions.signer(who, now)
+    except AuthRequired:
+        if not own:
+            raise
+        found = None
+    return found or identities.signer(who)
 
 
 def _signer(value: dict[str, Any]) -> Signer:

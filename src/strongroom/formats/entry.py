@@ -92,6 +92,7 @@ def _key(value: Any) -> bool:
 KEY = _key  # a passkey's public key, in hexadecimal: longer than an Ed25519 key
 METHOD = one_of("oidc", "x509")
 LEASED = one_of("load", "copy", "trace")
+KEYSTORE = one_of("rotate", "recover")
 _LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
 
 # What the body of each type has.
@@ -107,11 +108,18 @@ BODIES: dict[str, dict[str, Kind]] = {
         "statement": TEXT,
     },
     "grant": {"id": SHORT, "principal": TEXT, "expires_at": COUNT, "statement": TEXT},
-    "policy": {"digest": DIGEST, "proposal": or_null(SHORT)},
+    "policy": {"digest": DIGEST, "proposal": SHORT, "statement": TEXT},
     "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": COUNT, "statement": TEXT},
-    "put": {"version": ID, "revision": COUNT, "manifest": DIGEST, "bytes": COUNT, "positions": COUNT},
-    "rotate": {"revision": COUNT, "manifest": DIGEST},
-    "shred": {},
+    "put": {
+        "version": ID,
+        "revision": COUNT,
+        "manifest": DIGEST,
+        "bytes": COUNT,
+        "positions": COUNT,
+        "statement": TEXT,
+    },
+    "rotate": {"revision": COUNT, "manifest": DIGEST, "statement": TEXT},
+    "shred": {"statement": TEXT},
     "request": {
         "id": SHORT,
         "action": LEASED,
@@ -141,15 +149,15 @@ BODIES: dict[str, dict[str, Kind]] = {
         "break_glass": FLAG,
         "statement": TEXT,
     },
-    "copy": {"holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT},
+    "copy": {"holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT, "statement": TEXT},
     "renew": {"lease": SHORT, "expires_at": COUNT, "statement": TEXT},
     "revoke": {"target": TEXT, "statement": TEXT},
-    "ceiling": {"holders": COUNT, "copies": COUNT, "copiers": COUNT},
-    "thaw": {},
+    "ceiling": {"holders": COUNT, "copies": COUNT, "copiers": COUNT, "statement": TEXT},
+    "thaw": {"statement": TEXT},
     "refused": {"action": TEXT, "code": TEXT, "rule": TEXT},
-    "clock": {"before": COUNT},
+    "clock": {"before": COUNT, "statement": TEXT},
     "trace": {"verdict": TEXT, "accused": TEXTS},
-    "review": {"findings": COUNT, "removed": COUNT},
+    "review": {"size": COUNT, "findings": COUNT, "removed": COUNT, "statement": TEXT},
     "login": {"method": TEXT},
     "session": {
         "method": METHOD,
@@ -161,14 +169,15 @@ BODIES: dict[str, dict[str, Kind]] = {
     },
     "passkey": {"key": KEY, "credential": TEXT, "state": one_of("active", "removed"), "statement": TEXT},
     "authority": {"id": SHORT, "authority": TEXT, "expires_at": or_null(_count), "statement": TEXT},
-    "keystore": {"operation": TEXT, "epoch": COUNT},
-    "redact": {"entry": COUNT},
+    "keystore": {"operation": KEYSTORE, "epoch": COUNT, "statement": TEXT},
+    "redact": {"entry": COUNT, "statement": TEXT},
 }
 # What it may have beside: absent, and not empty, where there is none.
 OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}}
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "principal": frozenset({"oidc", "spiffe", "contact"}),
+    "put": frozenset({"files"}),
     "refused": frozenset({"detail"}),
     "trace": frozenset({"detail"}),
     "login": frozenset({"address"}),

@@ -86,6 +86,17 @@ BODIES: dict[str, dict[str, Kind]] = {
     "authority": {"authority": TEXT, "text": TEXT},
     "passkey": {"key": KEY, "credential": TEXT, "state": one_of("active", "removed")},
     "login": {"method": METHOD, "authority": TEXT, "public_key": DIGEST, "duration": COUNT},
+    "put": {"name": TEXT, "files": DIGEST},
+    "rotate": {"ref": TEXT},
+    "shred": {"ref": TEXT},
+    "copy": {"ref": TEXT, "holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT},
+    "enact": {"proposal": SHORT},
+    "ceiling": {"ref": TEXT, "holders": COUNT, "copies": COUNT, "copiers": COUNT},
+    "thaw": {"ref": TEXT, "reason": DIGEST},
+    "clock": {"reason": DIGEST},
+    "redact": {"entry": COUNT},
+    "review": {"size": COUNT, "findings": COUNT, "removed": COUNT},
+    "keystore": {"operation": one_of("rotate"), "epoch": COUNT},
 }
 
 
@@ -199,6 +210,20 @@ class Statement:
             raise Tampered("statement.other_key", f"the statement by {self.by} is signed with another key")
         verify(key, signature, pre_authentication_encoding(PAYLOAD_TYPE, self.payload))
         vars(self)["_verified"] = public_key
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Somebody who speaks in a room, with the key that is there for it: looked up before a long job, not at its end."""
+
+    room: str
+    by: str
+    signer: Signing
+    clock: Callable[[], int]
+
+    def say(self, kind: str, body: Mapping[str, Any]) -> Statement:
+        """A new statement of now; errors as `Statement.sign`."""
+        return Statement.sign(kind, body, room=self.room, by=self.by, at=self.clock(), signer=self.signer)
 
 
 @lru_cache(maxsize=512)

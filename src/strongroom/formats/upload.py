@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +14,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, UsageError
 
 FORMAT = 1
-_MEMBERS = {"format", "name", "share", "positions", "suite", "files"}
+_MEMBERS = {"format", "name", "share", "positions", "suite", "files", "statement", "salt"}
 _FILE_MEMBERS = {"path", "size", "sha256", "head"}
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -30,13 +32,21 @@ class UploadFile:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The announcement of an upload; `files` in the order of their paths' UTF-8 bytes."""
+    """The announcement of an upload; `files` in the order of their paths' UTF-8 bytes. `statement`: the envelope of the
+    signed put; `salt`, in hexadecimal: with `files_digest`, what it commits to."""
 
     name: str
     share: str
     positions: int
     suite: str
     files: tuple[UploadFile, ...]
+    statement: str = field(repr=False)
+    salt: str = field(repr=False)
+
+    @property
+    def digest(self) -> str:
+        """The `files_digest` of all files."""
+        return files_digest((file.path, file.sha256) for file in self.files)
 
     @property
     def size(self) -> int:
@@ -66,17 +76,18 @@ class Upload:
             raise _malformed("it is not canonical JSON") from None
         if not isinstance(value, dict) or value.keys() != _MEMBERS or value.pop("format") != FORMAT:
             raise _malformed("it does not have exactly the members of one")
-        if not all(isinstance(value[name], str) for name in ("name", "share", "suite")) or not _count(
-            value["positions"]
-        ):
+        texts = ("name", "share", "suite", "statement", "salt")
+        if not all(isinstance(value[name], str) for name in texts) or not _count(value["positions"]):
             raise _malformed("a member is of another type")
+        if not _DIGEST.fullmatch(value["salt"]):
+            raise _malformed("its salt is not one")
         if not isinstance(value["files"], list) or not value["files"]:
             raise _malformed("it names no files")
         files = tuple(_file(item) for item in value["files"])
         paths = [file.path.encode("utf-8", "surrogatepass") for file in files]
         if any(first >= second for first, second in pairwise(paths)):
             raise _malformed("its files are not in the order of their paths, each once")
-        upload = cls(value["name"], value["share"], value["positions"], value["suite"], files)
+        upload = cls(**{**value, "files": files})
         if upload.heads > LIMITS.upload_heads:
             raise LimitExceeded(
                 "upload.heads",
@@ -85,6 +96,13 @@ class Upload:
                 hint="leave out what is no part of the model, or put it on the room's host",
             )
         return upload
+
+
+def files_digest(files: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 in hexadecimal over canonical JSON of paths and digests, in the order of the paths' UTF-8 bytes: what a
+    signed put commits to (spec/ledger.md, section 4)."""
+    ordered = sorted(([path, digest] for path, digest in files), key=lambda item: item[0].encode())
+    return hashlib.sha256(canonical.encode(ordered)).hexdigest()
 
 
 def _file(item: Any) -> UploadFile:

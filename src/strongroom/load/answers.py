@@ -92,6 +92,8 @@ REVIEW: dict[str, Kind] = {
             }
         )
     ),
+    "emergencies": _list(COUNT),
+    "size": COUNT,
 }
 STATUS: dict[str, Kind] = {
     "room": TEXT,
@@ -140,7 +142,19 @@ POLICY: dict[str, Kind] = {
     "proposals": _list(_object(_PROPOSAL)),
 }
 PROPOSED: dict[str, Kind] = {"id": TEXT, "enact_after": COUNT, "entry": COUNT}
-ENACTED: dict[str, Kind] = {"policy": TEXT, "proposal": TEXT, "entry": COUNT}
+CEILINGS: dict[str, Kind] = dict.fromkeys(("holders", "copies", "copiers"), COUNT)
+ACTED: dict[str, Kind] = {
+    **dict.fromkeys(("type", "ref"), TEXT),
+    **dict.fromkeys(("at", "entry"), COUNT),
+    "body": lambda value: isinstance(value, dict),
+}
+# What a client looks for in the body, by the kind of statement.
+DONE: dict[str, dict[str, Kind]] = {"clock": {"before": COUNT}, "enact": {"digest": DIGEST}}
+
+
+def acted(kind: str) -> dict[str, Kind]:
+    """The members of an answer to a statement of this kind."""
+    return ACTED | {"body": _object(DONE.get(kind, {}))}
 
 
 def parse(data: bytes, members: Mapping[str, Kind]) -> dict[str, Any]:

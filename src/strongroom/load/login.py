@@ -11,25 +11,12 @@ from typing import TYPE_CHECKING, Any
 from strongroom.core.ids import parse_principal
 from strongroom.crypto import svid
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import AuthRequired, NotFound, UsageError
+from strongroom.errors import NotFound, UsageError
 from strongroom.formats.authority import OIDC, X509, audience_name, key_name, svid_message, trust_domain
 from strongroom.formats.statement import Statement
 
 if TYPE_CHECKING:
     from strongroom.load.room import AnyRoom
-
-
-def signer_of(room: AnyRoom, who: str) -> Signer:
-    """The key to speak as `who` with: that of a login, else its own. A login counts first, since it is what somebody
-    has asked for last. AuthRequired ``login.expired``, ``identity.missing``."""
-    own = who in room.identities.ls()
-    try:
-        found = room.sessions.signer(who, room.clock())
-    except AuthRequired:
-        if not own:
-            raise
-        found = None
-    return found or room.identities.signer(who)
 
 
 class Login:

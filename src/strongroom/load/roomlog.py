@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.settings import Settings
 from strongroom.errors import NotFound
 
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
 
 class RoomLog:
-    """The log of a room. `here` is how the room itself is had, for what is done on its own host only."""
+    """The log of a room. `act` says and does something in it, as the room's client does; `here` is how the room itself
+    is had, for what is done on its own host only."""
 
-    def __init__(self, vault: AnyRoom, by: str, here: Callable[[str], Vault]) -> None:
-        self._vault, self._by, self._here = vault, by, here
+    def __init__(self, vault: AnyRoom, act: Callable[..., dict[str, Any]], here: Callable[[str], Vault]) -> None:
+        self._vault, self._act, self._here = vault, act, here
         self._ledger = vault.custodian.ledger
 
     @property
@@ -74,7 +76,9 @@ class RoomLog:
 
     def redact(self, index: int) -> dict[str, Any]:
         """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""
-        return self._here("log redact").custodian.upkeep.redact(self._vault.principal(self._by or None), index)
+        if not 0 <= index <= MAX_INTEGER:
+            raise NotFound("log.no_entry", f"no log has an entry {index}", hint="strongroom log tail")
+        return {"redacted": index, "entry": self._act("redact", {"entry": index})["entry"]}
 
     def cosign(self, url: str, witness: str) -> dict[str, Any]:
         """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish

@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator
 
 from strongroom.core.limits import MIB
 from strongroom.errors import Conflict
+from strongroom.formats.statement import Voice
 from strongroom.formats.upload import Upload, UploadFile
+from strongroom.vault.sent import Sent
 from strongroom.vault.source import ModelSource, ReadInto, SourceFile
 
 Progress = Callable[[int, int], None]
 _PIECE = 4 * MIB
 
 
-def announce(source: ModelSource, name: str, share: str, positions: int, suite: str) -> Upload:
-    """Read `source` once, to say what will come. Errors of `ModelSource.reading`; LimitExceeded ``upload.*``."""
+def announce(source: ModelSource, name: str, share: str, positions: int, suite: str, by: Voice) -> Upload:
+    """Read `source` once, to say what will come, signed by `by`. Errors of `ModelSource.reading`; LimitExceeded
+    ``upload.*``."""
     files = []
     for file in source.files:
         digest = hashlib.sha256()
@@ -24,7 +27,9 @@ def announce(source: ModelSource, name: str, share: str, positions: int, suite: 
                 digest.update(piece)
         head = file.size if file.kind == "opaque" else file.data_start
         files.append(UploadFile(file.path, file.size, digest.hexdigest(), head))
-    return Upload(name, share, positions, suite, tuple(files))
+    said = Sent.of(by, name, [(file.path, file.sha256) for file in files])
+    statement, salt = said.statement.envelope, said.files.salt.hex()
+    return Upload(name, share, positions, suite, tuple(files), statement, salt)
 
 
 def body(source: ModelSource, upload: Upload, head: bytes, progress: Progress) -> Iterator[memoryview]:

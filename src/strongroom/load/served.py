@@ -14,18 +14,17 @@ from strongroom.core.clock import unix
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
-from strongroom.crypto.session_key import SessionKeys
+from strongroom.crypto.session_key import SessionKeys, signer_of
 from strongroom.errors import AuthRequired, NotFound, Tampered
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
 from strongroom.formats.merkle import HASH, leaf_hash
-from strongroom.formats.statement import Statement
+from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.suites import Suite
 from strongroom.formats.tiles import WIDTH, Tile, decode_bundle, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.load import answers
-from strongroom.load.login import signer_of
 from strongroom.load.receive import Released
 from strongroom.load.send import Progress, announce, body
 from strongroom.policy.review import Review
@@ -117,7 +116,7 @@ class ServedRoom:
         source: ModelSource,
         name: str,
         *,
-        by: str,  # noqa: ARG002 - who calls is who puts
+        by: str,
         share: str = "1/8",
         positions: int = 16384,
         suite: Suite = Suite.BLAKE3,
@@ -125,7 +124,7 @@ class ServedRoom:
     ) -> PutResult:
         """Send a model, which the custodian encrypts as it comes; `Vault.put`. The files are read twice: to say what
         will come, and to send it."""
-        upload = announce(source, name, share, positions, suite.name.lower())
+        upload = announce(source, name, share, positions, suite.name.lower(), self.voice(by))
         head = upload.encode()
         # What would be refused is refused before gigabytes are on their way.
         answers.parse(
@@ -172,18 +171,18 @@ class ServedRoom:
         members: Mapping[str, Kind],
         value: dict[str, Any] | None = None,
         *,
-        call: bool = False,
         again: bool = True,
     ) -> dict[str, Any]:
         body = json.dumps(value or {}).encode()
-        headers = self._call("POST", path, body) if call else {}
-        return answers.parse(self._session.request("POST", path, body, headers, again=again), members)
+        return answers.parse(self._session.request("POST", path, body, {}, again=again), members)
+
+    def voice(self, by: str) -> Voice:
+        """The principal `by`, to speak with the key that this machine has; AuthRequired ``identity.missing``."""
+        return Voice(self.id.hex(), by, signer_of(self.identities, self.sessions, by, self.clock()), self.clock)
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
-        who = self.principal(self._principal)
         said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
-        signer = signer_of(self, who)
-        statement = Statement.sign("call", said, room=self.id.hex(), by=who, at=self.clock(), signer=signer)
+        statement = self.voice(self.principal(self._principal)).say("call", said)
         text = base64.urlsafe_b64encode(statement.envelope.encode()).rstrip(b"=").decode()
         return {"Authorization": f"Strongroom {text}"}
 
@@ -218,9 +217,13 @@ class ServedCustodian:
         found = self._room.get(f"/v1/log/consistency?{urlencode({'old': old, 'new': new})}", answers.PROOF)
         return [answers.decode(each) for each in found["proof"]]
 
-    def copied(self, holder: str, ref: str, release: int, files: int, size: int) -> int:  # noqa: ARG002
-        """What the custodian knows of a copy is its release: that it was written, only its holder can say."""
-        return release
+    def ceilings(self, ref: str) -> dict[str, int]:
+        return self._room.get(f"/v1/ceilings?{urlencode({'ref': ref})}", answers.CEILINGS)
+
+    def acted(self, envelope: str, reason: Private | None = None) -> dict[str, Any]:
+        said = Statement.decode(envelope)
+        about = f"/v1/policies/{said.body['proposal']}/enact" if said.kind == "enact" else "/v1/acts"
+        return self._post(about, answers.acted(said.kind), envelope, reason)
 
     def checkpoint(self) -> tuple[Checkpoint, bytes]:
         note = self._room.get_bytes("/v1/log/checkpoint")
@@ -305,9 +308,6 @@ class ServedCustodian:
 
     def review(self) -> Review:
         return Review.from_json(self._room.get("/v1/reviews", answers.REVIEW))
-
-    def enact(self, proposal: str, by: str) -> dict[str, Any]:  # noqa: ARG002 - who calls is who enacts
-        return self._room.post(f"/v1/policies/{quote(proposal, safe='')}/enact", answers.ENACTED, call=True)
 
     def _post(
         self, path: str, members: Mapping[str, Kind], envelope: str, reason: Private | None = None, **more: str

@@ -20,7 +20,7 @@ from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
 from strongroom.policy.registration import RANKS
-from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate, check_clock
+from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate
 from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal, Request, State, Version
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
@@ -347,38 +347,6 @@ class Custody:
         body = {"id": statement.id, "digest": statement.body["digest"], "enact_after": now + WAITING}
         return Entry("proposal", now, who.path, "", {**body, "statement": statement.envelope}, {"reason": reason})
 
-    def enact(self, state: State, proposal_id: str, who: Speaker, now: int) -> Entry:
-        """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy."""
-        check_clock(state, now)
-        self.may(state, who, "administer", now=now)
-        proposal = state.proposals.get(proposal_id)
-        if proposal is None or proposal.state != "pending":
-            raise NotFound(
-                "policy.no_proposal", f"no proposal {proposal_id!r:.40} is open", hint="strongroom policy show"
-            )
-        agreed = {
-            state.principals[each.by].person
-            for each in proposal.approvals
-            if self._counts(state, each, ROOM, "administer", now)
-        }
-        proposer = state.principals[proposal.by]
-        if self._allowed(state, Speaker(proposer, proposal.method), "administer", now):
-            agreed.add(proposer.person)
-        if len(agreed) < 2:
-            raise Pending(
-                "policy.needs_second",
-                f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
-                hint=f"strongroom approve {proposal.id}",
-            )
-        if now < proposal.enact_after:
-            raise Pending(
-                "policy.waiting",
-                f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds",
-                hint=f"strongroom policy enact {proposal.id}",
-                enact_after=proposal.enact_after,
-            )
-        return Entry("policy", now, who.path, "", {"digest": proposal.digest, "proposal": proposal.id})
-
     def _agree(self, state: State, who: Speaker, proposal: Proposal, statement: Statement, now: int) -> Entry:
         if proposal.state != "pending":
             raise Conflict("request.over", f"{proposal.id} is {proposal.state}", hint="strongroom policy show")
@@ -394,13 +362,13 @@ class Custody:
         if grant.state_at(now) != "pending":
             raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
         if "authority" in grant.record:
-            if not self._allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
+            if not self.allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
                 raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="ask for it again")
             return entrance.second(self, state, who, grant, statement, now)
         target = state.principals.get(grant.record["principal"])
         if (target.entry if target else None) != grant.before:
             raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
-        if not self._allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
+        if not self.allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
             raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="grant it again")
         registration.check(state, grant.record)
         persons = (state.principals[grant.by].person, grant.record["person"], target.person if target else "")
@@ -431,12 +399,12 @@ class Custody:
             raise explain(policies, query).denied()
         return decision
 
-    def _allowed(self, state: State, who: Speaker, action: str, now: int) -> bool:
+    def allowed(self, state: State, who: Speaker, action: str, now: int) -> bool:
         here = situation(state, who, ROOM, now, stage="direct")
         query = Query(subject(who), action, resource(state, ROOM), here)
         return who.principal.active and self._policies(state.policy).decide(query).allowed
 
-    def _counts(self, state: State, approval: Approval, ref: str, asked: str, now: int) -> bool:
+    def counts(self, state: State, approval: Approval, ref: str, asked: str, now: int) -> bool:
         """Whether who gave this approval could give it now, by the policy in force: as it is, and also without the
         roles that it did not have then; and with the kind of key that it was given with."""
         by = state.principals[approval.by]
@@ -470,7 +438,7 @@ class Custody:
         counted: dict[str, set[str]] = {}
         for approval in approvals:
             by = state.principals[approval.by]
-            if by.person != holder.person and self._counts(state, approval, ref, action, now):
+            if by.person != holder.person and self.counts(state, approval, ref, action, now):
                 counted.setdefault(by.person, set()).update(set(approval.roles) & set(by.roles))
         # Each under one role, the highest, so that sums of roles count people.
         ranks = [next((rank for rank in RANKS if rank in roles), "") for roles in counted.values()]

@@ -62,11 +62,14 @@ class Holding:
 
 @dataclass(frozen=True)
 class Review:
-    """`findings` are ranked, the worst first."""
+    """Of the first `size` entries of a log. `findings` are ranked, the worst first; `emergencies`: the entries of
+    releases past a lease that nobody else has reviewed."""
 
     findings: list[Finding] = field(default_factory=list)
     holdings: list[Holding] = field(default_factory=list)
     activity: list[Activity] = field(default_factory=list)
+    emergencies: list[int] = field(default_factory=list)
+    size: int = 0
 
     @property
     def worst(self) -> str:
@@ -78,6 +81,8 @@ class Review:
             "findings": [each.as_json() for each in self.findings],
             "holdings": [{**asdict(each), "approved_by": list(each.approved_by)} for each in self.holdings],
             "activity": [asdict(each) for each in self.activity],
+            "emergencies": self.emergencies,
+            "size": self.size,
         }
 
     @classmethod
@@ -87,7 +92,8 @@ class Review:
         holdings = [
             Holding(**_of(Holding, item) | {"approved_by": tuple(item["approved_by"])}) for item in value["holdings"]
         ]
-        return cls(findings, holdings, [Activity(**_of(Activity, item)) for item in value["activity"]])
+        activity = [Activity(**_of(Activity, item)) for item in value["activity"]]
+        return cls(findings, holdings, activity, list(value["emergencies"]), value["size"])
 
 
 def _of(kind: type, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,15 +103,18 @@ def _of(kind: type, item: Mapping[str, Any]) -> dict[str, Any]:
 def review(state: State, entries: Iterable[Entry], now: int) -> Review:
     """The review of a room whose log is `entries`, from the first, and whose state they make is `state`."""
     history = _History(state)
+    size = 0
     for index, entry in enumerate(entries):
         history.add(index, entry)
+        size = index + 1
     holdings = [_holding(state, history, lease) for lease in state.leases.values() if lease.holds(now)]
     findings = [*_of_leases(state, holdings, now), *_of_people(state, history, now), *_of_releases(state, history)]
     findings.sort(key=lambda each: (-SEVERITIES.index(each.severity), each.kind, each.about))
     known = [history.of(path) for path in state.principals]
     others = [item for path, item in history.activity.items() if path not in state.principals]
     activity = sorted(known + others, key=lambda each: (-(each.releases + each.copies + each.refused), each.principal))
-    return Review(findings, sorted(holdings, key=lambda each: each.expires_at), activity)
+    emergencies = [index for index, _ in history.emergencies]
+    return Review(findings, sorted(holdings, key=lambda each: each.expires_at), activity, emergencies, size)
 
 
 class _History:

@@ -355,8 +355,7 @@ class State:
 
     def _policy(self, _: int, entry: Entry) -> None:
         self.policy, self.policy_since = entry.body["digest"], entry.at
-        if entry.body["proposal"] is not None:
-            self.proposals[entry.body["proposal"]].state = "enacted"
+        self.proposals[entry.body["proposal"]].state = "enacted"
 
     def _put(self, _: int, entry: Entry) -> None:
         body = entry.body
@@ -442,9 +441,10 @@ class State:
 
     def _review(self, _: int, entry: Entry) -> None:
         # Nobody looks at their own emergency, under any of their identities; where there is one person by design, there
-        # is nobody else.
+        # is nobody else. And nobody has looked at what came after the log that was reviewed.
         person = self.principals[entry.by].person if self.custody != "solo" else ""
-        self.emergencies = {index: who for index, who in self.emergencies.items() if who == person}
+        size = entry.body["size"]
+        self.emergencies = {at: who for at, who in self.emergencies.items() if who == person or int(at) >= size}
 
     def _renew(self, _: int, entry: Entry) -> None:
         self.leases[entry.body["lease"]].expires_at = entry.body["expires_at"]

@@ -34,6 +34,7 @@ from strongroom.vault.custodian import Answer
 from strongroom.vault.vault import Vault
 
 Handler = Callable[[Request, bytes], Any]
+_ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others are done where the room is
 
 
 class CustodianApp:
@@ -57,14 +58,15 @@ class CustodianApp:
         reading = Reading(self._vault, self._calls)
         said = ("request", "approve", "deny", "renew", "revoke", "propose", "principal", "authority", "passkey")
         read = ("requests", "show_request", "leases", "principals", "show_principal", "policy", "weights", "show")
-        more = ("authorities", "reach", "review", "status", "checkpoint", "consistency", "tile", "object")
+        more = ("authorities", "reach", "review", "status", "checkpoint", "consistency", "tile", "object", "ceilings")
         return {
             "challenge": self._challenge,
             "release": self._release,
             **{kind: partial(self._say, kind) for kind in said},
             **{name: getattr(reading, name) for name in (*read, *more)},
             "login": self._login,
-            "enact": self._enact,
+            "enact": partial(self._act, ("enact",)),
+            "act": partial(self._act, _ACTS),
             "put": self._uploads.receive,
             "check_put": self._uploads.check,
             "openapi": lambda *_: Response(self._document, media_type="application/json"),
@@ -158,6 +160,14 @@ class CustodianApp:
             "passkey": custodian.change_passkey,
         }[kind](envelope)
 
+    def _act(self, kinds: tuple[str, ...], request: Request, body: bytes) -> dict[str, Any]:
+        value = members(body, {"statement", "reason"})
+        envelope = text_of(value, "statement")
+        said = Statement.decode(envelope)
+        if said.kind not in kinds or said.body.get("proposal") != request.path_params.get("id"):
+            raise UsageError("statement.elsewhere", "the statement is not one that this address takes")
+        return self._custodian.acted(envelope, reason_of(value.get("reason")))
+
     def _login(self, _: Request, body: bytes) -> dict[str, Any]:
         value = members(body, {"statement", "proof"})
         proof = value.get("proof")
@@ -166,9 +176,6 @@ class CustodianApp:
         return self._custodian.login(text_of(value, "statement"), proof)
 
     # -- calls ---------------------------------------------------------------------------------------------------
-
-    def _enact(self, request: Request, body: bytes) -> dict[str, Any]:
-        return self._custodian.enact(request.path_params["id"], self._calls.caller(request, body))
 
     def _metrics(self, request: Request, body: bytes) -> Response:
         self._calls.caller(request, body, "audit", "administer")

@@ -55,7 +55,11 @@ OPERATIONS = (
     Operation("authority", "POST", "/v1/authorities", "Take, or no more", STATEMENT, "AuthorityChanged", "Said"),
     Operation("policy", "GET", "/v1/policies", "The policy in force, and proposals", CALL, "Policy"),
     Operation("propose", "POST", "/v1/policies", "Propose a policy", STATEMENT, "PolicyProposed", "Proposed"),
-    Operation("enact", "POST", "/v1/policies/{id}/enact", "Make a proposal the policy in force", CALL, "PolicyEnacted"),
+    Operation(
+        "enact", "POST", "/v1/policies/{id}/enact", "Make a proposal the policy in force", STATEMENT, "Acted", "Said"
+    ),
+    Operation("ceilings", "GET", "/v1/ceilings", "How many may have a version", CALL, "Ceilings", query=("ref",)),
+    Operation("act", "POST", "/v1/acts", "Look after the room (section 8)", STATEMENT, "Acted", "Said"),
     Operation("weights", "GET", "/v1/weights", "Versions", CALL, "Versions", query=("name",)),
     Operation("put", "POST", "/v1/weights", "Put a model (section 7)", CALL, "Put", BYTES),
     Operation("show", "GET", "/v1/weights/{ref:path}", "Everything about one version", CALL, "VersionShown"),

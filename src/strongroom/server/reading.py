@@ -94,6 +94,10 @@ class Reading:
             return {"access": self._custodian.who(query["ref"])}
         return {"access": self._custodian.reach(query.get("principal", ""))}
 
+    def ceilings(self, request: Request, body: bytes) -> dict[str, int]:
+        self._no_guest(request, body, "ceilings")
+        return self._custodian.ceilings(request.query_params.get("ref", ""))
+
     def review(self, request: Request, body: bytes) -> dict[str, Any]:
         self._calls.caller(request, body, "audit", "administer")
         return self._custodian.review().as_json()

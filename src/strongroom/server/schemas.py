@@ -137,7 +137,8 @@ COMPONENTS: dict[str, Schema] = {
         }
     ),
     "PolicyProposed": _object({"id": ID, **_counts("enact_after", "entry")}),
-    "PolicyEnacted": _object({"policy": DIGEST, "proposal": ID, "entry": COUNT}),
+    "Ceilings": _object(_counts("holders", "copies", "copiers")),
+    "Acted": _object({**_all("type", "ref"), **_counts("at", "entry"), "body": {"type": "object"}}),
     "Version": _object(_VERSION),
     "Versions": _object({"versions": _list(_one("Version"))}),
     "VersionShown": {
@@ -187,6 +188,8 @@ COMPONENTS: dict[str, Schema] = {
                     {"principal": TEXT, **_counts("releases", "copies", "requests", "approvals", "refused", "last")}
                 )
             ),
+            "emergencies": _list(COUNT),
+            "size": COUNT,
         }
     ),
     "Status": _object(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from anyio import from_thread
@@ -13,13 +14,17 @@ from starlette.requests import ClientDisconnect, Request
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import Conflict, LimitExceeded, UsageError
+from strongroom.formats.entry import Private
+from strongroom.formats.statement import Statement
 from strongroom.formats.suites import Suite
 from strongroom.formats.upload import Upload
 from strongroom.policy.speaker import Speaker
+from strongroom.vault.sent import Sent
 from strongroom.vault.upload import UploadSource
 from strongroom.vault.vault import PutResult, Vault
 
 _PIECE_TIME = 60.0  # seconds in which the next bytes have to come
+_RATE = 16 * 1024  # bytes in a second that an upload has to come at, after the first minute: it holds one of few slots
 _AT_A_TIME = 2
 _LENGTH = 4
 
@@ -36,7 +41,7 @@ class Uploads:
 
     def check(self, request: Request, head: bytes) -> dict[str, int]:
         """Whether what `head` announces would be taken, as far as it can be said before it comes."""
-        upload = self._announced(self._caller(request, head), head)
+        upload, _ = self._announced(self._caller(request, head), head)
         return {"files": len(upload.files), "bytes": upload.size}
 
     async def receive(self, request: Request) -> PutResult:
@@ -54,9 +59,9 @@ class Uploads:
             ) from None
         # Nothing more is read before it is known who sends it.
         by = await run_in_threadpool(self._caller, request, head)
-        upload = await run_in_threadpool(self._announced, by, head)
+        upload, said = await run_in_threadpool(self._announced, by, head)
         with self._slot():
-            return await run_in_threadpool(self._put, upload, by, stream)
+            return await run_in_threadpool(self._put, upload, said, stream)
 
     async def _head(self, stream: _Stream) -> bytes:
         length = int.from_bytes(await stream.exactly(_LENGTH), "big")
@@ -64,13 +69,25 @@ class Uploads:
             raise LimitExceeded("upload.too_large", f"the list of files has {length} bytes; at most {LIMITS.upload}")
         return await stream.exactly(length)
 
-    def _announced(self, by: Speaker, head: bytes) -> Upload:
+    def _announced(self, by: Speaker, head: bytes) -> tuple[Upload, Sent]:
         self._vault.custodian.authorise(by, "put")
         upload = Upload.decode(head)
         if upload.suite.upper() not in Suite.__members__:
             raise UsageError("put.suite", f"there is no suite {upload.suite!r:.40}", hint="--suite blake3 or sha256")
         self._vault.check_put(upload.name, upload.positions)
-        return upload
+        return upload, self._said(by, upload)
+
+    def _said(self, by: Speaker, upload: Upload) -> Sent:
+        """What the caller has signed, which is what the log will quote: of these files, under this name, just now."""
+        statement = Statement.decode(upload.statement)
+        files = Private("files", upload.digest, bytes.fromhex(upload.salt))
+        if (statement.kind, statement.by) != ("put", by.path) or statement.body != {
+            "name": upload.name,
+            "files": files.commitment,
+        }:
+            raise UsageError("upload.other", "the signed statement in the list of files is not about these files")
+        self._vault.custodian.identify(statement)
+        return Sent(statement, files, self._vault.clock())
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[None]:
@@ -85,11 +102,11 @@ class Uploads:
         finally:
             self._slots.release()
 
-    def _put(self, upload: Upload, by: Speaker, stream: _Stream) -> PutResult:
+    def _put(self, upload: Upload, said: Sent, stream: _Stream) -> PutResult:
         return self._vault.put(
             UploadSource.begin(upload, stream.receive),
             upload.name,
-            by=by,
+            by=said,
             share=upload.share,
             positions=upload.positions,
             suite=Suite[upload.suite.upper()],
@@ -102,6 +119,7 @@ class _Stream:
     def __init__(self, request: Request) -> None:
         self._pieces = request.stream().__aiter__()
         self._piece = memoryview(b"")
+        self._begun, self._received = time.monotonic(), 0
 
     async def exactly(self, size: int) -> bytes:
         data = bytearray()
@@ -124,15 +142,20 @@ class _Stream:
 
     async def _next(self) -> bool:
         """Whether more has come."""
+        late = self._begun + _PIECE_TIME + self._received / _RATE - time.monotonic()
         try:
-            async with asyncio.timeout(_PIECE_TIME):
+            async with asyncio.timeout(min(_PIECE_TIME, late)):
                 while not self._piece:
                     self._piece = memoryview(await anext(self._pieces))
+            self._received += len(self._piece)
         except StopAsyncIteration:
             return False
         except TimeoutError:
             raise LimitExceeded(
-                "server.too_slow", f"no byte of the upload has come in {_PIECE_TIME:.0f} seconds", hint="put it again"
+                "server.too_slow",
+                f"the upload comes too slowly: at least {_RATE // 1024} KiB a second, and no pause of "
+                f"{_PIECE_TIME:.0f} seconds",
+                hint="put it again: it goes on",
             ) from None
         except ClientDisconnect:
             raise Conflict("upload.interrupted", "the connection ended before the upload did") from None

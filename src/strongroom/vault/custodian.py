@@ -27,7 +27,7 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
 from strongroom.policy import entrance
-from strongroom.policy.custody import Custody, Facts, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, ceilings, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import reach
@@ -85,7 +85,7 @@ class Custodian:
         self._refusals = Refusals(ledger)
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
-        self.upkeep = Upkeep(self.rules, self._decide, self._refusals, vault.db)
+        self._upkeep = Upkeep(self.rules, self._once, vault.db)
 
     # -- the beginning -------------------------------------------------------------------------------------------
 
@@ -231,16 +231,6 @@ class Custodian:
             receipt = self._once(statement, decide, writes=True)
         return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
 
-    def enact(self, proposal: str, by: str | Speaker) -> dict[str, Any]:
-        """A proposal becomes the policy."""
-
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            return Draft(self.rules.enact(state, proposal, speaking(state, by), now))
-
-        with self._refusals.recorded(by if isinstance(by, str) else by.path, "administer"):
-            receipt = self._decide(decide)
-        return {"policy": receipt.entry.body["digest"], "proposal": proposal, "entry": receipt.index}
-
     # -- requests ------------------------------------------------------------------------------------------------
 
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
@@ -345,11 +335,6 @@ class Custodian:
             pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
             return review(state, (Entry.decode(data) for piece in pieces for data in piece), now)
 
-    def emergencies(self) -> list[int]:
-        """The entries of releases past a lease that nobody else has reviewed."""
-        with self.ledger.view() as state:
-            return [int(index) for index in state.emergencies]
-
     def policy(self) -> dict[str, Any]:
         """The policy in force, and the proposals that are open."""
         with self.ledger.view() as state:
@@ -434,7 +419,7 @@ class Custodian:
             entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
             return Draft(entry, [reason] if reason is not None else [])
 
-        receipt = self._decide(decide)
+        receipt = self.decide(decide)
         if isinstance(found, StrongroomError):
             raise found  # the decision has seen to that
         if len(self._opened) >= _VERSIONS:
@@ -480,25 +465,29 @@ class Custodian:
             self._refusals.record(who.path, actions[0], ref, refusals[0])
         raise refusals[0]
 
-    def append_as(self, by: Speaker, action: str, decide: Decision[State]) -> Receipt:
-        """Append what `by` has done, if it may do so at that moment still: it may have begun long ago, and have been
-        suspended since. Denied, AuthRequired ``principal.unknown``, both recorded."""
+    def act(self, statement: Statement, action: str, decide: Decision[State]) -> Receipt:
+        """Append what `decide` makes of `statement`, and what it writes; what is refused is recorded."""
+        with self._refusals.recorded(statement.by, action):
+            return self.decide(decide, writes=True)
 
-        def still(tx: Connection, state: State, now: int) -> Draft:
-            self.rules.may(state, speaking(state, by), action, now=now)
-            return decide(tx, state, now)
+    def acted(self, envelope: str, reason: Private | None = None) -> dict[str, Any]:
+        """Do what a statement of the kind ceiling, clock, copy, enact, keystore, redact, review or thaw says."""
+        statement = Statement.decode(envelope)
+        action = "copy" if statement.kind == "copy" else "administer"
+        with self._refusals.recorded(statement.by, action, str(statement.body.get("ref", ""))):
+            done = self._upkeep.act(statement, reason, self.ledger.checkpoint()[0].size)
+        body = {name: value for name, value in done.entry.body.items() if name != "statement"}
+        return {"type": done.entry.type, "ref": done.entry.ref, "at": done.entry.at, "body": body, "entry": done.index}
 
-        with self._refusals.recorded(by.path, action):
-            return self.ledger.append(still, writes=True)
+    def recovered(self, epoch: int) -> int:
+        """Record that shares have opened the room: what they prove is not who brought them; the entry."""
+        body = {"operation": "recover", "epoch": epoch, "statement": ""}
+        return self.ledger.append(lambda _, __, now: Draft(Entry("keystore", now, CUSTODIAN, "", body))).index
 
-    def record(self, kind: str, by: str, ref: str, body: dict[str, Any]) -> Receipt:
-        """An entry about what was done already."""
-        return self.ledger.append(lambda _, __, now: Draft(Entry(kind, now, by, ref, body)))
-
-    def copied(self, holder: str, ref: str, release: int, files: int, size: int) -> int:
-        """Record that the copy which the entry `release` is about was written; the entry that says so."""
-        body = {"holder": holder, "release": release, "files": files, "bytes": size}
-        return self.record("copy", holder, ref, body).index
+    def ceilings(self, ref: str) -> dict[str, int]:
+        """How many may hold a version, or every version of a name, copy it, and have copies of it."""
+        with self.ledger.view() as state:
+            return dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -512,7 +501,7 @@ class Custodian:
         """As `_decide`; a statement that is recorded already is answered with its entry: whoever lost the answer with
         the connection says the same again. It has been authenticated, and is fresh, when that is found."""
         try:
-            receipt = self._decide(decide, writes=writes)
+            receipt = self.decide(decide, writes=writes)
         except Conflict as error:
             _only_replayed(error)
             with self.ledger.view() as state:
@@ -520,7 +509,7 @@ class Custodian:
             return Recorded(index, Entry.decode(self.ledger.proven(index, index + 1)[0]))
         return Recorded(receipt.index, receipt.entry)
 
-    def _decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
+    def decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
         """Append what `decide` returns; policies that it asks for are read in the sequencer's own transaction."""
 
         def within(tx: Connection, state: State, now: int) -> Draft:

@@ -3,17 +3,114 @@ new."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Row, select, update
+from sqlalchemy.engine import Connection
+
+from strongroom.core.ids import parse_id
 from strongroom.crypto.keys import random_key
 from strongroom.crypto.segments import SegmentCipher, VersionKeys
+from strongroom.errors import BackendError, Conflict, StrongroomError
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import COMMON, MARKED, Manifest
+from strongroom.formats.statement import Voice
+from strongroom.ledger.log import Draft
+from strongroom.policy import acts
+from strongroom.policy.state import State
+from strongroom.storage.db import versions
 from strongroom.storage.image import SealedImage
-from strongroom.vault.journal import Journal
+from strongroom.vault import packing
+from strongroom.vault.journal import Journal, forget_all, locked
 from strongroom.vault.packing import PackWriter
 from strongroom.vault.put import Progress, store_index
 from strongroom.vault.record import VersionRecord
+from strongroom.vault.versions import measured, object_names
+
+if TYPE_CHECKING:
+    from strongroom.vault.vault import Vault
+
+
+def rotate(vault: Vault, ref: str, *, by: Voice, progress: Progress) -> dict[str, Any]:
+    """Re-encrypt a version under a new version key. Bundles of the old revision stop opening anything."""
+    row = vault.find(ref)
+    # One at a time: two would write their manifests to the same name, and the slower one over the faster one's.
+    with locked(vault.folder / "locks" / f"rotate-{parse_id(row.version_id).hex()}") as mine:
+        if not mine:
+            raise Conflict("rotate.busy", f"{row.name}@{row.number} is being rotated", hint="wait for it to end")
+        return _rotate(vault, f"{row.name}@{row.number}", by, progress)
+
+
+def _rotate(vault: Vault, ref: str, by: Voice, progress: Progress) -> dict[str, Any]:
+    row = vault.find(ref)
+    old_record = vault.record(row)
+    with _or_raced(vault, row):
+        old = vault.image(old_record)
+    fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
+    job = vault.journal(fingerprint, row.name, by.by, start=next_revision(old_record))
+    with job as journal, _or_raced(vault, row, journal):
+        manifest = reencrypt(old, old_record, journal, workers=vault.workers, progress=progress)
+        vault.sign(manifest, vault.keys.signer)
+        record = replace(journal.record, manifest_digest=manifest.digest())
+        statement = by.say("rotate", {"ref": ref})
+
+        def decide(tx: Connection, state: State, at: int) -> Draft:
+            body = {"revision": record.revision, "manifest": manifest.digest().hex()}
+            entry = acts.rotate(vault.custodian.rules, state, statement, at, body)
+            changed = tx.execute(
+                update(versions)
+                .where(
+                    versions.c.version_id == row.version_id,
+                    versions.c.revision == row.revision,
+                    versions.c.state == "active",
+                )
+                .values(record=record.seal(vault.keys.current(tx)), **measured(manifest))
+            )
+            if changed.rowcount != 1:
+                raise _raced(row)
+            # With other rotations of it that were left unfinished: their keys open what this one replaced.
+            forget_all(tx, row.version_id)
+            return Draft(entry)
+
+        receipt = vault.custodian.decide(decide, writes=True)
+    # Never what the new revision needs as well, whatever the journal was made to say.
+    for name in object_names(old.manifest) - object_names(manifest):
+        vault.blobs.delete(name)
+    digest = f"sha256:{manifest.digest().hex()}"
+    return {"ref": ref, "revision": record.revision, "digest": digest, "entry": receipt.index}
+
+
+@contextlib.contextmanager
+def _or_raced(vault: Vault, row: Row[Any], journal: Journal | None = None) -> Iterator[None]:
+    """An error is Conflict ``rotate.raced`` if the version of `row` was rotated or shredded meanwhile. The journal goes
+    then: its keys open the same weights, which must not outlive a shred."""
+    try:
+        yield
+    except StrongroomError as error:
+        if _is_current(vault, row):
+            raise
+        with contextlib.suppress(BackendError):  # what is left of it goes with the next shred or fsck
+            if journal is not None:
+                journal.forget()
+        raise _raced(row) from error
+
+
+def _is_current(vault: Vault, row: Row[Any]) -> bool:
+    """Whether the version of `row` is active in that revision still, as far as the database can say."""
+    query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
+    try:
+        with vault.db.reading() as tx:
+            return bool(tx.execute(query).one_or_none() == ("active", row.revision))
+    except BackendError:
+        return True
+
+
+def _raced(row: Row[Any]) -> Conflict:
+    ref = f"{row.name}@{row.number}"
+    return Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile", hint="strongroom ls")
 
 
 def next_revision(record: VersionRecord) -> VersionRecord:

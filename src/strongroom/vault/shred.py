@@ -11,8 +11,9 @@ from sqlalchemy.engine import Connection
 from strongroom.core.clock import now
 from strongroom.core.ids import parse_id
 from strongroom.errors import BackendError, CannotVerify, Conflict, IntegrityError, Sealed, UsageError
-from strongroom.formats.entry import Entry
+from strongroom.formats.statement import Voice
 from strongroom.ledger.log import Draft
+from strongroom.policy import acts
 from strongroom.policy.state import State
 from strongroom.storage.db import versions
 from strongroom.vault.journal import forget_all
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _REST = "`strongroom fsck --repair` removes what the store may still have of it"
 
 
-def shred(vault: Vault, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
+def shred(vault: Vault, ref: str, *, confirm: str, by: Voice) -> dict[str, Any]:
     """Destroy a version's keys, then its ciphertext. There is no way back, except through copies made elsewhere.
 
     Whatever else the database or the store says of the version, its keys go. Given again for a shredded version, it
@@ -90,21 +91,22 @@ def shred(vault: Vault, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
     }
 
 
-def _record(vault: Vault, name: str, by: str, destroy: Callable[[Connection], None], remains: list[str]) -> int | None:
+def _record(
+    vault: Vault, name: str, by: Voice, destroy: Callable[[Connection], None], remains: list[str]
+) -> int | None:
     """Destroy the keys and record it, in one transaction; the entry that says so.
 
     A log that is damaged or can't be signed, or that doesn't know the version, must not keep the keys alive.
     """
+    statement = by.say("shred", {"ref": name})
 
     def decide(tx: Connection, state: State, at: int) -> Draft:
-        known = name in state.versions and not state.versions[name].shredded
-        if not known:
-            raise Conflict("shred.unrecorded", f"the log has no version {name} to shred")
+        entry = acts.shred(vault.custodian.rules, state, statement, at)
         destroy(tx)
-        return Draft(Entry("shred", at, by, name))
+        return Draft(entry)
 
     try:
-        return vault.custodian.ledger.append(decide, writes=True).index
+        return vault.custodian.decide(decide, writes=True).index
     except (IntegrityError, CannotVerify, Sealed, Conflict) as error:
         if isinstance(error, Conflict) and error.code != "shred.unrecorded":
             raise

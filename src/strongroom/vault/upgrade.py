@@ -84,7 +84,7 @@ def _record(vault: Vault, owner: str, custody: str) -> int:
 
 
 def _shred(ref: str) -> Decision[State]:
-    return lambda _, __, now: Draft(Entry("shred", now, CUSTODIAN, ref))
+    return lambda _, __, now: Draft(Entry("shred", now, CUSTODIAN, ref, {"statement": ""}))
 
 
 def _put(row: Row[Any], ref: str) -> Decision[State]:
@@ -94,6 +94,7 @@ def _put(row: Row[Any], ref: str) -> Decision[State]:
         "manifest": row.manifest_sha256,
         "bytes": row.bytes,
         "positions": row.positions,
+        "statement": "",
     }
 
     def decide(_: Connection, __: State, now: int) -> Draft:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select, update
+from sqlalchemy import Row, func, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import now, text, unix
@@ -20,48 +20,46 @@ from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.keystores import PassphraseSource
 from strongroom.crypto.segments import VersionKeys
-from strongroom.crypto.session_key import SessionKeys
+from strongroom.crypto.session_key import SessionKeys, signer_of
 from strongroom.crypto.shamir import Share
 from strongroom.errors import (
     AuthRequired,
-    BackendError,
     Conflict,
     IntegrityError,
     NotFound,
     Rollback,
-    StrongroomError,
     Tampered,
     UsageError,
 )
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
-from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
+from strongroom.formats.statement import Voice
 from strongroom.formats.suites import Suite
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.ledger.published import Published, read_from
+from strongroom.policy import acts
 from strongroom.policy.query import ROOM
-from strongroom.policy.speaker import Speaker
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, versions
 from strongroom.storage.image import SealedImage, read_manifest
-from strongroom.vault import packing
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.custodian import FIRST_ROLES, Custodian
-from strongroom.vault.journal import Journal, forget_all, locked
+from strongroom.vault.journal import Journal
 from strongroom.vault.put import Plan, Progress, parse_share, put
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import bundle_for
 from strongroom.vault.roomkeys import RoomKeys
-from strongroom.vault.rotate import next_revision, reencrypt
+from strongroom.vault.rotate import rotate
+from strongroom.vault.sent import Sent
 from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
-from strongroom.vault.versions import VersionInfo, check_row, measured, object_names
+from strongroom.vault.versions import VersionInfo, check_row, measured
 
 
 def silent(done: int, total: int) -> None:
@@ -225,6 +223,11 @@ class Vault:
         with self.custodian.ledger.view() as state:
             return bytes.fromhex(state.signer)
 
+    def voice(self, by: str) -> Voice:
+        """The principal `by`, to speak with the key that lies here; AuthRequired ``identity.missing``."""
+        signer = signer_of(self.identities, self.sessions, by, self.clock())
+        return Voice(self.id.hex(), by, signer, self.clock)
+
     # -- principals ----------------------------------------------------------------------------------------------
 
     def principal_ls(self) -> list[dict[str, Any]]:
@@ -370,7 +373,7 @@ class Vault:
         source: ModelSource,
         name: str,
         *,
-        by: str | Speaker,
+        by: str | Sent,
         share: str = "1/8",
         positions: int = 16384,
         suite: Suite = Suite.BLAKE3,
@@ -378,12 +381,12 @@ class Vault:
     ) -> PutResult:
         """Store `source` as the next version of `name`. Killed at any point, the same call goes on where it was.
 
-        A `Speaker` is asked for again when the version appears; a name is that of somebody on the room's own host."""
-        path = by.path if isinstance(by, Speaker) else by
+        `by`: the principal, whose key is on this machine; or what somebody elsewhere has signed of it."""
+        said = by if isinstance(by, Sent) else self.voice(by)
         self.check_put(name, positions)
         plan = Plan.of(source, share=parse_share(share), positions=positions, suite=suite)
         signer = self.keys.signer
-        with self._journal(plan.fingerprint(name), name, path) as journal:
+        with self.journal(plan.fingerprint(name), name, said.by) as journal:
             resumed = len(journal.packs)
             try:
                 manifest, index = put(plan, journal, self.blobs, self.id, workers=self.workers, progress=progress)
@@ -391,8 +394,11 @@ class Vault:
                 if error.code == "source.changed":
                     journal.forget()
                 raise
-            self._sign(manifest, signer)
-            row, entry = self._publish(journal, manifest, index, name, by)
+            self.sign(manifest, signer)
+            if not isinstance(said, Sent):
+                paths = [entry.path for entry in index.layout.files]
+                said = Sent.of(said, name, list(zip(paths, index.sha256, strict=True)))
+            row, entry = self._publish(journal, manifest, index, name, said)
         return PutResult(
             ref=f"{row.name}@{row.number}",
             digest=f"sha256:{row.manifest_sha256}",
@@ -417,7 +423,7 @@ class Vault:
                 "put.positions", f"the number of positions is from 0 to {LIMITS.positions}", hint="--positions 16384"
             )
 
-    def _sign(self, manifest: Manifest, signer: Any) -> None:
+    def sign(self, manifest: Manifest, signer: Any) -> None:
         payload = manifest.encode()
         signature = signer.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
         envelope = Envelope(PAYLOAD_TYPE, payload, ((signer.key_id, signature),))
@@ -425,11 +431,10 @@ class Vault:
         self.blobs.write(manifest.name, [envelope.encode()])
 
     def _publish(
-        self, journal: Journal, manifest: Manifest, index: Index, name: str, by: str | Speaker
+        self, journal: Journal, manifest: Manifest, index: Index, name: str, said: Sent
     ) -> tuple[Row[Any], int]:
         """One transaction: the version appears, and its journal goes."""
-        path = by.path if isinstance(by, Speaker) else by
-        digest = manifest.digest()
+        digest, size = manifest.digest(), sum(entry.bytes for entry in index.layout.files)
         rows: list[Row[Any]] = []
 
         def decide(tx: Connection, state: State, at: int) -> Draft:
@@ -440,6 +445,24 @@ class Vault:
             logged = [Ref.parse(ref) for ref in state.versions]
             number = max(newest or 0, *(ref.number or 0 for ref in logged if ref.name == name), 0) + 1
             record = replace(journal.record, name=name, number=number, manifest_digest=digest)
+            body = {
+                "version": record.version.hex(),
+                "revision": record.revision,
+                "manifest": digest.hex(),
+                "bytes": size,
+                "positions": manifest.positions,
+            }
+            # Whoever has begun it, hours ago maybe, may do so still.
+            entry = acts.put(
+                self.custodian.rules,
+                state,
+                said.statement,
+                at,
+                f"{name}@{number}",
+                body,
+                files=said.files.commitment,
+                since=said.at,
+            )
             tx.execute(
                 insert(versions).values(
                     version_id=record.version.hex(),
@@ -447,103 +470,29 @@ class Vault:
                     number=number,
                     state="active",
                     record=record.seal(self.keys.current(tx)),
-                    bytes=sum(entry.bytes for entry in index.layout.files),
+                    bytes=size,
                     created_at=now(),
-                    created_by=path,
+                    created_by=said.by,
                     **measured(manifest),
                 )
             )
             # Read here: an error after the commit would call a put failed that is not.
             rows.append(tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one())
             journal.close(tx)
-            body = {
-                "version": record.version.hex(),
-                "revision": record.revision,
-                "manifest": digest.hex(),
-                "bytes": sum(entry.bytes for entry in index.layout.files),
-                "positions": manifest.positions,
-            }
-            return Draft(Entry("put", at, path, f"{name}@{number}", body))
+            return Draft(entry, [said.files])
 
-        if isinstance(by, Speaker):
-            receipt = self.custodian.append_as(by, "put", decide)
-        else:
-            receipt = self.custodian.ledger.append(decide, writes=True)
+        receipt = self.custodian.act(said.statement, "put", decide)
         return rows[-1], receipt.index
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
 
     def rotate(self, ref: str, *, by: str, progress: Progress = silent) -> dict[str, Any]:
-        """Re-encrypt a version under a new version key. Bundles of the old revision stop opening anything."""
-        row = self.find(ref)
-        # One at a time: two would write their manifests to the same name, and the slower one over the faster one's.
-        with locked(self.folder / "locks" / f"rotate-{parse_id(row.version_id).hex()}") as mine:
-            if not mine:
-                raise Conflict("rotate.busy", f"{row.name}@{row.number} is being rotated", hint="wait for it to end")
-            return self._rotate(f"{row.name}@{row.number}", by, progress)
+        """Re-encrypt a version under a new version key; see `strongroom.vault.rotate`."""
+        return rotate(self, ref, by=self.voice(by), progress=progress)
 
-    def _rotate(self, ref: str, by: str, progress: Progress) -> dict[str, Any]:
-        row = self.find(ref)
-        old_record = self.record(row)
-        with self._or_raced(row):
-            old = self.image(old_record)
-        fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
-        job = self._journal(fingerprint, row.name, by, start=next_revision(old_record))
-        with job as journal, self._or_raced(row, journal):
-            manifest = reencrypt(old, old_record, journal, workers=self.workers, progress=progress)
-            self._sign(manifest, self.keys.signer)
-            record = replace(journal.record, manifest_digest=manifest.digest())
-
-            def decide(tx: Connection, _: State, at: int) -> Draft:
-                changed = tx.execute(
-                    update(versions)
-                    .where(
-                        versions.c.version_id == row.version_id,
-                        versions.c.revision == row.revision,
-                        versions.c.state == "active",
-                    )
-                    .values(record=record.seal(self.keys.current(tx)), **measured(manifest))
-                )
-                if changed.rowcount != 1:
-                    raise _raced(row)
-                # With other rotations of it that were left unfinished: their keys open what this one replaced.
-                forget_all(tx, row.version_id)
-                body = {"revision": record.revision, "manifest": manifest.digest().hex()}
-                return Draft(Entry("rotate", at, by, ref, body))
-
-            receipt = self.custodian.ledger.append(decide, writes=True)
-        # Never what the new revision needs as well, whatever the journal was made to say.
-        for name in object_names(old.manifest) - object_names(manifest):
-            self.blobs.delete(name)
-        digest = f"sha256:{manifest.digest().hex()}"
-        return {"ref": ref, "revision": record.revision, "digest": digest, "entry": receipt.index}
-
-    @contextlib.contextmanager
-    def _or_raced(self, row: Row[Any], journal: Journal | None = None) -> Iterator[None]:
-        """An error is Conflict ``rotate.raced`` if the version of `row` was rotated or shredded meanwhile. The journal
-        goes then: its keys open the same weights, which must not outlive a shred."""
-        try:
-            yield
-        except StrongroomError as error:
-            if self._is_current(row):
-                raise
-            with contextlib.suppress(BackendError):  # what is left of it goes with the next shred or fsck
-                if journal is not None:
-                    journal.forget()
-            raise _raced(row) from error
-
-    def _is_current(self, row: Row[Any]) -> bool:
-        """Whether the version of `row` is active in that revision still, as far as the database can say."""
-        query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
-        try:
-            with self.db.reading() as tx:
-                return bool(tx.execute(query).one_or_none() == ("active", row.revision))
-        except BackendError:
-            return True
-
-    def shred(self, ref: str, *, confirm: str, by: str = CUSTODIAN) -> dict[str, Any]:
+    def shred(self, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext; see `strongroom.vault.shred`."""
-        done = shred(self, ref, confirm=confirm, by=by)
+        done = shred(self, ref, confirm=confirm, by=self.voice(by))
         self.custodian.forget(confirm)
         return done
 
@@ -570,7 +519,7 @@ class Vault:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _journal(
+    def journal(
         self, fingerprint: str, name: str, by: str, start: VersionRecord | None = None
     ) -> contextlib.AbstractContextManager[Journal]:
         return Journal.held(
@@ -583,8 +532,3 @@ class Vault:
             by=by,
             start=start,
         )
-
-
-def _raced(row: Row[Any]) -> Conflict:
-    ref = f"{row.name}@{row.number}"
-    return Conflict("rotate.raced", f"{ref} was rotated or shredded by somebody else meanwhile", hint="strongroom ls")

@@ -1,0 +1,91 @@
+"""Registering and changing principals, by statements of whoever may grant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from strongroom.core.ids import parse_principal
+from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
+from strongroom.formats.authority import subject_of
+
+if TYPE_CHECKING:
+    from strongroom.load.room import AnyRoom
+
+_KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class Registry:
+    """The principals of `room`; `say` signs a statement of whoever changes them."""
+
+    def __init__(self, room: AnyRoom, say: Callable[[str, dict[str, Any]], str]) -> None:
+        self._room, self._say = room, say
+
+    def add(
+        self,
+        path: str,
+        roles: Sequence[str],
+        teams: Sequence[str],
+        person: str | None,
+        public_key: str | None,
+        oidc: str | None,
+        spiffe: str | None,
+    ) -> dict[str, Any]:
+        """See `strongroom.client.Room.principal_add`."""
+        parse_principal(path)
+        if public_key is not None and not _KEY.fullmatch(public_key):
+            raise UsageError(
+                "principal.public_key",
+                f"{public_key!r:.80} is not a public key: 64 hexadecimal digits, in lower case",
+                hint="strongroom identity new PRINCIPAL, on the machine of whoever it is for, shows it",
+            )
+        known = {item["path"]: item["state"] for item in self._room.principal_ls()}
+        if known.get(path, "removed") != "removed":
+            raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
+        identities = self._room.identities
+        # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
+        make = identities.create if path in known else identities.ensure
+        bound = subject_of(oidc, spiffe)
+        made = public_key is None and not bound
+        key = make(path).public_key.hex() if made else public_key or ""
+        try:
+            return self._change(path, key, person or path, roles, teams, "active", bound)
+        except StrongroomError as error:
+            if made and not isinstance(error, BackendError):  # else it may be recorded all the same
+                identities.remove(path)
+            raise
+
+    def change(self, path: str, roles: Sequence[str] | None, state: str | None) -> dict[str, Any]:
+        """Other roles, or another state."""
+        old = self._room.custodian.known(path)
+        chosen = old.roles if roles is None else roles
+        return self._change(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject)
+
+    def bind(self, path: str, oidc: str | None, spiffe: str | None) -> dict[str, Any]:
+        """Another name that an authority gives it, or none."""
+        old = self._room.custodian.known(path)
+        bound = subject_of(oidc, spiffe)
+        return self._change(path, old.key, old.person, old.roles, old.teams, old.state, bound)
+
+    def _change(
+        self,
+        path: str,
+        key: str,
+        person: str,
+        roles: Sequence[str],
+        teams: Sequence[str],
+        state: str,
+        subject: str,
+    ) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "principal": path,
+            "key": key,
+            "person": person,
+            "roles": sorted(set(roles)),
+            "teams": sorted(set(teams)),
+            "state": state,
+        }
+        if subject:
+            body["subject"] = subject
+        return self._room.custodian.change_principal(self._say("principal", body))

@@ -1,0 +1,164 @@
+"""What people do to a room and to what is in it, besides asking and approving: each act is a signed statement of its
+own kind, and an entry that quotes it.
+
+As in policy/custody.py each is a decision: a function of the state, the time and a statement. All but `copy` take the
+right to `administer`, `put` the one to put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from strongroom.core.ids import Ref
+from strongroom.errors import Conflict, NotFound, Pending, UsageError
+from strongroom.formats.entry import Entry
+from strongroom.formats.statement import Statement
+from strongroom.policy.query import ROOM
+from strongroom.policy.speaker import TOLERANCE, Speaker, authenticate
+
+if TYPE_CHECKING:
+    from strongroom.policy.custody import Custody
+    from strongroom.policy.state import State
+
+
+def enact(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy."""
+    who = _administrator(rules, state, statement, now)
+    name = statement.body["proposal"]
+    proposal = state.proposals.get(name)
+    if proposal is None or proposal.state != "pending":
+        raise NotFound("policy.no_proposal", f"no proposal {name!r:.40} is open", hint="strongroom policy show")
+    agreed = {
+        state.principals[each.by].person
+        for each in proposal.approvals
+        if rules.counts(state, each, ROOM, "administer", now)
+    }
+    proposer = state.principals[proposal.by]
+    if rules.allowed(state, Speaker(proposer, proposal.method), "administer", now):
+        agreed.add(proposer.person)
+    if len(agreed) < 2:
+        raise Pending(
+            "policy.needs_second",
+            f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
+            hint=f"strongroom approve {proposal.id}",
+        )
+    if now < proposal.enact_after:
+        raise Pending(
+            "policy.waiting",
+            f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds",
+            hint=f"strongroom policy enact {proposal.id}",
+            enact_after=proposal.enact_after,
+        )
+    return _entry("policy", who, "", statement, now, {"digest": proposal.digest, "proposal": proposal.id})
+
+
+def ceiling(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """How many may hold, copy and have copies of a version, or of every version of a name."""
+    who = _administrator(rules, state, statement, now)
+    ref = statement.body["ref"]
+    if not any(ref in (each, each.partition("@")[0]) for each in state.versions):
+        raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
+    body = {name: statement.body[name] for name in ("holders", "copies", "copiers")}
+    return _entry("ceiling", who, ref, statement, now, body)
+
+
+def thaw(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """A version that was revoked may be asked for again. Its leases have ended: each takes new approvals."""
+    who = _administrator(rules, state, statement, now)
+    ref = statement.body["ref"]
+    version = state.versions.get(ref)
+    if version is None or not version.frozen:
+        raise NotFound("thaw.nothing", f"{ref} is not a frozen version of this room", hint="strongroom ls")
+    return _entry("thaw", who, ref, statement, now, {})
+
+
+def clock(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """After the clock had been ahead: the room's time is taken back to now. Ends every lease, and every login."""
+    who = _administrator(rules, state, statement, now, any_clock=True)
+    if now >= state.latest - TOLERANCE:
+        raise UsageError("clock.right", "the clock is not behind the log: nothing has to be mended")
+    return _entry("clock", who, "", statement, now, {"before": state.latest})
+
+
+def redact(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """What was kept beside an entry goes; who may look, and that there is something, is the caller's to see to."""
+    who = _administrator(rules, state, statement, now)
+    return _entry("redact", who, "", statement, now, {"entry": statement.body["entry"]})
+
+
+def review(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """Somebody has looked at the log as it was with its first `size` entries."""
+    who = _administrator(rules, state, statement, now)
+    return _entry("review", who, "", statement, now, statement.body)
+
+
+def copy(_: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """The holder of a release says that the plaintext copy is written."""
+    who = authenticate(state, statement, now)
+    body = dict(statement.body)
+    if body["holder"] != who.path:
+        raise UsageError("copy.holder", f"{who.path} has no copy of {body['holder']:.80}'s")
+    return _entry("copy", who, body.pop("ref"), statement, now, body)
+
+
+def keystore(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """Another key-encryption key, or key store."""
+    who = _administrator(rules, state, statement, now)
+    return _entry("keystore", who, "", statement, now, statement.body)
+
+
+def put(
+    rules: Custody,
+    state: State,
+    statement: Statement,
+    now: int,
+    ref: str,
+    body: Mapping[str, Any],
+    *,
+    files: str,
+    since: int | None = None,
+) -> Entry:
+    """Weights are in the room, as `ref`; `files` is the commitment to the digests of what was put. Whoever began it may
+    do so at this moment still; the statement came at `since`, when it was young."""
+    who = authenticate(state, statement, now, since=since)
+    rules.may(state, who, "put", now=now)
+    if statement.body["name"] != Ref.parse(ref).name or statement.body["files"] != files:
+        raise UsageError("put.other", "the statement is about other weights than those that are put")
+    return _entry("put", who, ref, statement, now, body, {"files": files})
+
+
+def rotate(rules: Custody, state: State, statement: Statement, now: int, body: Mapping[str, Any]) -> Entry:
+    """A version has another revision, under new keys."""
+    who = _administrator(rules, state, statement, now)
+    return _entry("rotate", who, statement.body["ref"], statement, now, body)
+
+
+def shred(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """A version's keys are destroyed: a clock that is wrong must not keep them alive."""
+    who = _administrator(rules, state, statement, now, any_clock=True)
+    ref = statement.body["ref"]
+    if ref not in state.versions or state.versions[ref].shredded:
+        raise Conflict("shred.unrecorded", f"the log has no version {ref} to shred")
+    return _entry("shred", who, ref, statement, now, {})
+
+
+def _administrator(rules: Custody, state: State, statement: Statement, now: int, *, any_clock: bool = False) -> Speaker:
+    who = authenticate(state, statement, now, any_clock=any_clock)
+    rules.may(state, who, "administer", now=now)
+    return who
+
+
+def _entry(
+    kind: str,
+    who: Speaker,
+    ref: str,
+    statement: Statement,
+    now: int,
+    body: Mapping[str, Any],
+    private: Mapping[str, str] | None = None,
+) -> Entry:
+    """The entry that quotes `statement`; a reason in it is a commitment."""
+    if private is None:
+        private = {"reason": statement.body["reason"]} if "reason" in statement.body else {}
+    return Entry(kind, now, who.path, ref, {**body, "statement": statement.envelope}, private)

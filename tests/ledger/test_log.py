@@ -21,6 +21,7 @@ from strongroom.errors import (
     Denied,
     Forked,
     IntegrityError,
+    LimitExceeded,
     NotFound,
     Rollback,
     Sealed,
@@ -31,8 +32,9 @@ from strongroom.errors import (
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import Frontier, leaf_hash, verify_consistency, verify_inclusion
 from strongroom.ledger import log as log_module
-from strongroom.ledger.log import Draft
-from strongroom.storage.db import log_snapshot
+from strongroom.ledger.log import Draft, Ledger
+from strongroom.policy.state import State
+from strongroom.storage.db import log_private, log_snapshot
 
 
 def check(receipt) -> None:
@@ -378,3 +380,59 @@ def test_an_empty_log(tmp_path):
     desk.begin()
     assert desk.log.checkpoint()[0].size == 1
     desk.db.close()
+
+
+def test_an_entry_that_is_too_large_leaves_nothing_of_what_was_written_for_it(desk):
+    """It is refused after the tables were changed: a version must not appear without its entry."""
+
+    def decide(tx, _, now):
+        tx.execute(sa.insert(log_private).values(position=99, name="detail", value="x", salt=bytes(32)))
+        return Draft(Entry("login", now, "user/ana", "", {"method": "x" * 70_000}))
+
+    desk.begin()
+    with pytest.raises(LimitExceeded):
+        desk.log.append(decide, writes=True)
+    with desk.db.reading() as tx:
+        assert not tx.execute(sa.select(log_private.c.position)).all()
+
+
+def test_who_appends_is_answered_whatever_becomes_of_what_is_published(desk, monkeypatch):
+    desk.begin()
+    monkeypatch.setattr(desk.log, "_published_at", -10.0)
+
+    def fails(_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(desk.published, "publish", fails)
+    assert desk.log.append(login(1)).index == 1
+    assert desk.ledger().checkpoint()[0].size == 2
+
+
+@pytest.mark.parametrize("data", [b"", b"x", None])
+def test_a_published_checkpoint_that_is_damaged_is_not_passed_over(desk, data):
+    """It is what shows that the database was set back: whoever does that could cut off a few of its bytes, too."""
+    desk.begin()
+    desk.login(3)
+    desk.log.publish()
+    path = desk.folder / "log" / "checkpoint"
+    path.write_bytes(path.read_bytes()[:-9] if data is None else data)
+    with pytest.raises(Tampered) as caught:
+        desk.ledger().checkpoint()
+    assert caught.value.code == "log.published"
+    path.unlink()
+    assert desk.ledger().checkpoint()[0].size == 4
+
+
+def test_a_snapshot_of_another_fold_is_not_believed(desk, monkeypatch):
+    monkeypatch.setattr(log_module, "_SNAPSHOT_EVERY", 4)
+    desk.begin()
+    desk.login(8)
+    read = []
+    real = Ledger._read
+    monkeypatch.setattr(Ledger, "_read", lambda self, tx, begin, end: read.append(begin) or real(self, tx, begin, end))
+    desk.ledger().checkpoint()
+    assert min(read, default=9) > 0
+    read.clear()
+    monkeypatch.setattr(State, "FOLD", State.FOLD + 1)
+    desk.ledger().checkpoint()
+    assert min(read) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import click
 
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
+from strongroom.core.files import write_whole
 from strongroom.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -86,10 +86,8 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _keep(path: Path, card: Card) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(card.encode())
-        temporary.rename(path)
+        write_whole(path, card.encode(), mode=0o644)  # it is handed on
     except OSError as error:
         raise BackendError("card.unwritable", f"can't write {path}: {error.strerror}") from None
     return path

@@ -6,11 +6,10 @@ believe no other.
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from strongroom.core.files import locked, write_whole
 from strongroom.errors import BackendError, Tampered, UsageError
 
 _YEARS = timedelta(days=3650)
@@ -127,16 +127,13 @@ class Authority:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """For the length of the block nobody else makes an authority here."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise BackendError("authority.write", f"can't write to {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / ".lock"))
+        except OSError as error:
+            raise BackendError("authority.write", f"can't write to {folder}: {error.strerror}") from None
         yield
-    finally:
-        os.close(lock)
 
 
 def _name(text: str) -> x509.Name:
@@ -148,13 +145,9 @@ def _private(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(data)
-        temporary.rename(path)
+        write_whole(path, data)
     except OSError as error:
         raise BackendError("authority.write", f"can't write {path}: {error.strerror}") from None
     return path

@@ -11,6 +11,7 @@ import re
 import stat
 from pathlib import Path
 
+from strongroom.core.files import sync_folder, write_whole
 from strongroom.core.ids import parse_principal
 from strongroom.crypto.signatures import SEED_BYTES, Signer
 from strongroom.errors import AuthRequired, BackendError, Conflict, Tampered, UsageError
@@ -34,22 +35,12 @@ class Identities:
         """A new key for `principal`; Conflict ``identity.exists``."""
         path = self._path(principal)
         seed = os.urandom(SEED_BYTES)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                    file.write(f"{_LABEL} {principal}\n{seed.hex()}\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(temporary, path)  # whole, or not there: half a key would be in the way of the next one
-            finally:
-                temporary.unlink()
+            write_whole(path, f"{_LABEL} {principal}\n{seed.hex()}\n".encode("ascii"), new=True)
             # Whatever happens to the machine now: the log is about to say that this key is the principal's.
-            for folder in (path.parent, self.folder, self.folder.parent):
-                _sync(folder)
+            for folder in (self.folder, self.folder.parent):
+                sync_folder(folder)
         except FileExistsError:
             raise Conflict(
                 "identity.exists",
@@ -94,11 +85,3 @@ class Identities:
 
     def _path(self, principal: str) -> Path:
         return self.folder / f"{parse_principal(principal)}{_SUFFIX}"
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from strongroom.core.files import write_whole
 from strongroom.core.ids import parse_principal
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.signatures import SEED_BYTES, Signer
@@ -93,14 +94,9 @@ class SessionKeys:
         return value
 
     def _write(self, path: Path, value: dict[str, Any]) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="ascii") as file:
-                json.dump(value, file)
-            temporary.rename(path)
+            write_whole(path, json.dumps(value).encode())
         except OSError as error:
             raise BackendError("login.unwritable", f"can't write {path}: {error.strerror}") from None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -53,7 +53,10 @@ _RESTORE = "strongroom log verify; restore the database from a backup"
 
 
 class Fold(Protocol):
-    """A state that entries are applied to in order."""
+    """A state that entries are applied to in order. `FOLD` is another number whenever they are applied otherwise: no
+    snapshot of before is believed then."""
+
+    FOLD: ClassVar[int]
 
     def apply(self, index: int, entry: Entry) -> None: ...
 
@@ -186,6 +189,11 @@ class Ledger(Generic[S]):
                 waiting.woken.set()
             with self._queue_lock:
                 self._hand_over()
+        # All are answered: what is published late does not make an entry less durable. `log verify` publishes, too,
+        # and says what is wrong.
+        if time.monotonic() - self._published_at > _PUBLISH_EVERY:
+            with contextlib.suppress(Exception):
+                self.publish()
 
     def _hand_over(self) -> None:
         self._leading = bool(self._queue)
@@ -212,10 +220,6 @@ class Ledger(Generic[S]):
             self._remember()
         for waiting, receipt in receipts:
             waiting.receipt = receipt
-        if receipts and time.monotonic() - self._published_at > _PUBLISH_EVERY:
-            # The entries are durable, and are answered as such; `log verify` publishes, too, and says what is wrong.
-            with contextlib.suppress(StrongroomError):
-                self.publish()
 
     def publish(self) -> None:
         """Bring what is published up to the newest entry; appending does it about once a second."""
@@ -233,12 +237,10 @@ class Ledger(Generic[S]):
         for waiting in batch:
             index = before + len(accepted)
             try:
-                if waiting.writes:
-                    with self._db.savepoint(tx):
-                        draft = waiting.decide(tx, loaded.state, now)
-                else:
+                # An entry that can't be encoded undoes what was written for it.
+                with self._db.savepoint(tx) if waiting.writes else contextlib.nullcontext():
                     draft = waiting.decide(tx, loaded.state, now)
-                data = draft.entry.encode()
+                    data = draft.entry.encode()
             except Exception as error:  # noqa: BLE001 - it is the caller's; the others in the batch go on
                 waiting.error = error
                 continue
@@ -389,6 +391,7 @@ class Ledger(Generic[S]):
         if loaded.frontier.size < max(self._snapshot_due, _SNAPSHOT_EVERY):
             return
         value = {
+            "fold": self._fold.FOLD,
             "frontier": loaded.frontier.encode().hex(),
             "origin": self._key.origin,
             "state": loaded.state.as_json(),
@@ -412,7 +415,7 @@ class Ledger(Generic[S]):
             signed = pre_authentication_encoding(SNAPSHOT_TYPE, envelope.payload)
             signatures.verify(self._key.public_key, signature, signed)
             value = canonical.decode(envelope.payload, what="the snapshot of the log")
-            if value["origin"] != self._key.origin:
+            if (value["origin"], value["fold"]) != (self._key.origin, self._fold.FOLD):
                 return empty
             found = _Loaded(Frontier.decode(bytes.fromhex(value["frontier"])), self._fold.from_json(value["state"]))
         except (StrongroomError, TypeError, KeyError, ValueError):

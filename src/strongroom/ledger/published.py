@@ -7,14 +7,14 @@ is replaced last, so whoever reads it finds the tiles that it stands for.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-from strongroom.errors import LimitExceeded, NotFound, StrongroomError, Tampered
+from strongroom.core.files import locked, write_whole
+from strongroom.errors import BackendError, LimitExceeded, NotFound, StrongroomError, Tampered
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.tiles import WIDTH, Tile, encode_bundle, new_tiles
 from strongroom.ledger.key import LogKey
@@ -41,11 +41,23 @@ class Published:
         self.folder, self._key = folder, key
 
     def newest(self) -> Checkpoint | None:
-        """The published checkpoint; None if there is none, or none that the log key signed."""
+        """The published checkpoint; None if there is none. One that is damaged is not passed over: with it would go
+        what shows that the database was set back. Tampered ``log.published``, BackendError."""
+        path = self.folder / _CHECKPOINT
         try:
-            return self._key.open((self.folder / _CHECKPOINT).read_bytes())
-        except (OSError, StrongroomError):
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise BackendError("log.unreadable", f"can't read {path}: {error.strerror}") from None
+        try:
+            return self._key.open(data)
+        except StrongroomError as error:
+            raise Tampered(
+                "log.published",
+                f"the published checkpoint {path} is not one that the log key has signed: {error.message}",
+                hint="restore it from a copy of the log; if there is none, move it away: it is written anew",
+            ) from None
 
     def publish(self, log: Source) -> None:
         """Bring the folder up to date. What can't be written is left for the next time: the log itself is durable."""
@@ -77,31 +89,13 @@ class Published:
         """Durable when it is there, so that a checkpoint never outlives the tiles that it stands for."""
         path = self.folder / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_whole(path, data, mode=0o644)
 
     @contextlib.contextmanager
     def _locked(self, *, wait: bool = False) -> Iterator[bool]:
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-        finally:
-            os.close(descriptor)
+        with locked(self.folder / _LOCK, wait=wait) as mine:
+            yield mine
 
 
 def tile_bytes(tile: Tile, log: Source) -> bytes:

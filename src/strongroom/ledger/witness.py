@@ -3,17 +3,16 @@ can't show one history to one reader and another to the next."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from strongroom.core.files import locked, write_whole
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import BackendError, Conflict, Denied, NotFound, Tampered, UsageError
@@ -80,16 +79,13 @@ class Witness:
     @contextmanager
     def _record(self, origin: str) -> Iterator[_Record]:
         name = hashlib.sha256(origin.encode()).hexdigest()
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self._folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise BackendError("witness.folder", f"can't write to {self._folder}: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                stack.enter_context(locked(self._folder / f"{name}.lock"))
+            except OSError as error:
+                raise BackendError("witness.folder", f"can't write to {self._folder}: {error.strerror}") from None
             yield _Record(self._folder / name)
-        finally:
-            os.close(lock)
 
 
 @dataclass(frozen=True)
@@ -106,18 +102,8 @@ class _Record:
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Durable before anything is signed: a witness that forgets can be made to sign a fork."""
-        temporary = self.path.with_suffix(".new")
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(checkpoint.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            write_whole(self.path, checkpoint.encode().encode())
         except OSError as error:
             raise BackendError("witness.record", f"can't write {self.path}: {error.strerror}") from None
 

@@ -3,13 +3,12 @@ release is recorded, in a log that extends the one seen before."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strongroom.core.files import locked, write_whole
 from strongroom.core.settings import Settings
 from strongroom.crypto.release import ReleaseKey
 from strongroom.errors import (
@@ -80,31 +79,18 @@ class Remembered:
         checkpoint = self._key.open(note)
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            with locked(self._path.with_suffix(".lock")):
+                seen = self.newest()
+                if seen is not None:
+                    _extends(seen, checkpoint, consistency)
+                if seen is None or seen.size < checkpoint.size:
+                    write_whole(self._path, note)
         except OSError as error:
             raise BackendError(
                 "checkpoint.unwritable",
                 f"can't remember the log's checkpoint in {self._path.parent}: {error.strerror}",
                 hint="STRONGROOM_STATE=FOLDER names another place",
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            seen = self.newest()
-            if seen is not None:
-                _extends(seen, checkpoint, consistency)
-            if seen is None or seen.size < checkpoint.size:
-                temporary = self._path.with_suffix(".new")  # whoever has the lock is alone
-                with temporary.open("wb") as out:
-                    out.write(note)
-                    out.flush()
-                    os.fsync(out.fileno())
-                temporary.rename(self._path)
-        except OSError as error:
-            raise BackendError(
-                "checkpoint.unwritable", f"can't remember the log's checkpoint: {error.strerror}"
-            ) from None
-        finally:
-            os.close(lock)
 
 
 def _extends(seen: Checkpoint, now: Checkpoint, consistency: Consistency) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import ssl
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from strongroom import errors
+from strongroom.core.files import write_whole
 from strongroom.core.limits import KIB, MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
@@ -221,11 +221,9 @@ def trust(card: Card) -> Path:
                 f"the room {known.room.hex()} is trusted at {known.url}, and this card is another room's",
                 hint=f"if that room is gone: rm {folder / known.room.hex()}.json",
             )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary.write_bytes(card.encode())
-        temporary.rename(path)
+        write_whole(path, card.encode())
     except OSError as error:
         raise BackendError("card.unwritable", f"can't keep the card in {folder}: {error.strerror}") from None
     return path

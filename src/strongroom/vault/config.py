@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strongroom.core import canonical
+from strongroom.core.files import write_whole
 from strongroom.core.limits import KIB
 from strongroom.errors import BackendError, CannotVerify, NotFound, Tampered
 from strongroom.formats.suites import FORMAT, check_format
@@ -102,20 +103,8 @@ class RoomConfig:
             "keystores": list(self.keystores),
             "log": self.log_key.hex(),
         }
-        temporary = folder / f".{NAME}.{os.getpid()}"
         try:
-            temporary.unlink(missing_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(canonical.encode(value))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(folder / NAME)
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            write_whole(folder / NAME, canonical.encode(value))
         except OSError as error:
             raise BackendError(
                 "room.unwritable",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hmac
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import RowMapping, delete, insert, select
 from sqlalchemy.engine import Connection
 
-from strongroom.core import canonical
+from strongroom.core import canonical, files
 from strongroom.core.clock import now
 from strongroom.core.ids import parse_id, random_id
-from strongroom.errors import BackendError, IntegrityError, NotFound
+from strongroom.errors import BackendError, Conflict, IntegrityError, NotFound
 from strongroom.formats.manifest import PackEntry
 from strongroom.formats.pack import Trailer, trailer_bytes
 from strongroom.storage.blobs import Blobs
@@ -155,15 +153,26 @@ class Journal:
         )
 
     def close(self, tx: Connection) -> None:
-        """Drop the journal, in the transaction that publishes what it led to."""
+        """Drop the journal, in the transaction that publishes what it led to. Conflict ``put.raced`` if it has gone:
+        the locks of jobs are one host's, and on another one it was finished, or taken for one that nobody is at."""
         tx.execute(delete(put_packs).where(put_packs.c.put_id == self.put_id))
-        tx.execute(delete(puts).where(puts.c.put_id == self.put_id))
+        if tx.execute(delete(puts).where(puts.c.put_id == self.put_id)).rowcount != 1:
+            raise Conflict(
+                "put.raced",
+                "this job was finished or dropped by another process meanwhile",
+                hint="strongroom ls; if it is not there, put it again",
+            )
 
-    def forget(self) -> None:
+    def forget(self, *, shredded: bool = False) -> None:
         """Drop the journal and its packs, this run's included: nothing of them can be used. Only packs that are
-        provably its own: a row that somebody else wrote could name those of any version."""
-        with self._db.transaction() as tx:
-            self.close(tx)
+        provably its own: a row that somebody else wrote could name those of any version. If the journal has gone
+        already they may be a version's by now, unless that is `shredded`: fsck deletes what is nobody's."""
+        try:
+            with self._db.transaction() as tx:
+                self.close(tx)
+        except Conflict:
+            if not shredded:
+                return
         for pack in [*(entry for entry, _ in self.packs.values()), *self._added]:
             self._blobs.delete(pack.name)
 
@@ -200,20 +209,13 @@ def locked(path: Path) -> Iterator[bool]:
 
     BackendError ("room.unwritable") when the file can't be made.
     """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise BackendError(
-            "room.unwritable",
-            f"can't make the lock file {path}: {error.strerror}",
-            hint="free space, and make the room's folder writable for this user",
-        ) from None
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
+            mine = stack.enter_context(files.locked(path, wait=False))
+        except OSError as error:
+            raise BackendError(
+                "room.unwritable",
+                f"can't make the lock file {path}: {error.strerror}",
+                hint="free space, and make the room's folder writable for this user",
+            ) from None
+        yield mine

@@ -90,22 +90,24 @@ def _or_raced(vault: Vault, row: Row[Any], journal: Journal | None = None) -> It
     try:
         yield
     except StrongroomError as error:
-        if _is_current(vault, row):
+        found = _state(vault, row)
+        if found == ("active", row.revision):
             raise
         with contextlib.suppress(BackendError):  # what is left of it goes with the next shred or fsck
             if journal is not None:
-                journal.forget()
+                journal.forget(shredded=found[0] == "shredded")
         raise _raced(row) from error
 
 
-def _is_current(vault: Vault, row: Row[Any]) -> bool:
-    """Whether the version of `row` is active in that revision still, as far as the database can say."""
+def _state(vault: Vault, row: Row[Any]) -> tuple[str, int]:
+    """State and revision of the version of `row` now; as it was where the database can't say."""
     query = select(versions.c.state, versions.c.revision).where(versions.c.version_id == row.version_id)
     try:
         with vault.db.reading() as tx:
-            return bool(tx.execute(query).one_or_none() == ("active", row.revision))
+            found = tx.execute(query).one_or_none()
     except BackendError:
-        return True
+        return "active", row.revision
+    return (str(found.state), found.revision) if found is not None else ("missing", 0)
 
 
 def _raced(row: Row[Any]) -> Conflict:

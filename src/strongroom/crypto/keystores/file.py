@@ -18,6 +18,7 @@ import re
 import stat
 from pathlib import Path
 
+from strongroom.core.files import sync_folder
 from strongroom.crypto.keys import commitment, random_key
 from strongroom.crypto.keystores.envelope import require_key, require_unwrapped
 from strongroom.crypto.sealing import seal, unseal
@@ -86,7 +87,7 @@ class FileKeystore:
             finally:
                 os.close(writable)
             self._path.unlink()
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             raise BackendError(
                 "keystore.not_retired",
@@ -188,7 +189,7 @@ def _write(path: Path, room_id_hex: str) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         path.unlink(missing_ok=True)  # nothing was wrapped with this key yet
         raise BackendError("keystore.not_written", f"cannot write the key file {path}: {error.strerror}") from None
@@ -237,11 +238,3 @@ def _not_opened(path: Path, error: OSError) -> Sealed:
             hint="name the file itself in the key store's URI",
         )
     return Sealed("keystore.unreadable", f"cannot open the key file {path}: {error.strerror}")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

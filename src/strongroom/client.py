@@ -307,8 +307,14 @@ class Room:
         return self._vault.custodian.request(self._say("request", body), note)
 
     def requests(self) -> list[dict[str, Any]]:
-        """All requests, oldest first."""
+        """All requests, grants and proposals, oldest first."""
         return self._vault.custodian.requests()
+
+    def show_request(self, identifier: str) -> dict[str, Any]:
+        """One of them, with its reason, checked against what was signed."""
+        from strongroom.load.asked import look
+
+        return look(self._vault, identifier)
 
     def approve(
         self, identifier: str, *, duration: int = 0, uses: int | None = None, show: Callable[[str], None] | None = None
@@ -370,13 +376,15 @@ class Room:
         done = self._act("enact", {"proposal": proposal})
         return {"policy": done["body"]["digest"], "proposal": proposal, "entry": done["entry"]}
 
-    def renew(self, lease: str, *, duration: int = 0) -> dict[str, Any]:
-        """Extend somebody else's lease to load, from now, by what it was granted for or less."""
+    def renew(self, lease: str, *, duration: int = 0, show: Callable[[str], None] | None = None) -> dict[str, Any]:
+        """Extend somebody else's lease to load, from now, by what it was granted for or less; `show` as of
+        `approve`."""
         if not _ID.fullmatch(lease):
             raise UsageError(
                 "renew.malformed", f"{lease!r:.40} is not the 16 digits of a lease", hint="strongroom requests"
             )
-        return self._vault.custodian.renew(self._say("renew", {"lease": lease, "duration": duration}))
+        signer = self.passkeys.signer("renew", lease, show) if show else None
+        return self._vault.custodian.renew(self._say("renew", {"lease": lease, "duration": duration}, signer))
 
     def review(self, *, apply: bool = False) -> dict[str, Any]:
         """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
@@ -398,7 +406,8 @@ class Room:
         return {**found.as_json(), "removed": removed, "left": left, "entry": entry}
 
     def _asked(self, identifier: str) -> str:
-        return str(self._vault.custodian.show_request(identifier)["digest"])
+        """The hash of the whole request: what an approval is about."""
+        return str(self.show_request(identifier)["digest"])
 
     def _private(self, name: str, value: str) -> Private:
         from strongroom.formats.entry import Private
@@ -517,7 +526,7 @@ class Room:
         """Open a room whose key store is lost, and give it another."""
         from strongroom.crypto.shamir import Share
 
-        vault = self._here("recover")
+        vault = self._here("recovery recover")
         done = vault.keys.recover([Share.parse(share) for share in shares], keystore)
         return {**done, "entry": vault.custodian.recovered(int(done["key_epoch"]))}
 

@@ -59,9 +59,10 @@ def test_denied_asks_is_approved_loads_and_is_revoked(team):
 
 
 def test_an_id_that_is_not_there(team):
-    for command in (("approve", "0123456789abcdef"), ("deny", "nonsense", "--reason", "x")):
-        ended = team.run(*command, "--as", "user/ben", "--json")
-        assert (ended.code, ended.error["code"]) == (8, "request.unknown")
+    for command in (("approve",), ("deny", "--reason", "x"), ("requests",)):
+        for identifier, expected in (("0123456789abcdef", (8, "request.unknown")), ("no", (2, "request.malformed"))):
+            ended = team.run(command[0], identifier, *command[1:], "--as", "user/ben", "--json")
+            assert (ended.code, ended.error["code"]) == expected
 
 
 def test_break_glass(team):

@@ -389,7 +389,6 @@ def test_an_entry_that_is_too_large_leaves_nothing_of_what_was_written_for_it(de
         tx.execute(sa.insert(log_private).values(position=99, name="detail", value="x", salt=bytes(32)))
         return Draft(Entry("login", now, "user/ana", "", {"method": "x" * 70_000}))
 
-    desk.begin()
     with pytest.raises(LimitExceeded):
         desk.log.append(decide, writes=True)
     with desk.db.reading() as tx:
@@ -397,7 +396,6 @@ def test_an_entry_that_is_too_large_leaves_nothing_of_what_was_written_for_it(de
 
 
 def test_who_appends_is_answered_whatever_becomes_of_what_is_published(desk, monkeypatch):
-    desk.begin()
     monkeypatch.setattr(desk.log, "_published_at", -10.0)
 
     def fails(_):
@@ -411,7 +409,6 @@ def test_who_appends_is_answered_whatever_becomes_of_what_is_published(desk, mon
 @pytest.mark.parametrize("data", [b"", b"x", None])
 def test_a_published_checkpoint_that_is_damaged_is_not_passed_over(desk, data):
     """It is what shows that the database was set back: whoever does that could cut off a few of its bytes, too."""
-    desk.begin()
     desk.login(3)
     desk.log.publish()
     path = desk.folder / "log" / "checkpoint"
@@ -425,7 +422,6 @@ def test_a_published_checkpoint_that_is_damaged_is_not_passed_over(desk, data):
 
 def test_a_snapshot_of_another_fold_is_not_believed(desk, monkeypatch):
     monkeypatch.setattr(log_module, "_SNAPSHOT_EVERY", 4)
-    desk.begin()
     desk.login(8)
     read = []
     real = Ledger._read

@@ -139,7 +139,7 @@ class TestActs:
         log.refused("statement.foreign")
         log.entries.pop()
         said = {"principal": "user/ben", "key": PEOPLE["user/ben"].public_key.hex(), "person": "user/ben"}
-        said |= {"roles": ["officer"], "teams": [], "state": "active"}
+        said |= {"roles": ["officer"], "teams": [], "state": "active", "before": 9}
         log.person("user/ben", by="user/eva", statement=log.say("principal", "user/eva", said).envelope)
         log.act(kind)
         log.verify()

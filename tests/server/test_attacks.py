@@ -145,7 +145,15 @@ def test_people_who_had_rights(served, state):
             status, _, body = served.raw("GET", path, headers=headers)
             assert (status, json.loads(body)["code"]) == (401, "auth.refused")
     note = Private.fresh("reason", "mine again")
-    again = {"principal": who, "key": key, "person": who, "roles": ["officer"], "teams": [], "state": "active"}
+    again = {
+        "principal": who,
+        "key": key,
+        "person": who,
+        "roles": ["officer"],
+        "teams": [],
+        "state": "active",
+        "before": None,
+    }
     statements = (
         ("/v1/principals", said(served, "principal", again, who), None),
         ("/v1/releases", release(served, who), None),

@@ -108,6 +108,7 @@ MEMBERS = {
     "person": paths | texts,
     "key": digests | st.just("") | st.just("30" * 91),
     "proposal": identifiers,
+    "before": st.none() | counts,
     **dict.fromkeys(("holders", "copies", "copiers", "files", "bytes"), counts),
     **dict.fromkeys(("release", "size", "findings", "removed", "entry"), counts),
     "credential": st.just("abc") | texts,

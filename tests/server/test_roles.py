@@ -174,7 +174,7 @@ class Asker:
             "key": hashlib.sha256(who.encode()).hexdigest(),
             "person": f"user/new-{who[5:]}",
         }
-        body |= {"roles": ["researcher"], "teams": [], "state": "active"}
+        body |= {"roles": ["researcher"], "teams": [], "state": "active", "before": None}
         return "/v1/principals", self._statement("principal", body, who)
 
     def _login(self, who):

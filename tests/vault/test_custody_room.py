@@ -79,7 +79,7 @@ class TestGrants:
             lambda: team.ben.principal_change("user/eva", state="active"),
             lambda: team.ben.principal_change("user/ana", roles=["operator"]),
             lambda: team.ben._registry._change(
-                "user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active", ""
+                "user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active", "", 1
             ),
         ):
             assert change()["state"] == "pending"
@@ -294,7 +294,15 @@ class TestWhatIsTold:
         assert custodian.propose(proposal, text, note) == custodian.propose(proposal, text, note)
         change = team.olga._say(
             "principal",
-            {"principal": "team/x", "key": "", "person": "team/x", "roles": [], "teams": [], "state": "active"},
+            {
+                "principal": "team/x",
+                "key": "",
+                "person": "team/x",
+                "roles": [],
+                "teams": [],
+                "state": "active",
+                "before": None,
+            },
         )
         assert custodian.change_principal(change) == custodian.change_principal(change)
         assert custodian.ledger.checkpoint()[0].size == size + 4

@@ -104,7 +104,12 @@ class Lobby:
     def principal(self, path, by="user/olga", signer=None, **changes):
         before = self.custodian.known(path)
         body = {name: getattr(before, name) for name in ("key", "person", "roles", "teams", "state")}
-        body |= {"principal": path, **({"subject": before.subject} if before.subject else {}), **changes}
+        body |= {
+            "principal": path,
+            "before": before.entry,
+            **({"subject": before.subject} if before.subject else {}),
+            **changes,
+        }
         return self.custodian.change_principal(self.say("principal", by, body, signer))
 
     def revoke(self, target, by="user/ben"):

@@ -157,7 +157,8 @@ class TestInARoom:
             rooms["ben"].passkeys.rm("")
         add(rooms["ben"], key)
         # Another key of the principal's: whoever had the old one may have added the passkey.
-        rooms["olga"]._registry._change("user/ben", "5" * 64, "user/ben", ["officer"], [], "active", "")
+        before = rooms["olga"]._vault.custodian.known("user/ben").entry
+        rooms["olga"]._registry._change("user/ben", "5" * 64, "user/ben", ["officer"], [], "active", "", before)
         (grant,) = [item for item in rooms["eva"].requests() if item["action"] == "grant"]
         rooms["eva"].approve(grant["id"])
         with pytest.raises(AuthRequired):

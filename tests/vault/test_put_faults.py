@@ -967,7 +967,7 @@ class TestInitKilled:
         assert house.vault.identities.ls() == [owner.path] == [OWNER]
         assert house.vault.identities.signer(OWNER).public_key.hex() == owner.key
         assert state.signer == house.vault.keys.signer.public_key.hex()
-        assert house.vault.custodian.policies(state.policy).digest == state.policy
+        assert house.vault.custodian._documents.policies(state.policy).digest == state.policy
         with Room(house.folder) as room:
             assert room.put(source, NAME).ref == REF
             room.load(REF)

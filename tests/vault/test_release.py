@@ -329,7 +329,7 @@ class TestWhoSpeaks:
     def test_a_stranger_keeps_no_text_of_a_policy_here(self, hall):
         note = Private.fresh("reason", "x")
         with hall.log.view() as state:
-            text = hall.custodian.policies(state.policy).text + "\n// and more"
+            text = hall.custodian._documents.policies(state.policy).text + "\n// and more"
         from strongroom.policy.engine import Policies
 
         digest = Policies.parse(text).digest
@@ -337,7 +337,7 @@ class TestWhoSpeaks:
         with hall.records(UNKNOWN, "auth.refused", action="administer"):
             hall.custodian.propose(said, text, note)
         with pytest.raises(NotFound):
-            hall.custodian.policies(digest)
+            hall.custodian._documents.policies(digest)
 
     def test_nobody_takes_for_another(self, hall):
         with hall.records("user/amy", "release.holder"):

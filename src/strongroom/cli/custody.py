@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from strongroom.cli.options import Options, command, pass_options
-from strongroom.cli.output import counted, size, table
+from strongroom.cli.output import counted, facts, size, table
 from strongroom.core.clock import text
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -43,11 +43,11 @@ def duration(seconds: int) -> str:
     says how many people, and in which roles, have to approve; nobody approves their own request, under any name.""",
 )
 @click.argument("ref")
-@click.option("--action", type=click.Choice(["load", "copy", "trace"]), default="load", show_default=True)
+@click.option("--action", type=click.Choice(["load", "copy"]), default="load", show_default=True)
 @click.option("--for", "holder", metavar="PRINCIPAL", help="Who is to have it.  [default: you]")
 @click.option("--duration", "seconds", type=Duration(), default="8h", show_default=True, help="How long, e.g. 30m, 8h.")
 @click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.  [default: any number]")
-@click.option("--reason", required=True, metavar="TEXT", help="Why: the approvers read it, and the log keeps it.")
+@click.option("--reason", required=True, metavar="TEXT", help="Why: whoever may approve reads it, and it is kept.")
 @pass_options
 def request(
     options: Options, ref: str, action: str, holder: str | None, seconds: int, uses: int | None, reason: str
@@ -62,12 +62,20 @@ def request(
     _next(options, found)
 
 
-@command("requests", explain="Read from the log, and applied in order; no key is needed.")
+@command(
+    "requests",
+    explain="""Made from the log. Of one request everything is shown, checked against what its asker has signed; the
+    reason to whoever may approve it, and to those whom it is about.""",
+)
+@click.argument("identifier", metavar="[ID]", required=False)
 @click.option("--all", "everything", is_flag=True, help="Those that are over, too.")
 @pass_options
-def requests(options: Options, everything: bool) -> None:
-    """List the requests and leases that are open."""
+def requests(options: Options, identifier: str | None, everything: bool) -> None:
+    """List what is asked for and what is granted, or show one request."""
     with options.open() as room:
+        if identifier is not None:
+            _one(options, room.show_request(identifier))
+            return
         found = [item for item in room.requests() if everything or item["state"] in ("pending", "approved")]
     rows = [
         (
@@ -76,20 +84,39 @@ def requests(options: Options, everything: bool) -> None:
             item["action"],
             item["ref"],
             item["for"],
-            duration(item["duration"]),
-            text(item["expires_at"]),
+            duration(item["duration"]) if item["duration"] else "",
+            text(item["expires_at"]) if item["expires_at"] is not None else "",
             ", ".join(item["needs"] or item["approved_by"]),
         )
         for item in found
     ]
     header = ("ID", "STATE", "ACTION", "REF", "FOR", "TIME", "UNTIL", "NEEDS, OR WHO APPROVED")
-    options.output.answer({"requests": found}, table(header, rows) if rows else ["no request is open"])
+    options.output.answer({"requests": found}, table(header, rows) if rows else ["nothing is asked for, nothing held"])
 
 
-_passkey = click.option("--passkey", is_flag=True, help="Sign with a passkey, in a browser on this machine.")
+def _one(options: Options, found: dict[str, Any]) -> None:
+    lease = found["lease"] or {}
+    lines = [
+        ("request", found["id"]),
+        ("state", " ".join(filter(None, (found["state"], lease.get("ended"))))),
+        ("asked by", found["by"]),
+        ("for", found["for"]),
+        ("action", f"{found['action']} {found['ref']}".strip()),
+        ("time", duration(found["duration"]) if found["duration"] else ""),
+        ("uses", f"{lease.get('used', 0)} of {found['uses'] or 'any number'}" if found["duration"] else ""),
+        ("reason", found["reason"] or "not told, or deleted"),
+        ("until", text(found["expires_at"]) if found["expires_at"] is not None else ""),
+        ("approved by", ", ".join(found["approved_by"]) or "nobody"),
+    ]
+    options.output.answer(found, facts([(name, said) for name, said in lines if said]))
+    _next(options, found)
 
 
-def _show(options: Options) -> Callable[[str], None]:
+with_passkey = click.option("--passkey", is_flag=True, help="Sign with a passkey, in a browser on this machine.")
+
+
+def shown(options: Options) -> Callable[[str], None]:
+    """How the address of the page for a passkey is told."""
     return lambda address: options.output.note(f"  → open in a browser here: {address}")
 
 
@@ -101,16 +128,16 @@ def _show(options: Options) -> Callable[[str], None]:
 @click.argument("identifier", metavar="ID")
 @click.option("--duration", "seconds", type=Duration(), default=0, help="Shorten the lease to this.")
 @click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.")
-@_passkey
+@with_passkey
 @pass_options
 def approve(options: Options, identifier: str, seconds: int, uses: int | None, passkey: bool) -> None:
     """Approve somebody else's request, or a proposed policy."""
     with options.open() as room:
-        found = room.approve(identifier, duration=seconds, uses=uses, show=_show(options) if passkey else None)
+        found = room.approve(identifier, duration=seconds, uses=uses, show=shown(options) if passkey else None)
     if found["lease"]:
         what = f"{found['for']} may {found['action']} {found['ref']}"
         line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}"
-    elif found["action"] == "grant" and found["state"] == "approved":
+    elif found["state"] == "done" and found["action"] == "grant":
         line = f"{found['id']}: {found['for']} is {found['ref']}"
     else:
         line = f"{found['id']}: your approval is recorded"
@@ -121,12 +148,12 @@ def approve(options: Options, identifier: str, seconds: int, uses: int | None, p
 @command("deny", explain="One no, of somebody who could approve, ends a request. Your own you may take back.")
 @click.argument("identifier", metavar="ID")
 @click.option("--reason", required=True, metavar="TEXT")
-@_passkey
+@with_passkey
 @pass_options
 def deny(options: Options, identifier: str, reason: str, passkey: bool) -> None:
     """Refuse a request, or take back your own."""
     with options.open() as room:
-        found = room.deny(identifier, reason=reason, show=_show(options) if passkey else None)
+        found = room.deny(identifier, reason=reason, show=shown(options) if passkey else None)
     options.output.answer(found, [f"{found['id']} is denied"])
 
 
@@ -173,4 +200,5 @@ def _next(options: Options, found: dict[str, Any]) -> None:
         return
     if found["needs"]:
         options.output.note(f"  → still needed: {'; '.join(found['needs'])}")
-    options.output.note(f"  → strongroom approve {found['id']}")
+    proposed = found["action"] == "policy" and not found["needs"]
+    options.output.note(f"  → strongroom {'policy enact' if proposed else 'approve'} {found['id']}")

@@ -38,7 +38,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Custody": {
         "request": ("custody", "Ask for a lease on one version."),
-        "requests": ("custody", "List the requests and leases that are open."),
+        "requests": ("custody", "List what is asked for and what is granted, or show one request."),
         "approve": ("custody", "Approve somebody else's request, or a proposed policy."),
         "deny": ("custody", "Refuse a request, or take back your own."),
         "renew": ("review", "Extend somebody else's lease to load."),

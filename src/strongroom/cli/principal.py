@@ -163,6 +163,11 @@ for each in (
         "Let a suspended principal act again.",
         "It may do again what its roles allow; leases that ended stay ended.",
     ),
-    _state("rm", "removed", "Remove a principal for good.", "Its entries in the log stay; so does its code word."),
+    _state(
+        "rm",
+        "removed",
+        "Remove a principal for good.",
+        "Its entries in the log stay; so does its code word. `principal add` brings the name back, with a new key.",
+    ),
 ):
     principal.add_command(each)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from strongroom.cli.custody import Duration
+from strongroom.cli.custody import Duration, shown, with_passkey
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, table
 from strongroom.core.clock import text
@@ -107,9 +107,10 @@ def ceiling(options: Options, ref: str, holders: int | None, copies: int | None,
 )
 @click.argument("lease")
 @click.option("--duration", "seconds", type=Duration(), default=0, help="From now.  [default: as it was granted for]")
+@with_passkey
 @pass_options
-def renew(options: Options, lease: str, seconds: int) -> None:
+def renew(options: Options, lease: str, seconds: int, passkey: bool) -> None:
     """Extend somebody else's lease to load."""
     with options.open() as room:
-        found = room.renew(lease, duration=seconds)
+        found = room.renew(lease, duration=seconds, show=shown(options) if passkey else None)
     options.output.answer(found, [f"{lease} holds until {text(found['expires_at'])}"])

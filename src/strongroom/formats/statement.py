@@ -82,6 +82,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "roles": TEXTS,
         "teams": TEXTS,
         "state": STATE,
+        "before": or_null(COUNT),
     },
     "authority": {"authority": TEXT, "text": TEXT},
     "passkey": {"key": KEY, "credential": TEXT, "state": one_of("active", "removed")},

@@ -38,7 +38,7 @@ _LISTED = _WHAT | {
     "duration": COUNT,
     "uses": or_null(COUNT),
     "approved_by": _TEXTS,
-    "expires_at": COUNT,
+    "expires_at": or_null(COUNT),
 }
 _WHO: dict[str, Kind] = {"path": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT, "since": TEXT}
 _LEASE: dict[str, Kind] = {"id": TEXT, "action": TEXT, "ref": TEXT, "expires_at": COUNT}
@@ -111,10 +111,11 @@ RELEASE: dict[str, Kind] = {
 }
 PROOF: dict[str, Kind] = {"proof": _TEXTS}
 # A request, proposal or grant, after what was done to it, and by itself.
-REQUEST = _WHAT | {
-    "approved_by": _TEXTS,
-    "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
+REQUEST = _LISTED | {
     "expires_at": or_null(COUNT),
+    "statement": TEXT,
+    "reason": or_null(TEXT),
+    "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
 REVOKED: dict[str, Kind] = {"target": TEXT, "state": TEXT, "entry": COUNT}
@@ -123,6 +124,7 @@ _PASSKEY: dict[str, Kind] = {"key": TEXT, "credential": TEXT}
 PRINCIPAL = _WHO | {
     "key": TEXT,
     "subject": TEXT,
+    "entry": COUNT,
     "leases": _list(_object(_LEASE)),
     "passkeys": _list(_object(_PASSKEY)),
 }

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from strongroom.crypto.passkey import check_key
 from strongroom.errors import AuthRequired, NotFound, UsageError
 from strongroom.formats.passkey import RP, Assertion
+from strongroom.load.asked import look
 
 if TYPE_CHECKING:
     from strongroom.load.room import AnyRoom
@@ -98,8 +99,8 @@ class Passkeys:
         found = self.ls()
         if not found:
             raise NotFound("passkey.none", f"{self._who} has no passkey in this room", hint="strongroom passkey add")
-        asked = self._room.custodian.show_request(request)
-        names = ("id", "action", "ref", "for", "by", "state", "needs")
+        asked = look(self._room, request)
+        names = ("id", "action", "ref", "for", "by", "reason", "state", "needs")
         facts = {name: _shown(asked[name]) for name in names if asked.get(name)}
         facts = {"you are": self._who, "decision": what, **facts}
         return PasskeySigner({each["credential"]: each["key"] for each in found}, f"{what} {request}", facts, show)
@@ -111,7 +112,10 @@ def fingerprint_of(key: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """As text in which nothing hides: what is invisible, or turns the direction of what follows, is shown as what it
+    is."""
+    text = "; ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(each if each.isprintable() else f"\\u{ord(each):04x}" for each in text)
 
 
 def register(principal: str, room: bytes, known: list[str], show: Show) -> tuple[str, str]:

@@ -44,29 +44,36 @@ class Registry:
         if known.get(path, "removed") != "removed":
             raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
         identities = self._room.identities
-        # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
-        make = identities.create if path in known else identities.ensure
+        before = self._room.custodian.known(path).entry if path in known else None
         bound = subject_of(oidc, spiffe)
-        made = public_key is None and not bound
-        key = make(path).public_key.hex() if made else public_key or ""
+        wanted = public_key is None and not bound
+        # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
+        made = wanted and (path in known or path not in identities.ls())
+        signer = identities.create(path) if made else identities.signer(path) if wanted else None
+        key = signer.public_key.hex() if signer else public_key or ""
         try:
-            return self._change(path, key, person or path, roles, teams, "active", bound)
+            return self._change(path, key, person or path, roles, teams, "active", bound, before)
         except StrongroomError as error:
-            if made and not isinstance(error, BackendError):  # else it may be recorded all the same
+            # Not one that was there before; and an answer that was lost may have been a yes.
+            if made and not isinstance(error, BackendError):
                 identities.remove(path)
             raise
 
     def change(self, path: str, roles: Sequence[str] | None, state: str | None) -> dict[str, Any]:
         """Other roles, or another state."""
         old = self._room.custodian.known(path)
+        if old.state == "removed" and state != "removed":
+            raise Conflict(
+                "principal.removed", f"{path} was removed, for good", hint=f"strongroom principal add {path}"
+            )
         chosen = old.roles if roles is None else roles
-        return self._change(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject)
+        return self._change(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject, old.entry)
 
     def bind(self, path: str, oidc: str | None, spiffe: str | None) -> dict[str, Any]:
         """Another name that an authority gives it, or none."""
         old = self._room.custodian.known(path)
         bound = subject_of(oidc, spiffe)
-        return self._change(path, old.key, old.person, old.roles, old.teams, old.state, bound)
+        return self._change(path, old.key, old.person, old.roles, old.teams, old.state, bound, old.entry)
 
     def _change(
         self,
@@ -77,6 +84,7 @@ class Registry:
         teams: Sequence[str],
         state: str,
         subject: str,
+        before: int | None,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "principal": path,
@@ -85,6 +93,7 @@ class Registry:
             "roles": sorted(set(roles)),
             "teams": sorted(set(teams)),
             "state": state,
+            "before": before,
         }
         if subject:
             body["subject"] = subject

@@ -54,6 +54,7 @@ class Known:
     teams: list[str]
     state: str
     subject: str
+    entry: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class ServedAnswer(Released):
     store: str
 
 
-_KNOWN = ("path", "key", "person", "roles", "teams", "state", "subject")
+_KNOWN = ("path", "key", "person", "roles", "teams", "state", "subject", "entry")
 
 
 class ServedRoom:

@@ -29,6 +29,9 @@ _LONGEST = 100 * 366 * 86_400  # seconds that may be asked for; what is granted 
 _TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 T = TypeVar("T")
 
+# What a request still needs.
+Missing = Callable[[], list[str]]
+
 
 # How many may have one version, unless the log says otherwise: holders, plaintext copies, people who have such copies.
 CEILINGS = (100, 5, 3)
@@ -66,7 +69,7 @@ class Custody:
             raise Denied(
                 "request.for_other",
                 f"{who.path} may ask for itself, and not for {body['for']:.80}",
-                hint=f"strongroom request {body['ref']:.200} --action {body['action']} --for {who.path}",
+                hint=f"strongroom request {body['ref']:.200} --action {body['action']} --for {who.path} --reason TEXT",
             )
         if holder is None or not holder.active:
             raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
@@ -83,7 +86,7 @@ class Custody:
             raise UsageError(
                 "request.not_needed",
                 f"{holder.path} needs nobody's approval to {body['action']} {version.ref}",
-                hint=f"strongroom {'copy' if body['action'] == 'copy' else 'run'} {version.ref}",
+                hint=_without_lease(body["action"], version.ref),
             )
         explanation = explain(policies, query)
         if not explanation.needs:
@@ -119,15 +122,14 @@ class Custody:
             raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
         self._pending(request, now)
         asker, holder = state.principals[request.by], state.principals[request.holder]
-        own = who.person in (asker.person, holder.person)
-        if own:
+        if who.person in (asker.person, holder.person):
             raise Denied(
                 "approve.own",
                 f"nobody approves their own request: {request.id} was asked for by {asker.path} for {holder.path}, "
                 f"and {who.path} is the same person",
                 hint=f"somebody else runs: strongroom approve {request.id}",
             )
-        self._approver(state, who, request.ref, request.action, own=own, now=now)
+        self._approver(state, who, request.ref, request.action, now=now)
         usable(state, request.ref)
         duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
         approval = Approval(who.path, who.person, sorted(who.roles), now, 0, who.method)
@@ -161,14 +163,16 @@ class Custody:
         found: Request | Proposal | Grant | None = proposal or request or grant
         if found is None:
             raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
-        if request is not None:
-            self._pending(request, now)
-        elif found.state != "pending":
-            raise Conflict("request.over", f"{found.id} is {found.state}", hint="strongroom policy show")
+        current = found.state if isinstance(found, Proposal) else found.state_at(now)
+        if current != "pending":
+            raise Conflict("request.over", f"{found.id} is {current}", hint=_REQUESTS, state=current)
         ref = request.ref if request is not None else ROOM
-        asked = request.action if request is not None else "administer"
         if state.principals[found.by].person != who.person:
-            self._approver(state, who, ref, asked, own=False, now=now)
+            # Whoever could say yes may say no.
+            if isinstance(found, Grant):
+                self.may(state, who, "grant", now=now)
+            else:
+                self._approver(state, who, ref, request.action if request is not None else "administer", now=now)
         body = {"id": found.id, "statement": statement.envelope}
         return Entry("deny", now, who.path, "" if ref == ROOM else ref, body, {"reason": reason})
 
@@ -190,8 +194,8 @@ class Custody:
         else:
             raise NotFound("revoke.unknown", f"{target!r:.80} is no lease, principal or version here", hint=_REQUESTS)
         if not mine:
-            about = ref if ref in state.versions else ROOM
-            self._approver(state, who, about, "load", own=False, now=now)
+            # No action is asked for: rules about how approvals are given are not about taking away.
+            self._approver(state, who, ref if ref in state.versions else ROOM, "", now=now)
         return Entry(
             "revoke", now, who.path, ref, {"target": target, "statement": statement.envelope}, {"reason": reason}
         )
@@ -204,13 +208,23 @@ class Custody:
             raise NotFound("renew.no_lease", "there is no such lease, or it has ended: ask again", hint=_REQUESTS)
         holder = state.principals[lease.holder]
         if lease.action != "load":
-            raise Denied("renew.copy", "a lease to copy is not renewed", hint=f"strongroom request {lease.ref}")
+            raise Denied(
+                "renew.copy",
+                f"a lease to {lease.action} is not renewed",
+                hint=f"strongroom request {lease.ref} --action {lease.action} --reason TEXT",
+            )
         if who.person in (holder.person, state.principals[request.by].person):
             raise Denied(
                 "approve.own", "nobody renews their own lease", hint=f"somebody else: strongroom renew {lease.id}"
             )
-        self._approver(state, who, lease.ref, lease.action, own=False, now=now)
+        self._approver(state, who, lease.ref, lease.action, now=now)
         duration, _ = narrowed(request, statement.body["duration"], None)
+        if now + duration < lease.expires_at:
+            raise UsageError(
+                "renew.shorter",
+                f"the lease {lease.id} holds for {lease.expires_at - now} seconds already",
+                hint=f"--duration, longer than that; to end it: strongroom revoke {lease.id} --reason TEXT",
+            )
         query = self._grant(state, holder, lease.action, lease.ref, request.approvals, duration, now)
         policies = self._policies(state.policy)
         if not policies.decide(query).allowed:
@@ -292,7 +306,7 @@ class Custody:
 
         waiting = [each for each in state.requests.values() if about(each) and each.state_at(now) == "pending"]
         if waiting and error.code == "denied.default":
-            needs = "; ".join(self.missing(state, waiting[-1], now))
+            needs = "; ".join(self.missing(state, waiting[-1], now)())
             return Pending(
                 "release.pending",
                 f"{who.path} may not {action} {ref} yet: the request {waiting[-1].id} waits for {needs}",
@@ -314,10 +328,18 @@ class Custody:
         who = authenticate(state, statement, now)
         self.may(state, who, "grant", now=now)
         body = dict(statement.body)
+        based_on = body.pop("before")
         for path in (body["principal"], body["person"], *body["teams"]):
             parse_principal(path)
         before = state.principals.get(body["principal"])
         registration.check(state, body)
+        # Else a change that was made of an older record would bring back what was taken away meanwhile.
+        if (before.entry if before else None) != based_on:
+            raise Conflict(
+                "principal.changed",
+                f"{body['principal']} was changed since it was looked at",
+                hint=f"strongroom principal show {body['principal']}; then give the command again",
+            )
         if who.person in (body["person"], before.person if before else ""):
             gained = {*body["roles"], *body["teams"]} - ({*before.roles, *before.teams} if before else set())
             revived = before and not before.active and body["state"] == "active"
@@ -352,7 +374,7 @@ class Custody:
             raise Conflict("request.over", f"{proposal.id} is {proposal.state}", hint="strongroom policy show")
         if state.principals[proposal.by].person == who.person:
             raise Denied("approve.own", "nobody approves their own policy", hint="somebody else has to")
-        self._approver(state, who, ROOM, "administer", own=False, now=now)
+        self._approver(state, who, ROOM, "administer", now=now)
         _once(proposal.approvals, who)
         body = {"id": proposal.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
         return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})
@@ -380,15 +402,20 @@ class Custody:
 
     # -- what is missing -----------------------------------------------------------------------------------------
 
-    def missing(self, state: State, request: Request, now: int) -> list[str]:
-        """What a pending request still needs, for people."""
+    def missing(self, state: State, request: Request, now: int) -> Missing:
+        """What a pending request still needs, for people: found when it is called, without `state`, which others wait
+        for."""
         holder = state.principals[request.holder]
         query = self._grant(state, holder, request.action, request.ref, request.approvals, request.duration, now)
-        policies = self._policies(state.policy)
-        if policies.decide(query).allowed:
-            return [f"one of those who approved to say it again: strongroom approve {request.id}"]
-        explanation = explain(policies, query)
-        return list(explanation.needs) or [f"{explanation.message}; {explanation.hint}"]
+        policies, identifier = self._policies(state.policy), request.id
+
+        def found() -> list[str]:
+            if policies.decide(query).allowed:
+                return [f"one of those who approved to say it again: strongroom approve {identifier}"]
+            explanation = explain(policies, query)
+            return list(explanation.needs) or [f"{explanation.message}; {explanation.hint}"]
+
+        return found
 
     # -- inside --------------------------------------------------------------------------------------------------
 
@@ -415,8 +442,8 @@ class Custody:
             for each in (by, replace(by, roles=sorted(set(approval.roles) & set(by.roles))))
         )
 
-    def _approver(self, state: State, who: Speaker, ref: str, asked: str, *, own: bool, now: int) -> None:
-        here = situation(state, who, ref, now, stage="direct", asked=asked, same_person=own)
+    def _approver(self, state: State, who: Speaker, ref: str, asked: str, *, now: int) -> None:
+        here = situation(state, who, ref, now, stage="direct", asked=asked)
         self._ask(state, Query(subject(who), "approve", resource(state, ref), here))
 
     def _pending(self, request: Request, now: int) -> None:
@@ -516,6 +543,12 @@ def ceilings(state: State, ref: str) -> tuple[int, int, int]:
     """How many may hold a version, copy it, and have copies of it: as set for it, for its name, or `CEILINGS`."""
     holders, copies, copiers = state.ceilings.get(ref) or state.ceilings.get(ref.partition("@")[0]) or CEILINGS
     return holders, copies, copiers
+
+
+def _without_lease(action: str, ref: str) -> str:
+    """What to do where no lease is needed."""
+    copied = f"strongroom copy {ref} --to PRINCIPAL --out DIR"
+    return copied if action == "copy" else f"strongroom run {ref} -- COMMAND"
 
 
 _REQUESTS = "strongroom requests"

@@ -49,7 +49,11 @@ class Calls:
     def guest(self, request: Request, body: bytes) -> str:
         """The caller if it is a guest, who sees what concerns itself only; else nothing."""
         who = self.caller(request, body)
-        return who.path if set(who.roles) <= {"partner"} else ""
+        return who.path if self.is_guest(who) else ""
+
+    def is_guest(self, who: Speaker) -> bool:
+        """Whether `who` has no role, or that of a partner only."""
+        return set(who.roles) <= {"partner"}
 
 
 def _unknown() -> AuthRequired:

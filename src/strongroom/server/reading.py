@@ -36,11 +36,11 @@ class Reading:
         return {"requests": [each for each in self._custodian.requests() if _concerns(each, guest)]}
 
     def show_request(self, request: Request, body: bytes) -> dict[str, Any]:
-        guest, identifier = self._calls.guest(request, body), request.path_params["id"]
+        who, identifier = self._calls.caller(request, body), request.path_params["id"]
         found = self._custodian.show_request(identifier)
-        if not _concerns(found, guest):
+        if not _concerns(found, who.path if self._calls.is_guest(who) else ""):
             raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
-        return found
+        return found if self._custodian.may_know_why(found, who) else {**found, "reason": None}
 
     def leases(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, now = self._calls.guest(request, body), self._vault.clock()
@@ -60,8 +60,7 @@ class Reading:
         return self._custodian.show_principal(path)
 
     def authorities(self, request: Request, body: bytes) -> dict[str, Any]:
-        if guest := self._calls.guest(request, body):
-            raise Denied("read.guest", f"{guest} is a guest of this room, and does not see whom it trusts")
+        self._no_guest(request, body, "authorities")
         return {"authorities": self._custodian.authorities()}
 
     def policy(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -70,11 +69,13 @@ class Reading:
 
     def weights(self, request: Request, body: bytes) -> dict[str, Any]:
         guest = self._calls.guest(request, body)
-        found = self._vault.ls(request.query_params.get("name"))
+        name = request.query_params.get("name")
         if guest:
+            # Whether there is a name is told by what is in the list, and by nothing else.
             mine = self._usable(guest)
-            return {"versions": [{**info.as_json(), "created_by": ""} for info in found if info.ref in mine]}
-        return {"versions": [info.as_json() for info in found]}
+            found = [info for info in self._vault.ls() if info.ref in mine and name in (None, info.name)]
+            return {"versions": [{**info.as_json(), "created_by": ""} for info in found]}
+        return {"versions": [info.as_json() for info in self._vault.ls(name)]}
 
     def show(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, ref = self._calls.guest(request, body), request.path_params["ref"]
@@ -114,7 +115,8 @@ class Reading:
 
     def checkpoint(self, request: Request, body: bytes) -> Response:
         self._calls.caller(request, body)
-        return Response(self._custodian.ledger.checkpoint()[1], media_type="text/plain; charset=utf-8")
+        note = self._vault.cosigned_note(self._custodian.ledger.checkpoint()[1])
+        return Response(note, media_type="text/plain; charset=utf-8")
 
     def consistency(self, request: Request, body: bytes) -> dict[str, Any]:
         self._calls.caller(request, body)

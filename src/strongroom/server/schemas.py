@@ -49,6 +49,8 @@ _REQUEST: dict[str, Schema] = {
     "id": ID,
     "digest": DIGEST,
     **_all("action", "state", "ref", "for", "by"),
+    "statement": TEXT,
+    "reason": _or_null(TEXT),
     **_counts("duration", "enact_after", "entry"),
     "uses": _or_null(COUNT),
     "needs": _list(TEXT),
@@ -56,7 +58,8 @@ _REQUEST: dict[str, Schema] = {
     "lease": _or_null(_object(_LEASE)),
     "expires_at": _or_null(COUNT),
 }
-_SOMETIMES = ("ref", "for", "duration", "uses", "enact_after", "entry")  # by what it is: a request, grant or proposal
+_SOMETIMES = ("enact_after", "entry")
+_LISTED = {name: schema for name, schema in _REQUEST.items() if name not in ("statement", "reason")}
 _WHO: dict[str, Schema] = {
     **_all("path", "person", "state", "since"),
     "roles": _list(TEXT),
@@ -93,7 +96,7 @@ COMPONENTS: dict[str, Schema] = {
         {"entry": BYTES, "index": COUNT, "proof": _list(BYTES), "checkpoint": BYTES, "sealed": BYTES, "store": TEXT}
     ),
     "Request": _object(_REQUEST, optional=_SOMETIMES),
-    "Requests": _object({"requests": _list(_one("Request"))}),
+    "Requests": _object({"requests": _list(_object(_LISTED, optional=_SOMETIMES))}),
     "Lease": _object(_HELD),
     "Leases": _object({"leases": _list(_one("Lease"))}),
     "Revoked": _object({"target": TEXT, "state": {"const": "revoked"}, "entry": COUNT}),

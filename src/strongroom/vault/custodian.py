@@ -5,9 +5,11 @@ It takes signed statements and nothing else at their word: an embedded room and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.engine import Connection
 
@@ -27,13 +29,14 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
 from strongroom.policy import entrance
-from strongroom.policy.custody import Custody, Facts, ceilings, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, Missing, ceilings, resource, situation, subject, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import ROOM
-from strongroom.policy.reach import reach
+from strongroom.policy.reach import Access, reach
+from strongroom.policy.registration import RANKS
 from strongroom.policy.review import Review, review
-from strongroom.policy.speaker import Speaker, active, assumed, authenticate, speaking
-from strongroom.policy.state import Principal, Request, State
+from strongroom.policy.speaker import Speaker, assumed, authenticate, speaking
+from strongroom.policy.state import Principal, State
 from strongroom.vault.documents import Documents
 from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
@@ -45,6 +48,8 @@ from strongroom.vault.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
+
+T = TypeVar("T")
 
 FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
 _VERSIONS = 32  # whose secrets and manifests are kept opened
@@ -119,16 +124,7 @@ class Custodian:
             self.ledger.append(genesis, writes=True)
         self.ledger.append(first)
 
-    def policies(self, digest: str) -> Policies:
-        """The policies of a digest that the log names."""
-        return self._documents.policies(digest)
-
     # -- principals and policies ---------------------------------------------------------------------------------
-
-    def principal(self, path: str) -> Principal:
-        """An active principal; AuthRequired ``principal.unknown``."""
-        with self.ledger.view() as state:
-            return active(state, path)
 
     def known(self, path: str) -> Principal:
         """A principal in any state; NotFound ``principal.missing``."""
@@ -274,29 +270,56 @@ class Custodian:
         return self.show_request(statement.body["lease"]) | {"entry": receipt.index}
 
     def requests(self) -> list[dict[str, Any]]:
-        """All requests, oldest first."""
-        now = self._now()
+        """All requests, grants and proposals, oldest first."""
+        now, found = self._now(), []
         with self.ledger.view() as state:
-            found = [self._describe(state, request, now) for request in state.requests.values()]
-            return found + [describe_grant(grant, now) for grant in state.grants.values()]
+            for told in self._described(state, now):
+                _, index = state.recent[told[0]["digest"]]
+                found.append((index, told))
+        return [self._told(*told) for _, told in sorted(found, key=lambda item: item[0])]
 
     def show_request(self, identifier: str) -> dict[str, Any]:
-        """One request or proposal; NotFound ``request.unknown``."""
+        """One request, grant or proposal, with the signed statement that asks for it, and its reason if that was not
+        deleted; NotFound ``request.unknown``."""
         now = self._now()
         with self.ledger.view() as state:
-            if identifier in state.requests:
-                return self._describe(state, state.requests[identifier], now)
-            if identifier in state.grants:
-                return describe_grant(state.grants[identifier], now)
-            if identifier in state.proposals:
-                return describe_proposal(state.proposals[identifier])
-        raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+            for told in self._described(state, now, identifier):
+                _, index = state.recent[told[0]["digest"]]
+                break
+            else:
+                raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+        entry = Entry.decode(self.ledger.proven(index, index + 1)[0])
+        reason = self.ledger.private(index, entry).get("reason")
+        return {**self._told(*told), "statement": entry.body["statement"], "reason": reason}
 
-    def _describe(self, state: State, request: Request, now: int) -> dict[str, Any]:
-        needs = self.rules.missing(state, request, now) if request.state_at(now) == "pending" else []
-        return describe_request(state, request, needs, now)
+    def _described(
+        self, state: State, now: int, identifier: str | None = None
+    ) -> Iterator[tuple[dict[str, Any], Missing | None]]:
+        """All that waits or has waited, or the one with that identifier; of a request, what has to be asked about it
+        where nobody waits for the answer."""
+
+        def chosen(found: dict[str, T]) -> list[T]:
+            return list(found.values()) if identifier is None else [found[identifier]] if identifier in found else []
+
+        for request in chosen(state.requests):
+            waits = request.state_at(now) == "pending"
+            yield describe_request(state, request, now), self.rules.missing(state, request, now) if waits else None
+        for grant in chosen(state.grants):
+            yield describe_grant(grant, now), None
+        for proposal in chosen(state.proposals):
+            yield describe_proposal(proposal), None
+
+    def _told(self, described: dict[str, Any], missing: Missing | None) -> dict[str, Any]:
+        return {**described, "needs": missing()} if missing is not None else described
 
     # -- who can what --------------------------------------------------------------------------------------------
+
+    def may_know_why(self, found: Mapping[str, Any], who: Speaker) -> bool:
+        """Whether `who` is told the reason of a request: who asked, whom it is for, who could approve, who audits."""
+        if who.path in (found["by"], found["for"]) or set(RANKS) & set(who.roles):
+            return True
+        with self.ledger.view() as state:
+            return any(self.rules.allowed(state, who, action, self._now()) for action in ("audit", "administer"))
 
     def who(self, ref: str) -> list[dict[str, Any]]:
         """Every principal's access to one version, by the policy in force, with the counts and leases of now."""
@@ -304,7 +327,8 @@ class Custodian:
         with self.ledger.view() as state:
             usable(state, ref)
             everybody = [each for each in state.principals.values() if each.state != "removed"]
-            return [item for each in everybody for item in self._access(state, each, ref, now)]
+            asked = [self._access(state, each, ref, now) for each in everybody]
+        return [item.as_json() for answer in asked for item in answer()]
 
     def reach(self, path: str) -> list[dict[str, Any]]:
         """One principal's access to the room and to every version that is not shredded."""
@@ -312,28 +336,36 @@ class Custodian:
         with self.ledger.view() as state:
             principal = self._known(state, path)
             refs = [ROOM, *(each.ref for each in state.versions.values() if not each.shredded)]
-            return [item for ref in refs for item in self._access(state, principal, ref, now)]
+            asked = [self._access(state, principal, ref, now) for ref in refs]
+        return [item.as_json() for answer in asked for item in answer()]
 
-    def _access(self, state: State, principal: Principal, ref: str, now: int) -> list[dict[str, Any]]:
+    def _access(self, state: State, principal: Principal, ref: str, now: int) -> Callable[[], list[Access]]:
+        """What `principal` can reach of `ref`: found when it is called, without `state`, which others wait for."""
         if principal.path.startswith("team/"):
-            return []  # a team acts through its members
-        leases = frozenset((each.holder, each.action, each.ref) for each in state.leases.values() if each.holds(now))
-        found = reach(
+            return list  # a team acts through its members
+        leases = frozenset(
+            (each.holder, each.action, each.ref)
+            for each in state.leases.values()
+            if each.holder == principal.path and each.holds(now)
+        )
+        return partial(
+            reach,
             self._documents.policies(state.policy),
             subject(principal),
             [resource(state, ref)],
             situation=situation(state, assumed(principal), ref, now),
             leases=leases,
         )
-        return [item.as_json() for item in found]
 
     def review(self) -> Review:
         """The review of the whole log, as of now."""
         now = self._now()
         with self.ledger.view() as state:
+            # As it is now: reading the log takes long, and nothing is appended while it is held.
+            kept = copy.deepcopy(replace(state, recent={}))
             size = self.ledger.checkpoint()[0].size
-            pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
-            return review(state, (Entry.decode(data) for piece in pieces for data in piece), now)
+        pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
+        return review(kept, (Entry.decode(data) for piece in pieces for data in piece), now)
 
     def policy(self) -> dict[str, Any]:
         """The policy in force, and the proposals that are open."""

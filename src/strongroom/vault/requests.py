@@ -10,12 +10,13 @@ from strongroom.formats.entry import Private
 from strongroom.policy.state import Grant, Proposal, Request, State
 
 
-def describe_request(state: State, request: Request, needs: list[str], now: int) -> dict[str, Any]:
-    """A request, with the lease that it has become; `needs` is what is missing while it is pending."""
+def describe_request(state: State, request: Request, now: int) -> dict[str, Any]:
+    """A request, with the lease that it has become; what it `needs` is left to whoever asks policy."""
     lease = state.leases.get(request.id)
     found = request.state_at(now)
     if lease is not None and found == "approved" and not lease.holds(now):
-        found = "revoked" if lease.ended else "expired"
+        over = lease.uses is not None and lease.used >= lease.uses
+        found = "revoked" if lease.ended else "used" if over else "expired"
     told = None
     if lease is not None:
         told = {
@@ -35,7 +36,7 @@ def describe_request(state: State, request: Request, needs: list[str], now: int)
         "duration": request.duration,
         "uses": request.uses,
         "state": found,
-        "needs": needs if found == "pending" else [],
+        "needs": [],
         "approved_by": list(dict.fromkeys(each.by for each in request.approvals)),
         "lease": told,
         "expires_at": lease.expires_at if lease is not None else request.expires_at,
@@ -43,8 +44,9 @@ def describe_request(state: State, request: Request, needs: list[str], now: int)
 
 
 def describe_grant(grant: Grant, now: int) -> dict[str, Any]:
-    """A change of a principal that waits, or has waited, for a second person."""
+    """A change of a principal, or of an authority, that waits, or has waited, for a second person."""
     state = grant.state_at(now)
+    state = "done" if state == "approved" else state
     about, record = "authority" in grant.record, grant.record
     return {
         "id": grant.id,
@@ -66,14 +68,19 @@ def describe_grant(grant: Grant, now: int) -> dict[str, Any]:
 def describe_proposal(proposal: Proposal) -> dict[str, Any]:
     """A policy that somebody proposes."""
     approvers = [each.by for each in proposal.approvals]
+    waits = proposal.state == "pending" and not approvers
     return {
         "id": proposal.id,
         "digest": proposal.statement,
         "action": "policy",
-        "state": proposal.state,
+        "ref": "",
+        "for": "",
         "by": proposal.by,
+        "duration": 0,
+        "uses": None,
+        "state": proposal.state,
         "approved_by": approvers,
-        "needs": [] if approvers else [f"the approval of somebody else than {proposal.by}"],
+        "needs": [f"the approval of somebody else than {proposal.by}"] if waits else [],
         "enact_after": proposal.enact_after,
         "lease": None,
         "expires_at": None,

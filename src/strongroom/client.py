@@ -403,7 +403,8 @@ class Room:
         body = {"size": found.size, "findings": len(found.findings), "removed": len(removed)}
         entry = self._act("review", body)["entry"]
         left = custodian.review().emergencies if found.emergencies else []
-        return {**found.as_json(), "removed": removed, "left": left, "entry": entry}
+        reviewed = [each for each in found.emergencies if each not in left]
+        return {**found.as_json(), "removed": removed, "reviewed": reviewed, "left": left, "entry": entry}
 
     def _asked(self, identifier: str) -> str:
         """The hash of the whole request: what an approval is about."""

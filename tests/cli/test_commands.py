@@ -115,7 +115,8 @@ def test_put_for_people(desk: Desk) -> None:
     assert ended.out.startswith("acme/third@1 is in the room: 2 files, 1.6 MB")
     assert "without a mark: 2.0 kB one-dimensional" in ended.out
     assert "yours to remove" in ended.err
-    assert desk.run("put", "model", "acme/third", "--quiet").err == ""
+    again = desk.run("put", "model", "acme/third", "--quiet").err
+    assert re.fullmatch(r"strongroom: the very same files are in the room as .*acme/third@1: .*\n", again)
     assert desk.run("ls", "acme/third").out.count("acme/third@") == 2
 
 

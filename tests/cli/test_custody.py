@@ -39,9 +39,9 @@ def test_denied_asks_is_approved_loads_and_is_revoked(team):
     assert ended.code == 3
     assert ended.err.startswith("strongroom: user/ana may not load acme/tiny@1 yet: it needs a lease")
     command = ended.err.split("→ ")[1].split()
-    assert command[:2] == ["strongroom", "request"]
+    assert command[:4] == ["strongroom", "--as", "user/ana", "request"]  # as who was refused
     # What it says next works as it stands, but for the reason.
-    asked = team.run(*command[1:-1], "evaluation", "--as", "user/ana")
+    asked = team.run(*command[1:-1], "evaluation")
     assert asked.code == 0
     identifier = asked.out.split(":")[0]
     assert "still needed: 2 more approvals by others" in asked.err

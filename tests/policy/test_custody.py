@@ -30,9 +30,10 @@ from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 from strongroom.ledger.statements import Statements
 from strongroom.policy import acts
-from strongroom.policy.custody import CEILINGS, REQUEST_LIFE, WAITING, Custody, Facts, subject
+from strongroom.policy.custody import REQUEST_LIFE, WAITING, Custody, Facts
 from strongroom.policy.engine import ROLES, Policies
 from strongroom.policy.explain import what_is_missing
+from strongroom.policy.facts import CEILINGS, subject
 from strongroom.policy.speaker import OWN_KEY, Speaker
 from strongroom.policy.state import State
 
@@ -941,15 +942,59 @@ class TestRevoking:
 
     def test_of_somebody_who_was_removed_is_not_a_way_back(self, book):
         book.person("user/ana", "researcher", state="removed")
-        book.revoke("user/ben", "user/ana")
+        refused("revoke.over", book.revoke, "user/ben", "user/ana")
         assert book.state.principals["user/ana"].state == "removed"
 
     def test_of_what_is_revoked_already(self, book):
         lease = book.lease()
-        for _ in range(2):
-            book.revoke("user/ben", lease.id)
-            book.revoke("user/ben", REF)
-            book.revoke("user/ben", "user/ana")
+        asked, used = book.ask("user/oto"), book.lease("user/oto", uses=1, ref=OTHER)
+        book.release("user/oto", ref=OTHER)
+        book.deny("user/ben", asked)
+        for target in (asked.id, used.id):
+            refused("revoke.over", book.revoke, "user/ben", target)
+        for target in (lease.id, REF, "user/ana"):
+            book.revoke("user/ben", target)
+            assert refused("revoke.over", book.revoke, "user/bob", target).evidence["state"]
+            refused("denied.default", book.revoke, "user/oto", target)
+
+    def test_of_a_name_says_which_versions_it_has(self, book):
+        assert REF in refused("revoke.unknown", book.revoke, "user/ben", "acme/tiny").hint
+
+
+class TestTheLastPeople:
+    """A room without people who may grant could let nobody in again, ever."""
+
+    def away(self, book, by, path, way):
+        if way == "revoked":
+            return book.revoke(by, path)
+        how = {"suspended": (["officer"], "suspended"), "removed": (["officer"], "removed"), "demoted": ([], "active")}
+        roles, state = how[way]
+        return book.grant(by, path, *roles, state=state)
+
+    @pytest.mark.parametrize("way", ["revoked", "suspended", "removed", "demoted"])
+    def test_do_not_go(self, book, way):
+        for path in ("user/bob", "user/eli"):
+            book.revoke("user/ben", path)
+        refused("grant.last", self.away, book, "user/ben", "user/ben", way)  # as the last but one, by his own hand
+        self.away(book, "user/ben", "user/eva", way)  # but he can send her away: she may be an attacker
+        refused("grant.last", self.away, book, "user/ben", "user/ben", way)
+        assert book.state.principals["user/ben"].active
+
+    @pytest.mark.parametrize("way", ["revoked", "suspended", "removed", "demoted"])
+    def test_of_a_room_that_is_being_set_up_may_go_but_for_one(self, way):
+        book = Book()
+        book.person("user/ben", "officer")
+        book.person("user/eva", "officer")
+        refused_last = lambda: refused("grant.last", self.away, book, "user/ben", "user/ben", way)  # noqa: E731
+        self.away(book, "user/eva", "user/eva", way)
+        refused_last()
+
+    def test_may_have_another_name(self, book):
+        """It is people who count: one who has two is not gone with one of them."""
+        for path in ("user/bob", "user/eli", "user/eva"):
+            book.revoke("user/ben", path)
+        book.person("user/ben2", "executive", person="user/ben")
+        book.revoke("user/ben", "user/ben2")
 
 
 class TestRenewing:

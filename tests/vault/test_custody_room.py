@@ -6,7 +6,17 @@ import pytest
 
 from strongroom.client import Room
 from strongroom.core.clock import unix
-from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Pending, Sealed, StrongroomError, UsageError
+from strongroom.errors import (
+    AuthRequired,
+    Conflict,
+    Denied,
+    NotFound,
+    Pending,
+    Sealed,
+    StrongroomError,
+    Tampered,
+    UsageError,
+)
 from strongroom.policy.engine import Policies
 from vault.rooms import write_model
 
@@ -444,3 +454,87 @@ class TestTheClock:
 
 def proposed_digest(text):
     return Policies.parse(text).digest
+
+
+class TestWhatIsApproved:
+    """A custodian that shows one request and has another approved gets no signature."""
+
+    @pytest.mark.parametrize(
+        "lie",
+        [
+            lambda one, other: {**one, "digest": other["digest"]},
+            lambda one, other: {**one, "digest": other["digest"], "statement": other["statement"]},
+            lambda one, other: {**other, "id": one["id"]},
+            lambda _, other: other,
+            lambda one, _: {**one, "ref": "acme/other@1"},
+            lambda one, _: {**one, "action": "load"},
+            lambda one, _: {**one, "for": "user/amy"},
+            lambda one, _: {**one, "by": "user/amy"},
+            lambda one, _: {**one, "duration": one["duration"] + 1},
+            lambda one, _: {**one, "statement": "{}"},
+        ],
+    )
+    def test_is_what_its_asker_has_signed(self, team, monkeypatch, lie):
+        one = team.ana.request(REF, action="copy", reason="x")
+        other = team.ana.request(REF, reason="y")
+        custodian = team.ben._vault.custodian
+        shown = {each["id"]: custodian.show_request(each["id"]) for each in (one, other)}
+        size = custodian.ledger.checkpoint()[0].size
+        monkeypatch.setattr(custodian, "show_request", lambda _: lie(shown[one["id"]], shown[other["id"]]))
+        for act in (
+            lambda: team.ben.approve(one["id"]),
+            lambda: team.ben.deny(one["id"], reason="no"),
+            lambda: team.ben.show_request(one["id"]),
+        ):
+            with pytest.raises(Tampered) as caught:
+                act()
+            assert caught.value.code == "request.other"
+        assert custodian.ledger.checkpoint()[0].size == size
+        monkeypatch.undo()
+        assert team.ben.approve(one["id"])["approved_by"] == ["user/ben"]
+
+    def test_of_every_kind_can_be_looked_at(self, team):
+        assert team.ben.show_request(team.ana.request(REF, reason="evaluation 7")["id"])["reason"] == "evaluation 7"
+        text = team.ben.policy()["text"] + "\n// more\n"
+        proposed = team.ben.propose(text, reason="tidier")
+        assert team.olga.show_request(proposed["id"])["reason"] == "tidier"
+        team.olga.principal_add("user/kim", roles=["executive"])
+        (grant,) = [each for each in team.ben.requests() if each["for"] == "user/kim"]
+        assert team.ben.show_request(grant["id"])["reason"] is None
+        assert [each["action"] for each in team.ben.requests()] == ["load", "policy", "grant"]
+
+
+class TestWhatIsTakenBack:
+    def test_a_key_that_was_there_before_is_not(self, team):
+        """A refused registration removes the key that it made, and no other."""
+        key = team.ana._vault.identities.create("user/zed").public_key
+        with pytest.raises(Denied):
+            team.ana.principal_add("user/zed")
+        assert team.ana._vault.identities.signer("user/zed").public_key == key
+        with pytest.raises(Denied):
+            team.ana.principal_add("user/zoe")
+        assert "user/zoe" not in team.ana._vault.identities.ls()
+
+    def test_somebody_who_was_removed_comes_back_by_being_added(self, team):
+        team.ben.principal_change("user/ana", state="removed")
+        with pytest.raises(Conflict) as caught:
+            team.ben.principal_change("user/ana", state="active")
+        assert caught.value.code == "principal.removed"
+        with pytest.raises(Conflict) as caught:
+            team.ben.principal_add("user/ana", roles=["researcher"])
+        assert caught.value.code == "identity.exists"
+        done = team.ben.principal_add("user/ana", roles=["researcher"], public_key="5" * 64)
+        assert done["state"] == "active"
+
+
+def test_the_same_files_put_twice_are_told(team, tmp_path):
+    model = write_model(tmp_path / "again", seed=91)
+    first = team.olga.put(model, "acme/again")
+    assert first.same_as == ()
+    second = team.olga.put(model, "acme/other")
+    assert second.same_as == (first.ref,)
+    entry = team.olga.log.show(second.entry)
+    assert entry["private"]["files"] == team.olga.log.show(first.entry)["private"]["files"]
+    assert entry["body"]["statement"]
+    team.olga.shred(first.ref, confirm=first.ref)
+    assert team.olga.put(model, "acme/third").same_as == (second.ref,)

@@ -39,7 +39,7 @@ from strongroom.ledger.log import Draft
 from strongroom.load.copy import write_copy
 from strongroom.load.reader import ImageReader
 from strongroom.load.receive import Released, Remembered, accept
-from strongroom.policy.custody import CEILINGS
+from strongroom.policy.facts import CEILINGS
 from strongroom.policy.state import State
 from strongroom.vault.release import bundle_for
 from strongroom.vault.vault import Vault
@@ -1072,6 +1072,7 @@ class TestRaces:
                         "approve",
                         "principal",
                         "release",
+                        "revoke",
                     ), error
                     with lock:
                         counts["refused"] += 1

@@ -140,7 +140,7 @@ def approve(options: Options, identifier: str, seconds: int, uses: int | None, p
     elif found["state"] == "done" and found["action"] == "grant":
         line = f"{found['id']}: {found['for']} is {found['ref']}"
     else:
-        line = f"{found['id']}: your approval is recorded"
+        line = f"{found['id']}: the approval of {found['approved_by'][-1]} is recorded"
     options.output.answer(found, [line])
     _next(options, found)
 
@@ -201,4 +201,7 @@ def _next(options: Options, found: dict[str, Any]) -> None:
     if found["needs"]:
         options.output.note(f"  → still needed: {'; '.join(found['needs'])}")
     proposed = found["action"] == "policy" and not found["needs"]
-    options.output.note(f"  → strongroom {'policy enact' if proposed else 'approve'} {found['id']}")
+    if proposed:
+        options.output.note(f"  → from {text(found['enact_after'])}: strongroom policy enact {found['id']}")
+    else:
+        options.output.note(f"  → whoever may approve it: strongroom approve {found['id']}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, number, seconds, table
 from strongroom.core.clock import text
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import NotFound, StrongroomError, UsageError
+
+if TYPE_CHECKING:
+    from strongroom.client import Room
 
 _LAST = 20
 
@@ -93,6 +96,20 @@ def _checked(*keys: str) -> None:
             ) from None
 
 
+def _room_of(options: Options, folder: Path | None) -> Room:
+    """The room whose log is verified; whoever has none gives the log's key."""
+    try:
+        return options.open()
+    except NotFound as error:
+        if folder is None or error.code != "room.missing":
+            raise
+        raise UsageError(
+            "log.no_key",
+            f"the log in {folder} is checked with its public key, or with its room, and there is no room here",
+            hint=f"strongroom log verify {folder} --key VKEY, as `strongroom log key` shows it where the room is",
+        ) from None
+
+
 @command(
     "verify",
     explain="""From what is published of the log and its public key alone: every entry is hashed, the tiles and the
@@ -122,7 +139,7 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
     if folder is not None and verifier is not None:
         found = verify_log(folder, verifier, witnesses=witnesses)
     else:
-        with options.open() as room:
+        with _room_of(options, folder) as room:
             found = room.log.verify(folder, witnesses=witnesses)
     took = time.monotonic() - begun
     holds = f"{number(found['size'])} entries, {number(found['statements'])} signed statements"

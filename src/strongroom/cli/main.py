@@ -111,7 +111,7 @@ def execute(arguments: Sequence[str]) -> int:
     output.prepare_streams()
     # Looked for by hand, since an error can come before click has read the option. After -- others' options begin.
     ours = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    printer = output.Output(json="--json" in ours)
+    printer = output.Output(json="--json" in ours, given=_given(ours))
     try:
         code = _completed() if _COMPLETION in os.environ else _guarded(list(arguments), printer)
         output.flush()
@@ -119,6 +119,16 @@ def execute(arguments: Sequence[str]) -> int:
         output.discard()
         return 141
     return code
+
+
+def _given(arguments: Sequence[str]) -> list[str]:
+    """The shared options with a value, as they were given, each followed by its value; the last word counts."""
+    found = {}
+    for at, word in enumerate(arguments):
+        option, equals, value = word.partition("=")
+        if option in ("--room", "--as") and (equals or at + 1 < len(arguments)):
+            found[option] = value if equals else arguments[at + 1]
+    return [text for pair in found.items() for text in pair]
 
 
 def _guarded(arguments: list[str], printer: output.Output) -> int:

@@ -29,11 +29,14 @@ class Options:
 
     @property
     def output(self) -> Output:
-        return Output(json=self.json, quiet=self.quiet)
+        given = {"--room": self.room, "--as": self.principal}
+        return Output(
+            json=self.json, quiet=self.quiet, given=[text for pair in given.items() if pair[1] for text in pair if text]
+        )
 
     @property
     def folder(self) -> Path:
-        """The room's folder; UsageError for a URL, since this release knows rooms in folders only."""
+        """The room's folder; UsageError for a served room, which has none here."""
         from strongroom.client import room_folder
 
         return room_folder(self.room or Settings.from_environment().room)

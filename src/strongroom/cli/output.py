@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,12 @@ _NEXT_LINE = 5.0
 class Output:
     """Prints what one command has to say, for people or for programs."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, *, json: bool = False, quiet: bool = False, given: Sequence[str] = ()) -> None:
+        """`given`: the shared options with a value that the command line has, ``--as`` for one: a command that is
+        suggested is run by the same person, in the same room."""
         self.json = json
         self.quiet = quiet
+        self._given = given
 
     def answer(self, value: Mapping[str, Any], lines: Iterable[str] = ()) -> None:
         """The answer of a command, once: `value` as one JSON object under ``--json``, else `lines`."""
@@ -57,6 +61,9 @@ class Output:
     def note(self, text: str) -> None:
         """A hint for a person; ``--quiet`` silences it."""
         if not self.quiet:
+            arrow, _, command = text.partition("  → ")
+            if not arrow and command:
+                text = f"  → {self._carried(command)}"
             print(printable(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
@@ -65,10 +72,23 @@ class Output:
 
     def error(self, error: StrongroomError) -> None:
         """The one shape of an error."""
+        error.hint = self._carried(error.hint)
         if self.json:
             print(_as_json({"error": error.as_json()}), flush=True)
         else:
             self.warn(str(error))
+
+    def _carried(self, hint: str) -> str:
+        """A hint that is a command, with the options that were given and that it does not have."""
+        name, _, rest = hint.partition("strongroom ")
+        if name or not rest:
+            return hint
+        own = [
+            f"{option} {shlex.quote(value)}"
+            for option, value in zip(self._given[::2], self._given[1::2], strict=True)
+            if option not in rest
+        ]
+        return " ".join(["strongroom", *own, rest])
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Progress]:

@@ -1,4 +1,5 @@
-"""``strongroom review`` and ``strongroom renew``: what is held, and for how long it still should be."""
+"""``strongroom review``, ``renew``, ``thaw`` and ``ceiling``: what is held, and how long, and by how many, it should
+be."""
 
 from __future__ import annotations
 
@@ -55,6 +56,8 @@ def review(options: Options, apply: bool) -> int:
     lines += ["", *table(header, activity, right=(1, 2, 3, 4, 5))]
     options.output.answer(found, lines)
     removable = [item for item in found["findings"] if item["removes"]]
+    if apply and found["reviewed"]:
+        options.output.note(f"  → reviewed: the broken glass in entry {', '.join(map(str, found['reviewed']))}")
     if apply and found["left"]:
         entries = ", ".join(map(str, found["left"]))
         options.output.note(f"  → entry {entries} is an emergency of your own: somebody else has to review it")

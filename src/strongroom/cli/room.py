@@ -36,6 +36,10 @@ def status(options: Options) -> None:
     if found.get("interrupted_puts"):
         lines.append(("interrupted", counted(found["interrupted_puts"], "put")))
     options.output.answer(found, facts(lines))
+    if found["emergencies"]:
+        entries = ", ".join(map(str, found["emergencies"]))
+        options.output.warn(f"the glass was broken, and nobody else has reviewed it: entry {entries}")
+        options.output.note("  → strongroom review")
     if found.get("interrupted_puts"):
         options.output.note("  → run the put again: it goes on where it was")
 

@@ -63,6 +63,12 @@ def put(
         output.note("  → nothing in it could be marked: copies of this version will not name their holder")
     elif result.positions < _FEW_POSITIONS:
         output.note("  → these are few positions: a copy of this version may not name its holder with any certainty")
+    if result.same_as:
+        output.warn(
+            f"the very same files are in the room as {', '.join(result.same_as)}: whoever has both can find "
+            "the marks by comparing them"
+        )
+        output.note(f"  → strongroom shred {result.ref} --confirm {result.ref}, if that was not meant")
     output.note("  → the original is still where it was, in plaintext; it is yours to remove")
 
 

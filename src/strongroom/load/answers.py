@@ -64,6 +64,7 @@ PUT: dict[str, Kind] = {
     **dict.fromkeys(("ref", "digest"), TEXT),
     **dict.fromkeys(("bytes", "stored_bytes", "segments", "positions", "resumed_packs", "entry"), COUNT),
     "files": _TEXTS,
+    "same_as": _TEXTS,
     "unmarked": lambda value: isinstance(value, dict) and all(map(TEXT, value)) and all(map(COUNT, value.values())),
 }
 SHOWN = _VERSION | {
@@ -98,6 +99,7 @@ REVIEW: dict[str, Kind] = {
 STATUS: dict[str, Kind] = {
     "room": TEXT,
     "sealed": FLAG,
+    "emergencies": _list(COUNT),
     **dict.fromkeys(("principals", "versions", "shredded", "bytes", "stored_bytes", "log_size", "leases"), COUNT),
 }
 CHALLENGE: dict[str, Kind] = {"nonce": DIGEST}

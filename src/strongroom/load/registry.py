@@ -42,7 +42,9 @@ class Registry:
             )
         known = {item["path"]: item["state"] for item in self._room.principal_ls()}
         if known.get(path, "removed") != "removed":
-            raise Conflict("principal.exists", f"{path} is already registered", hint="strongroom principal ls")
+            raise Conflict(
+                "principal.exists", f"{path} is already registered", hint=f"strongroom principal role {path} ROLE…"
+            )
         identities = self._room.identities
         before = self._room.custodian.known(path).entry if path in known else None
         bound = subject_of(oidc, spiffe)

@@ -15,7 +15,7 @@ from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys, signer_of
-from strongroom.errors import AuthRequired, NotFound, Tampered
+from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
@@ -133,10 +133,13 @@ class ServedRoom:
         )
         size = 4 + len(head) + upload.size
         headers = self._call("POST", "/v1/weights", head)
-        found = answers.parse(
-            self._session.send("/v1/weights", size, body(source, upload, head, progress), headers), answers.PUT
-        )
-        return PutResult.from_json(found)
+        try:
+            answer = self._session.send("/v1/weights", size, body(source, upload, head, progress), headers)
+        except BackendError as error:
+            # It may be there: a second put of the same files would be another version of them.
+            error.hint = f"strongroom ls {name} shows whether it is there; if not, put it again: it goes on"
+            raise
+        return PutResult.from_json(answers.parse(answer, answers.PUT))
 
     def find(self, ref: str) -> Named:
         """The version that `ref` names: the newest active one for a name alone."""

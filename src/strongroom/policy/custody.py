@@ -7,9 +7,9 @@ Steps of `release` are numbered as in spec/release.md, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
@@ -18,7 +18,8 @@ from strongroom.formats.statement import Statement
 from strongroom.policy import entrance, registration
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
-from strongroom.policy.query import ROOM, Query, Resource, Situation, Subject
+from strongroom.policy.facts import resource, situation, subject
+from strongroom.policy.query import ROOM, Query
 from strongroom.policy.registration import RANKS
 from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate
 from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal, Request, State, Version
@@ -31,10 +32,6 @@ T = TypeVar("T")
 
 # What a request still needs.
 Missing = Callable[[], list[str]]
-
-
-# How many may have one version, unless the log says otherwise: holders, plaintext copies, people who have such copies.
-CEILINGS = (100, 5, 3)
 
 
 @dataclass(frozen=True)
@@ -184,18 +181,33 @@ class Custody:
         who = authenticate(state, statement, now)
         target = statement.body["target"]
         ref = ""
+        mine, over = False, ""
         if target in state.requests:
-            request = state.requests[target]
+            request, lease = state.requests[target], state.leases.get(target)
             ref = request.ref
             mine = state.principals[request.holder].person == who.person
-        elif target in state.principals or target in state.versions:
-            mine = False
+            current = request.state_at(now)
+            over = current if current != "pending" and not (lease and lease.holds(now)) else ""
+        elif target in state.principals:
             ref = target
+            over = "" if state.principals[target].active else state.principals[target].state
+        elif target in state.versions:
+            ref = target
+            over = "frozen" if state.versions[target].frozen else "shredded" if state.versions[target].shredded else ""
         else:
-            raise NotFound("revoke.unknown", f"{target!r:.80} is no lease, principal or version here", hint=_REQUESTS)
+            numbered = [each for each in state.versions if each.partition("@")[0] == target]
+            raise NotFound(
+                "revoke.unknown",
+                f"{target!r:.80} is no lease, principal or version here",
+                hint=f"a version is revoked by its number: {', '.join(numbered)}" if numbered else _REQUESTS,
+            )
         if not mine:
             # No action is asked for: rules about how approvals are given are not about taking away.
             self._approver(state, who, ref if ref in state.versions else ROOM, "", now=now)
+        if over:
+            raise Conflict("revoke.over", f"{target} is {'over' if over == 'approved' else over} already", state=over)
+        if target in state.principals:
+            self._not_the_last(state, who, target, [])
         return Entry(
             "revoke", now, who.path, ref, {"target": target, "statement": statement.envelope}, {"reason": reason}
         )
@@ -276,6 +288,9 @@ class Custody:
         try:
             self._ask(state, Query(subject(who), body["action"], resource(state, version.ref), here))
         except Denied as error:
+            if body["break_glass"]:
+                message = f"{error.message}; nor does policy let {who.path} break the glass"
+                raise Denied(error.code, message, hint=error.hint, **error.evidence) from None
             raise self._with_what_there_is(state, error, who.principal, body["action"], version.ref, now) from None
         return Entry(
             "release",
@@ -349,11 +364,26 @@ class Custody:
                     f"{who.path} can't give rights to {body['principal']}, which is the same person",
                     hint="somebody else who may grant has to do it",
                 )
+        self._not_the_last(state, who, body["principal"], body["roles"] if body["state"] == "active" else [])
         if state.most_granters >= _TOGETHER and registration.weighty(before, body):
             _unheard(state, statement)
             grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
         return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
+
+    def _not_the_last(self, state: State, who: Speaker, path: str, roles: Sequence[str]) -> None:
+        """A room must not be left without people who may grant: nobody could bring one back. Where two of them have to
+        agree, nobody goes by their own hand as the last but one, either; to send away somebody else is a defence."""
+        before = state.granters()
+        after = state.granters(path, roles)
+        own = path in state.principals and state.principals[path].person == who.person
+        least = 2 if own and state.most_granters >= _TOGETHER else 1
+        if len(after) < min(least, len(before)):
+            raise Denied(
+                "grant.last",
+                f"without {path} too few people here may grant ({len(after)}) to let anybody in again",
+                hint="strongroom principal add user/NAME --role officer, first",
+            )
 
     def authority(self, state: State, statement: Statement, now: int) -> Entry:
         """Whose word the room takes for who somebody is: see policy/entrance.py."""
@@ -491,7 +521,11 @@ def usable(state: State, ref: str) -> Version:
     if parsed.number is None or version is None or version.shredded:
         raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
     if version.frozen:
-        raise Denied("version.frozen", f"{ref} was revoked: nobody is given its keys", hint="strongroom log tail")
+        raise Denied(
+            "version.frozen",
+            f"{ref} was revoked: nobody is given its keys",
+            hint=f"who looks after the room: strongroom thaw {ref} --reason TEXT",
+        )
     return version
 
 
@@ -507,42 +541,6 @@ def narrowed(request: Request, duration: int, uses: int | None) -> tuple[int, in
     if 0 in counts:
         raise UsageError("approve.nothing", "a lease is for at least one use", hint="strongroom deny, to refuse")
     return duration or request.duration, min(counts, default=None)
-
-
-def situation(state: State, who: Speaker, ref: str, now: int, **more: Any) -> Situation:
-    """What policy may look at, with the counts of the version that leave `who` out."""
-    uses = [use for use in state.uses.values() if use.ref == ref]
-    others = [use for use in uses if use.holder != who.path]
-    return Situation(
-        now=now,
-        holders=len(others),
-        copies=sum(use.copies for use in uses),
-        copiers=sum(use.copies > 0 for use in others),
-        authentication=who.method,
-        **more,
-    )
-
-
-def subject(who: Principal | Speaker) -> Subject:
-    """The principal as policy sees it."""
-    who = who.principal if isinstance(who, Speaker) else who
-    return Subject(who.path, tuple(who.roles), tuple(who.teams), who.person, suspended=not who.active)
-
-
-def resource(state: State, ref: str) -> Resource:
-    """A version under its full reference, or `ROOM`, as policy sees it."""
-    if ref == ROOM:
-        return Resource.room()
-    version = state.versions.get(ref)
-    holders, copies, copiers = ceilings(state, ref)
-    frozen = version.frozen if version else False
-    return Resource(ref, max_holders=holders, max_copies=copies, max_copiers=copiers, frozen=frozen)
-
-
-def ceilings(state: State, ref: str) -> tuple[int, int, int]:
-    """How many may hold a version, copy it, and have copies of it: as set for it, for its name, or `CEILINGS`."""
-    holders, copies, copiers = state.ceilings.get(ref) or state.ceilings.get(ref.partition("@")[0]) or CEILINGS
-    return holders, copies, copiers
 
 
 def _without_lease(action: str, ref: str) -> str:

@@ -183,7 +183,8 @@ def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
         if each.active and each.roles and now - last >= _IDLE:
             message = f"{each.path} ({', '.join(each.roles)}) has done nothing for {(now - last) // _DAY} days"
             yield Finding("medium", "idle", each.path, message, each.path)
-        if each.active and {"officer", "executive"} & set(each.roles) and {"researcher", "partner"} & set(each.roles):
+        both = {"officer", "executive"} & set(each.roles) and {"researcher", "partner"} & set(each.roles)
+        if each.active and both and state.custody != "solo":  # there it is so by design
             message = f"{each.path} approves and holds weights: {', '.join(each.roles)}"
             yield Finding("medium", "duties", each.path, message)
     for path, count in history.refused.items():

@@ -7,7 +7,7 @@ releases, so of those it keeps one record for each pair of holder and version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -222,6 +222,13 @@ class State:
         ]
         return max(found, key=lambda lease: lease.expires_at, default=None)
 
+    def granters(self, path: str = "", roles: Sequence[str] = ()) -> set[str]:
+        """The people who are officers or executives, if `path` had these `roles`, and acted."""
+        now = {each.path: each.roles for each in self.principals.values() if each.active}
+        if path in self.principals:
+            now[path] = list(roles)
+        return {self.principals[each].person for each, held in now.items() if _GRANTERS & set(held)}
+
     # -- applying ------------------------------------------------------------------------------------------------
 
     def apply(self, index: int, entry: Entry) -> None:
@@ -287,8 +294,7 @@ class State:
         if body["state"] == "removed" or before is None or before.key != body["key"]:
             # What another key has added may have been added by whoever had stolen that.
             self.passkeys = {name: each for name, each in self.passkeys.items() if each.principal != path}
-        granters = {each.person for each in self.principals.values() if each.active and _GRANTERS & set(each.roles)}
-        self.most_granters = max(self.most_granters, len(granters))
+        self.most_granters = max(self.most_granters, len(self.granters()))
         if body["state"] != "active" or (
             before and (before.key, before.subject) != (body["key"], body.get("subject", ""))
         ):

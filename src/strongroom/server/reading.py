@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 _PIECE = MIB  # of an object, in memory at a time
-_STATUS = ("room", "principals", "versions", "shredded", "bytes", "stored_bytes")  # the rest is the host's own business
+# What is told of a room; the rest is its host's own business.
+_STATUS = ("room", "principals", "versions", "shredded", "bytes", "stored_bytes", "emergencies")
 
 
 class Reading:

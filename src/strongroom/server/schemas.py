@@ -160,6 +160,7 @@ COMPONENTS: dict[str, Schema] = {
             **_all("ref", "digest"),
             **_counts("bytes", "stored_bytes", "segments", "positions", "resumed_packs", "entry"),
             "files": _list(TEXT),
+            "same_as": _list(TEXT),
             "unmarked": {"type": "object", "additionalProperties": COUNT},
         }
     ),
@@ -199,6 +200,7 @@ COMPONENTS: dict[str, Schema] = {
         {
             "room": TEXT,
             "sealed": FLAG,
+            "emergencies": _list(COUNT),
             **_counts("principals", "versions", "shredded", "bytes", "stored_bytes", "log_size", "leases"),
         }
     ),

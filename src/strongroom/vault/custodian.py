@@ -29,8 +29,9 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
 from strongroom.policy import entrance
-from strongroom.policy.custody import Custody, Facts, Missing, ceilings, resource, situation, subject, usable
+from strongroom.policy.custody import Custody, Facts, Missing, usable
 from strongroom.policy.engine import Policies
+from strongroom.policy.facts import ceilings, resource, situation, subject
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import Access, reach
 from strongroom.policy.registration import RANKS

@@ -38,6 +38,8 @@ def status(vault: Vault) -> dict[str, Any]:
         row = tx.execute(select(room)).one()
         pending = tx.execute(select(func.count()).select_from(puts)).scalar()
     sealed = _why_sealed(vault)
+    with vault.custodian.ledger.view() as state:
+        emergencies = sorted(map(int, state.emergencies))
     return {
         "room": vault.id.hex(),
         "folder": str(vault.folder),
@@ -54,6 +56,7 @@ def status(vault: Vault) -> dict[str, Any]:
         "bytes": sum(info.bytes for info in active),
         "stored_bytes": sum(info.stored_bytes for info in active),
         "interrupted_puts": pending,
+        "emergencies": emergencies,
     }
 
 
@@ -135,14 +138,17 @@ def _log(vault: Vault) -> list[Check]:
     try:
         checkpoint, _ = vault.custodian.ledger.checkpoint()
         with vault.custodian.ledger.view() as state:
-            emergencies = dict(state.emergencies)
+            emergencies, granters, custody = dict(state.emergencies), state.granters(), state.custody
     except StrongroomError as error:
         return [Check("log", "fail", error.message, error.hint or "strongroom log verify")]
     found = [Check("log", "ok", f"{checkpoint.size} entries, under the signed root")]
+    if custody != "solo" and len(granters) < 2:
+        message = f"{', '.join(sorted(granters)) or 'nobody'} alone may let anybody in: a room needs two such people"
+        found.append(Check("people", "warn", message, "strongroom principal add user/NAME --role officer"))
     if emergencies:
         entries = ", ".join(f"{index} by {person}" for index, person in emergencies.items())
         message = f"the glass was broken, and nobody else has reviewed it: entry {entries}"
-        hint = "somebody else: strongroom log show ENTRY; then strongroom review --apply"
+        hint = f"somebody else: strongroom log show {min(map(int, emergencies))}; then strongroom review --apply"
         found.append(Check("emergencies", "fail", message, hint))
     return found
 

@@ -33,6 +33,7 @@ from strongroom.errors import (
 )
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
+from strongroom.formats.entry import Entry
 from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.statement import Voice
@@ -44,7 +45,7 @@ from strongroom.policy import acts
 from strongroom.policy.query import ROOM
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
-from strongroom.storage.db import Database, versions
+from strongroom.storage.db import Database, log_entries, log_private, versions
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
@@ -68,7 +69,8 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class PutResult:
-    """A version that is in the room; `files` are paths, `unmarked` counts bytes of tensors without a mark by reason."""
+    """A version that is in the room; `files` are paths, `unmarked` counts bytes of tensors without a mark by reason,
+    `same_as` are versions of the very same files."""
 
     ref: str
     digest: str
@@ -80,14 +82,16 @@ class PutResult:
     unmarked: dict[str, int]
     resumed_packs: int
     entry: int
+    same_as: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "files": list(self.files)}
+        return {**vars(self), "files": list(self.files), "same_as": list(self.same_as)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> PutResult:
         """The reverse, of an answer that has these members."""
-        return cls(**{**{each.name: value[each.name] for each in fields(cls)}, "files": tuple(value["files"])})
+        found = {each.name: value[each.name] for each in fields(cls)}
+        return cls(**found | {name: tuple(found[name]) for name in ("files", "same_as")})
 
 
 class Vault:
@@ -248,7 +252,8 @@ class Vault:
 
     def principal(self, path: str | None) -> str:
         """The principal to act as: `path`, else the only one that this machine has the key of, else the only one."""
-        known = [str(item["path"]) for item in self.principal_ls() if item["state"] == "active"]
+        states = {str(item["path"]): str(item["state"]) for item in self.principal_ls()}
+        known = [item for item, state in states.items() if state == "active"]
         if path is None:
             mine = [item for item in sorted({*self.identities.ls(), *self.sessions.ls()}) if item in known]
             if len(mine) == 1:
@@ -259,8 +264,13 @@ class Vault:
                 hint=f"--as {known[0]} or STRONGROOM_AS={known[0]}" if known else "strongroom principal add user/NAME",
             )
         if parse_principal(path) not in known:
+            what = f"is {states[path]}" if path in states else "is nobody"
             raise AuthRequired(
-                "principal.unknown", f"{path} is not an active principal of this room", hint="strongroom principal ls"
+                "principal.unknown",
+                f"{path} (of --as or STRONGROOM_AS) {what} in this room; active are {', '.join(known)}",
+                hint=f"strongroom principal restore {path}, by somebody who may grant"
+                if states.get(path) == "suspended"
+                else "--as, with one of these",
             )
         return path
 
@@ -398,7 +408,7 @@ class Vault:
             if not isinstance(said, Sent):
                 paths = [entry.path for entry in index.layout.files]
                 said = Sent.of(said, name, list(zip(paths, index.sha256, strict=True)))
-            row, entry = self._publish(journal, manifest, index, name, said)
+            row, entry, same = self._publish(journal, manifest, index, name, said)
         return PutResult(
             ref=f"{row.name}@{row.number}",
             digest=f"sha256:{row.manifest_sha256}",
@@ -410,6 +420,7 @@ class Vault:
             unmarked=plan.unmarked,
             resumed_packs=resumed,
             entry=entry,
+            same_as=tuple(same),
         )
 
     def check_put(self, name: str, positions: int) -> None:
@@ -432,10 +443,11 @@ class Vault:
 
     def _publish(
         self, journal: Journal, manifest: Manifest, index: Index, name: str, said: Sent
-    ) -> tuple[Row[Any], int]:
-        """One transaction: the version appears, and its journal goes."""
+    ) -> tuple[Row[Any], int, list[str]]:
+        """One transaction: the version appears, and its journal goes; which versions have the very same files."""
         digest, size = manifest.digest(), sum(entry.bytes for entry in index.layout.files)
         rows: list[Row[Any]] = []
+        same: list[str] = []
 
         def decide(tx: Connection, state: State, at: int) -> Draft:
             newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
@@ -479,10 +491,11 @@ class Vault:
             # Read here: an error after the commit would call a put failed that is not.
             rows.append(tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one())
             journal.close(tx)
+            same[:] = _put_before(tx, state, said.files.value)
             return Draft(entry, [said.files])
 
         receipt = self.custodian.act(said.statement, "put", decide)
-        return rows[-1], receipt.index
+        return rows[-1], receipt.index, same
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
 
@@ -532,3 +545,11 @@ class Vault:
             by=by,
             start=start,
         )
+
+
+def _put_before(tx: Connection, state: State, files: str) -> list[str]:
+    """The versions whose put was of the same files, as far as the database says so: for a warning, and no more."""
+    digests = select(log_private.c.position).where(log_private.c.name == "files", log_private.c.value == files)
+    found = tx.execute(select(log_entries.c.entry).where(log_entries.c.position.in_(digests))).scalars()
+    refs = [Entry.decode(data).ref for data in found if isinstance(data, bytes)]
+    return [ref for ref in refs if ref in state.versions and not state.versions[ref].shredded]

@@ -28,7 +28,8 @@ def look(room: AnyRoom, identifier: str) -> dict[str, Any]:
     except StrongroomError as error:
         raise _other(identifier, error.message) from None
     shown = {name: found[name] for name in ("id", "digest", "by")}
-    if shown != {"id": identifier, "digest": said.digest, "by": said.by} or said.room != room.id.hex():
+    signed = {"id": said.id, "digest": said.digest, "by": said.by}
+    if said.id != identifier or shown != signed or said.room != room.id.hex():
         raise _other(identifier, "its statement is another's")
     body = said.body
     match said.kind:

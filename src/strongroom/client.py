@@ -365,15 +365,16 @@ class Room:
         body = {"digest": Policies.parse(text).digest, "reason": note.commitment}
         return self._vault.custodian.propose(self._say("propose", body), text, note)
 
-    def enact(self, proposal: str) -> dict[str, Any]:
-        """Make a proposal the policy in force; Pending until it may be."""
+    def enact(self, proposal: str, *, break_glass: str | None = None) -> dict[str, Any]:
+        """Make a proposal the policy in force; Pending until it may be. `break_glass`: the reason for not waiting, in
+        an emergency; two people it takes all the same."""
         if not _ID.fullmatch(proposal):
             raise UsageError(
                 "policy.malformed",
                 f"{proposal!r:.40} is not the 16 digits of a proposal",
                 hint="strongroom policy show",
             )
-        done = self._act("enact", {"proposal": proposal})
+        done = self._act("enact", {"proposal": proposal, "reason": ""}, break_glass)
         return {"policy": done["body"]["digest"], "proposal": proposal, "entry": done["entry"]}
 
     def renew(self, lease: str, *, duration: int = 0, show: Callable[[str], None] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ WHOLE = {
         "statement": "",
     },
     "grant": {"id": SHORT, "principal": "user/ana", "expires_at": 9, "statement": ""},
-    "policy": {"digest": DIGEST, "proposal": SHORT, "statement": "said"},
+    "policy": {"digest": DIGEST, "proposal": SHORT, "break_glass": False, "statement": "said"},
     "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": 9, "statement": "said"},
     "put": {"version": ID, "revision": 1, "manifest": DIGEST, "bytes": 5, "positions": 0, "statement": "said"},
     "rotate": {"revision": 2, "manifest": DIGEST, "statement": "said"},
@@ -84,7 +84,7 @@ PRIVATE = {
     "trace": ["detail"],
     "login": ["address"],
     "put": ["files"],
-    **{kind: ["reason"] for kind in ("proposal", "request", "deny", "release", "revoke", "clock", "thaw")},
+    **{kind: ["reason"] for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")},
 }
 # What no member is, whatever its kind; and for some kinds what looks like one and is not.
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, [["x"]], True, 0.0]

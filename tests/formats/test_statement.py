@@ -60,7 +60,7 @@ WHOLE = {
     "rotate": {"ref": "acme/tiny@1"},
     "shred": {"ref": "acme/tiny@1"},
     "copy": {"ref": "acme/tiny@1", "holder": "user/ana", "release": 7, "files": 3, "bytes": 5},
-    "enact": {"proposal": SHORT},
+    "enact": {"proposal": SHORT, "reason": ""},
     "ceiling": {"ref": "acme/tiny", "holders": 3, "copies": 2, "copiers": 1},
     "thaw": {"ref": "acme/tiny@1", "reason": DIGEST},
     "clock": {"reason": DIGEST},

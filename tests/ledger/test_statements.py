@@ -79,10 +79,10 @@ class Log:
         body = {"id": asked.id, "duration": 0, "uses": None, "roles": ["officer"], "lease": None}
         self.write("approve", by, body | {"statement": said.envelope})
 
-    def enact(self, asked, by="user/ben", *, at=NOW + DAY, digest=DIGEST, **changes):
-        said = self.say("enact", by, {"proposal": asked.id})
-        body = {"digest": digest, "proposal": asked.id, "statement": said.envelope, **changes}
-        self.write("policy", by, body, at=at)
+    def enact(self, asked, by="user/ben", *, at=NOW + DAY, digest=DIGEST, reason="", **changes):
+        said = self.say("enact", by, {"proposal": asked.id, "reason": reason})
+        body = {"digest": digest, "proposal": asked.id, "break_glass": bool(reason), "statement": said.envelope}
+        self.write("policy", by, body | changes, private={"reason": reason} if reason else {}, at=at)
 
     def verify(self):
         statements = Statements(f"strongroom/{ROOM}", signatures.verify)
@@ -214,8 +214,24 @@ class TestPolicies:
         log.enact(other, digest=OTHER)
         log.refused("policy.hasty")
 
+    def test_that_did_not_wait_are_somebodys_emergency(self, log):
+        asked = log.propose()
+        log.enact(asked, at=NOW, reason=OTHER)
+        log.refused("policy.hasty")  # two people it takes all the same
+        log.entries.pop()
+        log.approve("user/eva", asked)
+        log.enact(asked, at=NOW, reason=OTHER)
+        log.verify()
+        log.entries.pop()
+        for changes in ({"break_glass": True}, {"reason": OTHER, "break_glass": False}):
+            log.enact(asked, at=NOW, **changes)
+            with pytest.raises(Tampered):
+                log.verify()
+            log.entries.pop()
+
     def test_are_not_enacted_on_the_custodians_word(self, log):
         asked = log.propose()
         log.approve("user/eva", asked)
-        log.write("policy", "custodian", {"digest": DIGEST, "proposal": asked.id, "statement": ""}, at=NOW + DAY)
+        body = {"digest": DIGEST, "proposal": asked.id, "break_glass": False, "statement": ""}
+        log.write("policy", "custodian", body, at=NOW + DAY)
         log.refused("statement.missing")

@@ -204,8 +204,8 @@ class Book:
         self.decide(self.rules.propose, statement, REASON)
         return statement
 
-    def enact(self, by, proposal):
-        return self.act("enact", by, {"proposal": proposal.id})
+    def enact(self, by, proposal, reason=""):
+        return self.act("enact", by, {"proposal": proposal.id, "reason": reason})
 
     def put_in_force(self, policies):
         said = self.propose("user/ben", policies)
@@ -1385,6 +1385,24 @@ class TestProposals:
         refused("policy.needs_second", book.enact, "user/bob", said)
         book.approve("user/eva", said)
         book.enact("user/bob", said)
+
+    def test_do_not_wait_in_an_emergency(self, book):
+        said = book.propose("user/ben", LENIENT)
+        refused("policy.needs_second", book.enact, "user/ben", said, REASON)
+        book.approve("user/eva", said)
+        refused("policy.waiting", book.enact, "user/ben", said)
+        with pytest.raises(Denied):
+            book.enact("user/eva", said, REASON)
+        entry = book.enact("user/ben", said, REASON)
+        assert entry.body["break_glass"]
+        assert book.state.policy == LENIENT.digest
+        at = len(book.entries) - 1
+        assert book.state.emergencies == {str(at): "user/ben"}
+        book.act("review", "user/bob", {"size": at, "findings": 0, "removed": 0})  # who has not seen it
+        book.act("review", "user/ben", {"size": at + 1, "findings": 0, "removed": 0})  # whose own it is
+        assert book.state.emergencies
+        book.act("review", "user/bob", {"size": at + 1, "findings": 0, "removed": 0})
+        assert not book.state.emergencies
 
     def test_that_were_denied(self, book):
         said = book.propose("user/ben", LENIENT)

@@ -202,7 +202,7 @@ class Asker:
         return "/v1/policies", self._statement("propose", body, who, reason, text=text)
 
     def _enact(self, who):
-        body = {"proposal": self.proposal["id"]}
+        body = {"proposal": self.proposal["id"], "reason": ""}
         return f"/v1/policies/{self.proposal['id']}/enact", self._statement("enact", body, who)
 
     def _ceilings(self, _):

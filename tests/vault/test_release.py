@@ -493,7 +493,7 @@ class TestLookingAfterTheRoom:
         lambda hall, by: hall.act("ceiling", by, {"ref": REF, "holders": 1, "copies": 1, "copiers": 1}),
         lambda hall, by: hall.act("thaw", by, {"ref": REF}, "it was a mistake"),
         lambda hall, by: hall.act("clock", by, {}, "it was ahead"),
-        lambda hall, by: hall.act("enact", by, {"proposal": "0" * 16}),
+        lambda hall, by: hall.act("enact", by, {"proposal": "0" * 16, "reason": ""}),
         lambda hall, by: hall.act("redact", by, {"entry": 1}),
         lambda hall, by: hall.act("review", by, {"size": 1, "findings": 0, "removed": 0}),
         lambda hall, by: hall.act("keystore", by, {"operation": "rotate", "epoch": 2}),

@@ -63,24 +63,26 @@ def tail(options: Options, count: int) -> None:
 
 
 def _gist(item: dict[str, Any]) -> str:
-    body = item["body"]
+    body, told = item["body"], ""
     match item["type"]:
         case "approve":
-            return f"{body['id']}" + (": lease granted" if body["lease"] else "")
+            told = f"{body['id']}" + (": lease granted" if body["lease"] else "")
         case "request":
-            return f"{body['id']}: {body['action']} for {body['for']}"
+            told = f"{body['id']}: {body['action']} for {body['for']}"
         case "deny":
-            return str(body["id"])
+            told = str(body["id"])
         case "release":
             under = f"by lease {body['lease']}" if body["lease"] else "no lease"
-            return f"{body['action']}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
+            told = f"{body['action']}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
+        case "policy" if body["break_glass"]:
+            told = "before its time: BROKE THE GLASS"
         case "revoke":
-            return str(body["target"])
+            told = str(body["target"])
         case "refused":
-            return f"{body['action']}: {body['rule'] or body['code']}"
+            told = f"{body['action']}: {body['rule'] or body['code']}"
         case "principal":
-            return f"{body['state']}, {', '.join(body['roles']) or 'no role'}"
-    return ""
+            told = f"{body['state']}, {', '.join(body['roles']) or 'no role'}"
+    return told
 
 
 def _checked(*keys: str) -> None:

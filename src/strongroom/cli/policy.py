@@ -114,12 +114,16 @@ def propose(options: Options, file: Path, reason: str) -> None:
 
 @command("enact", explain="Takes a second person's approval, and the waiting time that began with the proposal.")
 @click.argument("identifier", metavar="ID")
+@click.option("--break-glass", metavar="REASON", help="Do not wait: an emergency, which somebody else has to review.")
 @pass_options
-def enact(options: Options, identifier: str) -> None:
+def enact(options: Options, identifier: str, break_glass: str | None) -> None:
     """Make a proposal the policy in force."""
     with options.open() as room:
-        found = room.enact(identifier)
+        found = room.enact(identifier, break_glass=break_glass)
     options.output.answer(found, [f"the policy is now {found['policy']}, in entry {found['entry']}"])
+    if break_glass is not None:
+        options.output.warn("this was an emergency: status and doctor say so until somebody else has reviewed it")
+        options.output.note("  → somebody else: strongroom review --apply")
 
 
 def _read(file: Path) -> str:

@@ -108,7 +108,7 @@ BODIES: dict[str, dict[str, Kind]] = {
         "statement": TEXT,
     },
     "grant": {"id": SHORT, "principal": TEXT, "expires_at": COUNT, "statement": TEXT},
-    "policy": {"digest": DIGEST, "proposal": SHORT, "statement": TEXT},
+    "policy": {"digest": DIGEST, "proposal": SHORT, "break_glass": FLAG, "statement": TEXT},
     "proposal": {"id": SHORT, "digest": DIGEST, "enact_after": COUNT, "statement": TEXT},
     "put": {
         "version": ID,
@@ -181,7 +181,10 @@ _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "refused": frozenset({"detail"}),
     "trace": frozenset({"detail"}),
     "login": frozenset({"address"}),
-    **{kind: frozenset({"reason"}) for kind in ("proposal", "request", "deny", "release", "revoke", "clock", "thaw")},
+    **{
+        kind: frozenset({"reason"})
+        for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")
+    },
 }
 
 

@@ -150,11 +150,13 @@ class Statements:
             raise Tampered("statement.foreign", f"the passkey is not added with {entry.by}'s own key, or not new")
 
     def _check_policy(self, entry: Entry) -> None:
-        """A policy is one that was proposed, by one person, and agreed to by another; and it has waited."""
+        """A policy is one that was proposed, by one person, and agreed to by another; and it has waited, if it is no
+        emergency."""
         found = self._proposals.pop(entry.body["proposal"] or "", None)
         if found is None or found.digest != entry.body["digest"]:
             raise Tampered("policy.unproposed", "the policy that is put in force is not one that waits")
-        if len(found.persons) < 2 or entry.at < found.enact_after:
+        early = entry.at < found.enact_after and not entry.body["break_glass"]
+        if len(found.persons) < 2 or early:
             raise Tampered("policy.hasty", "the policy was put in force by one person alone, or before its time")
 
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
@@ -196,4 +198,7 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
         differing.add("id")
     if "request" in said and said["request"][:16] != wrote["id"]:
         differing.add("request")
+    # Who enacts in an emergency says why.
+    if entry.type == "policy" and wrote["break_glass"] != bool(said["reason"]):
+        differing.add("break_glass")
     return sorted(differing)

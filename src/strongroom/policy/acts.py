@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 
 
 def enact(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
-    """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy."""
+    """A proposal that waited long enough, and that somebody else has agreed to, becomes the policy. With a reason it
+    does so before its time: an emergency, which stays open until somebody else has reviewed it."""
     who = _administrator(rules, state, statement, now)
+    emergency = bool(statement.body["reason"])
+    if emergency:
+        rules.may(state, who, "administer", now=now, break_glass=True)
     name = statement.body["proposal"]
     proposal = state.proposals.get(name)
     if proposal is None or proposal.state != "pending":
@@ -43,14 +47,16 @@ def enact(rules: Custody, state: State, statement: Statement, now: int) -> Entry
             f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
             hint=f"strongroom approve {proposal.id}",
         )
-    if now < proposal.enact_after:
+    if now < proposal.enact_after and not emergency:
         raise Pending(
             "policy.waiting",
-            f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds",
+            f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds, or with "
+            "--break-glass REASON in an emergency",
             hint=f"strongroom policy enact {proposal.id}",
             enact_after=proposal.enact_after,
         )
-    return _entry("policy", who, "", statement, now, {"digest": proposal.digest, "proposal": proposal.id})
+    body = {"digest": proposal.digest, "proposal": proposal.id, "break_glass": emergency}
+    return _entry("policy", who, "", statement, now, body)
 
 
 def ceiling(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
@@ -160,5 +166,5 @@ def _entry(
 ) -> Entry:
     """The entry that quotes `statement`; a reason in it is a commitment."""
     if private is None:
-        private = {"reason": statement.body["reason"]} if "reason" in statement.body else {}
+        private = {"reason": statement.body["reason"]} if statement.body.get("reason") else {}
     return Entry(kind, now, who.path, ref, {**body, "statement": statement.envelope}, private)

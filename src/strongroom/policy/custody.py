@@ -48,9 +48,11 @@ class Custody:
     def __init__(self, policies: Callable[[str], Policies]) -> None:
         self._policies = policies
 
-    def may(self, state: State, who: Speaker, action: str, ref: str = ROOM, *, now: int) -> Decision:
-        """Denied, explained, unless policy lets `who` do this directly."""
-        here = situation(state, who, ref, now, stage="direct")
+    def may(
+        self, state: State, who: Speaker, action: str, ref: str = ROOM, *, now: int, break_glass: bool = False
+    ) -> Decision:
+        """Denied, explained, unless policy lets `who` do this directly; in an emergency, if it is one."""
+        here = situation(state, who, ref, now, stage="direct", break_glass=break_glass)
         return self._ask(state, Query(subject(who), action, resource(state, ref), here))
 
     # -- requests ------------------------------------------------------------------------------------------------

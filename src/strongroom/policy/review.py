@@ -63,7 +63,7 @@ class Holding:
 @dataclass(frozen=True)
 class Review:
     """Of the first `size` entries of a log. `findings` are ranked, the worst first; `emergencies`: the entries of
-    releases past a lease that nobody else has reviewed."""
+    releases past a lease, and of policies before their time, that nobody else has reviewed."""
 
     findings: list[Finding] = field(default_factory=list)
     holdings: list[Holding] = field(default_factory=list)
@@ -136,13 +136,13 @@ class _History:
         if entry.by == CUSTODIAN:
             return
         who = self.of(entry.by)
+        if str(index) in self._open:
+            self.emergencies.append((index, entry))
         match entry.type:
             case "release":
                 who.releases += 1
                 if entry.body["lease"] is not None:
                     self.used[entry.body["lease"]] = entry.at
-                if str(index) in self._open:
-                    self.emergencies.append((index, entry))
             case "copy":
                 who.copies += 1
             case "request":
@@ -201,7 +201,8 @@ def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
 def _of_releases(state: State, history: _History) -> Iterable[Finding]:
     for index, entry in history.emergencies:
         message = (
-            f"{entry.by} broke the glass for {entry.ref}, in entry {index}: strongroom log show {index}; "
+            f"{entry.by} broke the glass for {entry.ref or 'a policy, before its time'}, in entry {index}: "
+            f"strongroom log show {index}; "
             "somebody else has to review it"
         )
         yield Finding("high", "break-glass", entry.by, message)

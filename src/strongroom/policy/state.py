@@ -207,7 +207,8 @@ class State:
     passkeys: dict[str, Passkey] = field(default_factory=dict)  # by the identifier of the key
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
-    # Releases past a lease that nobody else has reviewed: the entry's index, as text, and the person.
+    # Releases past a lease, and policies before their time, that nobody else has reviewed: the index of the entry, as
+    # text, and the person.
     emergencies: dict[str, str] = field(default_factory=dict)
     recent: dict[str, list[int]] = field(default_factory=dict)
 
@@ -361,9 +362,11 @@ class State:
             self._method(entry, said),
         )
 
-    def _policy(self, _: int, entry: Entry) -> None:
+    def _policy(self, index: int, entry: Entry) -> None:
         self.policy, self.policy_since = entry.body["digest"], entry.at
         self.proposals[entry.body["proposal"]].state = "enacted"
+        if entry.body["break_glass"]:
+            self.emergencies[str(index)] = self.principals[entry.by].person
 
     def _put(self, _: int, entry: Entry) -> None:
         body = entry.body

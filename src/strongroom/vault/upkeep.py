@@ -57,7 +57,7 @@ class Upkeep:
         if decide is None:
             raise UsageError("statement.kind", f"a statement of the kind {statement.kind} does nothing by itself")
         body, notes = statement.body, []
-        if "reason" in body:
+        if body.get("reason") or (statement.kind != "enact" and "reason" in body):
             if reason is None:
                 raise UsageError("reason.empty", "this takes a reason", hint="--reason TEXT")
             check_reason(reason, body["reason"])

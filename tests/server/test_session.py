@@ -178,14 +178,13 @@ HERE_ONLY = {
     "verify": lambda room: room.verify(REF),
     "rotate": lambda room: room.rotate(REF),
     "shred": lambda room: room.shred(REF, confirm=REF),
-    "log prove": lambda room: room.log.prove(0),
     "log cosign": lambda room: room.log.cosign("http://127.0.0.1:1", "x"),
     "doctor": lambda room: room.doctor(),
     "fsck": lambda room: room.fsck(),
     "keystore show": lambda room: room.keystore_show(),
     "keystore rotate": lambda room: room.keystore_rotate(),
     "recovery drill": lambda room: room.recovery_drill([]),
-    "recover": lambda room: room.recover([], "file:x"),
+    "recovery recover": lambda room: room.recover([], "file:x"),
 }
 
 

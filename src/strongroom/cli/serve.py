@@ -32,8 +32,13 @@ if TYPE_CHECKING:
     metavar="HOST:PORT",
     help="Show metrics there, on loopback, to anybody.  [default: nowhere]",
 )
+@click.option(
+    "--direct",
+    is_flag=True,
+    help="Clients read an object store by themselves, with credentials of their own, and not through here.",
+)
 @pass_options
-def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | None) -> None:
+def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | None, direct: bool) -> None:
     """Serve the room to others, until interrupted."""
     try:
         from strongroom.server.app import CustodianApp
@@ -60,7 +65,7 @@ def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | 
             url = f"https://{shown}:{listener.getsockname()[1]}"
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
-            app = CustodianApp(vault, url)
+            app = CustodianApp(vault, url, direct=direct)
             with authority.issued(sorted({*called, host})) as certificate:
                 config = configure(app.asgi, certificate)
             metrics = stack.enter_context(MetricsServer(app.metrics, *metrics_at)) if metrics_at else None

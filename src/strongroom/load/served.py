@@ -19,7 +19,7 @@ from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
-from strongroom.formats.merkle import HASH, leaf_hash
+from strongroom.formats.merkle import HASH, inclusion_proof, leaf_hash, node_hash
 from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.suites import Suite
 from strongroom.formats.tiles import WIDTH, Tile, decode_bundle, verify_leaves
@@ -229,6 +229,11 @@ class ServedCustodian:
         about = f"/v1/policies/{said.body['proposal']}/enact" if said.kind == "enact" else "/v1/acts"
         return self._post(about, answers.acted(said.kind), envelope, reason)
 
+    def inclusion(self, index: int, size: int) -> list[bytes]:
+        """The audit path of the entry at `index` in the tree of `size`, made of the server's tiles: it holds if the
+        root that it leads to was signed."""
+        return inclusion_proof(index, size, _Tiles(self._room.get_bytes, size).subtree)
+
     def checkpoint(self) -> tuple[Checkpoint, bytes]:
         note = self._room.get_bytes("/v1/log/checkpoint")
         return self._room.log_key.open(note), note
@@ -340,6 +345,15 @@ class _Tiles:
         if len(value) != HASH:
             raise Tampered("log.tile", f"the server's {tile.path} does not have all of its hashes")
         return value
+
+    def subtree(self, level: int, position: int) -> bytes:
+        """The hash of a complete subtree of any level."""
+        stored = level // 8 * 8
+        span = 1 << (level - stored)
+        hashes = [self.node(stored, position * span + each) for each in range(span)]
+        while len(hashes) > 1:
+            hashes = [node_hash(left, right) for left, right in zip(hashes[::2], hashes[1::2], strict=True)]
+        return hashes[0]
 
 
 def _about(envelope: str) -> str:

@@ -38,10 +38,11 @@ _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others a
 
 
 class CustodianApp:
-    """The ASGI application of one room; `asgi` is what a server runs."""
+    """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
+    themselves, with credentials of their own."""
 
-    def __init__(self, vault: Vault, url: str) -> None:
-        self._url = url
+    def __init__(self, vault: Vault, url: str, *, direct: bool = False) -> None:
+        self._url, self._direct = url, direct
         self._vault, self._custodian = vault, vault.custodian
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
@@ -127,8 +128,8 @@ class CustodianApp:
         }
 
     def _store(self, answer: Answer) -> str:
-        """Where the ciphertext is read: from the object store itself, or through here while the lease is good."""
-        if "://" in answer.store and not answer.store.startswith("file:"):
+        """Where the ciphertext is read: through here while the lease is good, or in the object store itself."""
+        if self._direct and "://" in answer.store and not answer.store.startswith("file:"):
             return answer.store
         until = min(self._vault.clock() + PASS_LIFE, self._custodian.lease_end(answer.entry))
         return f"{self._url}/v1/objects/{make_pass(self._vault.keys.reading_key, self._vault.id, until)}"

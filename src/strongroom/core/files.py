@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from pathlib import Path
 def write_whole(path: Path, data: bytes, *, mode: int = 0o600, new: bool = False) -> None:
     """Write a file that is durable when this returns; whoever opens `path` sees the old one or the new one. `new`:
     FileExistsError if there is one. OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    # A name of its own: two threads, or processes of one number in two containers, may write the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(temporary, flags, mode), "wb") as file:

@@ -4,26 +4,20 @@ formats only: whoever trusts none of us can read it in a sitting."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from strongroom.errors import Tampered
+from strongroom.formats.authority import LONGEST, Authority
 from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.formats.statement import Statement
+from strongroom.ledger.consents import Consents
 
 Verify = Callable[[bytes, bytes, bytes], None]
 
 # On which kind of statement an entry rests whose type has another name.
+_TOLERANCE = 300  # seconds that clocks may differ
 _RESTS_ON = {"proposal": "propose", "policy": "enact", "grant": "principal", "session": "login"}
-
-
-@dataclass
-class _Proposal:
-    """A policy that was proposed: who of the persons has agreed, the proposer among them."""
-
-    digest: str
-    enact_after: int
-    persons: set[str] = field(default_factory=set)
 
 
 class Statements:
@@ -33,16 +27,16 @@ class Statements:
     def __init__(self, origin: str, verify: Verify) -> None:
         self._origin, self._verify = origin, verify
         self._room = ""
+        self._consents = Consents()
         self._keys: dict[str, str] = {}  # of those who are active
-        self._persons: dict[str, str] = {}
-        self._proposals: dict[str, _Proposal] = {}
-        self._waiting: dict[str, Statement] = {}  # changes of principals that a second person has to agree to
-        self._asked: dict[str, str] = {}  # authorities that a second person has to agree to
+        self._own: dict[str, str] = {}  # the newest own key of everybody, whoever may act or not
+        self._authorities: dict[str, Authority] = {}  # in force
+        self._waiting: dict[str, Statement] = {}  # principals and authorities that a second person has to agree to
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
         self._passkeys: dict[str, tuple[str, str]] = {}  # by the key's identifier: key and principal
-        self._own: dict[str, str] = {}  # the newest own key of everybody, whoever may act or not
         self._seen: set[str] = set()
+        self._latest = 0
         self.count = 0
 
     def check(self, index: int, entry: Entry) -> None:
@@ -55,69 +49,82 @@ class Statements:
                 raise Tampered("log.other", f"the log {self._origin} begins with another room")
         envelope = entry.body.get("statement")
         if envelope:
-            self._check_statement(entry, Statement.decode(envelope))
+            said = Statement.decode(envelope)
+            self._check_statement(entry, said)
+            self._consents.check(index, entry, said)
         elif envelope is not None and not self._by_itself(entry):
             raise Tampered("statement.missing", f"the entry {entry.type} rests on a statement, and has none")
-        if entry.type == "policy":
-            self._check_policy(entry)
-        self._apply(entry)
+        self.apply(index, entry)
 
     def _by_itself(self, entry: Entry) -> bool:
-        """Whether this is what a custodian does without anybody's word: who and what is there when the log begins has
-        been said by nobody; and who recovers a room shows shares, and no key. All else would be its word for others."""
+        """Whether this is what a custodian does without anybody's word: who owns the room and what is there when the
+        log begins has been said by nobody; and who recovers a room shows shares, and no key. All else would be its word
+        for others."""
         if entry.by != CUSTODIAN:
             return False
         if entry.type == "keystore":
             return bool(entry.body["operation"] == "recover")
-        return entry.type in ("principal", "put", "shred") and not self.count
+        if entry.type == "principal":
+            return not self._own  # the one owner
+        return entry.type in ("put", "shred") and not self.count
 
     # -- what an entry changes -----------------------------------------------------------------------------------
 
-    def _apply(self, entry: Entry) -> None:
-        """Which keys speak for whom, and what waits for whose word, after `entry`."""
+    def apply(self, index: int, entry: Entry) -> None:
+        """Which keys speak for whom after the entry at `index`, which was checked."""
         body = entry.body
+        said = Statement.decode(body["statement"]) if body.get("statement") else None
+        self._latest = entry.at if entry.type == "clock" else max(self._latest, entry.at)
         match entry.type:
             case "principal":
-                self._install(body["principal"], body["key"], body["person"], body["state"])
+                self._install(body)
             case "passkey":
                 key = bytes.fromhex(body["key"])
                 self._passkeys.pop(hashlib.sha256(key).hexdigest(), None)
                 if body["state"] == "active":
                     self._passkeys[hashlib.sha256(key).hexdigest()] = (key.hex(), entry.by)
-            case "session":
-                key_id = Statement.decode(body["statement"]).key_id
-                self._sessions[key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
-            case "authority" if body["expires_at"] is not None:
-                self._asked[body["id"]] = body["authority"]
-            case "authority":
-                self._end(2, body["authority"])
+            case "session" if said is not None:
+                self._sessions[said.key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
+            case "grant" if said is not None:
+                self._waiting[body["id"]] = said
+            case "authority" if said is not None and body["expires_at"] is not None:
+                self._waiting[body["id"]] = said
+            case "authority" if said is not None:
+                self._trust(said)
             case "revoke":
                 self._keys.pop(body["target"], None)  # of a principal that is suspended
                 self._end(1, body["target"])
             case "clock":
                 self._sessions.clear()
-            case "grant":
-                self._waiting[body["id"]] = Statement.decode(body["statement"])
-            case "proposal":
-                persons = {self._persons.get(entry.by, entry.by)}
-                self._proposals[body["id"]] = _Proposal(body["digest"], body["enact_after"], persons)
-            case "approve" if body["id"] in self._proposals:
-                self._proposals[body["id"]].persons.add(self._persons.get(entry.by, entry.by))
+            case "deny":
+                self._waiting.pop(body["id"], None)
             case "approve" if body["id"] in self._waiting:
-                said = self._waiting.pop(body["id"]).body
-                self._install(said["principal"], said["key"], said["person"], said["state"])
-            case "approve" if body["id"] in self._asked:
-                self._end(2, self._asked.pop(body["id"]))
+                agreed = self._waiting.pop(body["id"])
+                if agreed.kind == "authority":
+                    self._trust(agreed)
+                else:
+                    self._install(agreed.body)
+        self._consents.apply(index, entry, said)
 
-    def _install(self, path: str, key: str, person: str, state: str) -> None:
-        if state == "removed" or self._own.get(path) != key:
+    def _install(self, body: Mapping[str, Any]) -> None:
+        path, key = body["principal"], body["key"]
+        if body["state"] == "removed" or self._own.get(path) != key:
             self._passkeys = {name: each for name, each in self._passkeys.items() if each[1] != path}
-        self._own[path], self._persons[path] = key, person
-        if state == "active":
+        self._own[path] = key
+        if body["state"] == "active":
             self._keys[path] = key
         else:
             self._keys.pop(path, None)
         self._end(1, path)
+
+    def _trust(self, said: Statement) -> None:
+        name, text = said.body["authority"], said.body["text"]
+        self._authorities.pop(name, None)
+        if text:
+            self._authorities[name] = Authority.decode(text)
+        # What others have asked for about it was asked of something else.
+        self._waiting = {each: one for each, one in self._waiting.items() if one.body.get("authority") != name}
+        self._end(2, name)
 
     def _end(self, place: int, name: str) -> None:
         """No key that a login introduced speaks for this principal (1), or on this authority's word (2), any more."""
@@ -137,7 +144,20 @@ class Statements:
         if own and whose == statement.by:
             return own
         key, by, _, until = self._sessions.get(statement.key_id, ("", "", "", 0))
-        return key if by == statement.by and entry.at < until else self._keys[statement.by]
+        # By the log's own time, too: an entry that is dated back brings no login to life.
+        good = by == statement.by and max(entry.at, self._latest) < until
+        return key if good else self._keys[statement.by]
+
+    def _check_login(self, entry: Entry, statement: Statement) -> None:
+        """Of a login the proof is not in the log; but for nobody who is not bound, nor by an authority that is not
+        trusted, nor for longer than that may, does it introduce a key."""
+        body = entry.body
+        authority, who = self._authorities.get(body["authority"]), self._consents.people.get(entry.by)
+        if authority is None or authority.kind != body["method"] or who is None or not who.subject:
+            raise Tampered("session.unfounded", f"no authority of the room could let {entry.by} in like this")
+        longest = min(statement.body["duration"], authority.longest, LONGEST)
+        if body["expires_at"] > max(entry.at, self._latest) + longest:
+            raise Tampered("session.unfounded", f"the login of {entry.by} is longer than it may be")
 
     def _check_passkey(self, entry: Entry, signed_with: str) -> None:
         """Else a custodian that lies could make of a passkey or a login that was borrowed once a key that stays, or
@@ -149,16 +169,6 @@ class Statements:
         if entry.body["state"] == "active" and (whose or signed_with != self._keys.get(entry.by)):
             raise Tampered("statement.foreign", f"the passkey is not added with {entry.by}'s own key, or not new")
 
-    def _check_policy(self, entry: Entry) -> None:
-        """A policy is one that was proposed, by one person, and agreed to by another; and it has waited, if it is no
-        emergency."""
-        found = self._proposals.pop(entry.body["proposal"] or "", None)
-        if found is None or found.digest != entry.body["digest"]:
-            raise Tampered("policy.unproposed", "the policy that is put in force is not one that waits")
-        early = entry.at < found.enact_after and not entry.body["break_glass"]
-        if len(found.persons) < 2 or early:
-            raise Tampered("policy.hasty", "the policy was put in force by one person alone, or before its time")
-
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
         key = self._key(entry, statement)
         if not key or statement.by != entry.by or statement.room != self._room:
@@ -169,6 +179,16 @@ class Statements:
         self._seen.add(statement.digest)
         if entry.type == "passkey":
             self._check_passkey(entry, key)
+        if entry.type == "session":
+            self._check_login(entry, statement)
+        # Held back, or dated back, it would be another decision than was made. A put is said when it begins; shredding
+        # and mending the clock must be possible whatever the clock says.
+        if entry.type != "put" and abs(entry.at - statement.at) > _TOLERANCE:
+            raise Tampered(
+                "statement.late", f"the statement was made {abs(entry.at - statement.at)} seconds off its entry"
+            )
+        if entry.type not in ("clock", "shred") and entry.at < self._latest - _TOLERANCE:
+            raise Tampered("entry.early", f"the entry is {self._latest - entry.at} seconds older than one before it")
         if statement.kind != _RESTS_ON.get(entry.type, entry.type):
             raise Tampered("statement.kind", f"an entry {entry.type} rests on a statement of the kind {statement.kind}")
         if differing := _differing(entry, statement):
@@ -182,7 +202,9 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     """The members in which `entry` says something else than was signed."""
     said, wrote = statement.body, entry.body
     # What the entry says of its own (an approver's narrowing, an expiry) is the custodian's; the rest is quoted.
-    shared = (said.keys() & wrote.keys()) - {"duration", "uses"}
+    shared = said.keys() & wrote.keys()
+    if entry.type in ("approve", "renew"):
+        shared = shared - {"duration", "uses"}
     differing = {name for name in shared if said[name] != wrote[name]}
     if (
         said.get("ref", entry.ref) != entry.ref
@@ -192,6 +214,7 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     # What is private is signed as the commitment to it.
     private = {"reason"} | ({"files"} if entry.type == "put" else set())
     differing |= {name for name in private if said.get(name) and said[name] != entry.private.get(name)}
+    differing |= {name for name in entry.private if name not in private or not said.get(name)}
     if entry.type == "principal" and ("subject" in said) != ("subject" in wrote):
         differing.add("subject")
     if entry.type in ("request", "grant", "proposal", "authority") and wrote["id"] != statement.id:

@@ -14,20 +14,19 @@ from typing import TypeVar
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
 from strongroom.formats.entry import Entry
+from strongroom.formats.principal import RANKS, TOGETHER, weighty
 from strongroom.formats.statement import Statement
 from strongroom.policy import entrance, registration
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.facts import resource, situation, subject
 from strongroom.policy.query import ROOM, Query
-from strongroom.policy.registration import RANKS
 from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate
 from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal, Request, State, Version
 
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
 _LONGEST = 100 * 366 * 86_400  # seconds that may be asked for; what is granted is policy's to say
-_TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 T = TypeVar("T")
 
 # What a request still needs.
@@ -367,7 +366,7 @@ class Custody:
                     hint="somebody else who may grant has to do it",
                 )
         self._not_the_last(state, who, body["principal"], body["roles"] if body["state"] == "active" else [])
-        if state.most_granters >= _TOGETHER and registration.weighty(before, body):
+        if state.most_granters >= TOGETHER and weighty(before, body):
             _unheard(state, statement)
             grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
@@ -379,7 +378,7 @@ class Custody:
         before = state.granters()
         after = state.granters(path, roles)
         own = path in state.principals and state.principals[path].person == who.person
-        least = 2 if own and state.most_granters >= _TOGETHER else 1
+        least = 2 if own and state.most_granters >= TOGETHER else 1
         if len(after) < min(least, len(before)):
             raise Denied(
                 "grant.last",
@@ -389,7 +388,7 @@ class Custody:
 
     def authority(self, state: State, statement: Statement, now: int) -> Entry:
         """Whose word the room takes for who somebody is: see policy/entrance.py."""
-        alone, until = state.most_granters < _TOGETHER, now + REQUEST_LIFE
+        alone, until = state.most_granters < TOGETHER, now + REQUEST_LIFE
         return entrance.change(self, state, statement, now, expires_at=until, alone=alone)
 
     def propose(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
@@ -429,6 +428,9 @@ class Custody:
         if who.person in persons:
             raise Denied("approve.own", "nobody approves their own grant", hint="somebody else who may grant has to")
         self.may(state, who, "grant", now=now)
+        record = grant.record
+        asker = Speaker(state.principals[grant.by], grant.method)
+        self._not_the_last(state, asker, record["principal"], record["roles"] if record["state"] == "active" else [])
         body = {"id": grant.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
         return Entry("approve", now, who.path, grant.record["principal"], {**body, "statement": statement.envelope})
 

@@ -8,22 +8,9 @@ from typing import Any
 from strongroom.crypto import signatures
 from strongroom.errors import UsageError
 from strongroom.policy.query import Subject
-from strongroom.policy.state import Principal, State
+from strongroom.policy.state import State
 
-RANKS = ("executive", "officer", "operator")  # whose approvals count
 _PRINCIPALS = "strongroom principal ls"
-
-
-def weighty(before: Principal | None, body: Mapping[str, Any]) -> bool:
-    """Whether a change makes, or makes over, somebody whose approval counts: what one person alone must not do, or
-    that person could invent the others. Taking rights away is never held up."""
-    ranked = set(RANKS) & set(body["roles"])
-    if body["state"] != "active" or not ranked:
-        return False
-    if before is None or not before.active:
-        return True
-    held = (before.key, before.person, before.subject)
-    return bool(ranked - set(before.roles)) or held != (body["key"], body["person"], body.get("subject", ""))
 
 
 def check(state: State, body: Mapping[str, Any]) -> None:

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
+from strongroom.formats.principal import grants
 from strongroom.formats.statement import Statement
 from strongroom.policy.speaker import TOLERANCE, key_of
 
-_GRANTERS = {"officer", "executive"}
 _REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
 _FOR_EVER = MAX_INTEGER
 
@@ -224,11 +224,12 @@ class State:
         return max(found, key=lambda lease: lease.expires_at, default=None)
 
     def granters(self, path: str = "", roles: Sequence[str] = ()) -> set[str]:
-        """The people who are officers or executives, if `path` had these `roles`, and acted."""
+        """The people who may bring others in, by their roles, if `path` had these `roles`, and acted."""
         now = {each.path: each.roles for each in self.principals.values() if each.active}
         if path in self.principals:
             now[path] = list(roles)
-        return {self.principals[each].person for each, held in now.items() if _GRANTERS & set(held)}
+        found = (self.principals[each] for each, held in now.items() if grants(each, self.principals[each].key, held))
+        return {each.person for each in found}
 
     # -- applying ------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from strongroom.formats.authority import Authority
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
 from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
+from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
 from strongroom.policy import entrance
@@ -34,7 +35,6 @@ from strongroom.policy.engine import Policies
 from strongroom.policy.facts import ceilings, resource, situation, subject
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import Access, reach
-from strongroom.policy.registration import RANKS
 from strongroom.policy.review import Review, review
 from strongroom.policy.speaker import Speaker, assumed, authenticate, speaking
 from strongroom.policy.state import Principal, State

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
+from strongroom.errors import IntegrityError, UsageError
 from strongroom.load.roomlog import RoomLog, verify_log
 
 if TYPE_CHECKING:
@@ -209,8 +209,14 @@ class Room:
     def shred(self, ref: str, *, confirm: str) -> dict[str, Any]:
         """Destroy one version's keys and ciphertext; `confirm` repeats its full name."""
         vault = self._here("shred")
-        vault.custodian.authorise(self.principal, "administer", ref=ref)
-        return vault.shred(ref, confirm=confirm, by=self.principal)
+        try:
+            by = self.principal
+        except IntegrityError:
+            # A log that is damaged must not keep the keys alive; whoever has them, and this folder, needs no log.
+            if self._as is None:
+                raise
+            by = self._as
+        return vault.shred(ref, confirm=confirm, by=by)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -321,14 +327,17 @@ class Room:
     ) -> dict[str, Any]:
         """Approve a request or a proposed policy; an approver may shorten, and count the uses. With `show`, by a
         passkey: it is called with the address of the page that asks for it."""
-        body = {"request": self._asked(identifier), "duration": duration, "uses": uses}
+        # What was shown is what is allowed, and no more, whatever else was asked for.
+        asked = self.show_request(identifier)
+        duration, uses = duration or asked["duration"], asked["uses"] if uses is None else uses
+        body = {"request": asked["digest"], "duration": duration, "uses": uses}
         signer = self.passkeys.signer("approve", identifier, show) if show else None
         return self._vault.custodian.approve(self._say("approve", body, signer))
 
     def deny(self, identifier: str, *, reason: str, show: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Refuse a request or a proposed policy, or take back one's own; `show` as of `approve`."""
         note = self._private("reason", reason)
-        body = {"request": self._asked(identifier), "reason": note.commitment}
+        body = {"request": self.show_request(identifier)["digest"], "reason": note.commitment}
         signer = self.passkeys.signer("deny", identifier, show) if show else None
         return self._vault.custodian.deny(self._say("deny", body, signer), note)
 
@@ -353,9 +362,12 @@ class Room:
         """The same of one principal, for the room and every version in it."""
         return self._vault.custodian.reach(principal)
 
-    def policy(self) -> dict[str, Any]:
-        """The policy in force: `text`, `digest`, `rules`; and the `proposals` that are open."""
-        return self._vault.custodian.policy()
+    def policy(self, proposal: str | None = None) -> dict[str, Any]:
+        """The policy in force, or a proposed one: `text`, `digest`, `rules`; and the `proposals` that are open. Of a
+        proposal the text is the one whose digest was signed; Tampered ``request.other``."""
+        from strongroom.load.asked import proposed
+
+        return self._vault.custodian.policy() if proposal is None else proposed(self._vault, proposal)
 
     def propose(self, text: str, *, reason: str) -> dict[str, Any]:
         """Propose another policy: it takes a second person, and a day, before it can be enacted."""
@@ -406,10 +418,6 @@ class Room:
         left = custodian.review().emergencies if found.emergencies else []
         reviewed = [each for each in found.emergencies if each not in left]
         return {**found.as_json(), "removed": removed, "reviewed": reviewed, "left": left, "entry": entry}
-
-    def _asked(self, identifier: str) -> str:
-        """The hash of the whole request: what an approval is about."""
-        return str(self.show_request(identifier)["digest"])
 
     def _private(self, name: str, value: str) -> Private:
         from strongroom.formats.entry import Private
@@ -514,7 +522,9 @@ class Room:
         """A new room key under a new key-encryption key, or in another key store."""
         vault = self._here("keystore rotate")
         vault.custodian.authorise(self.principal, "administer")
-        vault.voice(self.principal)  # before anything is changed: who can't say so must not do it
+        # Before anything is changed: what can't be recorded must not be done.
+        vault.voice(self.principal)
+        vault.custodian.check_clock()
         done = vault.keys.rotate(to)
         return {**done, "entry": self._act("keystore", {"operation": "rotate", "epoch": done["key_epoch"]})["entry"]}
 

@@ -225,6 +225,7 @@ class TestPeople:
         log.person("user/new")
         log.refused("principal.unfounded")
         log.entries.pop()
+        del log.people["user/new"]
         log.person("user/new", roles=["researcher"])
         log.verify()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
 from strongroom.client import Room
 from strongroom.core.clock import unix
+from strongroom.crypto.signatures import Signer
 from strongroom.errors import (
     AuthRequired,
     Conflict,
@@ -17,6 +20,7 @@ from strongroom.errors import (
     Tampered,
     UsageError,
 )
+from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Policies
 from vault.rooms import write_model
 
@@ -538,3 +542,111 @@ def test_the_same_files_put_twice_are_told(team, tmp_path):
     assert entry["body"]["statement"]
     team.olga.shred(first.ref, confirm=first.ref)
     assert team.olga.put(model, "acme/third").same_as == (second.ref,)
+
+
+class TestWhatIsShownAndSigned:
+    def test_an_approval_is_of_what_was_shown_and_of_no_more(self, team, monkeypatch):
+        """A server that shows less than was asked for gets a signature for that only."""
+        asked = team.ana.request(REF, reason="x", duration=8 * 3600)
+        custodian = team.ben._vault.custodian
+        shown = {**custodian.show_request(asked["id"]), "duration": 60, "uses": 1}
+        monkeypatch.setattr(custodian, "show_request", lambda _: shown)
+        said = []
+        monkeypatch.setattr(custodian, "approve", lambda envelope: said.append(Statement.decode(envelope).body))
+        team.ben.approve(asked["id"])
+        assert (said[0]["duration"], said[0]["uses"]) == (60, 1)
+
+    @pytest.mark.parametrize(
+        "lie",
+        [{"reason": "nothing to worry about"}, {"salt": "00" * 32}, {"salt": "x"}, {"uses": None}, {"uses": 3}],
+    )
+    def test_reasons_and_uses_are_those_that_were_signed(self, team, monkeypatch, lie):
+        asked = team.ana.request(REF, reason="x", uses=2)
+        custodian = team.ben._vault.custodian
+        shown = {**custodian.show_request(asked["id"]), **lie}
+        monkeypatch.setattr(custodian, "show_request", lambda _: shown)
+        with pytest.raises(Tampered) as caught:
+            team.ben.approve(asked["id"])
+        assert caught.value.code == "request.other"
+
+    def test_a_proposed_policy_can_be_read_and_is_the_one_that_was_signed(self, team, monkeypatch):
+        text = team.ben.policy()["text"] + "\n// tidier\n"
+        proposed = team.ben.propose(text, reason="tidier")["id"]
+        assert team.olga.policy(proposed)["text"] == text
+        custodian = team.olga._vault.custodian
+        other = custodian.policy()
+        monkeypatch.setattr(custodian, "policy", lambda _: other)
+        with pytest.raises(Tampered):
+            team.olga.policy(proposed)
+        monkeypatch.undo()
+        with pytest.raises(NotFound):
+            custodian.policy("0" * 64)
+
+    def test_a_grant_is_shown_with_its_key_and_person(self, team):
+        made = team.olga.principal_add("user/kim", roles=["officer"])
+        details = team.ben.show_request(made["id"])["details"]
+        key = team.olga._vault.identities.signer("user/kim").public_key
+        assert details["key"] == hashlib.sha256(key).hexdigest()
+        assert (details["person"], details["state"]) == ("user/kim", "active")
+
+
+class TestWhatStrangersAndOthersLearn:
+    def test_of_what_might_be_revoked(self, team):
+        """Whether there is such a principal, version or request is told to who might revoke it."""
+        for target in ("user/ben", "user/nobody", REF, "acme/none@1", "acme/tiny", "0" * 16):
+            with pytest.raises(Denied):
+                team.ana.revoke(target, reason="x")
+        with pytest.raises(NotFound) as caught:
+            team.ben.revoke("acme/tiny", reason="x")
+        assert REF in caught.value.hint
+
+    def test_of_the_size_of_the_log(self, team):
+        custodian = team.ben._vault.custodian
+        body = {"size": 10**12, "findings": 0, "removed": 0}
+        said = Statement.sign(
+            "review", body, room=team.ben._vault.id.hex(), by="user/ben", at=team.clock(), signer=Signer(bytes(32))
+        )
+        with pytest.raises(AuthRequired):
+            custodian.acted(said.envelope)
+        with pytest.raises(UsageError) as caught:
+            custodian.acted(team.ben._say("review", body))
+        assert caught.value.code == "review.size"
+
+
+def test_who_broke_the_glass_does_not_take_the_reason_away(team):
+    team.ben.load(REF, break_glass="fire")
+    (index,) = team.ben.status()["emergencies"]
+    for who in (team.ben, team.olga):
+        with pytest.raises(Denied) as caught:
+            who.log.redact(index)
+        assert caught.value.code == "redact.open"
+    assert team.olga.review(apply=True)["reviewed"] == [index]
+    team.ben.log.redact(index)
+
+
+@pytest.mark.parametrize("reason", ["", "   ", "\u3164", "\u2800\u115f", "...", "\n"])
+def test_a_reason_says_something(team, reason):
+    with pytest.raises(UsageError) as caught:
+        team.ana.request(REF, reason=reason)
+    assert caught.value.code == "reason.empty"
+
+
+def test_the_key_store_is_not_touched_where_it_could_not_be_recorded(team):
+    before = team.olga.keystore_show()
+    team.later(1000)
+    team.ana.request(REF, reason="x")
+    team.later(-1000)
+    with pytest.raises(Sealed) as caught:
+        team.olga.keystore_rotate()
+    assert caught.value.code == "clock.backwards"
+    assert team.olga.keystore_show() == before
+
+
+def test_a_copy_is_of_a_release_that_the_log_has(team):
+    """Also for somebody who writes to the database, and would have it recorded otherwise."""
+    size = team.ana._vault.custodian.ledger.checkpoint()[0].size
+    for release in (0, 1, size, 2**40):
+        body = {"ref": REF, "holder": "user/ana", "release": release, "files": 1, "bytes": 1}
+        with pytest.raises(UsageError) as caught:
+            team.ana._act("copy", body)
+        assert caught.value.code == "copy.release"

@@ -10,6 +10,7 @@ import click
 
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, facts, size, table
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.clock import text
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -46,7 +47,7 @@ def duration(seconds: int) -> str:
 @click.option("--action", type=click.Choice(["load", "copy"]), default="load", show_default=True)
 @click.option("--for", "holder", metavar="PRINCIPAL", help="Who is to have it.  [default: you]")
 @click.option("--duration", "seconds", type=Duration(), default="8h", show_default=True, help="How long, e.g. 30m, 8h.")
-@click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.  [default: any number]")
+@click.option("--uses", type=click.IntRange(1, MAX_INTEGER), help="At most so many releases.  [default: any number]")
 @click.option("--reason", required=True, metavar="TEXT", help="Why: whoever may approve reads it, and it is kept.")
 @pass_options
 def request(
@@ -104,6 +105,7 @@ def _one(options: Options, found: dict[str, Any]) -> None:
         ("action", f"{found['action']} {found['ref']}".strip()),
         ("time", duration(found["duration"]) if found["duration"] else ""),
         ("uses", f"{lease.get('used', 0)} of {found['uses'] or 'any number'}" if found["duration"] else ""),
+        *found["details"].items(),
         ("reason", found["reason"] or "not told, or deleted"),
         ("until", text(found["expires_at"]) if found["expires_at"] is not None else ""),
         ("approved by", ", ".join(found["approved_by"]) or "nobody"),
@@ -127,7 +129,7 @@ def shown(options: Options) -> Callable[[str], None]:
 )
 @click.argument("identifier", metavar="ID")
 @click.option("--duration", "seconds", type=Duration(), default=0, help="Shorten the lease to this.")
-@click.option("--uses", type=click.IntRange(min=1), help="At most so many releases.")
+@click.option("--uses", type=click.IntRange(1, MAX_INTEGER), help="At most so many releases.")
 @with_passkey
 @pass_options
 def approve(options: Options, identifier: str, seconds: int, uses: int | None, passkey: bool) -> None:

@@ -21,14 +21,16 @@ def policy() -> None:
 
 @command("show", explain="The text is kept under its SHA-256, which is in the log, and is checked against it.")
 @click.argument("rule", required=False)
+@click.option("--proposal", metavar="ID", help="A proposed policy in place of the one in force.")
 @pass_options
-def show(options: Options, rule: str | None) -> None:
+def show(options: Options, rule: str | None, proposal: str | None) -> None:
     """The policy in force, or one RULE of it; and what is proposed."""
     with options.open() as room:
-        found = room.policy()
+        found = room.policy(proposal)
     if rule is None:
         proposals = [
-            f"proposed: {item['id']} by {item['by']}, may be enacted from {text(item['enact_after'])}"
+            f"proposed: {item['id']} by {item['by']}, may be enacted from {text(item['enact_after'])}; to read it: "
+            f"strongroom policy show --proposal {item['id']}"
             for item in found["proposals"]
         ]
         options.output.answer(found, [found["text"].rstrip("\n")])

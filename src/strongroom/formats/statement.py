@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
-from strongroom.errors import LimitExceeded, Tampered
+from strongroom.errors import LimitExceeded, Tampered, UsageError
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.entry import (
     COUNT,
@@ -128,7 +128,10 @@ class Statement:
     ) -> Statement:
         """A new statement under the key of `signer`; ValueError when `body` is not one of `kind` (a fault of ours)."""
         value = {"statement": kind, "room": room, "by": by, "at": at, "nonce": nonce or os.urandom(16).hex()}
-        payload = canonical.encode({**value, "body": dict(body)})
+        try:
+            payload = canonical.encode({**value, "body": dict(body)})
+        except UnicodeEncodeError:  # half a surrogate pair: an argument of the command line that is not UTF-8
+            raise UsageError("statement.text", "what is to be signed is not text") from None
         signature = signer.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))
         envelope = Envelope(PAYLOAD_TYPE, payload, ((signer.key_id, signature),)).encode().decode()
         try:

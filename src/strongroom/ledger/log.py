@@ -451,7 +451,11 @@ class Ledger(Generic[S]):
         return found[begin - first : end - first]
 
     def private(self, index: int, entry: Entry) -> dict[str, str]:
-        """What was kept beside the entry, checked against its commitments; redacted values are missing."""
+        """The values of `notes`."""
+        return {name: note.value for name, note in self.notes(index, entry).items()}
+
+    def notes(self, index: int, entry: Entry) -> dict[str, Private]:
+        """What was kept beside the entry, checked against its commitments; what was redacted is missing."""
         query = sa.select(log_private).where(log_private.c.position == index)
         with self._db.reading() as tx:
             rows = tx.execute(query).all()
@@ -461,7 +465,7 @@ class Ledger(Generic[S]):
                 raise Tampered("log.malformed", f"what is kept beside entry {index} is not what a custodian writes")
             value = Private(row.name, row.value, row.salt)
             value.check(entry.private.get(row.name, ""))
-            found[row.name] = row.value
+            found[row.name] = value
         return found
 
     def inclusion(self, index: int, size: int) -> list[bytes]:

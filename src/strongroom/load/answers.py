@@ -117,6 +117,7 @@ REQUEST = _LISTED | {
     "expires_at": or_null(COUNT),
     "statement": TEXT,
     "reason": or_null(TEXT),
+    "salt": TEXT,
     "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import StrongroomError, Tampered, UsageError
+from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 
 if TYPE_CHECKING:
@@ -39,14 +42,55 @@ def look(room: AnyRoom, identifier: str) -> dict[str, Any]:
             expected = ("grant", ", ".join(body["roles"]), body["principal"])
         case "authority":
             expected = ("authority", "", body["authority"])
-        case _:
+        case "propose":
             expected = ("policy", "", "")
+        case _:
+            raise _other(identifier, "its statement asks for nothing")
     if (found["action"], found["ref"], found["for"]) != expected:
         raise _other(identifier, "its statement is about something else")
-    # Approvers shorten what was asked for; nobody lengthens it.
-    if said.kind == "request" and found["duration"] > body["duration"]:
-        raise _other(identifier, "it was asked for a shorter time")
-    return found
+    if said.kind == "request" and not _no_longer(found, body):
+        raise _other(identifier, "it was asked for a shorter time, or fewer uses")
+    if found["reason"] is not None:
+        try:
+            Private("reason", found["reason"], bytes.fromhex(found["salt"])).check(body.get("reason", ""))
+        except (StrongroomError, ValueError):
+            raise _other(identifier, "its reason is another") from None
+    return {**found, "details": _details(said)}
+
+
+def proposed(room: AnyRoom, identifier: str) -> dict[str, Any]:
+    """The policy that a proposal proposes. Errors of `look`; UsageError ``policy.malformed`` for what is none."""
+    from strongroom.policy.engine import Policies
+
+    found = look(room, identifier)
+    digest = Statement.decode(found["statement"]).body.get("digest")
+    if found["action"] != "policy":
+        raise UsageError("policy.malformed", f"{identifier} is no proposal of a policy", hint="strongroom requests")
+    policy = room.custodian.policy(digest)
+    if Policies.parse(policy["text"]).digest != digest or policy["digest"] != digest:
+        raise _other(identifier, "the text of the policy is another")
+    return policy
+
+
+def _no_longer(found: dict[str, Any], body: Mapping[str, Any]) -> bool:
+    """Approvers shorten what was asked for, and count it; nobody lengthens it."""
+    fewer = body["uses"] is None or (found["uses"] is not None and found["uses"] <= body["uses"])
+    return bool(found["duration"] <= body["duration"]) and fewer
+
+
+def _details(said: Statement) -> dict[str, str]:
+    """What else was signed, for whoever has to agree: by its hash where it is long."""
+    body = said.body
+    match said.kind:
+        case "principal":
+            key = hashlib.sha256(bytes.fromhex(body["key"])).hexdigest() if body["key"] else "none"
+            named = {"key": key, "person": body["person"], "teams": ", ".join(body["teams"]) or "none"}
+            return {**named, "state": body["state"], "bound to": body.get("subject", "") or "nothing"}
+        case "authority":
+            return {"terms": hashlib.sha256(body["text"].encode()).hexdigest()}
+        case "propose":
+            return {"policy": body["digest"]}
+    return {}
 
 
 def _other(identifier: str, why: str) -> Tampered:

@@ -102,7 +102,9 @@ class Passkeys:
         asked = look(self._room, request)
         names = ("id", "action", "ref", "for", "by", "reason", "state", "needs")
         facts = {name: _shown(asked[name]) for name in names if asked.get(name)}
-        facts = {"you are": self._who, "decision": what, **facts}
+        if asked["duration"]:
+            facts |= {"seconds": str(asked["duration"]), "uses": str(asked["uses"] or "any number")}
+        facts = {"you are": self._who, "decision": what, **facts, **asked["details"]}
         return PasskeySigner({each["credential"]: each["key"] for each in found}, f"{what} {request}", facts, show)
 
 

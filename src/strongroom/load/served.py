@@ -309,8 +309,9 @@ class ServedCustodian:
     def reach(self, path: str) -> list[dict[str, Any]]:
         return list(self._room.get(f"/v1/reach?{urlencode({'principal': path})}", answers.ACCESS)["access"])
 
-    def policy(self) -> dict[str, Any]:
-        return self._room.get("/v1/policies", answers.POLICY)
+    def policy(self, digest: str | None = None) -> dict[str, Any]:
+        query = f"?{urlencode({'digest': digest})}" if digest else ""
+        return self._room.get(f"/v1/policies{query}", answers.POLICY)
 
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         return self._post("/v1/policies", answers.PROPOSED, envelope, reason, text=text)

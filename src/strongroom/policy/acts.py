@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import Ref
-from strongroom.errors import Conflict, NotFound, Pending, UsageError
+from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 from strongroom.policy.query import ROOM
@@ -90,6 +90,13 @@ def clock(rules: Custody, state: State, statement: Statement, now: int) -> Entry
 def redact(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
     """What was kept beside an entry goes; who may look, and that there is something, is the caller's to see to."""
     who = _administrator(rules, state, statement, now)
+    if str(statement.body["entry"]) in state.emergencies:
+        raise Denied(
+            "redact.open",
+            f"entry {statement.body['entry']} is an emergency that nobody else has reviewed: its reason "
+            "stays until then",
+            hint="somebody else: strongroom review --apply",
+        )
     return _entry("redact", who, "", statement, now, {"entry": statement.body["entry"]})
 
 

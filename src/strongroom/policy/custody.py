@@ -196,6 +196,8 @@ class Custody:
             ref = target
             over = "frozen" if state.versions[target].frozen else "shredded" if state.versions[target].shredded else ""
         else:
+            # What there is, and is not, is told to those only who might revoke it.
+            self._approver(state, who, ROOM, "", now=now)
             numbered = [each for each in state.versions if each.partition("@")[0] == target]
             raise NotFound(
                 "revoke.unknown",

@@ -53,7 +53,7 @@ OPERATIONS = (
     Operation("authorities", "GET", "/v1/authorities", "Whose word is taken for who somebody is", CALL, "Authorities"),
     Operation("passkey", "POST", "/v1/passkeys", "Add a passkey, or remove it", STATEMENT, "PasskeyChanged", "Said"),
     Operation("authority", "POST", "/v1/authorities", "Take, or no more", STATEMENT, "AuthorityChanged", "Said"),
-    Operation("policy", "GET", "/v1/policies", "The policy in force, and proposals", CALL, "Policy"),
+    Operation("policy", "GET", "/v1/policies", "A policy, and what is proposed", CALL, "Policy", query=("digest",)),
     Operation("propose", "POST", "/v1/policies", "Propose a policy", STATEMENT, "PolicyProposed", "Proposed"),
     Operation(
         "enact", "POST", "/v1/policies/{id}/enact", "Make a proposal the policy in force", STATEMENT, "Acted", "Said"

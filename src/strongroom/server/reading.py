@@ -41,7 +41,7 @@ class Reading:
         found = self._custodian.show_request(identifier)
         if not _concerns(found, who.path if self._calls.is_guest(who) else ""):
             raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
-        return found if self._custodian.may_know_why(found, who) else {**found, "reason": None}
+        return found if self._custodian.may_know_why(found, who) else {**found, "reason": None, "salt": ""}
 
     def leases(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, now = self._calls.guest(request, body), self._vault.clock()
@@ -66,7 +66,7 @@ class Reading:
 
     def policy(self, request: Request, body: bytes) -> dict[str, Any]:
         self._no_guest(request, body, "policy")
-        return self._custodian.policy()
+        return self._custodian.policy(request.query_params.get("digest"))
 
     def weights(self, request: Request, body: bytes) -> dict[str, Any]:
         guest = self._calls.guest(request, body)

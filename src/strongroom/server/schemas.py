@@ -51,6 +51,7 @@ _REQUEST: dict[str, Schema] = {
     **_all("action", "state", "ref", "for", "by"),
     "statement": TEXT,
     "reason": _or_null(TEXT),
+    "salt": TEXT,
     **_counts("duration", "enact_after", "entry"),
     "uses": _or_null(COUNT),
     "needs": _list(TEXT),
@@ -59,7 +60,7 @@ _REQUEST: dict[str, Schema] = {
     "expires_at": _or_null(COUNT),
 }
 _SOMETIMES = ("enact_after", "entry")
-_LISTED = {name: schema for name, schema in _REQUEST.items() if name not in ("statement", "reason")}
+_LISTED = {name: schema for name, schema in _REQUEST.items() if name not in ("statement", "reason", "salt")}
 _WHO: dict[str, Schema] = {
     **_all("path", "person", "state", "since"),
     "roles": _list(TEXT),

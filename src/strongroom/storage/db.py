@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from strongroom.core.files import sync_folder
-from strongroom.errors import BackendError, Conflict, UsageError
+from strongroom.errors import BackendError, Conflict, Tampered, UsageError
 
 SCHEMA = 2
 _BUSY_MS = 30_000
@@ -368,6 +368,12 @@ def _run_migrations(tx: sa.Connection, found: int) -> None:
     from alembic import command
     from alembic.config import Config
 
+    if not 0 < found < SCHEMA:  # whoever writes to the database may have put anything there
+        raise Tampered(
+            "db.schema",
+            f"the database says to be of schema {found}, which no release has made",
+            hint="restore the database from a backup",
+        )
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
     config.attributes["connection"] = tx

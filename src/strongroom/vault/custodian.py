@@ -36,7 +36,7 @@ from strongroom.policy.facts import ceilings, resource, situation, subject
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import Access, reach
 from strongroom.policy.review import Review, review
-from strongroom.policy.speaker import Speaker, assumed, authenticate, speaking
+from strongroom.policy.speaker import Speaker, assumed, authenticate, check_clock, speaking
 from strongroom.policy.state import Principal, State
 from strongroom.vault.documents import Documents
 from strongroom.vault.logins import Logins
@@ -289,9 +289,10 @@ class Custodian:
                 break
             else:
                 raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
-        entry = Entry.decode(self.ledger.proven(index, index + 1)[0])
-        reason = self.ledger.private(index, entry).get("reason")
-        return {**self._told(*told), "statement": entry.body["statement"], "reason": reason}
+        entry = self._entry(index)
+        note = self.ledger.notes(index, entry).get("reason")
+        reason = {"reason": note.value if note else None, "salt": note.salt.hex() if note else ""}
+        return {**self._told(*told), "statement": entry.body["statement"], **reason}
 
     def _described(
         self, state: State, now: int, identifier: str | None = None
@@ -368,10 +369,13 @@ class Custodian:
         pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
         return review(kept, (Entry.decode(data) for piece in pieces for data in piece), now)
 
-    def policy(self) -> dict[str, Any]:
-        """The policy in force, and the proposals that are open."""
+    def policy(self, digest: str | None = None) -> dict[str, Any]:
+        """The policy in force, or one that is proposed, by its digest; and the proposals that are open. NotFound
+        ``policy.unknown``."""
         with self.ledger.view() as state:
-            found = self._documents.policies(state.policy)
+            if digest not in (None, state.policy, *(each.digest for each in state.proposals.values())):
+                raise NotFound("policy.unknown", "nobody has proposed such a policy", hint="strongroom policy show")
+            found = self._documents.policies(digest or state.policy)
             proposals = [
                 {"id": each.id, "digest": each.digest, "by": each.by, "enact_after": each.enact_after}
                 for each in state.proposals.values()
@@ -508,7 +512,7 @@ class Custodian:
         statement = Statement.decode(envelope)
         action = "copy" if statement.kind == "copy" else "administer"
         with self._refusals.recorded(statement.by, action, str(statement.body.get("ref", ""))):
-            done = self._upkeep.act(statement, reason, self.ledger.checkpoint()[0].size)
+            done = self._upkeep.act(statement, reason, self.ledger.checkpoint()[0].size, self._entry)
         body = {name: value for name, value in done.entry.body.items() if name != "statement"}
         return {"type": done.entry.type, "ref": done.entry.ref, "at": done.entry.at, "body": body, "entry": done.index}
 
@@ -522,7 +526,15 @@ class Custodian:
         with self.ledger.view() as state:
             return dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
 
+    def check_clock(self) -> None:
+        """Sealed ``clock.backwards`` while nothing may be decided."""
+        with self.ledger.view() as state:
+            check_clock(state, self._now())
+
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _entry(self, index: int) -> Entry:
+        return Entry.decode(self.ledger.proven(index, index + 1)[0])
 
     def _append(self, statement: Statement, decide: Any) -> Recorded:
         action = str(statement.body.get("action", statement.kind))
@@ -539,7 +551,7 @@ class Custodian:
             _only_replayed(error)
             with self.ledger.view() as state:
                 _, index = state.recent[statement.digest]
-            return Recorded(index, Entry.decode(self.ledger.proven(index, index + 1)[0]))
+            return Recorded(index, self._entry(index))
         return Recorded(receipt.index, receipt.entry)
 
     def decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:

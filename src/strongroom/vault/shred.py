@@ -106,7 +106,7 @@ def _record(
         return Draft(entry)
 
     try:
-        return vault.custodian.decide(decide, writes=True).index
+        return vault.custodian.act(statement, "administer", decide).index
     except (IntegrityError, CannotVerify, Sealed, Conflict) as error:
         if isinstance(error, Conflict) and error.code != "shred.unrecorded":
             raise

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete
 from sqlalchemy.engine import Connection
 
 from strongroom.errors import NotFound, UsageError
@@ -16,7 +16,7 @@ from strongroom.ledger.log import Decision, Draft
 from strongroom.policy import acts
 from strongroom.policy.custody import Custody
 from strongroom.policy.state import State
-from strongroom.storage.db import Database, log_entries, log_private
+from strongroom.storage.db import Database, log_private
 from strongroom.vault.requests import check_reason
 
 _ACTS: dict[str, Callable[[Custody, State, Statement, int], Entry]] = {
@@ -51,8 +51,9 @@ class Upkeep:
     def __init__(self, rules: Custody, once: _Once, db: Database) -> None:
         self._rules, self._once, self._db = rules, once, db
 
-    def act(self, statement: Statement, reason: Private | None, size: int) -> Recorded:
-        """Do what `statement` says; `reason` is what it commits to, `size` that of the log now."""
+    def act(self, statement: Statement, reason: Private | None, size: int, entry: Callable[[int], Entry]) -> Recorded:
+        """Do what `statement` says; `reason` is what it commits to, `size` that of the log now, `entry` gives one of
+        its entries, proven."""
         decide = _ACTS.get(statement.kind)
         if decide is None:
             raise UsageError("statement.kind", f"a statement of the kind {statement.kind} does nothing by itself")
@@ -62,21 +63,26 @@ class Upkeep:
                 raise UsageError("reason.empty", "this takes a reason", hint="--reason TEXT")
             check_reason(reason, body["reason"])
             notes = [reason]
-        if statement.kind == "review" and body["size"] > size:
-            raise UsageError("review.size", f"nobody has reviewed {body['size']} entries: the log has {size}")
+        released = None
+        if statement.kind == "copy" and body["release"] < size:
+            released = entry(body["release"])
 
         def within(tx: Connection, state: State, now: int) -> Draft:
             entry = decide(self._rules, state, statement, now)
+            # After it is known who speaks: strangers are told nothing.
             if statement.kind == "redact":
                 _redact(tx, body["entry"])
             if statement.kind == "copy":
-                _check_release(tx, statement)
+                _check_release(released, statement)
+            if statement.kind == "review" and body["size"] > size:
+                raise UsageError("review.size", f"nobody has reviewed {body['size']} entries: the log has {size}")
             return Draft(entry, notes)
 
-        done = self._once(statement, within, writes=statement.kind == "redact")
-        if statement.kind == "redact":
-            self._db.scrub()
-        return done
+        try:
+            return self._once(statement, within, writes=statement.kind == "redact")
+        finally:
+            if statement.kind == "redact":  # again, too, where it was deleted, and the file could not be cleared then
+                self._db.scrub()
 
 
 def _redact(tx: Connection, index: int) -> None:
@@ -85,11 +91,9 @@ def _redact(tx: Connection, index: int) -> None:
         raise NotFound("redact.nothing", f"nothing is kept beside entry {index}", hint="strongroom log tail")
 
 
-def _check_release(tx: Connection, statement: Statement) -> None:
+def _check_release(found: Entry | None, statement: Statement) -> None:
     """Whoever says that a copy is written was given the keys for one."""
     index, ref = statement.body["release"], statement.body["ref"]
-    data = tx.execute(select(log_entries.c.entry).where(log_entries.c.position == index)).scalar()
-    found = Entry.decode(data) if isinstance(data, bytes) else None
     if found is None or (found.type, found.by, found.ref) != ("release", statement.by, ref):
         raise UsageError("copy.release", f"entry {index} is no release of {ref} to {statement.by}")
     if found.body["action"] != "copy":

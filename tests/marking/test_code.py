@@ -51,6 +51,6 @@ def test_a_shorter_version_of_the_code_is_its_prefix():
 def test_bits_follow_their_biases():
     code = Code(KEY, 2000)
     words = np.array([bits(code.word(f"user/h{k}"), 2000) for k in range(600)])
-    expected = code.biases() / 65536
+    expected = code.biases / 65536
     spread = np.sqrt(expected * (1 - expected) / 600)
     assert np.all(np.abs(words.mean(0) - expected) < 6 * spread + 1e-3)

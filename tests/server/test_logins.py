@@ -115,7 +115,7 @@ def test_a_login_that_has_ended_says_which_command(served, provider, away):
     value = json.loads(kept.read_text())
     kept.write_text(json.dumps({**value, "expires_at": unix() - 1}))
     said = ask(served, away, "user/ida", check=4)["error"]
-    assert (said["code"], said["hint"]) == ("login.expired", "strongroom login --as user/ida")
+    assert (said["code"], said["hint"]) == ("login.expired", f"strongroom --room {served.url} login --as user/ida")
 
 
 def test_a_login_by_certificate(served, domain, away):

@@ -17,7 +17,7 @@ from strongroom.formats.manifest import TAG_BYTES
 from strongroom.load.reader import ImageReader
 from strongroom.marking.mark import Marker
 from strongroom.storage.image import SealedImage, sealed_segments
-from strongroom.vault.release import bundle_for
+from strongroom.vault.release import Bundles
 from vault.rooms import OWNER, REF, House, original
 
 PART = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,12}", fullmatch=True).filter(lambda text: ".." not in text)
@@ -39,7 +39,7 @@ class Version:
         self.segments = {s.index: s for k in range(len(self.layout.stripes)) for s in self.layout.stripe(k)}
 
     def bundle(self, holder: str) -> KeyBundle:
-        return bundle_for(self.record, self.manifest, self.signer, holder)
+        return Bundles(self.record, self.manifest, self.signer).of(holder)
 
     def read(self, bundle: KeyBundle) -> bytes:
         return bytes(ImageReader(self.house.vault.blobs, bundle, workers=1).read_all())

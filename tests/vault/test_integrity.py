@@ -396,10 +396,10 @@ class TestRollback:
 
     def bundle_of(self, house: House, manifest: Manifest, old: KeyBundle) -> KeyBundle:
         """A bundle for the new revision, as its holder has it: made without the store."""
-        from strongroom.vault.release import bundle_for
+        from strongroom.vault.release import Bundles
 
         record = house.vault.record(house.vault.find(REF))
-        return bundle_for(record, manifest, old.signer, OWNER)
+        return Bundles(record, manifest, old.signer).of(OWNER)
 
     def test_old_bundle_does_not_open_the_new_revision(self, house):
         old = house.vault.bundle(REF, OWNER)

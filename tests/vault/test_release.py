@@ -41,7 +41,7 @@ from strongroom.load.reader import ImageReader
 from strongroom.load.receive import Released, Remembered, accept
 from strongroom.policy.facts import CEILINGS
 from strongroom.policy.state import State
-from strongroom.vault.release import bundle_for
+from strongroom.vault.release import Bundles
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model
 
@@ -715,7 +715,7 @@ class TestWhatIsBelieved:
 
     def bundle(self, hall, ref=REF, holder="user/ana"):
         record = hall.vault.record(hall.vault.find(ref))
-        return bundle_for(record, hall.vault.manifest(record), hall.vault.keys.signer.public_key, holder)
+        return Bundles(record, hall.vault.manifest(record), hall.vault.keys.signer.public_key).of(holder)
 
     def test_another_rooms_log_or_key(self, hall, remembered):
         statement, key, released = hall.received()

@@ -292,6 +292,13 @@ class Ledger(Generic[S]):
             self._remember()
             yield loaded.state
 
+    def glance(self, age: float) -> S | None:
+        """The state as it was at most `age` seconds ago, without waiting for whoever appends, or None. An entry may be
+        in it that is about to be durable, or about to be undone, and it changes while it is looked at: for questions
+        that the sequencer asks again, about single members."""
+        loaded = self._loaded
+        return loaded.state if loaded is not None and time.monotonic() - self._caught_up <= age else None
+
     def checkpoint(self) -> tuple[Checkpoint, bytes]:
         """The newest checkpoint, and its signed note; NotFound ``log.empty``."""
         with self._state_lock, self.view():

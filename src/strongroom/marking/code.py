@@ -9,7 +9,7 @@ machine computes the same word.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Code:
         self.positions = positions
         self._table = bias_table(colluders)
 
+    @cached_property
     def biases(self) -> NDArray[np.uint32]:
         """uint32 (positions,): 65536 times the probability that a word has a 1 there."""
         steps = np.frombuffer(keystream(derive(self._key, "bias"), self.positions), np.uint8)
@@ -47,4 +48,4 @@ class Code:
     def word(self, holder: str) -> bytes:
         """The code word of a holder's path: ⌈positions / 8⌉ bytes, position 0 in the lowest bit of the first."""
         draws = np.frombuffer(keystream(derive(self._key, "word", holder.encode()), 2 * self.positions), "<u2")
-        return np.packbits(draws < self.biases(), bitorder="little").tobytes()
+        return np.packbits(draws < self.biases, bitorder="little").tobytes()

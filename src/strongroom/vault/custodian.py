@@ -24,7 +24,6 @@ from strongroom.errors import (
 )
 from strongroom.formats.authority import Authority
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
-from strongroom.formats.manifest import Manifest
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
@@ -41,9 +40,8 @@ from strongroom.policy.state import Principal, State
 from strongroom.vault.documents import Documents
 from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
-from strongroom.vault.record import VersionRecord
 from strongroom.vault.refusals import Refusals
-from strongroom.vault.release import bundle_for
+from strongroom.vault.release import Bundles
 from strongroom.vault.requests import check_reason, describe_grant, describe_proposal, describe_request
 from strongroom.vault.upkeep import Upkeep
 
@@ -56,9 +54,6 @@ FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", 
 _VERSIONS = 32  # whose secrets and manifests are kept opened
 _OUTDATED = ("release.revision", "version.missing")
 _GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
-
-# The secrets of a version, and its verified manifest.
-Opened = tuple[VersionRecord, Manifest]
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class Custodian:
     def __init__(self, vault: Vault, ledger: Ledger[State]) -> None:
         self._vault, self.ledger = vault, ledger
         self._documents = Documents(vault.db)
-        self._opened: dict[str, Opened] = {}
+        self._opened: dict[str, Bundles] = {}
         self._refusals = Refusals(ledger)
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
@@ -394,8 +389,12 @@ class Custodian:
 
     def challenge(self) -> bytes:
         """A fresh challenge of 32 bytes, good for 300 seconds."""
-        with self.ledger.view(_GLANCE) as state:
+        state = self.ledger.glance(_GLANCE)
+        if state is not None:
             era = state.era
+        else:
+            with self.ledger.view(_GLANCE) as state:
+                era = state.era
         return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
 
     def release(self, envelope: str, reason: Private | None = None) -> Answer:
@@ -413,13 +412,13 @@ class Custodian:
         check_receiver(bytes.fromhex(body["public_key"]))
         with self._refusals.recorded(statement.by, body["action"], body["ref"]):
             try:
-                receipt, (record, manifest) = self._released(statement, reason, self._opened.get(body["ref"]))
+                receipt, bundles = self._released(statement, reason, self._opened.get(body["ref"]))
             except (Conflict, NotFound) as error:
                 # What was opened before may be another revision than the log's by now, or have been shredded.
                 if error.code not in _OUTDATED or self._opened.pop(body["ref"], None) is None:
                     raise
-                receipt, (record, manifest) = self._released(statement, reason, None)
-        bundle = bundle_for(record, manifest, self._vault.keys.signer.public_key, body["holder"])
+                receipt, bundles = self._released(statement, reason, None)
+        bundle = bundles.of(body["holder"])
         leaf = leaf_hash(receipt.data)
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
@@ -431,13 +430,18 @@ class Custodian:
     def _recognise(self, statement: Statement) -> None:
         """As `identify`, where the sequencer decides afterwards: somebody whom another custodian has suspended within
         the last second may pass here."""
+        state = self.ledger.glance(_GLANCE)
         try:
-            with self.ledger.view(_GLANCE) as state:
+            if state is not None:
                 authenticate(state, statement, self._now())
+                return
         except StrongroomError:
-            self.identify(statement)
+            pass  # it may be so no more
+        self.identify(statement)
 
-    def _released(self, statement: Statement, reason: Private | None, opened: Opened | None) -> tuple[Receipt, Opened]:
+    def _released(
+        self, statement: Statement, reason: Private | None, opened: Bundles | None
+    ) -> tuple[Receipt, Bundles]:
         """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
         body = statement.body
         found = opened or self._looked_up(body["ref"])
@@ -446,7 +450,7 @@ class Custodian:
         def facts() -> Facts:
             if isinstance(found, StrongroomError):
                 raise found
-            return Facts(found[0].revision, found[0].manifest_digest.hex())
+            return Facts(found.record.revision, found.record.manifest_digest.hex())
 
         def decide(_: Connection, state: State, now: int) -> Draft:
             def fresh() -> None:
@@ -464,11 +468,11 @@ class Custodian:
         self._opened[body["ref"]] = found
         return receipt, found
 
-    def _looked_up(self, ref: str) -> Opened | StrongroomError:
+    def _looked_up(self, ref: str) -> Bundles | StrongroomError:
         """The secrets and the manifest of a version; or why not, which is for those that are authenticated only."""
         try:
             record = self._vault.record(self._vault.find(ref))
-            return record, self._vault.manifest(record)
+            return Bundles(record, self._vault.manifest(record), self._vault.keys.signer.public_key)
         except StrongroomError as error:
             return error
 

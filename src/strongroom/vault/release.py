@@ -9,23 +9,31 @@ from strongroom.marking.code import Code
 from strongroom.vault.record import VersionRecord
 
 
-def bundle_for(record: VersionRecord, manifest: Manifest, signer: bytes, holder: str) -> KeyBundle:
-    """The common key and, at each position, the key of the variant that `holder`'s code word names.
+class Bundles:
+    """The key bundles of one version. What is the same for all holders is made once; all of it is secret."""
 
-    No pass over the weights: the release is the fingerprint.
-    """
-    keys = VersionKeys.of(record.version_key, manifest.positions)
-    word = Code(record.code_key, manifest.positions, record.colluders).word(holder)
-    return KeyBundle(
-        suite=manifest.suite,
-        room=manifest.room,
-        version=manifest.version,
-        revision=manifest.revision,
-        manifest_digest=manifest.digest(),
-        signer=signer,
-        holder=holder,
-        ref=f"{record.name}@{record.number}",
-        common_key=keys.common,
-        word=word,
-        variant_keys=keys.chosen(word),
-    )
+    def __init__(self, record: VersionRecord, manifest: Manifest, signer: bytes) -> None:
+        self.record, self._manifest, self._signer = record, manifest, signer
+        self._keys = VersionKeys.of(record.version_key, manifest.positions)
+        self._code = Code(record.code_key, manifest.positions, record.colluders)
+        self._digest = manifest.digest()
+
+    def of(self, holder: str) -> KeyBundle:
+        """The common key and, at each position, the key of the variant that `holder`'s code word names.
+
+        No pass over the weights: the release is the fingerprint.
+        """
+        word = self._code.word(holder)
+        return KeyBundle(
+            suite=self._manifest.suite,
+            room=self._manifest.room,
+            version=self._manifest.version,
+            revision=self._manifest.revision,
+            manifest_digest=self._digest,
+            signer=self._signer,
+            holder=holder,
+            ref=f"{self.record.name}@{self.record.number}",
+            common_key=self._keys.common,
+            word=word,
+            variant_keys=self._keys.chosen(word),
+        )

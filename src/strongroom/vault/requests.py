@@ -90,10 +90,6 @@ def describe_proposal(proposal: Proposal) -> dict[str, Any]:
 
 def check_reason(reason: Private, commitment: str) -> None:
     """UsageError for what can't be kept or shown, or says nothing, Tampered unless it is what was signed."""
-    # Fillers of Hangul are letters to Unicode, and nothing to who reads.
-    said = unicodedata.normalize("NFKC", reason.value).replace("\u115f", "").replace("\u1160", "")
-    if not any(each.isalnum() for each in said):
-        raise UsageError("reason.empty", "a reason says something: others will read it", hint="--reason TEXT")
     shown = all(each.isprintable() or each in "\n\t" for each in reason.value)
     if reason.name != "reason" or len(reason.value) > LIMITS.reason or not shown:
         raise UsageError(
@@ -101,4 +97,8 @@ def check_reason(reason: Private, commitment: str) -> None:
             f"a reason is a text of at most {LIMITS.reason} characters that can be shown",
             hint="--reason",
         )
+    # Fillers of Hangul are letters to Unicode, and nothing to who reads.
+    said = unicodedata.normalize("NFKC", reason.value).replace("\u115f", "").replace("\u1160", "")
+    if not any(each.isalnum() for each in said):
+        raise UsageError("reason.empty", "a reason says something: others will read it", hint="--reason TEXT")
     reason.check(commitment)

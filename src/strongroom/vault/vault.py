@@ -53,7 +53,7 @@ from strongroom.vault.custodian import FIRST_ROLES, Custodian
 from strongroom.vault.journal import Journal
 from strongroom.vault.put import Plan, Progress, parse_share, put
 from strongroom.vault.record import VersionRecord
-from strongroom.vault.release import bundle_for
+from strongroom.vault.release import Bundles
 from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.rotate import rotate
 from strongroom.vault.sent import Sent
@@ -374,7 +374,7 @@ class Vault:
     def bundle(self, ref: str, holder: str) -> KeyBundle:
         """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""
         record = self.record(self.find(ref))
-        return bundle_for(record, self.manifest(record), self.keys.signer.public_key, self.principal(holder))
+        return Bundles(record, self.manifest(record), self.keys.signer.public_key).of(self.principal(holder))
 
     # -- put -----------------------------------------------------------------------------------------------------
 

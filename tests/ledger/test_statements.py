@@ -234,6 +234,22 @@ class TestPeople:
         log.person("user/eva", state="suspended")
         log.refused("principal.unfounded")
 
+    @pytest.mark.parametrize(
+        "lie", [{}, {"key": "5" * 64}, {"person": "user/ana"}, {"roles": ["auditor", "officer"]}, {"teams": ["team/x"]}]
+    )
+    def test_what_a_change_leaves_open_stays_as_it_was(self, log, lie):
+        """Somebody is suspended; whoever signs that says nothing of keys."""
+        said = dict.fromkeys(("key", "person", "roles", "teams", "subject")) | {"state": "suspended"}
+        said |= {"principal": "user/eva", "before": log.people["user/eva"]}
+        envelope = log.say("principal", "user/ben", said).envelope
+        body = {"principal": "user/eva", "key": PEOPLE["user/eva"].public_key.hex(), "person": "user/eva"}
+        body |= {"roles": ["officer"], "teams": [], "state": "suspended", "statement": envelope}
+        log.write("principal", "user/ben", body | lie, "user/eva")
+        if lie:
+            log.refused("principal.unfounded")
+        else:
+            log.verify()
+
     def grant(self, log, by="user/ben"):
         body = {"principal": "user/new", "key": PEOPLE["user/new"].public_key.hex(), "person": "user/new"}
         said = log.say("principal", by, body | {"roles": ["officer"], "teams": [], "state": "active", "before": None})

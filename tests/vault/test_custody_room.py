@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 
@@ -650,3 +651,37 @@ def test_a_copy_is_of_a_release_that_the_log_has(team):
         with pytest.raises(UsageError) as caught:
             team.ana._act("copy", body)
         assert caught.value.code == "copy.release"
+
+
+class TestWhatALyingServerSaysOfSomebody:
+    @pytest.mark.parametrize(
+        "lie", [{"key": "5" * 64}, {"person": "user/ben"}, {"teams": ["team/x"]}, {"subject": "a" * 64}]
+    )
+    def test_is_not_signed(self, team, monkeypatch, lie):
+        custodian = team.ben._vault.custodian
+        told = replace(custodian.known("user/ana"), **lie)
+        monkeypatch.setattr(custodian, "known", lambda _: told)
+        sent = []
+        monkeypatch.setattr(custodian, "change_principal", sent.append)
+        team.ben.principal_change("user/ana", roles=["auditor"])
+        team.ben.principal_change("user/ana", state="suspended")
+        team.ben.principal_bind("user/ana")
+        said = [Statement.decode(envelope).body for envelope in sent]
+        assert [said[0][name] for name in ("key", "person", "teams", "state", "subject")] == [None] * 5
+        assert said[0]["roles"] == ["auditor"]
+        assert (said[1]["state"], said[1]["roles"]) == ("suspended", None)
+        assert "subject" not in said[2]
+        assert said[2]["key"] is None
+
+    def test_and_what_is_open_stays(self, team):
+        before = team.ben.principal_show("user/ana")
+        team.ben.principal_change("user/ana", roles=["auditor"])
+        after = team.ben.principal_show("user/ana")
+        assert after["roles"] == ["auditor"]
+        assert all(before[name] == after[name] for name in ("key", "person", "teams", "state", "subject"))
+        team.ana.log.verify()
+
+    def test_nothing_of_somebody_new_is_open(self, team):
+        with pytest.raises(UsageError) as caught:
+            team.ben._registry._change("user/new", None, "user/new", [], [], "active", "", None)
+        assert caught.value.code == "principal.new"

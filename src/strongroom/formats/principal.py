@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from strongroom.errors import UsageError
+
 RANKS = ("executive", "officer", "operator")  # whose approvals count
 TOGETHER = 3  # people who may grant, from which on one of them alone may not: before, a room is being set up
 _GRANTERS = {"officer", "executive"}
@@ -21,9 +23,28 @@ class Record(Protocol):
     @property
     def roles(self) -> Sequence[str]: ...
     @property
+    def teams(self) -> Sequence[str]: ...
+    @property
+    def state(self) -> str: ...
+    @property
     def subject(self) -> str: ...
     @property
     def active(self) -> bool: ...
+
+
+def resolved(before: Record | None, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The record that a signed change makes of the one `before`: what it leaves open (null) stays as it was, so that
+    nobody signs what somebody else has said of it. UsageError ``principal.new`` for a new one that is not whole."""
+    whole = {"principal": body["principal"]}
+    for name in ("key", "person", "roles", "teams", "state", "subject"):
+        value = body.get(name, "")
+        if value is None:
+            if before is None:
+                raise UsageError("principal.new", f"{body['principal']} is new, and nothing of it can stay as it was")
+            value = getattr(before, name)
+        if value or name != "subject":
+            whole[name] = list(value) if name in ("roles", "teams") else value
+    return whole
 
 
 def grants(path: str, key: str, roles: Sequence[str]) -> bool:

@@ -21,7 +21,6 @@ from strongroom.formats.entry import (
     KEY,
     LEASED,
     METHOD,
-    OPTIONAL,
     SHORT,
     STATE,
     TEXT,
@@ -75,13 +74,13 @@ BODIES: dict[str, dict[str, Kind]] = {
     },
     "call": {"method": TEXT, "path": TEXT, "body": DIGEST},
     "propose": {"digest": DIGEST, "reason": DIGEST},
-    "principal": {
+    "principal": {  # null: as it is in the record `before`
         "principal": TEXT,
-        "key": or_empty(DIGEST),
-        "person": TEXT,
-        "roles": TEXTS,
-        "teams": TEXTS,
-        "state": STATE,
+        "key": or_null(or_empty(DIGEST)),
+        "person": or_null(TEXT),
+        "roles": or_null(TEXTS),
+        "teams": or_null(TEXTS),
+        "state": or_null(STATE),
         "before": or_null(COUNT),
     },
     "authority": {"authority": TEXT, "text": TEXT},
@@ -99,6 +98,9 @@ BODIES: dict[str, dict[str, Kind]] = {
     "review": {"size": COUNT, "findings": COUNT, "removed": COUNT},
     "keystore": {"operation": one_of("rotate"), "epoch": COUNT},
 }
+
+
+_OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": or_null(DIGEST)}}
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,8 @@ class Statement:
         if not conforms(value, _MEMBERS):
             raise _malformed("it does not have exactly the members of one")
         members = BODIES.get(value["statement"])
-        if members is not None and value["statement"] in OPTIONAL:
-            members = with_optional(members, OPTIONAL[value["statement"]], body)
+        if members is not None and value["statement"] in _OPTIONAL:
+            members = with_optional(members, _OPTIONAL[value["statement"]], body)
         if members is None or not conforms(body, members):
             raise _malformed(f"its body is not that of the kind {value['statement']!r:.40}")
         found = cls(value["statement"], value["room"], value["by"], value["at"], value["nonce"], body, envelope)

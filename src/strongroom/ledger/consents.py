@@ -10,7 +10,7 @@ from typing import Any
 
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import TOGETHER, grants, weighty
+from strongroom.formats.principal import TOGETHER, grants, resolved, weighty
 from strongroom.formats.statement import Statement
 
 _WAITING = 86_400  # seconds between a proposal and its policy
@@ -25,6 +25,7 @@ class Person:
     key: str
     person: str
     roles: list[str]
+    teams: list[str]
     subject: str
     state: str
     entry: int
@@ -64,6 +65,7 @@ class _Proposal:
 @dataclass
 class _Grant:
     said: Statement
+    record: dict[str, Any]  # empty of an authority
     by: str
     expires_at: int
     before: int | None
@@ -85,6 +87,10 @@ class Consents:
     def person(self, path: str) -> str:
         """The person behind a principal."""
         return self.people[path].person if path in self.people else path
+
+    def granted(self, identifier: str) -> dict[str, Any]:
+        """The record that the grant of that identifier makes, once a second person agrees; empty if it is none."""
+        return self._grants[identifier].record if identifier in self._grants else {}
 
     # -- checking ------------------------------------------------------------------------------------------------
 
@@ -128,7 +134,12 @@ class Consents:
         before = self.people.get(path)
         if said.body["before"] != (before.entry if before else None):
             return f"it was made of another record of {path}"
-        if entry.type == "principal" and self._most >= TOGETHER and weighty(before, said.body):
+        record = resolved(before, said.body)
+        if entry.type == "principal" and record != {
+            name: entry.body[name] for name in entry.body if name != "statement"
+        }:
+            return f"it says something else of {path} than was signed"
+        if entry.type == "principal" and self._most >= TOGETHER and weighty(before, record):
             return "one person alone has made somebody whose approval counts"
         return ""
 
@@ -157,7 +168,7 @@ class Consents:
         return "the lease is another than was asked for and allowed" if body["lease"] not in (None, lease) else ""
 
     def _second(self, entry: Entry, said: Statement, grant: _Grant) -> str:
-        about = grant.said.body
+        about = grant.record
         target = self.people.get(about.get("principal", ""))
         persons = {self.person(grant.by), about.get("person", ""), target.person if target else ""}
         if said.body["request"] != grant.said.digest or self.person(entry.by) in persons:
@@ -237,9 +248,10 @@ class Consents:
         match entry.type:
             case "grant":
                 before = self.people.get(said.body["principal"])
-                self._grants[body["id"]] = _Grant(said, entry.by, body["expires_at"], before.entry if before else None)
+                record, at = resolved(before, said.body), before.entry if before else None
+                self._grants[body["id"]] = _Grant(said, record, entry.by, body["expires_at"], at)
             case "authority" if body["expires_at"] is not None:
-                self._grants[body["id"]] = _Grant(said, entry.by, body["expires_at"], None)
+                self._grants[body["id"]] = _Grant(said, {}, entry.by, body["expires_at"], None)
             case "request":
                 asked = (body["action"], entry.ref, body["for"], entry.by, body["duration"], body["uses"])
                 self._requests[body["id"]] = _Request(said.digest, *asked, body["expires_at"])
@@ -252,8 +264,7 @@ class Consents:
         if name in self._proposals:
             self._proposals[name].persons.add(self.person(entry.by))
         elif name in self._grants:
-            record = self._grants.pop(name).said.body
-            if "principal" in record:
+            if record := self._grants.pop(name).record:
                 self.install(index, record)
         elif name in self._requests:
             request = self._requests[name]
@@ -274,9 +285,8 @@ class Consents:
         """A principal's record is now `body`, that of an entry or a statement."""
         path, subject = body["principal"], body.get("subject", "")
         before = self.people.get(path)
-        self.people[path] = Person(
-            path, body["key"], body["person"], list(body["roles"]), subject, body["state"], index
-        )
+        roles, teams = list(body["roles"]), list(body["teams"])
+        self.people[path] = Person(path, body["key"], body["person"], roles, teams, subject, body["state"], index)
         if body["state"] != "active" or (before and (before.key, before.subject) != (body["key"], subject)):
             self._end("holder", path)
         able = {each.person for each in self.people.values() if each.active and grants(each.path, each.key, each.roles)}

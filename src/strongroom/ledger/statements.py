@@ -31,7 +31,7 @@ class Statements:
         self._keys: dict[str, str] = {}  # of those who are active
         self._own: dict[str, str] = {}  # the newest own key of everybody, whoever may act or not
         self._authorities: dict[str, Authority] = {}  # in force
-        self._waiting: dict[str, Statement] = {}  # principals and authorities that a second person has to agree to
+        self._waiting: dict[str, Statement] = {}  # authorities that a second person has to agree to
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
         self._passkeys: dict[str, tuple[str, str]] = {}  # by the key's identifier: key and principal
@@ -85,8 +85,6 @@ class Statements:
                     self._passkeys[hashlib.sha256(key).hexdigest()] = (key.hex(), entry.by)
             case "session" if said is not None:
                 self._sessions[said.key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
-            case "grant" if said is not None:
-                self._waiting[body["id"]] = said
             case "authority" if said is not None and body["expires_at"] is not None:
                 self._waiting[body["id"]] = said
             case "authority" if said is not None:
@@ -99,11 +97,9 @@ class Statements:
             case "deny":
                 self._waiting.pop(body["id"], None)
             case "approve" if body["id"] in self._waiting:
-                agreed = self._waiting.pop(body["id"])
-                if agreed.kind == "authority":
-                    self._trust(agreed)
-                else:
-                    self._install(agreed.body)
+                self._trust(self._waiting.pop(body["id"]))
+            case "approve" if record := self._consents.granted(body["id"]):
+                self._install(record)
         self._consents.apply(index, entry, said)
 
     def _install(self, body: Mapping[str, Any]) -> None:
@@ -205,6 +201,8 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     shared = said.keys() & wrote.keys()
     if entry.type in ("approve", "renew"):
         shared = shared - {"duration", "uses"}
+    if entry.type == "principal":  # what is left open is looked up in the record before: in consents.py
+        shared = {"principal"}
     differing = {name for name in shared if said[name] != wrote[name]}
     if (
         said.get("ref", entry.ref) != entry.ref
@@ -215,8 +213,6 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     private = {"reason"} | ({"files"} if entry.type == "put" else set())
     differing |= {name for name in private if said.get(name) and said[name] != entry.private.get(name)}
     differing |= {name for name in entry.private if name not in private or not said.get(name)}
-    if entry.type == "principal" and ("subject" in said) != ("subject" in wrote):
-        differing.add("subject")
     if entry.type in ("request", "grant", "proposal", "authority") and wrote["id"] != statement.id:
         differing.add("id")
     if "request" in said and said["request"][:16] != wrote["id"]:

@@ -39,7 +39,8 @@ def look(room: AnyRoom, identifier: str) -> dict[str, Any]:
         case "request":
             expected = (body["action"], body["ref"], body["for"])
         case "principal":
-            expected = ("grant", ", ".join(body["roles"]), body["principal"])
+            roles = found["ref"] if body["roles"] is None else ", ".join(body["roles"])
+            expected = ("grant", roles, body["principal"])
         case "authority":
             expected = ("authority", "", body["authority"])
         case "propose":
@@ -83,9 +84,17 @@ def _details(said: Statement) -> dict[str, str]:
     body = said.body
     match said.kind:
         case "principal":
-            key = hashlib.sha256(bytes.fromhex(body["key"])).hexdigest() if body["key"] else "none"
-            named = {"key": key, "person": body["person"], "teams": ", ".join(body["teams"]) or "none"}
-            return {**named, "state": body["state"], "bound to": body.get("subject", "") or "nothing"}
+            said_key = body["key"]
+            key = hashlib.sha256(bytes.fromhex(said_key)).hexdigest() if said_key else said_key
+            told = {
+                "key": key,
+                "person": body["person"],
+                "roles": body["roles"] if body["roles"] is None else ", ".join(body["roles"]),
+                "teams": body["teams"] if body["teams"] is None else ", ".join(body["teams"]),
+                "state": body["state"],
+                "bound to": body.get("subject", ""),
+            }
+            return {name: "as before" if value is None else value or "none" for name, value in told.items()}
         case "authority":
             return {"terms": hashlib.sha256(body["text"].encode()).hexdigest()}
         case "propose":

@@ -68,35 +68,35 @@ class Registry:
             raise Conflict(
                 "principal.removed", f"{path} was removed, for good", hint=f"strongroom principal add {path}"
             )
-        chosen = old.roles if roles is None else roles
-        return self._change(path, old.key, old.person, chosen, old.teams, state or old.state, old.subject, old.entry)
+        # Only what is changed is said: of the rest this client knows what a server says.
+        return self._change(path, None, None, roles, None, state, None, old.entry)
 
     def bind(self, path: str, oidc: str | None, spiffe: str | None) -> dict[str, Any]:
         """Another name that an authority gives it, or none."""
         old = self._room.custodian.known(path)
         bound = subject_of(oidc, spiffe)
-        return self._change(path, old.key, old.person, old.roles, old.teams, old.state, bound, old.entry)
+        return self._change(path, None, None, None, None, None, bound, old.entry)
 
     def _change(
         self,
         path: str,
-        key: str,
-        person: str,
-        roles: Sequence[str],
-        teams: Sequence[str],
-        state: str,
-        subject: str,
+        key: str | None,
+        person: str | None,
+        roles: Sequence[str] | None,
+        teams: Sequence[str] | None,
+        state: str | None,
+        subject: str | None,
         before: int | None,
     ) -> dict[str, Any]:
         body: dict[str, Any] = {
             "principal": path,
             "key": key,
             "person": person,
-            "roles": sorted(set(roles)),
-            "teams": sorted(set(teams)),
+            "roles": sorted(set(roles)) if roles is not None else None,
+            "teams": sorted(set(teams)) if teams is not None else None,
             "state": state,
             "before": before,
         }
-        if subject:
+        if subject != "":
             body["subject"] = subject
         return self._room.custodian.change_principal(self._say("principal", body))

@@ -14,7 +14,7 @@ from typing import TypeVar
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import RANKS, TOGETHER, weighty
+from strongroom.formats.principal import RANKS, TOGETHER, resolved, weighty
 from strongroom.formats.statement import Statement
 from strongroom.policy import entrance, registration
 from strongroom.policy.engine import Decision, Policies
@@ -345,19 +345,20 @@ class Custody:
         """Register or change a principal. Nobody changes their own rights."""
         who = authenticate(state, statement, now)
         self.may(state, who, "grant", now=now)
-        body = dict(statement.body)
-        based_on = body.pop("before")
-        for path in (body["principal"], body["person"], *body["teams"]):
-            parse_principal(path)
-        before = state.principals.get(body["principal"])
-        registration.check(state, body)
+        before = state.principals.get(statement.body["principal"])
         # Else a change that was made of an older record would bring back what was taken away meanwhile.
-        if (before.entry if before else None) != based_on:
+        if before is not None and before.entry != statement.body["before"]:
             raise Conflict(
                 "principal.changed",
-                f"{body['principal']} was changed since it was looked at",
-                hint=f"strongroom principal show {body['principal']}; then give the command again",
+                f"{before.path} was changed since it was looked at",
+                hint=f"strongroom principal show {before.path}; then give the command again",
             )
+        body = resolved(before, statement.body)
+        for path in (body["principal"], body["person"], *body["teams"]):
+            parse_principal(path)
+        registration.check(state, body)
+        if before is None and statement.body["before"] is not None:
+            raise NotFound("principal.missing", f"there is no {body['principal']} in this room", hint=_PRINCIPALS)
         if who.person in (body["person"], before.person if before else ""):
             gained = {*body["roles"], *body["teams"]} - ({*before.roles, *before.teams} if before else set())
             revived = before and not before.active and body["state"] == "active"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import grants
+from strongroom.formats.principal import grants, resolved
 from strongroom.formats.statement import Statement
 from strongroom.policy.speaker import TOLERANCE, key_of
 
@@ -270,7 +270,7 @@ class State:
         self.grants[entry.body["id"]] = Grant(
             entry.body["id"],
             said.digest,
-            dict(said.body),
+            resolved(before, said.body),
             before.entry if before else None,
             entry.by,
             entry.at,

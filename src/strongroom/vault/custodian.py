@@ -156,7 +156,10 @@ class Custodian:
         """Register somebody, or change roles, key or state: a statement of the kind ``principal``."""
         statement = self._statement(envelope, "principal")
         receipt = self._append(statement, lambda state, now: Draft(self.rules.principal(state, statement, now)))
-        body = statement.body
+        body = receipt.entry.body
+        if receipt.entry.type == "grant":
+            with self.ledger.view() as state:
+                body = state.grants[statement.id].record
         told = {name: body[name] for name in ("principal", "person", "roles", "teams", "state")}
         if receipt.entry.type == "grant":
             return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}

@@ -179,11 +179,11 @@ def test_a_put_is_of_a_new_version_of_its_name(log):
     log.act("put", ref="acme/new@7")
     log.verify()
     log.act("put", ref="acme/new@7")
-    log.refused("put.unfounded")
+    log.refused("log.unfounded")
     log.entries.pop()
     for ref in ("acme/new", "acme/new@", "acme/new@0", "acme/new@1@\n x"):
         log.act("put", ref=ref)
-        log.refused("put.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
 
 
@@ -223,7 +223,7 @@ def test_entries_are_not_dated_back(log):
 class TestPeople:
     def test_one_alone_makes_no_approver_once_there_are_three(self, log):
         log.person("user/new")
-        log.refused("principal.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
         del log.people["user/new"]
         log.person("user/new", roles=["researcher"])
@@ -232,7 +232,7 @@ class TestPeople:
     def test_a_change_is_of_the_record_that_there_is(self, log):
         log.people["user/eva"] -= 1
         log.person("user/eva", state="suspended")
-        log.refused("principal.unfounded")
+        log.refused("log.unfounded")
 
     @pytest.mark.parametrize(
         "lie", [{}, {"key": "5" * 64}, {"person": "user/ana"}, {"roles": ["auditor", "officer"]}, {"teams": ["team/x"]}]
@@ -246,7 +246,7 @@ class TestPeople:
         body |= {"roles": ["officer"], "teams": [], "state": "suspended", "statement": envelope}
         log.write("principal", "user/ben", body | lie, "user/eva")
         if lie:
-            log.refused("principal.unfounded")
+            log.refused("log.unfounded")
         else:
             log.verify()
 
@@ -261,7 +261,7 @@ class TestPeople:
         said = self.grant(log)
         for by in ("user/ben", "user/bis"):
             log.approve(by, said)
-            log.refused("approve.unfounded")
+            log.refused("log.unfounded")
             log.entries.pop()
         log.act("redact", "user/ana")
         log.approve("user/eva", said)
@@ -273,7 +273,7 @@ class TestPeople:
         no = log.say("deny", "user/eva", {"request": said.digest, "reason": OTHER})
         log.write("deny", "user/eva", {"id": said.id, "statement": no.envelope}, private={"reason": OTHER})
         log.approve("user/ana", said)
-        log.refused("approve.unfounded")
+        log.refused("log.unfounded")
 
     def test_a_login_is_by_an_authority_of_somebody_who_is_bound(self, log):
         key = Signer(b"s" * 32)
@@ -312,7 +312,7 @@ class TestLeases:
         self.take(log, asked)
         log.verify()
         self.take(log, asked)
-        log.refused("release.unfounded")  # one use was allowed
+        log.refused("log.unfounded")  # one use was allowed
 
     @pytest.mark.parametrize("changes", [{"duration": 10**9}, {"uses": None}, {"for": "user/eva"}])
     def test_are_asked_for_as_was_signed(self, log, changes):
@@ -335,7 +335,7 @@ class TestLeases:
     )
     def test_are_not_more(self, log, changes):
         self.yes(log, self.ask(log), **changes)
-        log.refused("approve.unfounded")
+        log.refused("log.unfounded")
 
     @pytest.mark.parametrize("end", ["revoked", "person", "version", "clock", "time", "shredded"])
     def test_that_have_ended(self, log, end):
@@ -354,7 +354,7 @@ class TestLeases:
             body = {"target": target, "statement": said.envelope}
             log.write("revoke", "user/eva", body, "" if end == "revoked" else target, {"reason": OTHER})
         self.take(log, asked, at)
-        log.refused("statement.foreign" if end == "person" else "release.unfounded")
+        log.refused("statement.foreign" if end == "person" else "log.unfounded")
 
 
 def test_who_recovers_a_room_shows_shares_and_no_key(log):
@@ -369,19 +369,19 @@ class TestPolicies:
     def test_take_two_people_and_a_day(self, log):
         asked = log.propose()
         log.enact(asked)
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
         log.approve("user/bis", asked)  # who is the same person
-        log.refused("approve.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
         log.approve("user/eva", asked)
         log.enact(asked, at=NOW + DAY - 1)
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
         log.enact(asked)
         log.verify()
         log.enact(asked, "user/eva")
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
 
     def test_that_were_denied_are_over(self, log):
         asked = log.propose()
@@ -389,28 +389,28 @@ class TestPolicies:
         no = log.say("deny", "user/ana", {"request": asked.digest, "reason": OTHER})
         log.write("deny", "user/ana", {"id": asked.id, "statement": no.envelope}, private={"reason": OTHER})
         log.enact(asked)
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
 
     def test_wait_for_a_day_whatever_the_proposal_says(self, log):
         log.propose(wait=DAY - 1)
-        log.refused("proposal.unfounded")
+        log.refused("log.unfounded")
 
     def test_are_those_that_were_proposed(self, log):
         asked, other = log.propose(), log.propose(digest=OTHER)
         log.approve("user/eva", asked)
         log.enact(asked, digest=OTHER)
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
         log.entries.pop()
         log.enact(asked, proposal=other.id, digest=OTHER)
         log.refused("statement.differs")
         log.entries.pop()
         log.enact(other, digest=OTHER)
-        log.refused("policy.unfounded")
+        log.refused("log.unfounded")
 
     def test_that_did_not_wait_are_somebodys_emergency(self, log):
         asked = log.propose()
         log.enact(asked, at=NOW, reason=OTHER)
-        log.refused("policy.unfounded")  # two people it takes all the same
+        log.refused("log.unfounded")  # two people it takes all the same
         log.entries.pop()
         log.approve("user/eva", asked)
         log.enact(asked, at=NOW, reason=OTHER)

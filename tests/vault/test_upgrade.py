@@ -10,11 +10,12 @@ import pytest
 import sqlalchemy as sa
 
 from strongroom.client import Room
-from strongroom.errors import BackendError, CannotVerify, Conflict, StrongroomError
+from strongroom.errors import BackendError, CannotVerify, Conflict, StrongroomError, UsageError
 from strongroom.storage.db import SCHEMA, Database, metadata
 from strongroom.vault import upgrade as module
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.upgrade import upgrade
+from strongroom.vault.vault import Vault
 
 OWNER = "user/ana"
 
@@ -174,3 +175,35 @@ def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, kind):
     assert told[0] == told[1]
     if kind == "postgresql":
         server.cleanup()
+
+
+def test_a_team_owns_no_room(tmp_path):
+    for make in (
+        lambda: Vault.init(tmp_path / "new", owner="team/x"),
+        lambda: upgrade(tmp_path / "old", owner="team/x"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            make()
+        assert caught.value.code == "init.owner"
+
+
+def test_what_was_begun_goes_on_as_it_was_begun(old, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RoomConfig, "write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            upgrade(old, owner=OWNER, custody="solo")
+    with pytest.raises(Conflict) as caught:
+        upgrade(old, owner=OWNER, custody="team")
+    assert caught.value.code == "upgrade.custody"
+    upgrade(old, owner=OWNER, custody="solo")
+
+
+@pytest.mark.parametrize("schema", [0, -5])
+def test_a_schema_that_no_release_has_made(old, schema):
+    engine = sa.create_engine(f"sqlite:///{old}/room.db")
+    with engine.begin() as tx:
+        (name,) = [table for table in sa.inspect(tx).get_table_names() if "schema" in table]
+        tx.execute(sa.text(f"UPDATE {name} SET version = {schema}"))
+    engine.dispose()
+    with pytest.raises(StrongroomError):
+        upgrade(old, owner=OWNER)

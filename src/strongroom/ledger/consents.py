@@ -127,7 +127,7 @@ class Consents:
             case "review":
                 wrong = "it is of entries that are not there yet" if entry.body["size"] > index else ""
         if wrong:
-            raise Tampered(f"{entry.type}.unfounded", f"the entry {entry.type} does not follow from the log: {wrong}")
+            raise Tampered("log.unfounded", f"the entry {entry.type} does not follow from the log: {wrong}")
 
     def _principal(self, entry: Entry, said: Statement) -> str:
         path = said.body["principal"]

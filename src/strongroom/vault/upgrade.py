@@ -40,7 +40,8 @@ def upgrade(folder: Path, *, owner: str, custody: str = "team", passphrase: Pass
     `owner` becomes the first principal, and gets a key: principals of 0.1.0 had none, so nobody else is carried over.
     Conflict ``upgrade.not_needed``, ``upgrade.busy``; errors of `Database.migrate`.
     """
-    parse_principal(owner)
+    if parse_principal(owner).startswith("team/"):
+        raise UsageError("init.owner", "a team owns nothing: its members act", hint="--owner user/NAME")
     if custody not in FIRST_ROLES:
         raise UsageError("init.custody", f"there is no custody {custody!r:.40}", hint="--custody team or solo")
     config = RoomConfig.read(folder, older=True)
@@ -63,6 +64,12 @@ def _record(vault: Vault, owner: str, custody: str) -> int:
     """The first entries of the log, those that are missing: the room, its owner, every version; how many versions."""
     with vault.custodian.ledger.view() as state:
         begun, owned, known = bool(state.room), set(state.principals), dict(state.versions)
+        if begun and state.custody != custody:
+            raise Conflict(
+                "upgrade.custody",
+                f"the upgrade was begun with the custody {state.custody}",
+                hint=f"--custody {state.custody}",
+            )
     if owned and owner not in owned:
         raise Conflict(
             "upgrade.owner", f"the upgrade was begun for {', '.join(owned)}", hint=f"--owner {next(iter(owned))}"

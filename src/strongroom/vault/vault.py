@@ -135,7 +135,8 @@ class Vault:
     ) -> tuple[Vault, list[Share]]:
         """Make a room in a new or empty folder, with `owner` as its first principal; returns it and the recovery
         shares. `custody` is the policy that it starts with: team or solo."""
-        parse_principal(owner)
+        if parse_principal(owner).startswith("team/"):
+            raise UsageError("init.owner", "a team owns nothing: its members act", hint="--owner user/NAME")
         if custody not in FIRST_ROLES:
             raise UsageError("init.custody", f"there is no custody {custody!r:.40}", hint="--custody team or solo")
         try:

@@ -563,3 +563,14 @@ def test_a_principal_without_its_key_is_nobody(house: House) -> None:
         ana.load(REF)
     with closing(Vault(house.folder)) as vault, pytest.raises(AuthRequired):
         vault.identities.signer(ANA)
+
+
+def test_a_damaged_log_keeps_no_keys_alive(house: House) -> None:
+    """Whoever wants weights to stay could else damage the log: they are shredded all the same, by their owner's key."""
+    house.rewrite(house.find("put"), lambda entry: entry.update(by=EVA))
+    house.sql("DELETE FROM log_snapshot")
+    with house.be(OLGA) as olga:
+        done = olga.shred(REF, confirm=REF)
+    assert done["entry"] is None
+    assert any("log" in each for each in done["means"])
+    assert house.sql("SELECT count(*) FROM versions WHERE record IS NOT NULL") == [(0,)]

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from strongroom.crypto.identity import Identities
@@ -43,17 +43,7 @@ class AnyPrincipal(Protocol):
     """A principal, as far as changing it takes."""
 
     @property
-    def key(self) -> str: ...
-    @property
-    def person(self) -> str: ...
-    @property
-    def roles(self) -> Sequence[str]: ...
-    @property
-    def teams(self) -> Sequence[str]: ...
-    @property
     def state(self) -> str: ...
-    @property
-    def subject(self) -> str: ...
     @property
     def entry(self) -> int: ...
 

@@ -47,13 +47,7 @@ class Named:
 class Known:
     """A principal, as far as changing it takes."""
 
-    path: str
-    key: str
-    person: str
-    roles: list[str]
-    teams: list[str]
     state: str
-    subject: str
     entry: int
 
 
@@ -62,9 +56,6 @@ class ServedAnswer(Released):
     """A release, and where its ciphertext is read."""
 
     store: str
-
-
-_KNOWN = ("path", "key", "person", "roles", "teams", "state", "subject", "entry")
 
 
 class ServedRoom:
@@ -288,7 +279,7 @@ class ServedCustodian:
 
     def known(self, path: str) -> Known:
         found = self.show_principal(path)
-        return Known(**{name: found[name] for name in _KNOWN})
+        return Known(found["state"], found["entry"])
 
     def change_passkey(self, envelope: str) -> dict[str, Any]:
         return self._post("/v1/passkeys", answers.CHANGED_PASSKEY, envelope)

@@ -41,8 +41,8 @@ def test_init_prints_shares_once_and_warns(empty: Desk) -> None:
 
 
 def test_init_json_has_everything(empty: Desk) -> None:
-    found = empty.run("init", "--recovery", "2of2", "--owner", "team/safety", "--json").json
-    assert found["owner"] == "team/safety"
+    found = empty.run("init", "--recovery", "2of2", "--owner", "user/safety", "--json").json
+    assert found["owner"] == "user/safety"
     assert found["recovery"] == "2of2"
     assert len(found["shares"]) == 2
     assert found["share_files"] == []

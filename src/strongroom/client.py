@@ -331,14 +331,15 @@ class Room:
         asked = self.show_request(identifier)
         duration, uses = duration or asked["duration"], asked["uses"] if uses is None else uses
         body = {"request": asked["digest"], "duration": duration, "uses": uses}
-        signer = self.passkeys.signer("approve", identifier, show) if show else None
+        signer = self.passkeys.signer("approve", asked, show) if show else None
         return self._vault.custodian.approve(self._say("approve", body, signer))
 
     def deny(self, identifier: str, *, reason: str, show: Callable[[str], None] | None = None) -> dict[str, Any]:
         """Refuse a request or a proposed policy, or take back one's own; `show` as of `approve`."""
         note = self._private("reason", reason)
-        body = {"request": self.show_request(identifier)["digest"], "reason": note.commitment}
-        signer = self.passkeys.signer("deny", identifier, show) if show else None
+        asked = self.show_request(identifier)
+        body = {"request": asked["digest"], "reason": note.commitment}
+        signer = self.passkeys.signer("deny", asked, show) if show else None
         return self._vault.custodian.deny(self._say("deny", body, signer), note)
 
     @property
@@ -396,7 +397,7 @@ class Room:
             raise UsageError(
                 "renew.malformed", f"{lease!r:.40} is not the 16 digits of a lease", hint="strongroom requests"
             )
-        signer = self.passkeys.signer("renew", lease, show) if show else None
+        signer = self.passkeys.signer("renew", self.show_request(lease), show) if show else None
         return self._vault.custodian.renew(self._say("renew", {"lease": lease, "duration": duration}, signer))
 
     def review(self, *, apply: bool = False) -> dict[str, Any]:

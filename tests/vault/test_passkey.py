@@ -18,6 +18,7 @@ from strongroom.crypto import passkey
 from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.passkey import Assertion
+from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Draft
 from vault.authenticator import Authenticator, text
 from vault.rooms import write_model
@@ -76,6 +77,22 @@ class TestInARoom:
         envelope["payload"] = base64.b64encode(forged).decode()
         with pytest.raises(AuthRequired):
             rooms["ben"]._vault.custodian.approve(json.dumps(envelope, sort_keys=True, separators=(",", ":")))
+
+    def test_the_page_shows_the_answer_that_is_signed(self, rooms, monkeypatch):
+        """A server that is asked twice could have one answer read, and the other one signed."""
+        key = Authenticator()
+        add(rooms["ben"], key)
+        asked = rooms["ana"].request(REF, reason="x", duration=8 * 3600)
+        custodian = rooms["ben"]._vault.custodian
+        real = custodian.show_request
+        shorter = iter((8 * 3600, 60, 60))
+        monkeypatch.setattr(custodian, "show_request", lambda name: {**real(name), "duration": next(shorter)})
+        shown, said = [], []
+        monkeypatch.setattr(custodian, "approve", lambda envelope: said.append(Statement.decode(envelope).body))
+        page = "strongroom.load.passkey.PasskeySigner"
+        monkeypatch.setattr(page, lambda keys, title, facts, show: shown.append(facts) or key)
+        rooms["ben"].approve(asked["id"], show=print)
+        assert shown[0]["seconds"] == str(said[0]["duration"]) == str(8 * 3600)
 
     @pytest.mark.parametrize(
         "wrong",
@@ -158,7 +175,7 @@ class TestInARoom:
         add(rooms["ben"], key)
         # Another key of the principal's: whoever had the old one may have added the passkey.
         before = rooms["olga"]._vault.custodian.known("user/ben").entry
-        rooms["olga"]._registry._change("user/ben", "5" * 64, "user/ben", ["officer"], [], "active", "", before)
+        rooms["olga"]._registry._change("user/ben", before, key="5" * 64)
         (grant,) = [item for item in rooms["eva"].requests() if item["action"] == "grant"]
         rooms["eva"].approve(grant["id"])
         with pytest.raises(AuthRequired):

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from strongroom.crypto.passkey import check_key
 from strongroom.errors import AuthRequired, NotFound, UsageError
 from strongroom.formats.passkey import RP, Assertion
-from strongroom.load.asked import look
 
 if TYPE_CHECKING:
     from strongroom.load.room import AnyRoom
@@ -93,19 +92,18 @@ class Passkeys:
         body = {"key": found[0]["key"], "credential": found[0]["credential"], "state": "removed"}
         return self._room.custodian.change_passkey(self._say("passkey", body))
 
-    def signer(self, what: str, request: str, show: Show) -> PasskeySigner:
-        """What signs one decision (approve, deny) about the request `request`; the page says what it is about.
-        NotFound ``passkey.none``."""
+    def signer(self, what: str, asked: Mapping[str, Any], show: Show) -> PasskeySigner:
+        """What signs one decision (approve, deny, renew) about the request `asked`, which the page shows: the very one
+        that the statement is made of, as `strongroom.load.asked.look` gives it. NotFound ``passkey.none``."""
         found = self.ls()
         if not found:
             raise NotFound("passkey.none", f"{self._who} has no passkey in this room", hint="strongroom passkey add")
-        asked = look(self._room, request)
         names = ("id", "action", "ref", "for", "by", "reason", "state", "needs")
         facts = {name: _shown(asked[name]) for name in names if asked.get(name)}
         if asked["duration"]:
             facts |= {"seconds": str(asked["duration"]), "uses": str(asked["uses"] or "any number")}
         facts = {"you are": self._who, "decision": what, **facts, **asked["details"]}
-        return PasskeySigner({each["credential"]: each["key"] for each in found}, f"{what} {request}", facts, show)
+        return PasskeySigner({each["credential"]: each["key"] for each in found}, f"{what} {asked['id']}", facts, show)
 
 
 def fingerprint_of(key: str) -> str:

@@ -93,9 +93,7 @@ class TestGrants:
         for change in (
             lambda: team.ben.principal_change("user/eva", state="active"),
             lambda: team.ben.principal_change("user/ana", roles=["operator"]),
-            lambda: team.ben._registry._change(
-                "user/olga", "5" * 64, "user/olga", ["officer", "operator"], [], "active", "", 1
-            ),
+            lambda: team.ben._registry._change("user/olga", 1, key="5" * 64),
         ):
             assert change()["state"] == "pending"
         assert team.ben.principal_show("user/eva")["state"] == "suspended"
@@ -683,5 +681,5 @@ class TestWhatALyingServerSaysOfSomebody:
 
     def test_nothing_of_somebody_new_is_open(self, team):
         with pytest.raises(UsageError) as caught:
-            team.ben._registry._change("user/new", None, "user/new", [], [], "active", "", None)
+            team.ben._registry._change("user/new", None, person="user/new", roles=[], teams=[], state="active")
         assert caught.value.code == "principal.new"

@@ -121,14 +121,14 @@ def execute(arguments: Sequence[str]) -> int:
     return code
 
 
-def _given(arguments: Sequence[str]) -> list[str]:
-    """The shared options with a value, as they were given, each followed by its value; the last word counts."""
+def _given(arguments: Sequence[str]) -> dict[str, str]:
+    """The shared options that take a value, as they were given; the last word counts."""
     found = {}
     for at, word in enumerate(arguments):
         option, equals, value = word.partition("=")
         if option in ("--room", "--as") and (equals or at + 1 < len(arguments)):
             found[option] = value if equals else arguments[at + 1]
-    return [text for pair in found.items() for text in pair]
+    return found
 
 
 def _guarded(arguments: list[str], printer: output.Output) -> int:

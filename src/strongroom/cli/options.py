@@ -30,9 +30,8 @@ class Options:
     @property
     def output(self) -> Output:
         given = {"--room": self.room, "--as": self.principal}
-        return Output(
-            json=self.json, quiet=self.quiet, given=[text for pair in given.items() if pair[1] for text in pair if text]
-        )
+        named = {option: value for option, value in given.items() if value}
+        return Output(json=self.json, quiet=self.quiet, given=named)
 
     @property
     def folder(self) -> Path:

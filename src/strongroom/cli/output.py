@@ -28,12 +28,12 @@ _NEXT_LINE = 5.0
 class Output:
     """Prints what one command has to say, for people or for programs."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False, given: Sequence[str] = ()) -> None:
-        """`given`: the shared options with a value that the command line has, ``--as`` for one: a command that is
+    def __init__(self, *, json: bool = False, quiet: bool = False, given: Mapping[str, str] | None = None) -> None:
+        """`given`: the shared options that the command line has, with their values, ``--as`` for one: a command that is
         suggested is run by the same person, in the same room."""
         self.json = json
         self.quiet = quiet
-        self._given = given
+        self._given = given or {}
 
     def answer(self, value: Mapping[str, Any], lines: Iterable[str] = ()) -> None:
         """The answer of a command, once: `value` as one JSON object under ``--json``, else `lines`."""
@@ -83,11 +83,7 @@ class Output:
         name, _, rest = hint.partition("strongroom ")
         if name or not rest:
             return hint
-        own = [
-            f"{option} {shlex.quote(value)}"
-            for option, value in zip(self._given[::2], self._given[1::2], strict=True)
-            if option not in rest
-        ]
+        own = [f"{option} {shlex.quote(value)}" for option, value in self._given.items() if option not in rest]
         return " ".join(["strongroom", *own, rest])
 
     @contextlib.contextmanager

@@ -63,9 +63,11 @@ class _Proposal:
 
 
 @dataclass
-class _Grant:
+class Grant:
+    """What waits for a second person: the record that it makes of a principal, or (empty) the authority of `said`."""
+
     said: Statement
-    record: dict[str, Any]  # empty of an authority
+    record: dict[str, Any]
     by: str
     expires_at: int
     before: int | None
@@ -80,7 +82,7 @@ class Consents:
         self._requests: dict[str, _Request] = {}
         self._leases: dict[str, _Lease] = {}
         self._proposals: dict[str, _Proposal] = {}
-        self._grants: dict[str, _Grant] = {}  # of principals, and of authorities
+        self._grants: dict[str, Grant] = {}  # of principals, and of authorities
         self._versions: dict[str, bool] = {}  # whether it can be used
         self._copies: dict[int, tuple[str, str]] = {}  # releases to copy: holder and reference
 
@@ -88,9 +90,9 @@ class Consents:
         """The person behind a principal."""
         return self.people[path].person if path in self.people else path
 
-    def granted(self, identifier: str) -> dict[str, Any]:
-        """The record that the grant of that identifier makes, once a second person agrees; empty if it is none."""
-        return self._grants[identifier].record if identifier in self._grants else {}
+    def granted(self, identifier: str) -> Grant | None:
+        """What waits under that identifier for a second person, if it is a change of a principal or an authority."""
+        return self._grants.get(identifier)
 
     # -- checking ------------------------------------------------------------------------------------------------
 
@@ -115,13 +117,11 @@ class Consents:
                 wrong = self._release(entry)
             case "copy":
                 named = self._copies.get(entry.body["release"]) == (entry.by, entry.ref)
-                wrong = (
-                    "" if named and entry.body["holder"] == entry.by else "it names no release to copy of its holder's"
-                )
+                known = named and entry.body["holder"] == entry.by
+                wrong = "" if known else "it names no release to copy of its holder's"
             case "put":
-                wrong = (
-                    "" if _NUMBERED.fullmatch(entry.ref) and entry.ref not in self._versions else "it is no new version"
-                )
+                new = _NUMBERED.fullmatch(entry.ref) and entry.ref not in self._versions
+                wrong = "" if new else "it is no new version"
             case "rotate" | "shred" | "thaw":
                 wrong = "" if self._versions.get(entry.ref) else "there is no such version"
             case "review":
@@ -135,9 +135,8 @@ class Consents:
         if said.body["before"] != (before.entry if before else None):
             return f"it was made of another record of {path}"
         record = resolved(before, said.body)
-        if entry.type == "principal" and record != {
-            name: entry.body[name] for name in entry.body if name != "statement"
-        }:
+        wrote = {name: value for name, value in entry.body.items() if name != "statement"}
+        if entry.type == "principal" and record != wrote:
             return f"it says something else of {path} than was signed"
         if entry.type == "principal" and self._most >= TOGETHER and weighty(before, record):
             return "one person alone has made somebody whose approval counts"
@@ -167,7 +166,7 @@ class Consents:
         lease |= {"expires_at": entry.at + duration, "uses": uses}
         return "the lease is another than was asked for and allowed" if body["lease"] not in (None, lease) else ""
 
-    def _second(self, entry: Entry, said: Statement, grant: _Grant) -> str:
+    def _second(self, entry: Entry, said: Statement, grant: Grant) -> str:
         about = grant.record
         target = self.people.get(about.get("principal", ""))
         persons = {self.person(grant.by), about.get("person", ""), target.person if target else ""}
@@ -249,9 +248,11 @@ class Consents:
             case "grant":
                 before = self.people.get(said.body["principal"])
                 record, at = resolved(before, said.body), before.entry if before else None
-                self._grants[body["id"]] = _Grant(said, record, entry.by, body["expires_at"], at)
+                self._grants[body["id"]] = Grant(said, record, entry.by, body["expires_at"], at)
             case "authority" if body["expires_at"] is not None:
-                self._grants[body["id"]] = _Grant(said, {}, entry.by, body["expires_at"], None)
+                self._grants[body["id"]] = Grant(said, {}, entry.by, body["expires_at"], None)
+            case "authority":
+                self._trusted(said)
             case "request":
                 asked = (body["action"], entry.ref, body["for"], entry.by, body["duration"], body["uses"])
                 self._requests[body["id"]] = _Request(said.digest, *asked, body["expires_at"])
@@ -264,13 +265,21 @@ class Consents:
         if name in self._proposals:
             self._proposals[name].persons.add(self.person(entry.by))
         elif name in self._grants:
-            if record := self._grants.pop(name).record:
-                self.install(index, record)
+            grant = self._grants.pop(name)
+            if grant.record:
+                self.install(index, grant.record)
+            else:
+                self._trusted(grant.said)
         elif name in self._requests:
             request = self._requests[name]
             request.duration, request.uses = entry.body["duration"], entry.body["uses"]
             if (lease := entry.body["lease"]) is not None:
                 self._leases[name] = _Lease(self._requests.pop(name), lease["expires_at"])
+
+    def _trusted(self, said: Statement) -> None:
+        """What else was asked for about an authority was asked of other terms."""
+        name = said.body["authority"]
+        self._grants = {each: one for each, one in self._grants.items() if one.said.body.get("authority") != name}
 
     def _revoked(self, index: int, target: str) -> None:
         self._requests.pop(target, None)

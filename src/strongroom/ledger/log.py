@@ -276,13 +276,9 @@ class Ledger(Generic[S]):
     # -- the state -----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def view(self, age: float = 0.0) -> Iterator[S]:
-        """The state as of now, or of at most `age` seconds ago, for reading, for the length of the block: nothing is
-        appended here meanwhile."""
+    def view(self) -> Iterator[S]:
+        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
         with self._state_lock:
-            if self._loaded is not None and age and time.monotonic() - self._caught_up <= age:
-                yield self._loaded.state
-                return
             try:
                 with self._db.reading() as tx:
                     loaded = self._catch_up(tx)

@@ -15,8 +15,8 @@ from strongroom.ledger.consents import Consents
 
 Verify = Callable[[bytes, bytes, bytes], None]
 
-# On which kind of statement an entry rests whose type has another name.
 _TOLERANCE = 300  # seconds that clocks may differ
+# On which kind of statement an entry rests whose type has another name.
 _RESTS_ON = {"proposal": "propose", "policy": "enact", "grant": "principal", "session": "login"}
 
 
@@ -28,10 +28,7 @@ class Statements:
         self._origin, self._verify = origin, verify
         self._room = ""
         self._consents = Consents()
-        self._keys: dict[str, str] = {}  # of those who are active
-        self._own: dict[str, str] = {}  # the newest own key of everybody, whoever may act or not
         self._authorities: dict[str, Authority] = {}  # in force
-        self._waiting: dict[str, Statement] = {}  # authorities that a second person has to agree to
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
         self._passkeys: dict[str, tuple[str, str]] = {}  # by the key's identifier: key and principal
@@ -65,7 +62,7 @@ class Statements:
         if entry.type == "keystore":
             return bool(entry.body["operation"] == "recover")
         if entry.type == "principal":
-            return not self._own  # the one owner
+            return not self._consents.people  # the one owner
         return entry.type in ("put", "shred") and not self.count
 
     # -- what an entry changes -----------------------------------------------------------------------------------
@@ -85,32 +82,24 @@ class Statements:
                     self._passkeys[hashlib.sha256(key).hexdigest()] = (key.hex(), entry.by)
             case "session" if said is not None:
                 self._sessions[said.key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
-            case "authority" if said is not None and body["expires_at"] is not None:
-                self._waiting[body["id"]] = said
-            case "authority" if said is not None:
+            case "authority" if said is not None and body["expires_at"] is None:
                 self._trust(said)
             case "revoke":
-                self._keys.pop(body["target"], None)  # of a principal that is suspended
                 self._end(1, body["target"])
             case "clock":
                 self._sessions.clear()
-            case "deny":
-                self._waiting.pop(body["id"], None)
-            case "approve" if body["id"] in self._waiting:
-                self._trust(self._waiting.pop(body["id"]))
-            case "approve" if record := self._consents.granted(body["id"]):
-                self._install(record)
+            case "approve" if grant := self._consents.granted(body["id"]):
+                if grant.record:
+                    self._install(grant.record)
+                else:
+                    self._trust(grant.said)
         self._consents.apply(index, entry, said)
 
     def _install(self, body: Mapping[str, Any]) -> None:
-        path, key = body["principal"], body["key"]
-        if body["state"] == "removed" or self._own.get(path) != key:
+        path = body["principal"]
+        before = self._consents.people.get(path)
+        if body["state"] == "removed" or before is None or before.key != body["key"]:
             self._passkeys = {name: each for name, each in self._passkeys.items() if each[1] != path}
-        self._own[path] = key
-        if body["state"] == "active":
-            self._keys[path] = key
-        else:
-            self._keys.pop(path, None)
         self._end(1, path)
 
     def _trust(self, said: Statement) -> None:
@@ -118,8 +107,6 @@ class Statements:
         self._authorities.pop(name, None)
         if text:
             self._authorities[name] = Authority.decode(text)
-        # What others have asked for about it was asked of something else.
-        self._waiting = {each: one for each, one in self._waiting.items() if one.body.get("authority") != name}
         self._end(2, name)
 
     def _end(self, place: int, name: str) -> None:
@@ -132,7 +119,8 @@ class Statements:
         """The key that `statement` has to be signed with, or empty: its principal's own, or one that a login has
         introduced and that is good still. A login is signed with the key that it introduces. Whoever is suspended or
         removed has none."""
-        if statement.by not in self._keys:
+        who = self._consents.people.get(statement.by)
+        if who is None or not who.active:
             return ""
         if entry.type == "session":
             return str(statement.body.get("public_key", ""))
@@ -142,7 +130,7 @@ class Statements:
         key, by, _, until = self._sessions.get(statement.key_id, ("", "", "", 0))
         # By the log's own time, too: an entry that is dated back brings no login to life.
         good = by == statement.by and max(entry.at, self._latest) < until
-        return key if good else self._keys[statement.by]
+        return key if good else who.key
 
     def _check_login(self, entry: Entry, statement: Statement) -> None:
         """Of a login the proof is not in the log; but for nobody who is not bound, nor by an authority that is not
@@ -162,7 +150,7 @@ class Statements:
         whose = self._passkeys.get(name, ("", ""))[1]
         if entry.body["state"] == "removed" and whose != entry.by:
             raise Tampered("statement.foreign", f"the passkey that is removed is not one of {entry.by}")
-        if entry.body["state"] == "active" and (whose or signed_with != self._keys.get(entry.by)):
+        if entry.body["state"] == "active" and (whose or signed_with != self._consents.people[entry.by].key):
             raise Tampered("statement.foreign", f"the passkey is not added with {entry.by}'s own key, or not new")
 
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
@@ -204,10 +192,8 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     if entry.type == "principal":  # what is left open is looked up in the record before: in consents.py
         shared = {"principal"}
     differing = {name for name in shared if said[name] != wrote[name]}
-    if (
-        said.get("ref", entry.ref) != entry.ref
-        or said.get("name", entry.ref.partition("@")[0]) != entry.ref.partition("@")[0]
-    ):
+    name = entry.ref.partition("@")[0]
+    if said.get("ref", entry.ref) != entry.ref or said.get("name", name) != name:
         differing.add("ref")
     # What is private is signed as the commitment to it.
     private = {"reason"} | ({"files"} if entry.type == "put" else set())

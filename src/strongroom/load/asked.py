@@ -84,10 +84,8 @@ def _details(said: Statement) -> dict[str, str]:
     body = said.body
     match said.kind:
         case "principal":
-            said_key = body["key"]
-            key = hashlib.sha256(bytes.fromhex(said_key)).hexdigest() if said_key else said_key
             told = {
-                "key": key,
+                "key": hashlib.sha256(bytes.fromhex(body["key"])).hexdigest() if body["key"] else body["key"],
                 "person": body["person"],
                 "roles": body["roles"] if body["roles"] is None else ", ".join(body["roles"]),
                 "teams": body["teams"] if body["teams"] is None else ", ".join(body["teams"]),

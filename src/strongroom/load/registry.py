@@ -54,7 +54,16 @@ class Registry:
         signer = identities.create(path) if made else identities.signer(path) if wanted else None
         key = signer.public_key.hex() if signer else public_key or ""
         try:
-            return self._change(path, key, person or path, roles, teams, "active", bound, before)
+            return self._change(
+                path,
+                before,
+                key=key,
+                person=person or path,
+                roles=roles,
+                teams=teams,
+                state="active",
+                subject=bound,
+            )
         except StrongroomError as error:
             # Not one that was there before; and an answer that was lost may have been a yes.
             if made and not isinstance(error, BackendError):
@@ -69,25 +78,27 @@ class Registry:
                 "principal.removed", f"{path} was removed, for good", hint=f"strongroom principal add {path}"
             )
         # Only what is changed is said: of the rest this client knows what a server says.
-        return self._change(path, None, None, roles, None, state, None, old.entry)
+        return self._change(path, old.entry, roles=roles, state=state)
 
     def bind(self, path: str, oidc: str | None, spiffe: str | None) -> dict[str, Any]:
         """Another name that an authority gives it, or none."""
         old = self._room.custodian.known(path)
         bound = subject_of(oidc, spiffe)
-        return self._change(path, None, None, None, None, None, bound, old.entry)
+        return self._change(path, old.entry, subject=bound)
 
     def _change(
         self,
         path: str,
-        key: str | None,
-        person: str | None,
-        roles: Sequence[str] | None,
-        teams: Sequence[str] | None,
-        state: str | None,
-        subject: str | None,
         before: int | None,
+        *,
+        key: str | None = None,
+        person: str | None = None,
+        roles: Sequence[str] | None = None,
+        teams: Sequence[str] | None = None,
+        state: str | None = None,
+        subject: str | None = None,
     ) -> dict[str, Any]:
+        """What is left out stays as it is in the record from the entry `before`; an empty `subject`: bound to none."""
         body: dict[str, Any] = {
             "principal": path,
             "key": key,

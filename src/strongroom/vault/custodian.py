@@ -43,7 +43,7 @@ from strongroom.vault.logins import check as check_authority
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import Bundles
 from strongroom.vault.requests import check_reason, describe_grant, describe_proposal, describe_request
-from strongroom.vault.upkeep import Upkeep
+from strongroom.vault.upkeep import Recorded, Upkeep
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
@@ -66,14 +66,6 @@ class Answer:
     checkpoint: bytes
     sealed: bytes = field(repr=False)
     store: str
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """An entry that is in the log, durable."""
-
-    index: int
-    entry: Entry
 
 
 class Custodian:
@@ -396,7 +388,7 @@ class Custodian:
         if state is not None:
             era = state.era
         else:
-            with self.ledger.view(_GLANCE) as state:
+            with self.ledger.view() as state:
                 era = state.era
         return make_challenge(self._vault.keys.challenge_key, self._vault.id, era, self._now())
 

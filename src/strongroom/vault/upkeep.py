@@ -4,6 +4,7 @@ a signed statement, and an entry."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from sqlalchemy import delete
@@ -31,13 +32,12 @@ _ACTS: dict[str, Callable[[Custody, State, Statement, int], Entry]] = {
 }
 
 
-class Recorded(Protocol):
+@dataclass(frozen=True)
+class Recorded:
     """An entry that is in the log, durable."""
 
-    @property
-    def index(self) -> int: ...
-    @property
-    def entry(self) -> Entry: ...
+    index: int
+    entry: Entry
 
 
 class _Once(Protocol):

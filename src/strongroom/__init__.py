@@ -11,7 +11,7 @@ from strongroom.load.source import register_opener
 
 if TYPE_CHECKING:
     from strongroom.client import Room, open, safe_open  # noqa: A004 - the public name
-    from strongroom.load.reader import ImageReader
+    from strongroom.storage.reader import ImageReader
 
 __version__ = "0.1.0"
 __all__ = ["Room", "errors", "open", "safe_open"]

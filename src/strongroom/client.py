@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from strongroom.formats.statement import Signing
     from strongroom.load.login import Login
     from strongroom.load.passkey import Passkeys
-    from strongroom.load.reader import ImageReader
     from strongroom.load.registry import Registry
     from strongroom.load.room import AnyRoom
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
+    from strongroom.storage.reader import ImageReader
     from strongroom.vault.fsck import FsckReport
     from strongroom.vault.status import Check
     from strongroom.vault.vault import PutResult, Vault
@@ -224,7 +224,7 @@ class Room:
         """A reader of one version, with this principal's key bundle: a release, which is recorded first, and which
         needs what policy asks for, a lease as a rule. `break_glass`: the reason for going past the lease in an
         emergency."""
-        from strongroom.load.reader import ImageReader
+        from strongroom.storage.reader import ImageReader
 
         store, bundle = self._release(ref, "load", break_glass)
         return ImageReader(self._vault.blobs_at(store), bundle)
@@ -248,7 +248,7 @@ class Room:
         `to` is who the copy is for: this principal itself, whose code word it carries.
         """
         from strongroom.load.copy import check_copy, write_copy
-        from strongroom.load.reader import ImageReader
+        from strongroom.storage.reader import ImageReader
 
         folder = check_copy(ref, to, self.principal, Path(out))
         store, bundle = self._release(ref, "copy")

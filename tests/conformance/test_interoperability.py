@@ -17,11 +17,11 @@ from strongroom.errors import CannotVerify, IntegrityError, Rollback, Strongroom
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import FileEntry, Layout, Run
 from strongroom.formats.suites import Suite
-from strongroom.load.reader import ImageReader
 from strongroom.marking.code import Code
 from strongroom.marking.mark import Marker
 from strongroom.storage.blobs import open_blobs
 from strongroom.storage.image import SealedImage, read_manifest
+from strongroom.storage.reader import ImageReader
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault

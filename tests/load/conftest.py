@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from strongroom.load.reader import ImageReader
 from strongroom.storage.blobs import Blobs
+from strongroom.storage.reader import ImageReader
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
 

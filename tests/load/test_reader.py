@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.load import reader as reader_module
-from strongroom.load.reader import abreast, anonymous
+from strongroom.storage.reader import abreast, anonymous
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from strongroom.errors import LimitExceeded, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.safetensors import encode_header
 from strongroom.load.device import to_device
-from strongroom.load.reader import ImageReader
 from strongroom.load.torch import state_dict
 from strongroom.load.weights import Weights
+from strongroom.storage.reader import ImageReader
 
 STEPS = {torch.bfloat16: (torch.int16, 1), torch.float16: (torch.int16, 8), torch.float32: (torch.int32, 1 << 16)}
 

@@ -15,8 +15,8 @@ import numpy as np
 from strongroom.client import Room
 from strongroom.formats.entry import Entry
 from strongroom.ledger.log import Draft
-from strongroom.load.reader import ImageReader
 from strongroom.storage.blobs import Blobs
+from strongroom.storage.reader import ImageReader
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult, Vault
 

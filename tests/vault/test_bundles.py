@@ -14,9 +14,9 @@ from strongroom.crypto.segments import VARIANT_A, VersionKeys, pack_key
 from strongroom.errors import Tampered
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.manifest import TAG_BYTES
-from strongroom.load.reader import ImageReader
 from strongroom.marking.mark import Marker
 from strongroom.storage.image import SealedImage, sealed_segments
+from strongroom.storage.reader import ImageReader
 from strongroom.vault.release import Bundles
 from vault.rooms import OWNER, REF, House, original
 

@@ -23,8 +23,8 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, TAG_BYTES, Manifest, PackEntry
 from strongroom.formats.pack import trailer_bytes
-from strongroom.load.reader import ImageReader
 from strongroom.storage.image import SealedImage, read_trailer, sealed_segments
+from strongroom.storage.reader import ImageReader
 from vault.rooms import NAME, OWNER, REF, House
 
 

@@ -19,7 +19,7 @@ from strongroom.client import Room
 from strongroom.errors import BackendError, Conflict, Denied, NotFound, StrongroomError, Truncated, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.ledger.log import Draft
-from strongroom.load.reader import ImageReader
+from strongroom.storage.reader import ImageReader
 from strongroom.vault import packing
 from strongroom.vault.fsck import fsck
 from strongroom.vault.source import ModelSource

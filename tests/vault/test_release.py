@@ -37,10 +37,10 @@ from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft
 from strongroom.load.copy import write_copy
-from strongroom.load.reader import ImageReader
 from strongroom.load.receive import Released, Remembered, accept
 from strongroom.policy.facts import CEILINGS
 from strongroom.policy.state import State
+from strongroom.storage.reader import ImageReader
 from strongroom.vault.release import Bundles
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model

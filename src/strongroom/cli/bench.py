@@ -38,9 +38,9 @@ def bench(options: Options, ref: str, repeat: int) -> None:
     """
     from strongroom.core.settings import Settings
     from strongroom.formats.bundle import KeyBundle
-    from strongroom.load.reader import ImageReader
     from strongroom.storage.blobs import open_blobs
     from strongroom.storage.image import SealedImage
+    from strongroom.storage.reader import ImageReader
 
     output = options.output
     with options.open() as room:
@@ -93,7 +93,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 def _read_plain(blobs: Blobs, objects: list[tuple[str, int]], wanted: int, workers: int) -> None:
     """`wanted` bytes of `objects` into fresh anonymous memory, on all cores."""
-    from strongroom.load.reader import abreast, anonymous
+    from strongroom.storage.reader import abreast, anonymous
 
     if not wanted:
         return

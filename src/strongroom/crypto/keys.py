@@ -27,9 +27,11 @@ def derive(key: bytes, purpose: str, context: bytes = b"") -> bytes:
     return HKDFExpand(SHA256(), KEY_BYTES, _LABEL + purpose.encode("ascii") + b"\x00" + context).derive(key)
 
 
-def keystream(key: bytes, size: int, *, offset: int = 0) -> bytes:
-    """`size` bytes of AES-256-CTR keystream under `key` from byte `offset` (a multiple of 16): a pseudorandom table."""
-    counter = (offset // 16).to_bytes(16, "big")
+def keystream(key: bytes, size: int, *, offset: int = 0, nonce: bytes = b"") -> bytes:
+    """`size` bytes of AES-256-CTR keystream under `key` from byte `offset` (a multiple of 16): a pseudorandom table.
+
+    `nonce`, at most 8 bytes, is what the counter block begins with: a table of its own under the same key."""
+    counter = nonce + (offset // 16).to_bytes(16 - len(nonce), "big")
     return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(bytes(size))
 
 

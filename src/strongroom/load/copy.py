@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from strongroom.core.limits import MIB
 from strongroom.errors import BackendError, Tampered, UsageError
-from strongroom.load.reader import ImageReader
+from strongroom.storage.reader import ImageReader
 
 _PIECE = 32 * MIB
 _ROOM_LEFT = 16 * MIB

@@ -23,8 +23,8 @@ from strongroom.core.limits import LIMITS, MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import LimitExceeded, NotFound, Tampered, UsageError
 from strongroom.formats.bundle import KeyBundle
-from strongroom.load.reader import ImageReader
 from strongroom.storage.blobs import open_blobs
+from strongroom.storage.reader import ImageReader
 
 VARIABLE = "STRONGROOM_GRANT"
 _MAGIC = b"SRGRANT1"

@@ -19,8 +19,8 @@ from strongroom.errors import UsageError
 from strongroom.formats.tensors import TensorInfo
 from strongroom.load.arrays import array_shape, torch_view, view
 from strongroom.load.device import available
-from strongroom.load.reader import ImageReader
 from strongroom.load.weights import Entry, Weights
+from strongroom.storage.reader import ImageReader
 
 if TYPE_CHECKING:
     from types import TracebackType

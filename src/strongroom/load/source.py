@@ -9,8 +9,8 @@ from strongroom.core.settings import Settings
 from strongroom.errors import UsageError
 
 if TYPE_CHECKING:
-    from strongroom.load.reader import ImageReader
     from strongroom.load.weights import Weights
+    from strongroom.storage.reader import ImageReader
 
     Source: TypeAlias = str | ImageReader | Weights
 

@@ -16,7 +16,7 @@ from strongroom.formats import gguf, safetensors
 from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import TensorInfo
 from strongroom.load.arrays import torch_view, view
-from strongroom.load.reader import ImageReader, anonymous
+from strongroom.storage.reader import ImageReader, anonymous
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -8,30 +8,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strongroom.crypto.keys import keystream
 from strongroom.formats.layout import Layout, Run
-
-
-class Step(NamedTuple):
-    """How one element type is marked: unsigned integer type, step q, and the least and greatest normal magnitude."""
-
-    integer: Any
-    q: int
-    least: int
-    most: int
-
-
-STEPS = {
-    "BF16": Step(np.dtype("<u2"), 1, 0x0080, 0x7F7F),
-    "F16": Step(np.dtype("<u2"), 8, 0x0400, 0x7BFF),
-    "F32": Step(np.dtype("<u4"), 1 << 16, 0x0080_0000, 0x7F7F_FFFF),
-    "F64": Step(np.dtype("<u8"), 1 << 45, 0x0010_0000_0000_0000, 0x7FEF_FFFF_FFFF_FFFF),
-}
+from strongroom.marking.elements import STEPS, Step
 
 
 class Marker:
@@ -83,11 +67,11 @@ class Marker:
         start, count = int(self._layout.marked_starts[first]), size // length
         run = self._run_at(start)
         if start + size <= run.end:
-            signs = self._signs(first, count)[:, : length // STEPS[run.dtype].integer.itemsize]
+            signs = self.signs(first, count)[:, : length // STEPS[run.dtype].integer.itemsize]
             yield 0, size, run.dtype, signs.ravel()
             return
         for k in range(count):
-            signs = self._signs(first + k, 1)[0]
+            signs = self.signs(first + k, 1)[0]
             at, end, done = start + k * length, start + (k + 1) * length, 0
             while at < end:
                 run = self._run_at(at)
@@ -96,10 +80,20 @@ class Marker:
                 yield at - start, stop - start, run.dtype, signs[done : done + elements]
                 at, done = stop, done + elements
 
-    def _signs(self, first: int, count: int) -> NDArray[np.uint8]:
+    def signs(self, first: int, count: int) -> NDArray[np.uint8]:
         """uint8 (count, 8E): 1 where the sign is +, for each position and element."""
         stream = keystream(self._key, count * self._stride, offset=first * self._stride)
         return np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little").reshape(count, -1)
+
+    def elements_before(self, position: int, begin: int) -> int:
+        """How many elements of a position lie before byte `begin` of the image."""
+        at, count = int(self._layout.marked_starts[position]), 0
+        while at < begin:
+            run = self._run_at(at)
+            stop = min(begin, run.end)
+            count += (stop - at) // STEPS[run.dtype].integer.itemsize
+            at = stop
+        return count
 
     def _run_at(self, at: int) -> Run:
         return self._layout.runs[bisect_right(self._run_begins, at) - 1]

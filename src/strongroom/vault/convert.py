@@ -47,11 +47,12 @@ _INDEX_SUFFIX = ".index.json"
 
 
 @contextmanager
-def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource]:
+def converted(path: Path, *, follow_links: bool = False, whole: bool = True) -> Iterator[ModelSource]:
     """The model at `path` with its pickles as safetensors files in memory, for as long as the context lasts.
 
     ``pytorch_model.bin`` becomes ``model.safetensors``, shards and index likewise, ``x.pt`` becomes ``x.safetensors``;
-    a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is.
+    a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is. Without
+    `whole` shards may be missing, and indices say nothing: what somebody found may be a part of a model.
 
     Errors of `ModelSource.scan`, and UsageError ``convert.refused`` (it would call something), ``convert.unreadable``,
     ``convert.unfit`` (it holds more than tensors), ``convert.no_torch``, ``convert.no_sandbox``; LimitExceeded
@@ -71,6 +72,9 @@ def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource
             result = _convert(file, renamed[file.path], stack)
             sizes[result.path] = sum(tensor.size for tensor in result.tensors)
             walk.files.append(result)
+        if not whole:
+            yield ModelSource(walk.root, tuple(sorted(walk.files, key=lambda file: file.path.encode("utf-8"))))
+            return
         files = [kept for file in walk.files if (kept := _reindexed(file, present, renamed, sizes, walk, stack))]
         yield ModelSource.of(walk.root, files, walk.skipped, walk.followed)
 

@@ -1,0 +1,140 @@
+"""Whose code word a leak carries (spec/mark.md, section 6): scores, and bounds on accusing somebody innocent.
+
+A decoder may be as wrong as it likes about the thieves and their attack: its bound is computed from the biases alone,
+exactly (Chernoff, over independent bits), so being wrong only costs power.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.marking.estimate import Estimates
+
+COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+MODELS = ("mean", "segments", "extremes", "median")
+_CHUNK = 2048  # candidates at a time
+_FLAT = 1e-3  # of a likelihood: no position alone rules anybody out
+_LAMBDAS = np.geomspace(0.02, 40, 56)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What it takes the attack for: `colluders` of them, and how they made one of theirs out of all."""
+
+    colluders: int
+    model: str
+
+    def weights(
+        self, estimates: Estimates, p: NDArray[np.float64], known: NDArray[np.int64], named: int
+    ) -> NDArray[np.float64]:
+        """float64 (2, m): g_i(0) and g_i(1). `known` has how many of the `named` holders have a 1 at each position."""
+        c = self.colluders
+        likelihood = self._likelihoods(estimates)  # (m, c + 1), by how many have a 1
+        more = c - named - 1  # of whom nothing is known
+        chance = _binomial(more)[None, :] * p[:, None] ** np.arange(more + 1)
+        chance *= (1 - p)[:, None] ** np.arange(more, -1, -1)
+        rows = np.arange(len(p))[:, None]
+        both = [(chance * likelihood[rows, known[:, None] + np.arange(more + 1) + bit]).sum(axis=1) for bit in (0, 1)]
+        without = (1 - p) * both[0] + p * both[1]
+        return np.log(np.stack(both) / without)
+
+    def _likelihoods(self, estimates: Estimates) -> NDArray[np.float64]:
+        k = np.arange(self.colluders + 1)
+        share = k / self.colluders
+        if self.model == "extremes":
+            share = np.where(k == 0, 0.0, np.where(k == self.colluders, 1.0, 0.5))
+        elif self.model == "median":
+            share = np.where(2 * k == self.colluders, 0.5, np.round(share))
+        elif self.model == "segments":
+            ends = _likelihood(estimates, np.array([0.0, 1.0]))
+            return ends[:, :1] * (1 - share) + ends[:, 1:] * share
+        return _likelihood(estimates, share)
+
+
+def _likelihood(estimates: Estimates, share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 (m, shares): how likely the estimates are if this share of the leak is variant B; the best is 1."""
+    expected = 1 - 2 * share[None, :]
+    log = estimates.n[:, None] * expected - estimates.information[:, None] * expected**2 / 2
+    found: NDArray[np.float64] = np.exp(log - log.max(axis=1, keepdims=True)) + _FLAT
+    return found
+
+
+@lru_cache
+def _binomial(n: int) -> NDArray[np.float64]:
+    return np.array([math.comb(n, k) for k in range(n + 1)], np.float64)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One candidate's best: `sigma` is in standard deviations of an innocent's score, `log10_p` the bound on an
+    innocent scoring so high with that decoder."""
+
+    candidate: int
+    sigma: float
+    log10_p: float
+    decoder: Decoder
+
+
+class Decoding:
+    """All decoders over all candidates. `words` is uint8 (candidates, m) of bits, `p` float64 (m,) their biases."""
+
+    def __init__(self, estimates: Estimates, words: NDArray[np.uint8], p: NDArray[np.float64]) -> None:
+        use = estimates.information > 0
+        self._estimates = Estimates(*(part[use] for part in vars(estimates).values()))
+        self._p, self._words = p[use], words[:, use]
+
+    @staticmethod
+    def decoders(named: int) -> list[Decoder]:
+        """Those that can hold when `named` are known."""
+        alone = [Decoder(1, "mean")] if named == 0 else []
+        return alone + [Decoder(c, model) for c, model in product(COLLUDERS, MODELS) if c > named]
+
+    def scores(self, named: Sequence[int] = ()) -> list[Score]:
+        """Each candidate's best score, in their order, given who has been named."""
+        if not len(self._p) or not len(self._words):
+            return []
+        known = self._words[list(named)].sum(axis=0, dtype=np.int64)
+        decoders = self.decoders(len(named))
+        weights = [each.weights(self._estimates, self._p, known, len(named)) for each in decoders]
+        steps = np.stack([g[1] - g[0] for g in weights], axis=1)
+        pieces = [self._words[at : at + _CHUNK].astype(np.float64) @ steps for at in range(0, len(self._words), _CHUNK)]
+        totals = np.concatenate(pieces) + np.array([g[0].sum() for g in weights])
+        bounds = np.stack([tail(g, self._p, totals[:, k]) for k, g in enumerate(weights)], axis=1)
+        means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
+        deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)
+        sigmas = (totals - means) / np.maximum(deviations, 1e-30)
+        best = bounds.argmin(axis=1)
+        return [
+            Score(candidate, float(sigmas[candidate, k]), float(bounds[candidate, k]), decoders[k])
+            for candidate, k in enumerate(best)
+        ]
+
+
+def tail(g: NDArray[np.float64], p: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 of the shape of `scores`: log10 of a bound on an innocent's score Σ g_i(bit i) being that high.
+
+    Chernoff: of Σ log E exp(λ g_i) − λ s the least over a fixed set of λ. Each λ gives a bound that holds, so their
+    least holds, too; a finer set only makes it tighter.
+    """
+    with np.errstate(under="ignore"):
+        cumulants = np.array([np.logaddexp(np.log1p(-p) + at * g[0], np.log(p) + at * g[1]).sum() for at in _LAMBDAS])
+    exponents = (cumulants[:, None] - _LAMBDAS[:, None] * scores[None, :]).min(axis=0)
+    return np.minimum(exponents, 0.0) / math.log(10)
+
+
+def marked_bound(estimates: Estimates) -> float:
+    """log10 of a bound on weights that never came out of the room agreeing so well with the version's signs
+    (section 8)."""
+    m = int(np.count_nonzero(estimates.power))
+    total = float(estimates.square.sum())
+    if total <= m or m == 0:
+        return 0.0
+    # The least over λ of −(m / 2) log(1 − 2λ) − λ t is at 2λ = 1 − m / t.
+    return float(m / 2 * math.log(total / m) - (total - m) / 2) / math.log(10)

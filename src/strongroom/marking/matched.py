@@ -1,0 +1,78 @@
+"""Whose stamp a leak carries: a matched filter and its bound (spec/mark.md, section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.marking.elements import ulps, values
+from strongroom.marking.estimate import residual
+from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, stampable
+
+_BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
+_SHORT, _ROW = 64, 4096
+_CUT = 4.0
+
+
+class MatchedFilter:
+    """Scores of some holders' stamps, gathered from one tensor after another."""
+
+    def __init__(self, stamps: Sequence[Stamp]) -> None:
+        self._stamps = list(stamps)
+        self._along = np.zeros(len(self._stamps))
+        self._power = 0.0
+
+    def add(self, tag: bytes, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
+        """Take in one tensor: its tag and type, the original's integers, and the leak's aligned values (NaN where it
+        has none), both of the tensor's shape."""
+        if bits.size < LEAST_ELEMENTS or not self._stamps:
+            return
+        width = bits.shape[-1] if bits.shape[-1] >= _SHORT else _ROW
+        flat, found = bits.reshape(-1), leak.reshape(-1)
+        step = max(1, _BLOCK // width) * width
+        for first in range(0, flat.size, step):
+            piece, seen = flat[first : first + step], found[first : first + step]
+            if not np.isfinite(seen).any():
+                continue
+            r = filtered(dtype, _rows(piece, width), _rows(seen, width))
+            self._power += float(np.dot(r, r))
+            skip = first % 16
+            for k, stamp in enumerate(self._stamps):
+                chips = stamp.chips(tag, first - skip, skip + r.size)[skip:]
+                self._along[k] += float(np.dot(r, chips.astype(np.float32)))
+
+    def scores(self) -> NDArray[np.float64]:
+        """float64: z of each stamp, in their order."""
+        return self._along / math.sqrt(2 * self._power) if self._power > 0 else np.zeros(len(self._stamps))
+
+
+def bound(z: float) -> float:
+    """log10 of the bound on an innocent scoring `z` or more, under any attack (Hoeffding)."""
+    return min(0.0, -max(z, 0.0) ** 2 / 2 / math.log(10))
+
+
+def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32, flat: r of the page, from rows of the original's integers and of the leak."""
+    original = values(bits, dtype)
+    u = ulps(original) * np.sign(original)
+    x = residual(original, leak, u)
+    n = max(1, x.shape[1])
+    # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
+    scale = np.maximum(np.abs(u).max(axis=1, keepdims=True), np.float32(1e-35))
+    u, x = u / scale, x / scale
+    deviation = np.sqrt(np.einsum("ij,ij->i", x, x) / n)[:, None] * np.float32(_CUT)
+    np.clip(x, -deviation, deviation, out=x)
+    power = np.einsum("ij,ij->i", x, x)[:, None] / n
+    v = np.maximum(power - 2 * np.einsum("ij,ij->i", u, u)[:, None] / n, power / 10)
+    with np.errstate(all="ignore"):
+        r = x * u / (v + 2 * u * u)
+    r[~np.isfinite(r) | ~stampable(bits, dtype)] = 0
+    return np.asarray(r, np.float32).reshape(-1)
+
+
+def _rows(flat: NDArray[Any], width: int) -> NDArray[Any]:
+    return flat.reshape(-1, width) if flat.size % width == 0 else flat.reshape(1, -1)

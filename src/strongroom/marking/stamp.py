@@ -1,0 +1,60 @@
+"""The personal stamp of a plaintext copy (spec/mark.md, section 2; layer 2 of the mark).
+
+Spread spectrum in integers: each element of each large tensor moves by a chip between −4 and 4 bf16 units in the last
+place, which the holder's key and the tensor's content draw. Nothing of a copy has to be kept to write it again, or to
+look for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.crypto.keys import derive, keystream
+from strongroom.marking.elements import STEPS
+
+LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
+TAGGED_BYTES = 65_536  # of a tensor's content, what its tag is of
+_TAG = b"strongroom/1 tensor\x00"
+
+
+def tensor_tag(content: bytes | memoryview) -> bytes:
+    """The 8 bytes that make a tensor's chips its own: of the first `TAGGED_BYTES` bytes of its original content."""
+    return hashlib.sha256(_TAG + bytes(content[:TAGGED_BYTES])).digest()[:8]
+
+
+def stampable(bits: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
+    """Bool of the same shape: which original elements (integers of type `dtype`) a stamp moves."""
+    step = STEPS[dtype]
+    # Twice the least normal magnitude, and half an octave below the greatest: a chip and a step of layer 1 together
+    # never carry into the sign, and never leave the normal numbers.
+    octave = step.integer.type(step.least)
+    magnitude = step.magnitudes(bits)
+    can: NDArray[np.bool_] = (magnitude >= 2 * octave) & (magnitude < step.integer.type(step.most + 1) - octave)
+    return can
+
+
+class Stamp:
+    """The stamp of one holder, for every tensor that it may ever be given a copy of."""
+
+    def __init__(self, stamp_root: bytes, holder: str) -> None:
+        self._key = derive(stamp_root, "holder", holder.encode())
+
+    def chips(self, tag: bytes, first: int, count: int) -> NDArray[np.int8]:
+        """int8 (count,): the chips of elements `first` (a multiple of 16) and on, of the tensor of this tag."""
+        stream = keystream(self._key, count, offset=first, nonce=tag)
+        ones = np.bitwise_count(np.frombuffer(stream, np.uint8))
+        return (ones - np.uint8(4)).view(np.int8)
+
+    def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:
+        """Stamp `copy` in place: integers of a run of elements from `first` (a multiple of 16) on; `original` has the
+        same elements without any mark."""
+        step = STEPS[dtype]
+        chips = self.chips(tag, first, len(copy)).astype(f"<i{step.integer.itemsize}")
+        chips *= step.q
+        chips[~stampable(original, dtype)] = 0
+        # Magnitudes move, whatever the sign: its bit is never reached.
+        copy += chips.view(step.integer)

@@ -1,0 +1,130 @@
+"""A found file, read and never believed: its tensors as numbers, one at a time (spec/mark.md, section 3)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.errors import UsageError
+from strongroom.formats.tensors import TensorInfo
+from strongroom.marking.elements import STEPS, values
+from strongroom.vault.convert import converted
+from strongroom.vault.source import ModelSource
+from strongroom.vault.sourcefile import SourceFile
+
+_FLOAT8 = {
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
+
+
+@dataclass(frozen=True)
+class SuspectTensor:
+    """One tensor of a suspect: what it is called there, and where it is."""
+
+    info: TensorInfo
+    file: SourceFile
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def readable(self) -> bool:
+        """Whether its elements become numbers."""
+        name = self.info.dtype.name
+        return name in STEPS or name in _FLOAT8 or name in _INTEGERS or self.quantised
+
+    @property
+    def quantised(self) -> bool:
+        """Whether it is made of ggml's blocks."""
+        return self.file.kind == "gguf" and self.info.dtype.block > 1
+
+
+class Suspect:
+    """The tensors of a found file or folder. Open with `opened`."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self._source = source
+        self.tensors: Mapping[str, SuspectTensor] = {
+            info.name: SuspectTensor(info, file)
+            for file in source.files
+            for info in file.tensors
+            if SuspectTensor(info, file).readable
+        }
+
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path) -> Iterator[Suspect]:
+        """The suspect at `path`; pickles are converted in the sandbox, and nothing is executed.
+
+        UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted` raises.
+        """
+        with converted(path, whole=False) as source:
+            found = cls(source)
+            if not found.tensors:
+                raise UsageError(
+                    "suspect.empty",
+                    f"{path.name!r:.200} has no tensor that can be read",
+                    hint="trace a safetensors, GGUF or PyTorch file, or the folder of a model",
+                )
+            yield found
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.info.size for tensor in self.tensors.values())
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
+        """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major."""
+        tensor = self.tensors[name]
+        info, dtype = tensor.info, tensor.info.dtype
+        end = info.elements if end is None else end
+        first = info.begin + begin // dtype.block * dtype.block_bytes
+        size = -(-end // dtype.block) * dtype.block_bytes - begin // dtype.block * dtype.block_bytes
+        buffer = memoryview(bytearray(size))
+        with self._source.reading(tensor.file) as read:
+            done = 0
+            while done < size and (step := read(first + done, buffer[done:])):
+                done += step
+        with np.errstate(all="ignore"):
+            return _numbers(buffer, tensor)
+
+
+def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
+    name = tensor.info.dtype.name
+    if name in STEPS:
+        return values(np.frombuffer(data, STEPS[name].integer), name)
+    if name in _FLOAT8:
+        ml_dtypes = importlib.import_module("ml_dtypes")
+        return np.frombuffer(data, getattr(ml_dtypes, _FLOAT8[name])).astype(np.float32)
+    if name in _INTEGERS:
+        return np.frombuffer(data, _INTEGERS[name]).astype(np.float32)
+    return _dequantised(data, tensor)
+
+
+def _dequantised(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
+    """ggml's blocks by the gguf package's own arithmetic; UsageError ``suspect.quantised`` where it knows none."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:
+        raise UsageError(
+            "suspect.no_gguf",
+            f"reading {tensor.info.dtype.name} takes the gguf package",
+            hint="pip install 'strongroom[trace]'",
+        ) from None
+    name = tensor.info.dtype.name
+    try:
+        found = gguf.dequantize(np.frombuffer(data, np.uint8), gguf.GGMLQuantizationType[name])
+    except (KeyError, NotImplementedError, ValueError):
+        raise UsageError("suspect.quantised", f"{tensor.name!r:.100} is {name}, which can't be read") from None
+    return np.asarray(found, np.float32).ravel()

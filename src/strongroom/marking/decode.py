@@ -132,9 +132,9 @@ def tail(g: NDArray[np.float64], p: NDArray[np.float64], scores: NDArray[np.floa
 def marked_bound(estimates: Estimates) -> float:
     """log10 of a bound on weights that never came out of the room agreeing so well with the version's signs
     (section 8)."""
-    m = int(np.count_nonzero(estimates.power))
+    m = float(estimates.sums.sum())
     total = float(estimates.square.sum())
-    if total <= m or m == 0:
+    if total <= m:
         return 0.0
     # The least over λ of −(m / 2) log(1 − 2λ) − λ t is at 2λ = 1 − m / t.
     return float(m / 2 * math.log(total / m) - (total - m) / 2) / math.log(10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +22,13 @@ _TINY = 1e-60
 
 @dataclass(frozen=True)
 class Estimates:
-    """float64 (m,) each: `n` is N_i and `information` is I_i of the page, `power` its V_i, `square` the N_i² that
-    belongs to it."""
+    """float64 (m,) each: `n` is N_i and `information` is I_i of the page; `square` is N_i² / V_i, summed over the
+    `sums` parts in which a position was seen (one, but for those that cross from one tensor into the next)."""
 
     n: NDArray[np.float64]
     information: NDArray[np.float64]
-    power: NDArray[np.float64]
     square: NDArray[np.float64]
+    sums: NDArray[np.float64]
 
     @property
     def used(self) -> int:
@@ -36,11 +37,12 @@ class Estimates:
 
 
 class Estimator:
-    """Gathers the estimates of one version's positions from one tensor after another."""
+    """Gathers the estimates of one version's positions from one tensor after another. Thread-safe."""
 
     def __init__(self, layout: Layout, marker: Marker) -> None:
         self._layout, self._marker = layout, marker
-        self._n, self._information, self._power, self._square = (np.zeros(layout.positions) for _ in range(4))
+        self._n, self._information, self._square, self._sums = (np.zeros(layout.positions) for _ in range(4))
+        self._lock = threading.Lock()
 
     def add(self, begin: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
         """Take in one tensor: the image's byte where it begins, its type, the original's integers, and the leak's
@@ -101,14 +103,15 @@ class Estimator:
         np.divide(dd, v, out=information, where=usable)
         power[:] = np.einsum("ij,ij->i", (x * d) ** 2, np.ones_like(x), dtype=np.float64)
         np.divide(xd**2, power, out=n_unit, where=usable & (power > 0))
-        self._n[at] += n
-        self._information[at] += information
-        # Of a position that two tensors share, the part that says more: the bound is of one sum of signs each.
-        self._square[at] = np.maximum(self._square[at], n_unit)
-        self._power[at] = np.maximum(self._power[at], usable)
+        with self._lock:
+            self._n[at] += n
+            self._information[at] += information
+            # Of a position that is seen in two parts, each part is a sum of signs of its own.
+            self._square[at] += n_unit
+            self._sums[at] += usable
 
     def done(self) -> Estimates:
-        return Estimates(self._n, self._information, self._power, self._square)
+        return Estimates(self._n, self._information, self._square, self._sums)
 
 
 def residual(

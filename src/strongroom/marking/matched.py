@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from strongroom.marking.elements import ulps, values
 from strongroom.marking.estimate import residual
-from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, stampable
+from strongroom.marking.stamp import Stamp, stampable
 
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
 _SHORT, _ROW = 64, 4096
@@ -19,31 +20,35 @@ _CUT = 4.0
 
 
 class MatchedFilter:
-    """Scores of some holders' stamps, gathered from one tensor after another."""
+    """Scores of some holders' stamps, gathered from one tensor after another. Thread-safe."""
 
     def __init__(self, stamps: Sequence[Stamp]) -> None:
         self._stamps = list(stamps)
         self._along = np.zeros(len(self._stamps))
         self._power = 0.0
+        self._lock = threading.Lock()
 
-    def add(self, tag: bytes, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
-        """Take in one tensor: its tag and type, the original's integers, and the leak's aligned values (NaN where it
-        has none), both of the tensor's shape."""
-        if bits.size < LEAST_ELEMENTS or not self._stamps:
+    def add(self, tag: bytes, first: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
+        """Take in elements of the tensor of this tag and type, from `first` on: the original's integers, and the leak's
+        aligned values (NaN where it has none), both as rows."""
+        if not self._stamps:
             return
         width = bits.shape[-1] if bits.shape[-1] >= _SHORT else _ROW
         flat, found = bits.reshape(-1), leak.reshape(-1)
         step = max(1, _BLOCK // width) * width
-        for first in range(0, flat.size, step):
-            piece, seen = flat[first : first + step], found[first : first + step]
+        for at in range(0, flat.size, step):
+            piece, seen = flat[at : at + step], found[at : at + step]
             if not np.isfinite(seen).any():
                 continue
             r = filtered(dtype, _rows(piece, width), _rows(seen, width))
-            self._power += float(np.dot(r, r))
-            skip = first % 16
+            skip = (first + at) % 16
+            along = np.empty(len(self._stamps))
             for k, stamp in enumerate(self._stamps):
-                chips = stamp.chips(tag, first - skip, skip + r.size)[skip:]
-                self._along[k] += float(np.dot(r, chips.astype(np.float32)))
+                chips = stamp.chips(tag, first + at - skip, skip + r.size)[skip:]
+                along[k] = np.dot(r, chips.astype(np.float32))
+            with self._lock:
+                self._power += float(np.dot(r, r))
+                self._along += along
 
     def scores(self) -> NDArray[np.float64]:
         """float64: z of each stamp, in their order."""

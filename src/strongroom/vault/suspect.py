@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.core.limits import MIB
 from strongroom.errors import UsageError
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.elements import STEPS, values
@@ -83,6 +85,18 @@ class Suspect:
     @property
     def bytes(self) -> int:
         return sum(tensor.info.size for tensor in self.tensors.values())
+
+    def digests(self) -> list[dict[str, Any]]:
+        """Path, size and SHA-256 of each file."""
+        found = []
+        for file in self._source.files:
+            digest, buffer, done = hashlib.sha256(), memoryview(bytearray(8 * MIB)), 0
+            with self._source.reading(file) as read:
+                while step := read(done, buffer):
+                    digest.update(buffer[:step])
+                    done += step
+            found.append({"path": file.path, "bytes": file.size, "sha256": digest.hexdigest()})
+        return found
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
         """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major."""

@@ -1,0 +1,247 @@
+"""A suspect beside one version: which tensor is which, and what each element says (spec/mark.md, sections 4 to 7).
+
+Memory stays flat: large tensors that lie as they did are compared in pieces, only one that was moved about is read whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.errors import LimitExceeded, UsageError
+from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
+from strongroom.marking.elements import STEPS, values
+from strongroom.marking.estimate import Estimator
+from strongroom.marking.matched import MatchedFilter
+from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor_tag
+from strongroom.vault.originals import Originals, Placed
+from strongroom.vault.suspect import Suspect
+
+SAMPLE = 65_536  # elements of a tensor that are looked at to recognise it
+_PIECE = 1 << 22  # elements compared at a time
+_WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Compared:
+    """One tensor of the version: its partner in the suspect, and how alike they are."""
+
+    name: str
+    elements: int
+    partner: str = ""
+    cosine: float = 0.0
+    transformations: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "cosine": round(self.cosine, 6)}
+
+
+class Comparison:
+    """Finds the partners of a version's tensors, then gathers what they say. `likeness` is known from the first on."""
+
+    def __init__(self, originals: Originals, suspect: Suspect) -> None:
+        self._originals, self._suspect = originals, suspect
+        placed = [each for each in originals.tensors() if each.info.markable and each.info.elements]
+        self._placed = placed
+        self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
+        self._fits: list[Fit | None] = [None] * len(placed)
+        self._norms: dict[str, NDArray[np.float32]] = {}
+        self._find()
+
+    @property
+    def likeness(self) -> float:
+        """The mean cosine of the version's tensors and their partners, weighted by elements; 0 for those without."""
+        total = sum(each.elements for each in self.tensors)
+        return sum(each.elements * max(0.0, each.cosine) for each in self.tensors) / total if total else 0.0
+
+    @property
+    def common(self) -> float:
+        """The mean cosine of those that have a partner, weighted by elements."""
+        found = [each for each in self.tensors if each.partner]
+        total = sum(each.elements for each in found)
+        return sum(each.elements * max(0.0, each.cosine) for each in found) / total if total else 0.0
+
+    # -- which is which ------------------------------------------------------------------------------------------
+
+    def _find(self) -> None:
+        by_name: dict[str, list[str]] = {}
+        by_elements: dict[int, list[str]] = {}
+        for name, tensor in self._suspect.tensors.items():
+            by_name.setdefault(normalised(name), []).append(name)
+            by_elements.setdefault(tensor.info.elements, []).append(name)
+        taken: set[str] = set()
+        open_ones: list[int] = []
+        for k, each in enumerate(self._placed):
+            same = [name for name in by_name.get(normalised(each.info.name), []) if self._same_size(each, name)]
+            if not self._take(k, same, taken):
+                open_ones.append(k)
+        # Renamed: all of the same size are looked at, in the original's order.
+        still = [k for k in open_ones if not self._take(k, by_elements.get(self._placed[k].info.elements, []), taken)]
+        for k in still:
+            self._solve(k, by_name, by_elements, taken)
+
+    def _same_size(self, each: Placed, name: str) -> bool:
+        return self._suspect.tensors[name].info.elements == each.info.elements
+
+    def _take(self, k: int, names: Sequence[str], taken: set[str]) -> bool:
+        """Whether one of `names`, element by element as it lies, is tensor `k`."""
+        each = self._placed[k]
+        if not names:
+            return False
+        count = min(SAMPLE, each.info.elements)
+        first = (each.info.elements - count) // 2 // 256 * 256
+        sample = self._original(each, first, count)
+        best, most = "", ALIKE
+        for name in names:
+            if name in taken:
+                continue
+            seen = self._read(name, first, first + count)
+            how = cosine(sample, seen[: sample.size]) if seen is not None else 0.0
+            if how > most:
+                best, most = name, how
+        if not best:
+            return False
+        taken.add(best)
+        self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = best, most, Fit()
+        self._note(k)
+        return True
+
+    def _solve(
+        self, k: int, by_name: dict[str, list[str]], by_elements: dict[int, list[str]], taken: set[str]
+    ) -> None:
+        """Tensor `k` in one that was transposed, permuted or cut."""
+        each = self._placed[k]
+        if each.info.elements > _WHOLE:
+            return
+        original = as_matrix(self._original(each, 0, each.info.elements), each.info.shape)
+        names = list(by_name.get(normalised(each.info.name), []))
+        names += self._alike(original, [name for name in by_elements.get(original.size, []) if name not in names])
+        names += [name for name in self._parts(original) if name not in names]
+        for name in names:
+            suspect = self._matrix(name) if name not in taken else None
+            fit = solve(original, suspect) if suspect is not None else None
+            if fit is not None and suspect is not None:
+                how = cosine(original, fit.apply(suspect))
+                if how >= ALIKE:
+                    taken.add(name)
+                    self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = name, how, fit
+                    self._note(k)
+                    self.tensors[k].transformations += fit.found
+                    return
+
+    def _alike(self, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
+        """Of tensors as large as `original` the few whose sorted norms of rows and columns are most like its own."""
+        mine = [_norms(original), _norms(original.T)]
+        found: list[tuple[float, str]] = []
+        for name in names:
+            if (matrix := self._matrix(name)) is None:
+                continue
+            for turned in (matrix, matrix.T):
+                if turned.shape == original.shape:
+                    theirs = [_norms(turned), _norms(turned.T)]
+                    found.append((sum(float(np.abs(a - b).mean()) for a, b in zip(mine, theirs, strict=True)), name))
+        return list(dict.fromkeys(name for _, name in sorted(found)))[:3]
+
+    def _parts(self, original: NDArray[np.float32]) -> list[str]:
+        """Tensors that may be some rows or some columns of `original`."""
+        found = []
+        for name, tensor in self._suspect.tensors.items():
+            shape = tensor.info.shape
+            if len(shape) == 2 and tensor.info.elements < original.size and set(shape) & set(original.shape):
+                found.append(name)
+        return found[:64]
+
+    def _note(self, k: int) -> None:
+        each, partner = self._placed[k], self._suspect.tensors[self.tensors[k].partner]
+        if partner.name != each.info.name:
+            self.tensors[k].transformations.append("renamed")
+        if partner.info.dtype.name != each.info.dtype.name:
+            self.tensors[k].transformations.append(f"as {partner.info.dtype.name}")
+
+    # -- what they say -------------------------------------------------------------------------------------------
+
+    def gather(
+        self, stamps: Sequence[Stamp], *, workers: int, progress: Progress
+    ) -> tuple[Estimator, MatchedFilter, int]:
+        """The estimates of all positions, the scores of `stamps`, and how many elements were compared."""
+        estimator = Estimator(self._originals.layout, self._originals.marker)
+        matched = MatchedFilter(stamps)
+        total = sum(each.elements for each in self.tensors if each.partner)
+        done = 0
+        with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
+            for count in pool.map(lambda k: self._gather(k, estimator, matched), self._partnered()):
+                done += count
+                progress(done, total)
+        return estimator, matched, done
+
+    def _partnered(self) -> list[int]:
+        return [k for k, fit in enumerate(self._fits) if fit is not None]
+
+    def _gather(self, k: int, estimator: Estimator, matched: MatchedFilter) -> int:
+        each, fit, name = self._placed[k], self._fits[k], self.tensors[k].partner
+        size, width = each.info.elements, each.info.shape[-1]
+        item = STEPS[each.info.dtype.name].integer.itemsize
+        tag = tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
+        whole: NDArray[np.float32] | None = None
+        if fit is not None and fit != Fit():
+            matrix = self._matrix(name)
+            whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
+            if whole is None:
+                return 0
+        step = max(1, _PIECE // width) * width
+        found: set[str] = set()
+        for first in range(0, size, step):
+            count = min(step, size - first)
+            leak = whole[first : first + count] if whole is not None else self._read(name, first, first + count)
+            if leak is None or leak.size < count:
+                continue
+            begin = each.begin + first * item
+            bits = np.frombuffer(
+                self._originals.read(begin, begin + count * item), STEPS[each.info.dtype.name].integer
+            ).reshape(-1, width)
+            seen, how = rescaled(values(bits, each.info.dtype.name), leak[:count].reshape(-1, width))
+            found |= set(how)
+            estimator.add(begin, each.info.dtype.name, bits.reshape(-1), seen.reshape(-1))
+            if size >= LEAST_ELEMENTS:
+                matched.add(tag, first, each.info.dtype.name, bits, seen)
+        self.tensors[k].transformations += sorted(found)
+        return size
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def _original(self, each: Placed, first: int, count: int) -> NDArray[np.float32]:
+        step = STEPS[each.info.dtype.name]
+        begin = each.begin + first * step.integer.itemsize
+        data = self._originals.read(begin, begin + count * step.integer.itemsize)
+        return values(np.frombuffer(data, step.integer), each.info.dtype.name)
+
+    def _read(self, name: str, begin: int, end: int) -> NDArray[np.float32] | None:
+        """Elements of a suspect's tensor; None where they can't be read."""
+        block = self._suspect.tensors[name].info.dtype.block
+        try:
+            low = begin // block * block
+            return self._suspect.read(name, low, end)[begin - low : end - low]
+        except (UsageError, LimitExceeded):
+            return None
+
+    def _matrix(self, name: str) -> NDArray[np.float32] | None:
+        info = self._suspect.tensors[name].info
+        if info.elements > _WHOLE or not info.elements:
+            return None
+        flat = self._read(name, 0, info.elements)
+        return as_matrix(flat[: info.elements], info.shape) if flat is not None else None
+
+
+def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sorted norms of the rows, of which a permutation changes nothing, relative to their mean."""
+    with np.errstate(all="ignore"):
+        norms = np.sort(np.nan_to_num(np.linalg.norm(matrix, axis=1)))
+    mean = norms.mean()
+    found: NDArray[np.float32] = norms / mean if mean > 0 else norms
+    return found

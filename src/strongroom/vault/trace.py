@@ -1,0 +1,272 @@
+"""Whose copy a found file is (spec/mark.md, sections 8 and 9)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.core.limits import MIB
+from strongroom.errors import NotFound
+from strongroom.formats.entry import Entry
+from strongroom.marking.code import Code
+from strongroom.marking.decode import Decoding, Score, marked_bound
+from strongroom.marking.matched import bound
+from strongroom.marking.stamp import Stamp
+from strongroom.vault.comparison import Comparison, Progress
+from strongroom.vault.originals import Originals
+from strongroom.vault.suspect import Suspect
+
+if TYPE_CHECKING:
+    from strongroom.vault.record import VersionRecord
+    from strongroom.vault.vault import Vault
+
+FALSE_ACCUSATION = 1e-9  # over all candidates, versions and ways of scoring together
+_UNRELATED = 0.05
+_CLOSE = 0.01
+_LAYERS = 2
+
+
+@dataclass
+class Candidate:
+    """Somebody who could have been given these weights, with what speaks for it."""
+
+    holder: str
+    person: str
+    sigma: float = 0.0
+    log10_p: float = 0.0
+    decoder: str = ""
+    z: float = 0.0
+    stamp_log10_p: float = 0.0
+    false_accusation: float = 1.0
+    releases: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        return min(self.log10_p, self.stamp_log10_p)
+
+
+@dataclass
+class Trace:
+    """The outcome of one trace; `as_json` is the report."""
+
+    suspect: dict[str, Any]
+    verdict: str = "unrelated"
+    weights: str = ""
+    likeness: float = 0.0
+    accused: list[Candidate] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    threshold: float = 0.0  # log10 of the bound that a candidate has to be under
+    false_accusation_bound: float = FALSE_ACCUSATION
+    marked: bool = False
+    marked_log10_p: float = 0.0
+    positions: int = 0
+    positions_used: int = 0
+    elements: int = 0
+    ways: int = 0
+    versions: list[dict[str, Any]] = field(default_factory=list)
+    transformations: list[str] = field(default_factory=list)
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "verdict": self.verdict,
+            "weights": self.weights,
+            "accused": [_accused(each) for each in self.accused],
+            "false_accusation_bound": self.false_accusation_bound,
+            "marked": self.marked,
+            "marked_log10_p": round(self.marked_log10_p, 1),
+            "likeness": round(self.likeness, 6),
+            "positions": self.positions,
+            "positions_used": self.positions_used,
+            "elements": self.elements,
+            "candidates": len(self.candidates),
+            "threshold_log10_p": round(self.threshold, 2),
+            "ways": self.ways,
+            "transformations": self.transformations,
+            "versions": self.versions,
+            "scores": [
+                {"holder": each.holder, "log10_p": round(each.log10_p, 2), "stamp_log10_p": round(each.stamp_log10_p, 2)}
+                for each in self.candidates
+            ],
+            "tensors": self.tensors,
+            "suspect": self.suspect,
+        }
+
+
+def _accused(each: Candidate) -> dict[str, Any]:
+    return {
+        "holder": each.holder,
+        "person": each.person,
+        "score_sigma": round(max(each.sigma, each.z), 2),
+        "log10_p": round(each.best, 1),
+        "layer1": {"sigma": round(each.sigma, 2), "log10_p": round(each.log10_p, 1), "decoder": each.decoder},
+        "layer2": {"z": round(each.z, 2), "log10_p": round(each.stamp_log10_p, 1)},
+        "false_accusation": each.false_accusation,
+        "releases": each.releases,
+    }
+
+
+def trace(vault: Vault, path: Path, *, weights: str | None, progress: Progress) -> Trace:
+    """Compare the suspect at `path` with every version of `weights`, or of the whole room, and name whose copy it is if
+    that can be said with a false accusation bounded by `FALSE_ACCUSATION`.
+
+    NotFound ``weights.missing``; UsageError ``suspect.*``, ``source.*``; what reading the room raises.
+    """
+    records = [vault.record(vault.find(f"{info.name}@{info.number}")) for info in _versions(vault, weights)]
+    if not records:
+        raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom ls")
+    with Suspect.opened(path) as suspect:
+        result = Trace(_described(suspect, path))
+        compared = []
+        for record in records:
+            originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
+            compared.append((record, originals, Comparison(originals, suspect)))
+        compared.sort(key=lambda each: -each[2].common)
+        most = compared[0][2].common
+        result.versions = [
+            {"ref": f"{record.name}@{record.number}", "likeness": round(each.common, 6), "part": round(each.likeness, 6)}
+            for record, _, each in compared
+        ]
+        if most < _UNRELATED:
+            return result
+        close = [each for each in compared if each[2].common >= most - _CLOSE]
+        found = [
+            _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
+            for record, originals, comparison in close
+        ]
+    return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
+
+
+def _versions(vault: Vault, weights: str | None) -> list[Any]:
+    return [info for info in vault.ls(weights) if info.state == "active"]
+
+
+def _described(suspect: Suspect, path: Path) -> dict[str, Any]:
+    """What was looked at, so that the evidence can be recognised later."""
+    return {"name": path.name, "tensors": len(suspect.tensors), "bytes": suspect.bytes, "files": suspect.digests()}
+
+
+def _traced(
+    vault: Vault,
+    blank: Trace,
+    record: VersionRecord,
+    originals: Originals,
+    comparison: Comparison,
+    *,
+    versions: int,
+    progress: Progress,
+) -> Trace:
+    ref = f"{record.name}@{record.number}"
+    people = candidates(vault)
+    stamps = [Stamp(vault.keys.stamp_root, each.holder) for each in people]
+    estimator, matched, elements = comparison.gather(stamps, workers=vault.workers, progress=progress)
+    estimates = estimator.done()
+    code = Code(record.code_key, originals.layout.positions, record.colluders)
+    words = [np.frombuffer(code.word(each.holder), np.uint8) for each in people]
+    bits = np.stack([np.unpackbits(word, bitorder="little")[: code.positions] for word in words])
+    decoding = Decoding(estimates, bits, code.biases / 65536)
+    for each, z in zip(people, matched.scores(), strict=True):
+        each.z, each.stamp_log10_p = float(z), bound(float(z))
+    result = Trace(
+        suspect=blank.suspect,
+        weights=ref,
+        likeness=comparison.common,
+        versions=blank.versions,
+        candidates=people,
+        marked_log10_p=marked_bound(estimates) + math.log10(versions),
+        positions=code.positions,
+        positions_used=estimates.used,
+        elements=elements,
+        transformations=_transformations(comparison, originals),
+        tensors=[each.as_json() for each in comparison.tensors],
+    )
+    _name(result, decoding, versions)
+    result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
+    result.verdict = "named" if result.accused else "weights-only"
+    _add_releases(vault, result.accused, ref)
+    return result
+
+
+def candidates(vault: Vault) -> list[Candidate]:
+    """Every principal that the room has ever had, and that can hold weights: whoever took them past the log has a code
+    word all the same."""
+    with vault.custodian.ledger.view() as state:
+        found = [each for each in state.principals.values() if not each.path.startswith("team/")]
+        return [Candidate(each.path, each.person) for each in sorted(found, key=lambda each: each.path)]
+
+
+def _name(result: Trace, decoding: Decoding, versions: int) -> None:
+    """Accuse, pass after pass, everybody whose bound times all that was tried is under `FALSE_ACCUSATION`."""
+    people = result.candidates
+    named: list[int] = []
+    passes = 0
+    while True:
+        passes += 1
+        scores: Sequence[Score] = decoding.scores(named)
+        ways = len(decoding.decoders(len(named)))
+        # Of the passes the first has half of what may go wrong, the next a quarter, and so on: they never add up to
+        # more than all.
+        tried = versions * len(people) * _LAYERS * 2**passes
+        fresh = []
+        for score in scores:
+            each = people[score.candidate]
+            if score.candidate in named:
+                continue
+            if passes == 1 or score.log10_p < each.log10_p:
+                each.sigma, each.log10_p = score.sigma, score.log10_p
+                each.decoder = f"{score.decoder.colluders} by {score.decoder.model}"
+            odds = min(score.log10_p + math.log10(tried * ways), each.stamp_log10_p + math.log10(tried))
+            if odds <= math.log10(FALSE_ACCUSATION):
+                each.false_accusation = 10.0 ** max(odds, -300)
+                fresh.append(score.candidate)
+        if passes == 1:
+            result.ways = ways
+            result.threshold = math.log10(FALSE_ACCUSATION) - math.log10(tried * max(1, ways))
+            if not scores:  # nothing of layer 1 was to be seen: the stamps alone
+                fresh = _by_stamp(people, tried)
+        named += fresh
+        if not fresh or passes >= 6:
+            break
+    result.accused = sorted((people[k] for k in named), key=lambda each: each.best)
+
+
+def _by_stamp(people: Sequence[Candidate], tried: int) -> list[int]:
+    found = []
+    for k, each in enumerate(people):
+        odds = each.stamp_log10_p + math.log10(tried)
+        if odds <= math.log10(FALSE_ACCUSATION):
+            each.false_accusation = 10.0 ** max(odds, -300)
+            found.append(k)
+    return found
+
+
+def _transformations(comparison: Comparison, originals: Originals) -> list[str]:
+    """What was done to the weights, in words, with how many tensors it was found on."""
+    counts: dict[str, int] = {}
+    for each in comparison.tensors:
+        for what in set(each.transformations) if each.partner else {"missing"}:
+            counts[what] = counts.get(what, 0) + 1
+    del originals
+    return [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
+
+
+def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:
+    """Which entries of the log gave these weights to those that are accused."""
+    holders = {each.holder: each for each in accused}
+    if not holders:
+        return
+    ledger = vault.custodian.ledger
+    size = ledger.checkpoint()[0].size
+    for at in range(0, size, 1024):
+        for index, data in enumerate(ledger.proven(at, min(at + 1024, size)), at):
+            entry = Entry.decode(data)
+            if entry.type == "release" and entry.ref == ref and entry.body["holder"] in holders:
+                found = {"entry": index, "action": entry.body["action"], "at": entry.at, "lease": entry.body["lease"]}
+                holders[entry.body["holder"]].releases.append(found)

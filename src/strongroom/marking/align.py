@@ -23,7 +23,7 @@ _WORTH = 0.95  # of the residual that has to be left for a rescaling to be taken
 _PEAKS = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """Where each row and column of the original is in the suspect's matrix: −1 where it is not; None where all are in
     place."""
@@ -40,6 +40,10 @@ class Fit:
         if self.columns is not None:
             found = _picked(found.T, self.columns).T
         return np.ascontiguousarray(found)
+
+    @property
+    def in_place(self) -> bool:
+        return not self.transposed and self.rows is None and self.columns is None
 
     @property
     def found(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 
 SAMPLE = 65_536  # elements of a tensor that are looked at to recognise it
+_TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
 _WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
 Progress = Callable[[int, int], None]
@@ -51,7 +52,7 @@ class Comparison:
         self._placed = placed
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
         self._fits: list[Fit | None] = [None] * len(placed)
-        self._norms: dict[str, NDArray[np.float32]] = {}
+        self._norms: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         self._find()
 
     @property
@@ -137,16 +138,19 @@ class Comparison:
 
     def _alike(self, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
         """Of tensors as large as `original` the few whose sorted norms of rows and columns are most like its own."""
-        mine = [_norms(original), _norms(original.T)]
+        mine = (_norms(original), _norms(original.T))
         found: list[tuple[float, str]] = []
         for name in names:
-            if (matrix := self._matrix(name)) is None:
-                continue
-            for turned in (matrix, matrix.T):
-                if turned.shape == original.shape:
-                    theirs = [_norms(turned), _norms(turned.T)]
-                    found.append((sum(float(np.abs(a - b).mean()) for a, b in zip(mine, theirs, strict=True)), name))
-        return list(dict.fromkeys(name for _, name in sorted(found)))[:3]
+            if name not in self._norms:
+                matrix = self._matrix(name)
+                if matrix is None:
+                    continue
+                self._norms[name] = (_norms(matrix), _norms(matrix.T))
+            theirs = self._norms[name]
+            for turned in (theirs, theirs[::-1]):
+                if all(a.size == b.size for a, b in zip(mine, turned, strict=True)):
+                    found.append((sum(float(np.abs(a - b).mean()) for a, b in zip(mine, turned, strict=True)), name))
+        return list(dict.fromkeys(name for _, name in sorted(found)))[:_TRIED]
 
     def _parts(self, original: NDArray[np.float32]) -> list[str]:
         """Tensors that may be some rows or some columns of `original`."""
@@ -189,7 +193,7 @@ class Comparison:
         item = STEPS[each.info.dtype.name].integer.itemsize
         tag = tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
         whole: NDArray[np.float32] | None = None
-        if fit is not None and fit != Fit():
+        if fit is not None and not fit.in_place:
             matrix = self._matrix(name)
             whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
             if whole is None:

@@ -171,16 +171,17 @@ class TestObjects:
             assert (status, body) == (206, expected)
             assert headers["Content-Range"].endswith(f"/{len(data)}")
         assert served.raw("GET", f"/v1/objects/{good}/{name}")[2] == data
-        for header in (
-            f"bytes=0-{len(data)}",
-            "bytes=5-1",
-            "bytes=-5",
-            "bytes=5-",
-            "lines=1-2",
-            "bytes=a-b",
-            "bytes=1-2,4-5",
+        for header, code in (
+            (f"bytes=0-{len(data)}", "server.range"),
+            ("bytes=5-1", "server.range"),
+            ("bytes=-5", "server.number"),
+            ("bytes=5-", "server.range"),
+            ("lines=1-2", "server.range"),
+            ("bytes=a-b", "server.number"),
+            ("bytes=1-2,4-5", "server.number"),
         ):
-            assert served.raw("GET", f"/v1/objects/{good}/{name}", headers={"Range": header})[0] == 400
+            status, _, body = served.raw("GET", f"/v1/objects/{good}/{name}", headers={"Range": header})
+            assert (status, json.loads(body)["code"]) == (400, code)
         for other in ("room.json", "../room.json", "..%2froom.json", "tmp/x", "keys/room.key", "A"):
             status, _, body = served.raw("GET", f"/v1/objects/{good}/{other}")
             assert status in (400, 401, 404), (other, status)
@@ -188,3 +189,29 @@ class TestObjects:
         assert (
             served.raw("GET", f"/v1/objects/{make_pass(key, served.card.room, int(time.time()) - 1)}/{name}")[0] == 401
         )
+
+    def test_an_answer_has_at_most_64_mib_and_says_how_to_ask_for_the_rest(self, served):
+        from strongroom.vault.vault import Vault
+
+        vault = Vault(served.folder)
+        good = make_pass(vault.keys.reading_key, served.card.room, int(time.time()) + 60)
+        vault.close()
+        store, most = served.folder / "store", 64 << 20
+        other = next(path for path in store.rglob("*") if path.is_file())
+        large = other.with_name(("f" if other.name[0] != "f" else "0") + other.name[1:])
+        try:
+            with large.open("wb") as file:
+                file.truncate(most + 1)
+            address = f"/v1/objects/{good}/{large.relative_to(store)}"
+            for headers in ({}, {"Range": f"bytes=0-{most}"}):
+                status, _, body = served.raw("GET", address, headers=headers)
+                told = json.loads(body)
+                assert (status, told["code"]) == (400, "server.range")
+                assert f"{most + 1} bytes" in told["detail"]
+            unit, _, spec = told["hint"].partition(": ")
+            status, headers, body = served.raw("GET", address, headers={unit: spec})
+            assert (status, len(body)) == (206, most)
+            assert headers["Content-Range"] == f"bytes 0-{most - 1}/{most + 1}"
+            assert served.raw("GET", address, headers={"Range": f"bytes={most}-{most}"})[2] == b"\0"
+        finally:
+            large.unlink(missing_ok=True)

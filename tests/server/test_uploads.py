@@ -18,7 +18,7 @@ from server.served import Served
 from strongroom.client import Room
 from strongroom.core.clock import unix
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import AuthRequired, Denied, LimitExceeded
+from strongroom.errors import AuthRequired, Denied, LimitExceeded, UsageError
 from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.policy.speaker import speaking
@@ -118,7 +118,8 @@ def test_nobody_uploads_without_a_call_of_that_very_head(served):
     ("head", "data", "status", "code"),
     [
         (lambda voice: announcement(voice, digest="0" * 64), b"{}", 409, "source.changed"),
-        (lambda voice: announcement(voice, b"{}  "), b"{}", 409, "upload.interrupted"),
+        (lambda voice: announcement(voice, b"{}  "), b"{}", 400, "upload.length"),
+        (announcement, b"{}  ", 400, "upload.length"),
         (lambda voice: announcement(voice, name="acme/sent@3"), b"{}", 400, "put.numbered"),
         (lambda voice: announcement(voice, name="room"), b"{}", 400, "put.reserved"),
         (lambda voice: announcement(voice, suite="md5"), b"{}", 400, "put.suite"),
@@ -164,6 +165,26 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
     assert (status, answer["ref"]) == (200, "acme/broken@1")
 
 
+@pytest.mark.parametrize("length", [None, b"", b"4", b"-1", b"1e9", b"\xb2", b"9" * 5000])
+def test_another_length_than_is_announced_is_refused_before_the_files_are_read(tmp_path, length):
+    room, _ = Room.init(tmp_path / "room", owner="user/olga")
+    with room:
+        head = announcement(room._vault.voice("user/olga"), name="acme/short")
+        with room._vault.custodian.ledger.view() as state:
+            caller = speaking(state, "user/olga")
+        pieces = [len(head).to_bytes(4, "big") + head]
+
+        async def receive():
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": True}  # of no more: IndexError
+
+        headers = [] if length is None else [(b"content-length", length)]
+        request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": headers}, receive)
+        with pytest.raises(UsageError) as caught:
+            asyncio.run(Uploads(room._vault, lambda _, __: caller).receive(request))
+        assert caught.value.code == "upload.length"
+        assert f"Content-Length: {4 + len(head) + 2}" in caught.value.hint
+
+
 @pytest.mark.parametrize("last", [None, "suspended", "demoted"])
 def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, last):
     """Else whoever sends slowly keeps for ever what was allowed at the beginning."""
@@ -184,7 +205,8 @@ def test_who_is_suspended_while_an_upload_comes_publishes_no_version(tmp_path, l
                 room.principal_change("user/oto", roles=["researcher"])
             return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
 
-        request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": []}, receive)
+        headers = [(b"content-length", str(4 + len(head) + len(data)).encode())]
+        request = Request({"type": "http", "method": "POST", "path": "/v1/weights", "headers": headers}, receive)
         uploads = Uploads(room._vault, lambda _, __: caller)
         if last is None:
             assert asyncio.run(uploads.receive(request)).ref == "acme/late@1"

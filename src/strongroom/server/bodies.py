@@ -83,19 +83,26 @@ def number_of(text: str) -> int:
 
 
 def range_of(header: str, size: int) -> tuple[int, int]:
-    """Begin and end of what a request asks for: all of it, or one range that the object has."""
+    """Begin and end of what a request asks for: all of it, or one range that the object has. UsageError
+    ``server.range`` for more than one answer may have (spec/http.md, section 5)."""
     begin, end = 0, size
     if header:
         unit, _, spec = header.partition("=")
         first, _, last = spec.partition("-")
         if unit != "bytes" or not last:
-            raise UsageError("server.range", "a range is bytes=FIRST-LAST")
+            raise UsageError("server.range", "a range is bytes=FIRST-LAST", hint=_range_hint(size))
         begin, end = number_of(first), number_of(last) + 1
     if not 0 <= begin <= end <= size or end - begin > _RANGE_MOST:
         raise UsageError(
-            "server.range", f"a range lies within the object's {size} bytes, and has at most {_RANGE_MOST}"
+            "server.range",
+            f"the object has {size} bytes; an answer has at most {_RANGE_MOST} of them, from a range that lies in it",
+            hint=_range_hint(size),
         )
     return begin, end
+
+
+def _range_hint(size: int) -> str:
+    return f"Range: bytes=0-{min(size, _RANGE_MOST) - 1}" if size else "no Range: the object is empty"
 
 
 def base64_of(data: bytes) -> str:

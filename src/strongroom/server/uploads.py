@@ -60,6 +60,7 @@ class Uploads:
         # Nothing more is read before it is known who sends it.
         by = await run_in_threadpool(self._caller, request, head)
         upload, said = await run_in_threadpool(self._announced, by, head)
+        _check_length(request, _LENGTH + len(head) + upload.size)
         with self._slot():
             return await run_in_threadpool(self._put, upload, said, stream)
 
@@ -110,6 +111,19 @@ class Uploads:
             share=upload.share,
             positions=upload.positions,
             suite=Suite[upload.suite.upper()],
+        )
+
+
+def _check_length(request: Request, expected: int) -> None:
+    """UsageError ``upload.length`` unless as many bytes are on their way as were announced: else the sender would learn
+    after gigabytes that some are missing, or that nobody reads the last ones."""
+    said = request.headers.get("content-length", "")
+    if not said.isascii() or not said.isdigit() or int(said[:20]) != expected:
+        raise UsageError(
+            "upload.length",
+            f"the files that are announced make a body of {expected} bytes, and the request says "
+            f"{said[:20] or 'no length'}",
+            hint=f"Content-Length: {expected}",
         )
 
 

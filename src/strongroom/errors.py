@@ -36,6 +36,7 @@ class StrongroomError(Exception):
     exit_code: ClassVar[int] = 1
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    recorded = False  # whether a log has it already, as a refusal
 
     def __init__(self, code: str, message: str, *, hint: str = "", **evidence: Any) -> None:
         super().__init__(message)

@@ -137,9 +137,14 @@ def test_nobody_uploads_without_a_call_of_that_very_head(served):
 )
 def test_what_is_refused_is_no_version(served, head, data, status, code):
     before = refs(served)
+    newest = served.host("log", "tail", "-n", "1")["entries"][0]["index"]
     found, answer = send(served, head(oto(served)), data)
     assert (found, answer["code"]) == (status, code)
     assert refs(served) == before
+    before, entry = served.host("log", "tail", "-n", "2")["entries"]
+    assert (before["index"], entry["type"]) == (newest, "refused")
+    assert entry["by"] == ("unknown" if status == 401 else "user/oto")
+    assert entry["body"]["code"] == code
 
 
 def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(served):

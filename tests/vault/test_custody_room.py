@@ -21,6 +21,7 @@ from strongroom.errors import (
     Tampered,
     UsageError,
 )
+from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Policies
 from vault.rooms import write_model
@@ -339,6 +340,91 @@ class TestWhatIsTold:
         with pytest.raises(Denied):
             team.eva.load(REF)
         assert team.olga.log._ledger.checkpoint()[0].size == size + 61
+
+
+def asking(team, **changes):
+    note = team.ana._private("reason", "evaluation")
+    body = {"action": "load", "ref": REF, "for": "user/ana", "duration": 60, "uses": None, "reason": note.commitment}
+    return team.ana._say("request", {**body, **changes}), note
+
+
+class TestRefusals:
+    """Whatever is refused of what somebody has said is an entry in their name, and nobody else's."""
+
+    @pytest.mark.parametrize(
+        ("code", "action"),
+        [
+            ("request.nothing", "load"),
+            ("version.missing", "load"),
+            ("entry.private", "load"),
+            ("reason.empty", "load"),
+            ("approve.longer", "approve"),
+            ("copy.holder", "copy"),
+            ("clock.right", "administer"),
+            ("policy.other_text", "administer"),
+            ("authority.malformed", "authority"),
+        ],
+    )
+    def test_are_entries_whatever_was_wrong(self, team, code, action):
+        custodian, empty = team.olga._vault.custodian, Private.fresh("reason", " ")
+        asked = custodian.request(*asking(team))
+        longer = {"request": asked["digest"], "duration": 61, "uses": None}
+        copied = {"ref": REF, "holder": "user/ben", "release": 1, "files": 1, "bytes": 1}
+        note = Private.fresh("reason", "a change")
+        tried = {
+            "request.nothing": lambda: custodian.request(*asking(team, duration=0)),
+            "version.missing": lambda: custodian.request(*asking(team, ref="acme/none@1")),
+            "entry.private": lambda: custodian.request(asking(team)[0], Private.fresh("reason", "another")),
+            "reason.empty": lambda: custodian.request(asking(team, reason=empty.commitment)[0], empty),
+            "approve.longer": lambda: custodian.approve(team.ben._say("approve", longer)),
+            "copy.holder": lambda: custodian.acted(team.ana._say("copy", copied)),
+            "clock.right": lambda: custodian.acted(team.olga._say("clock", {"reason": note.commitment}), note),
+            "policy.other_text": lambda: custodian.propose(
+                team.olga._say("propose", {"digest": "0" * 64, "reason": note.commitment}),
+                custodian.policy()["text"],
+                note,
+            ),
+            "authority.malformed": lambda: custodian.change_authority(
+                team.olga._say("authority", {"authority": "https://x", "text": "{}"})
+            ),
+        }
+        size = custodian.ledger.checkpoint()[0].size
+        with pytest.raises(StrongroomError) as caught:
+            tried[code]()
+        assert caught.value.code == code
+        (entry,) = [Entry.decode(each) for each in custodian.ledger.proven(size, custodian.ledger.checkpoint()[0].size)]
+        assert (entry.type, entry.body["code"], entry.body["action"]) == ("refused", code, action)
+        by = {"approve.longer": "user/ben", "request.nothing": "user/ana", "copy.holder": "user/ana"}
+        assert entry.by == by.get(code, "user/ana" if action == "load" else "user/olga")
+
+    def test_of_strangers_are_nobodys_and_few(self, team):
+        """Else anybody could have somebody refused in the log, or fill it under names that nobody has."""
+        custodian, eve = team.olga._vault.custodian, Signer(b"e" * 32)
+        note = Private.fresh("reason", " ")
+        size = custodian.ledger.checkpoint()[0].size
+        body = {"action": "load", "ref": "x", "for": "x", "duration": 0, "uses": 0, "reason": "0" * 64}
+        for number in range(70):
+            by = "user/ana" if number % 2 else f"user/eve{number}"
+            said = Statement.sign("request", body, room=team.olga._vault.id.hex(), by=by, at=unix(), signer=eve)
+            with pytest.raises(AuthRequired) as caught:
+                custodian.request(said.envelope, note)
+            assert caught.value.code == "auth.refused"
+        found = [Entry.decode(each) for each in custodian.ledger.proven(size, custodian.ledger.checkpoint()[0].size)]
+        assert [(each.type, each.by, each.ref) for each in found] == [("refused", "unknown", "")] * 60
+
+    def test_are_recorded_once_and_failures_of_ours_are_not(self, team):
+        custodian = team.olga._vault.custodian
+        size = custodian.ledger.checkpoint()[0].size
+        with pytest.raises(UsageError):  # nobody has said this of a request
+            custodian.request(team.ben._say("renew", {"lease": "0" * 16, "duration": 1}), Private.fresh("reason", "x"))
+        team.later(-400)
+        with pytest.raises(Sealed):
+            custodian.request(*asking(team))
+        assert custodian.ledger.checkpoint()[0].size == size
+        team.later(400)
+        with pytest.raises(Denied):
+            team.ana.load(REF)
+        assert custodian.ledger.checkpoint()[0].size == size + 1
 
 
 class TestRedaction:

@@ -41,7 +41,9 @@ class Uploads:
 
     def check(self, request: Request, head: bytes) -> dict[str, int]:
         """Whether what `head` announces would be taken, as far as it can be said before it comes."""
-        upload, _ = self._announced(self._caller(request, head), head)
+        by = self._caller(request, head)
+        with self._vault.custodian.refusing(by, "put"):
+            upload, _ = self._announced(by, head)
         return {"files": len(upload.files), "bytes": upload.size}
 
     async def receive(self, request: Request) -> PutResult:
@@ -59,10 +61,15 @@ class Uploads:
             ) from None
         # Nothing more is read before it is known who sends it.
         by = await run_in_threadpool(self._caller, request, head)
-        upload, said = await run_in_threadpool(self._announced, by, head)
-        _check_length(request, _LENGTH + len(head) + upload.size)
+        upload, said = await run_in_threadpool(self._begun, by, head, request)
         with self._slot():
-            return await run_in_threadpool(self._put, upload, said, stream)
+            return await run_in_threadpool(self._put, by, upload, said, stream)
+
+    def _begun(self, by: Speaker, head: bytes, request: Request) -> tuple[Upload, Sent]:
+        with self._vault.custodian.refusing(by, "put"):
+            found = self._announced(by, head)
+            _check_length(request, _LENGTH + len(head) + found[0].size)
+            return found
 
     async def _head(self, stream: _Stream) -> bytes:
         length = int.from_bytes(await stream.exactly(_LENGTH), "big")
@@ -103,15 +110,16 @@ class Uploads:
         finally:
             self._slots.release()
 
-    def _put(self, upload: Upload, said: Sent, stream: _Stream) -> PutResult:
-        return self._vault.put(
-            UploadSource.begin(upload, stream.receive),
-            upload.name,
-            by=said,
-            share=upload.share,
-            positions=upload.positions,
-            suite=Suite[upload.suite.upper()],
-        )
+    def _put(self, by: Speaker, upload: Upload, said: Sent, stream: _Stream) -> PutResult:
+        with self._vault.custodian.refusing(by, "put"):
+            return self._vault.put(
+                UploadSource.begin(upload, stream.receive),
+                upload.name,
+                by=said,
+                share=upload.share,
+                positions=upload.positions,
+                suite=Suite[upload.suite.upper()],
+            )
 
 
 def _check_length(request: Request, expected: int) -> None:

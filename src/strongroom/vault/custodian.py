@@ -5,6 +5,7 @@ It takes signed statements and nothing else at their word: an embedded room and 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -160,9 +161,10 @@ class Custodian:
     def change_authority(self, envelope: str) -> dict[str, Any]:
         """Whose word is taken for who somebody is: a statement of the kind ``authority``."""
         statement = self._statement(envelope, "authority")
-        if text := statement.body["text"]:
-            check_authority(Authority.decode(text))
-        receipt = self._append(statement, lambda state, now: Draft(self.rules.authority(state, statement, now)))
+        with self._heard(statement, "authority"):
+            if text := statement.body["text"]:
+                check_authority(Authority.decode(text))
+            receipt = self._append(statement, lambda state, now: Draft(self.rules.authority(state, statement, now)))
         pending = receipt.entry.body["expires_at"] is not None
         done = "pending" if pending else "active" if statement.body["text"] else "removed"
         told = {"authority": statement.body["authority"], "state": done, "entry": receipt.index}
@@ -198,23 +200,22 @@ class Custodian:
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         """A new policy, as a proposal."""
         statement = self._statement(envelope, "propose")
-        # Before the text is looked at: parsing takes seconds of whatever anybody sends.
-        with self._refusals.recorded(statement.by, "administer"):
+        with self._heard(statement, "administer"):
+            # Before the text is looked at: parsing takes seconds of whatever is sent.
             try:
                 self.authorise(self.identify(statement), "administer", recorded=False)
             except Conflict as error:
                 _only_replayed(error)  # which is answered below
-        policies = Policies.parse(text)
-        if policies.digest != statement.body["digest"]:
-            raise UsageError("policy.other_text", "the statement is about another policy text")
-        check_reason(reason, statement.body["reason"])
+            policies = Policies.parse(text)
+            if policies.digest != statement.body["digest"]:
+                raise UsageError("policy.other_text", "the statement is about another policy text")
+            check_reason(reason, statement.body["reason"])
 
-        def decide(tx: Connection, state: State, now: int) -> Draft:
-            authenticate(state, statement, now)
-            self._documents.keep(tx, policies)
-            return Draft(self.rules.propose(state, statement, reason.commitment, now), [reason])
+            def decide(tx: Connection, state: State, now: int) -> Draft:
+                authenticate(state, statement, now)
+                self._documents.keep(tx, policies)
+                return Draft(self.rules.propose(state, statement, reason.commitment, now), [reason])
 
-        with self._refusals.recorded(statement.by, "administer"):
             receipt = self._once(statement, decide, writes=True)
         return {"id": statement.id, "enact_after": receipt.entry.body["enact_after"], "entry": receipt.index}
 
@@ -223,10 +224,10 @@ class Custodian:
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
         """Ask for a lease."""
         statement = self._statement(envelope, "request")
-        check_reason(reason, statement.body["reason"])
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.request(state, statement, reason.commitment, now), [reason]),
+            reason,
         )
         return self.show_request(statement.id) | {"entry": receipt.index}
 
@@ -239,18 +240,20 @@ class Custodian:
     def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
         """A no."""
         statement = self._statement(envelope, "deny")
-        check_reason(reason, statement.body["reason"])
         receipt = self._append(
-            statement, lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason])
+            statement,
+            lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason]),
+            reason,
         )
         return self.show_request(receipt.entry.body["id"]) | {"entry": receipt.index}
 
     def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
         """End a lease or request, suspend a principal, freeze a version."""
         statement = self._statement(envelope, "revoke")
-        check_reason(reason, statement.body["reason"])
         receipt = self._append(
-            statement, lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason])
+            statement,
+            lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason]),
+            reason,
         )
         return {"target": statement.body["target"], "state": "revoked", "entry": receipt.index}
 
@@ -399,13 +402,12 @@ class Custodian:
         # Before anything is looked up: how long that takes would tell a stranger what there is.
         with self._refusals.recorded(statement.by, body["action"], body["ref"]):
             self._recognise(statement)
-        if reason is not None:
-            check_reason(reason, body["reason"])
-        elif body["break_glass"]:
-            raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
-        # Before the entry: what can fail must not be recorded as done.
-        check_receiver(bytes.fromhex(body["public_key"]))
-        with self._refusals.recorded(statement.by, body["action"], body["ref"]):
+            if reason is not None:
+                check_reason(reason, body["reason"])
+            elif body["break_glass"]:
+                raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
+            # Before the entry: what can fail must not be recorded as done.
+            check_receiver(bytes.fromhex(body["public_key"]))
             try:
                 receipt, bundles = self._released(statement, reason, self._opened.get(body["ref"]))
             except (Conflict, NotFound) as error:
@@ -422,17 +424,32 @@ class Custodian:
         """Drop the secrets of a version that are kept opened: they must not outlive a shred in this process."""
         self._opened.pop(ref, None)
 
-    def _recognise(self, statement: Statement) -> None:
+    @contextlib.contextmanager
+    def _heard(self, statement: Statement, action: str, ref: str = "") -> Iterator[None]:
+        """What is refused in this block is recorded as what the signer of `statement` was refused. Who that is is
+        found out first, whatever is wrong besides: a stranger is told nothing, and fills nobody's record."""
+        with self._refusals.recorded(statement.by, action, ref):
+            try:
+                self._recognise(statement, any_clock=True)  # which the decision is refused for, if it has to be
+            except Conflict as error:
+                _only_replayed(error)  # which is answered as it was
+            yield
+
+    def refusing(self, by: Speaker, action: str) -> contextlib.AbstractContextManager[None]:
+        """What is refused in this block is recorded as what `by`, who has spoken, was refused."""
+        return self._refusals.recorded(by.path, action)
+
+    def _recognise(self, statement: Statement, *, any_clock: bool = False) -> None:
         """As `identify`, where the sequencer decides afterwards: somebody whom another custodian has suspended within
         the last second may pass here."""
         state = self.ledger.glance(_GLANCE)
         try:
             if state is not None:
-                authenticate(state, statement, self._now())
+                authenticate(state, statement, self._now(), any_clock=any_clock)
                 return
         except StrongroomError:
             pass  # it may be so no more
-        self.identify(statement)
+        self.identify(statement, any_clock=any_clock)
 
     def _released(
         self, statement: Statement, reason: Private | None, opened: Bundles | None
@@ -478,10 +495,10 @@ class Custodian:
             lease = state.leases.get(found.body["lease"] or "")
             return lease.expires_at if lease is not None else found.at + 86_400
 
-    def identify(self, statement: Statement) -> Speaker:
+    def identify(self, statement: Statement, *, any_clock: bool = False) -> Speaker:
         """The active principal that made `statement`, for what is read and not recorded; AuthRequired."""
         with self.ledger.view() as state:
-            return authenticate(state, statement, self._now())
+            return authenticate(state, statement, self._now(), any_clock=any_clock)
 
     # -- everything else that is recorded ------------------------------------------------------------------------
 
@@ -510,7 +527,7 @@ class Custodian:
         """Do what a statement of the kind ceiling, clock, copy, enact, keystore, redact, review or thaw says."""
         statement = Statement.decode(envelope)
         action = "copy" if statement.kind == "copy" else "administer"
-        with self._refusals.recorded(statement.by, action, str(statement.body.get("ref", ""))):
+        with self._heard(statement, action, str(statement.body.get("ref", ""))):
             done = self._upkeep.act(statement, reason, self.ledger.checkpoint()[0].size, self._entry)
         body = {name: value for name, value in done.entry.body.items() if name != "statement"}
         return {"type": done.entry.type, "ref": done.entry.ref, "at": done.entry.at, "body": body, "entry": done.index}
@@ -535,10 +552,12 @@ class Custodian:
     def _entry(self, index: int) -> Entry:
         return Entry.decode(self.ledger.proven(index, index + 1)[0])
 
-    def _append(self, statement: Statement, decide: Any) -> Recorded:
+    def _append(self, statement: Statement, decide: Any, reason: Private | None = None) -> Recorded:
         action = str(statement.body.get("action", statement.kind))
         ref = str(statement.body.get("ref", ""))
-        with self._refusals.recorded(statement.by, action, ref):
+        with self._heard(statement, action, ref):
+            if reason is not None:
+                check_reason(reason, statement.body["reason"])
             return self._once(statement, lambda _, state, now: decide(state, now))
 
     def _once(self, statement: Statement, decide: Decision[State], *, writes: bool = False) -> Recorded:

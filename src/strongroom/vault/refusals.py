@@ -11,7 +11,16 @@ from collections.abc import Iterator
 
 from sqlalchemy.engine import Connection
 
-from strongroom.errors import AuthRequired, Conflict, Denied, Pending, StrongroomError
+from strongroom.errors import (
+    AuthRequired,
+    Conflict,
+    Denied,
+    LimitExceeded,
+    NotFound,
+    Pending,
+    StrongroomError,
+    UsageError,
+)
 from strongroom.formats.entry import UNKNOWN, Entry, Private
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.policy.state import State
@@ -20,6 +29,10 @@ _DETAIL = 500  # characters of what is recorded of a refusal
 _A_MINUTE = 60  # refusals of one principal, and of all strangers together, that are recorded
 # It may be anybody who says this.
 _STRANGERS = ("auth.refused", "login.key", "login.refused", "login.replayed", "statement.stale", "statement.replayed")
+# What is refused of a statement that somebody has made; every other error says nothing about who asks.
+_REFUSED = (Denied, AuthRequired, Conflict, Pending, UsageError, NotFound, LimitExceeded)
+_OTHER_REASON = "entry.private"  # of the errors that are about bytes, the one that is the caller's
+_OURS = ("server.", "upload.interrupted")  # too busy, too slow, broken off
 
 
 class Refusals:
@@ -33,17 +46,21 @@ class Refusals:
 
     @contextlib.contextmanager
     def recorded(self, by: str, action: str, ref: str = "") -> Iterator[None]:
-        """What is refused in this block is recorded, then raised."""
+        """What is refused in this block is recorded, once, then raised. `by` has to have been authenticated before
+        anything is refused but with one of `_STRANGERS`: else anybody could fill the log in others' names."""
         try:
             yield
-        except (Denied, AuthRequired, Conflict, Pending) as error:
-            self.record(by, action, ref, error)
+        except StrongroomError as error:
+            refused = isinstance(error, _REFUSED) and not error.code.startswith(_OURS)
+            if (refused or error.code == _OTHER_REASON) and not error.recorded:
+                self.record(by, action, ref, error)
             raise
 
     def record(self, by: str, action: str, ref: str, error: StrongroomError) -> None:
         """Record a refusal. What it was about is free text of somebody who was refused: it is cut, and kept beside. Of
         one principal, and of all who are not authenticated, so many are recorded in a minute; the next one says how
         many were not."""
+        error.recorded = True
         if error.code in _STRANGERS:
             by = UNKNOWN
         passed = self._passed_over(by)

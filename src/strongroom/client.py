@@ -541,7 +541,7 @@ class Room:
 
         vault = self._here("recovery recover")
         done = vault.keys.recover([Share.parse(share) for share in shares], keystore)
-        return {**done, "entry": vault.custodian.recovered(int(done["key_epoch"]))}
+        return {**done, "entry": vault.custodian.founding.recovered(int(done["key_epoch"]))}
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

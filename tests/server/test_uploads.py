@@ -170,6 +170,28 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
     assert (status, answer["ref"]) == (200, "acme/broken@1")
 
 
+def test_the_same_put_again_is_answered_as_it_was(served):
+    """Whoever lost the answer with the connection says the same again, and has one version, not two, nor a 409."""
+    data = os.urandom(5000)
+    head = announcement(oto(served), data, name="acme/once")
+    assert send(served, announcement(oto(served), data, name="acme/first"), data)[0] == 200
+    first = send(served, head, data)
+    assert first[0] == 200
+    assert first[1]["same_as"] == ["acme/first@1"]
+    assert send(served, announcement(oto(served), data, name="acme/last"), data)[0] == 200
+    newest = served.host("log", "tail", "-n", "1")["entries"][0]["index"]
+    assert send(served, head, data) == send(served, head, b"") == first
+    status, _, answer = served.raw("POST", "/v1/uploads", head, call(served, "/v1/uploads", head))
+    assert (status, json.loads(answer)) == (200, {"files": 1, "bytes": 5000})
+    assert served.host("log", "tail", "-n", "1")["entries"][0]["index"] == newest
+    assert [ref for ref in refs(served) if ref.startswith("acme/once")] == ["acme/once@1"]
+    # To nobody else, and not for what is gone.
+    assert send(served, head, data, by="user/ana")[0] == 403
+    served.host("shred", "acme/once@1", "--confirm", "acme/once@1")
+    status, answer = send(served, head, data)
+    assert (status, answer["code"]) == (404, "weights.shredded")
+
+
 @pytest.mark.parametrize("length", [None, b"", b"4", b"-1", b"1e9", b"\xb2", b"9" * 5000])
 def test_another_length_than_is_announced_is_refused_before_the_files_are_read(tmp_path, length):
     room, _ = Room.init(tmp_path / "room", owner="user/olga")

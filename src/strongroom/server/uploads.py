@@ -20,6 +20,7 @@ from strongroom.formats.suites import Suite
 from strongroom.formats.upload import Upload
 from strongroom.policy.speaker import Speaker
 from strongroom.vault.sent import Sent
+from strongroom.vault.upkeep import Recorded
 from strongroom.vault.upload import UploadSource
 from strongroom.vault.vault import PutResult, Vault
 
@@ -43,7 +44,7 @@ class Uploads:
         """Whether what `head` announces would be taken, as far as it can be said before it comes."""
         by = self._caller(request, head)
         with self._vault.custodian.refusing(by, "put"):
-            upload, _ = self._announced(by, head)
+            upload, _, _ = self._announced(by, head)
         return {"files": len(upload.files), "bytes": upload.size}
 
     async def receive(self, request: Request) -> PutResult:
@@ -61,15 +62,21 @@ class Uploads:
             ) from None
         # Nothing more is read before it is known who sends it.
         by = await run_in_threadpool(self._caller, request, head)
-        upload, said = await run_in_threadpool(self._begun, by, head, request)
+        begun = await run_in_threadpool(self._begun, by, head, request)
+        if isinstance(begun, PutResult):
+            return begun
+        upload, said = begun
         with self._slot():
             return await run_in_threadpool(self._put, by, upload, said, stream)
 
-    def _begun(self, by: Speaker, head: bytes, request: Request) -> tuple[Upload, Sent]:
+    def _begun(self, by: Speaker, head: bytes, request: Request) -> tuple[Upload, Sent] | PutResult:
+        """What is put; or, of a put that is in the log already, its answer once more."""
         with self._vault.custodian.refusing(by, "put"):
-            found = self._announced(by, head)
-            _check_length(request, _LENGTH + len(head) + found[0].size)
-            return found
+            upload, said, done = self._announced(by, head)
+            if done is not None:
+                return self._vault.put_before(done.index, done.entry)
+            _check_length(request, _LENGTH + len(head) + upload.size)
+            return upload, said
 
     async def _head(self, stream: _Stream) -> bytes:
         length = int.from_bytes(await stream.exactly(_LENGTH), "big")
@@ -77,13 +84,19 @@ class Uploads:
             raise LimitExceeded("upload.too_large", f"the list of files has {length} bytes; at most {LIMITS.upload}")
         return await stream.exactly(length)
 
-    def _announced(self, by: Speaker, head: bytes) -> tuple[Upload, Sent]:
+    def _announced(self, by: Speaker, head: bytes) -> tuple[Upload, Sent, Recorded | None]:
+        """What `head` says, and its entry, if that very statement is in the log already."""
         self._vault.custodian.authorise(by, "put")
         upload = Upload.decode(head)
         if upload.suite.upper() not in Suite.__members__:
             raise UsageError("put.suite", f"there is no suite {upload.suite!r:.40}", hint="--suite blake3 or sha256")
         self._vault.check_put(upload.name, upload.positions)
-        return upload, self._said(by, upload)
+        said = self._said(by, upload)
+        try:
+            self._vault.custodian.identify(said.statement)
+        except Conflict as error:
+            return upload, said, self._vault.custodian.before(said.statement, error)
+        return upload, said, None
 
     def _said(self, by: Speaker, upload: Upload) -> Sent:
         """What the caller has signed, which is what the log will quote: of these files, under this name, just now."""
@@ -94,7 +107,6 @@ class Uploads:
             "files": files.commitment,
         }:
             raise UsageError("upload.other", "the signed statement in the list of files is not about these files")
-        self._vault.custodian.identify(statement)
         return Sent(statement, files, self._vault.clock())
 
     @contextlib.contextmanager

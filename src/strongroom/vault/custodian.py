@@ -24,7 +24,7 @@ from strongroom.errors import (
     UsageError,
 )
 from strongroom.formats.authority import Authority
-from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry, Private
+from strongroom.formats.entry import UNKNOWN, Entry, Private
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
@@ -39,6 +39,7 @@ from strongroom.policy.review import Review, review
 from strongroom.policy.speaker import Speaker, assumed, authenticate, check_clock, speaking
 from strongroom.policy.state import Principal, State
 from strongroom.vault.documents import Documents
+from strongroom.vault.founding import Founding
 from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
 from strongroom.vault.refusals import Refusals
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FIRST_ROLES = {"team": ("operator", "officer"), "solo": ("operator", "officer", "researcher")}
 _VERSIONS = 32  # whose secrets and manifests are kept opened
 _OUTDATED = ("release.revision", "version.missing")
 _GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
@@ -80,38 +80,7 @@ class Custodian:
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
         self._upkeep = Upkeep(self.rules, self._once, vault.db)
-
-    # -- the beginning -------------------------------------------------------------------------------------------
-
-    def begin(self, owner: str, key: bytes, custody: str, signer: bytes, *, begun: bool = False) -> None:
-        """The first two entries of a new room: the room itself under a shipped policy, unless that has `begun`, and its
-        owner."""
-        policies = Policies.shipped(custody)
-
-        def genesis(tx: Connection, state: State, now: int) -> Draft:
-            if state.room:
-                raise Conflict("room.exists", "the log of this room has begun already")
-            digest = self._documents.keep(tx, policies)
-            body = {"room": self._vault.id.hex(), "signer": signer.hex(), "policy": digest, "custody": custody}
-            return Draft(Entry("genesis", now, CUSTODIAN, "", body))
-
-        def first(_: Connection, state: State, now: int) -> Draft:
-            if state.principals:
-                raise Conflict("room.exists", "the room has an owner already")
-            body = {
-                "principal": owner,
-                "key": key.hex(),
-                "person": owner,
-                "roles": sorted(FIRST_ROLES[custody]),
-                "teams": [],
-                "state": "active",
-                "statement": "",
-            }
-            return Draft(Entry("principal", now, CUSTODIAN, owner, body))
-
-        if not begun:
-            self.ledger.append(genesis, writes=True)
-        self.ledger.append(first)
+        self.founding = Founding(vault.id, ledger, self._documents)
 
     # -- principals and policies ---------------------------------------------------------------------------------
 
@@ -532,11 +501,6 @@ class Custodian:
         body = {name: value for name, value in done.entry.body.items() if name != "statement"}
         return {"type": done.entry.type, "ref": done.entry.ref, "at": done.entry.at, "body": body, "entry": done.index}
 
-    def recovered(self, epoch: int) -> int:
-        """Record that shares have opened the room: what they prove is not who brought them; the entry."""
-        body = {"operation": "recover", "epoch": epoch, "statement": ""}
-        return self.ledger.append(lambda _, __, now: Draft(Entry("keystore", now, CUSTODIAN, "", body))).index
-
     def ceilings(self, ref: str) -> dict[str, int]:
         """How many may hold a version, or every version of a name, copy it, and have copies of it."""
         with self.ledger.view() as state:
@@ -566,11 +530,15 @@ class Custodian:
         try:
             receipt = self.decide(decide, writes=writes)
         except Conflict as error:
-            _only_replayed(error)
-            with self.ledger.view() as state:
-                _, index = state.recent[statement.digest]
-            return Recorded(index, self._entry(index))
+            return self.before(statement, error)
         return Recorded(receipt.index, receipt.entry)
+
+    def before(self, statement: Statement, error: Conflict) -> Recorded:
+        """The entry of a statement that `error`, or else it is raised again, says to be in the log already."""
+        _only_replayed(error)
+        with self.ledger.view() as state:
+            _, index = state.recent[statement.digest]
+        return Recorded(index, self._entry(index))
 
     def decide(self, decide: Decision[State], *, writes: bool = False) -> Receipt:
         """Append what `decide` returns; policies that it asks for are read in the sequencer's own transaction."""

@@ -18,7 +18,7 @@ from strongroom.ledger.log import Decision, Draft
 from strongroom.policy.state import State
 from strongroom.storage.db import Database, versions
 from strongroom.vault.config import RoomConfig
-from strongroom.vault.custodian import FIRST_ROLES
+from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import locked
 from strongroom.vault.vault import Vault
 from strongroom.vault.versions import check_row
@@ -76,7 +76,7 @@ def _record(vault: Vault, owner: str, custody: str) -> int:
         )
     if not owned:
         key = vault.identities.ensure(owner).public_key
-        vault.custodian.begin(owner, key, custody, vault.keys.signer.public_key, begun=begun)
+        vault.custodian.founding.begin(owner, key, custody, vault.keys.signer.public_key, begun=begun)
     with vault.db.reading() as tx:
         rows = tx.execute(select(versions).order_by(versions.c.name, versions.c.number)).all()
     for row in rows:

@@ -38,6 +38,7 @@ from strongroom.formats.index import Index
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.statement import Voice
 from strongroom.formats.suites import Suite
+from strongroom.formats.upload import files_digest
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft, Ledger
 from strongroom.ledger.published import Published, read_from
@@ -49,7 +50,8 @@ from strongroom.storage.db import Database, log_entries, log_private, versions
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
-from strongroom.vault.custodian import FIRST_ROLES, Custodian
+from strongroom.vault.custodian import Custodian
+from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import Journal
 from strongroom.vault.put import Plan, Progress, parse_share, put
 from strongroom.vault.record import VersionRecord
@@ -192,7 +194,7 @@ class Vault:
             with contextlib.closing(cls(folder, passphrase=passphrase, config=config)) as vault:
                 vault.keys = first.keys
                 identity = vault.identities.create(owner)
-                vault.custodian.begin(owner, identity.public_key, custody, vault.keys.signer.public_key)
+                vault.custodian.founding.begin(owner, identity.public_key, custody, vault.keys.signer.public_key)
                 # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like
                 # one.
                 config.pin(folder, [uri])
@@ -407,8 +409,7 @@ class Vault:
                 raise
             self.sign(manifest, signer)
             if not isinstance(said, Sent):
-                paths = [entry.path for entry in index.layout.files]
-                said = Sent.of(said, name, list(zip(paths, index.sha256, strict=True)))
+                said = Sent.of(said, name, _digests(index))
             row, entry, same = self._publish(journal, manifest, index, name, said)
         return PutResult(
             ref=f"{row.name}@{row.number}",
@@ -420,6 +421,29 @@ class Vault:
             files=tuple(file.path for file in index.layout.files),
             unmarked=plan.unmarked,
             resumed_packs=resumed,
+            entry=entry,
+            same_as=tuple(same),
+        )
+
+    def put_before(self, entry: int, found: Entry) -> PutResult:
+        """What the put was answered with that is `entry` of the log, as long as the version is there: else NotFound.
+        Packs that an earlier try had stored are not counted: that was known while it was put."""
+        row = self.find(found.ref)
+        index = self.image(self.record(row)).index
+        with self.custodian.ledger.view() as state:
+            there = _there(state)
+        with self.db.reading() as tx:
+            same = _put_before(tx, there, files_digest(_digests(index)), entry)
+        return PutResult(
+            ref=found.ref,
+            digest=f"sha256:{found.body['manifest']}",
+            bytes=found.body["bytes"],
+            stored_bytes=row.stored_bytes,
+            segments=row.segments,
+            positions=found.body["positions"],
+            files=tuple(file.path for file in index.layout.files),
+            unmarked=index.report["unmarked"],
+            resumed_packs=0,
             entry=entry,
             same_as=tuple(same),
         )
@@ -492,7 +516,7 @@ class Vault:
             # Read here: an error after the commit would call a put failed that is not.
             rows.append(tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one())
             journal.close(tx)
-            same[:] = _put_before(tx, state, said.files.value)
+            same[:] = _put_before(tx, _there(state), said.files.value)
             return Draft(entry, [said.files])
 
         receipt = self.custodian.act(said.statement, "put", decide)
@@ -548,9 +572,21 @@ class Vault:
         )
 
 
-def _put_before(tx: Connection, state: State, files: str) -> list[str]:
-    """The versions whose put was of the same files, as far as the database says so: for a warning, and no more."""
+def _digests(index: Index) -> list[tuple[str, str]]:
+    return list(zip((entry.path for entry in index.layout.files), index.sha256, strict=True))
+
+
+def _there(state: State) -> set[str]:
+    return {each.ref for each in state.versions.values() if not each.shredded}
+
+
+def _put_before(tx: Connection, there: set[str], files: str, before: int | None = None) -> list[str]:
+    """Those of the versions that are `there` whose put, `before` that entry, was of the same files, as far as the
+    database says so: for a warning, and no more."""
     digests = select(log_private.c.position).where(log_private.c.name == "files", log_private.c.value == files)
-    found = tx.execute(select(log_entries.c.entry).where(log_entries.c.position.in_(digests))).scalars()
+    if before is not None:
+        digests = digests.where(log_private.c.position < before)
+    query = select(log_entries.c.entry).where(log_entries.c.position.in_(digests)).order_by(log_entries.c.position)
+    found = tx.execute(query).scalars()
     refs = [Entry.decode(data).ref for data in found if isinstance(data, bytes)]
-    return [ref for ref in refs if ref in state.versions and not state.versions[ref].shredded]
+    return [ref for ref in refs if ref in there]

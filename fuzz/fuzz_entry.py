@@ -25,10 +25,11 @@ def seeds() -> dict[str, bytes]:
         "break_glass": True,
         "statement": "",
     }
+    refused = {"action": "load", "code": "auth.refused", "rule": "Schlüssel"}
     return {
         "approve": Entry("approve", 5, "user/ben", "acme/tiny@1", approve).encode(),
         "release": Entry("release", 5, "user/ana", "acme/tiny@1", release, {"reason": digest}).encode(),
-        "login": Entry("login", 5, "user/ana", "", {"method": "Schlüssel"}, {"address": digest}).encode(),
+        "refused": Entry("refused", 5, "user/ana", "", refused, {"detail": digest}).encode(),
     }
 
 

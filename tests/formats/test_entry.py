@@ -60,9 +60,8 @@ WHOLE = {
     "revoke": {"target": "user/ana", "statement": "said"},
     "refused": {"action": "load", "code": "denied.rule", "rule": ""},
     "clock": {"before": 9, "statement": "said"},
-    "trace": {"verdict": "one", "accused": ["user/ana"]},
+    "trace": {"suspect": DIGEST, "lease": SHORT, "verdict": "one", "accused": ["user/ana"], "statement": "said"},
     "review": {"size": 2, "findings": 1, "removed": 0, "statement": "said"},
-    "login": {"method": "key"},
     "session": {
         "method": "oidc",
         "authority": "https://id.example",
@@ -82,7 +81,6 @@ PRIVATE = {
     "principal": ["oidc", "spiffe", "contact"],
     "refused": ["detail"],
     "trace": ["detail"],
-    "login": ["address"],
     "put": ["files"],
     **{kind: ["reason"] for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")},
 }
@@ -203,14 +201,14 @@ class TestEachType:
         *(("at", each) for each in (-1, 1.0, "1", None, True, 2**53, 2**64, 2**70)),
         *(("by", each) for each in (None, 1, ["user/ana"])),
         *(("ref", each) for each in (None, 1)),
-        *(("type", each) for each in (None, 1, "", "Login", "unknown", ["login"], {"login": 1})),
+        *(("type", each) for each in (None, 1, "", "Review", "unknown", "login", ["review"], {"review": 1})),
         *(("body", each) for each in (None, [], "{}", 1)),
         *(("private", each) for each in (None, [], "{}", 1)),
         *(("format", each) for each in (0, -1, 1.0, True, "1", None)),
     ],
 )
 def test_a_member_of_another_kind(name, wrong):
-    refused({**whole("login"), name: wrong})
+    refused({**whole("review"), name: wrong})
 
 
 def test_a_lease_lacks_nothing_and_has_nothing_more():
@@ -228,19 +226,19 @@ def test_a_lease_lacks_nothing_and_has_nothing_more():
 
 
 def test_of_another_release_of_strongroom():
-    value = {**whole("login"), "format": 2, "news": True}
+    value = {**whole("review"), "format": 2, "news": True}
     with pytest.raises(CannotVerify) as caught:
         Entry.decode(spelled(value))
     assert caught.value.code == "format.unknown"
 
 
 def test_no_more_than_an_entry_bundle_takes():
-    entry = Entry.decode(spelled(whole("login")))
+    entry = Entry.decode(spelled(whole("refused")))
     room_left = LIMITS.entry - len(entry.encode())
-    body = {"method": "key" + "x" * room_left}
-    most = Entry("login", entry.at, entry.by, entry.ref, body, entry.private)
+    body = {**entry.body, "action": entry.body["action"] + "x" * room_left}
+    most = Entry("refused", entry.at, entry.by, entry.ref, body, entry.private)
     assert Entry.decode(most.encode()) == most
-    more = Entry("login", entry.at, entry.by, entry.ref, {"method": body["method"] + "x"}, entry.private)
+    more = Entry("refused", entry.at, entry.by, entry.ref, {**body, "action": body["action"] + "x"}, entry.private)
     with pytest.raises(LimitExceeded):
         more.encode()
     with pytest.raises(LimitExceeded):
@@ -249,11 +247,11 @@ def test_no_more_than_an_entry_bundle_takes():
 
 def test_an_entry_of_ours_that_is_none_is_a_fault_of_ours():
     for entry in (
-        Entry("login", 1, "user/ana"),
-        Entry("login", -1, "user/ana", "", {"method": "key"}),
+        Entry("refused", 1, "user/ana"),
+        Entry("refused", -1, "user/ana", "", WHOLE["refused"]),
         Entry("nothing", 1, "user/ana", "", {}),
-        Entry("login", 1, "user/ana", "", {"method": "key"}, {"reason": DIGEST}),
-        Entry("login", 1, "user/ana", "", {"method": "\ud800"}),
+        Entry("refused", 1, "user/ana", "", WHOLE["refused"], {"reason": DIGEST}),
+        Entry("refused", 1, "user/ana", "", {**WHOLE["refused"], "action": "\ud800"}),
     ):
         with pytest.raises((ValueError, TypeError)):
             entry.encode()
@@ -278,14 +276,14 @@ SPELLINGS = [
     (b'"by":"user/ana"', b'"by":"\\u000A"'),
     (b'{"at"', b'\xef\xbb\xbf{"at"'),
     (b'{"at"', b' {"at"'),
-    (b'"type":"login"}', b'"type":"login"}\n'),
-    (b'"type":"login"}', b'"type":"login",}'),
+    (b'"type":"review"}', b'"type":"review"}\n'),
+    (b'"type":"review"}', b'"type":"login",}'),
 ]
 
 
 @pytest.mark.parametrize(("old", "new"), SPELLINGS)
 def test_another_spelling(old, new):
-    data = spelled(whole("login"))
+    data = spelled(whole("review"))
     assert old in data
     with pytest.raises(Tampered):
         Entry.decode(data.replace(old, new, 1))
@@ -295,10 +293,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 COUNT = st.integers(0, 2**53 - 1)
 
 
-@given(at=COUNT, by=TEXT, ref=TEXT, method=TEXT, address=st.none() | st.binary(min_size=32, max_size=32))
-def test_whatever_it_says_has_one_spelling(at, by, ref, method, address):
-    private = {} if address is None else {"address": address.hex()}
-    entry = Entry("login", at, by, ref, {"method": method}, private)
+@given(at=COUNT, by=TEXT, ref=TEXT, action=TEXT, detail=st.none() | st.binary(min_size=32, max_size=32))
+def test_whatever_it_says_has_one_spelling(at, by, ref, action, detail):
+    private = {} if detail is None else {"detail": detail.hex()}
+    entry = Entry("refused", at, by, ref, {"action": action, "code": action, "rule": ""}, private)
     data = entry.encode()
     assert Entry.decode(data) == entry
     assert data == canonical.encode(canonical.decode(data))
@@ -348,7 +346,7 @@ def test_any_bytes_in_any_place(kind, place, new, out):
 @pytest.mark.parametrize("ends", ["[]", "{}"])
 def test_nested_deeply(depth, ends):
     inside = "[" * depth + "]" * depth if ends == "[]" else '{"a":' * depth + "1" + "}" * depth
-    data = spelled(whole("login")).replace(b'"key"', inside.encode())
+    data = spelled(whole("refused")).replace(b'"load"', inside.encode())
     with pytest.raises(StrongroomError):
         Entry.decode(data)
 

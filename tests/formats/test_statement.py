@@ -60,6 +60,7 @@ WHOLE = {
     "rotate": {"ref": "acme/tiny@1"},
     "shred": {"ref": "acme/tiny@1"},
     "copy": {"ref": "acme/tiny@1", "holder": "user/ana", "release": 7, "files": 3, "bytes": 5},
+    "trace": {"suspect": DIGEST, "ref": "acme/tiny@1", "lease": SHORT},
     "enact": {"proposal": SHORT, "reason": ""},
     "ceiling": {"ref": "acme/tiny", "holders": 3, "copies": 2, "copiers": 1},
     "thaw": {"ref": "acme/tiny@1", "reason": DIGEST},
@@ -140,6 +141,7 @@ class TestEachKind:
         for name, right in WHOLE[kind].items():
             wrong = [each for each in NEVER if not (right is False and each is True)]
             open_to = kind == "principal" and name != "principal"  # null: as it was
+            open_to |= kind == "trace" and name != "suspect"
             wrong += [None] if name != "uses" and not open_to else []
             wrong += ["x"] if not isinstance(right, str) else []
             for each in wrong:

@@ -84,5 +84,10 @@ def check_acknowledged(desk: Desk, at_least: int) -> None:
     assert verify_log(read_from(desk.folder / "log"), KEY.verifier, signatures.verify).size == size
 
 
+def _refusal(now: int, action: str) -> Entry:
+    """An entry that changes nothing, and rests on nobody's word."""
+    return Entry("refused", now, "unknown", "", {"action": action, "code": "auth.refused", "rule": ""})
+
+
 def login(number: int):
-    return lambda _, __, now: Draft(Entry("login", now, "user/ana", "", {"method": f"key {number} {next(_counter)}"}))
+    return lambda _, __, now: Draft(_refusal(now, f"key {number} {next(_counter)}"))

@@ -49,6 +49,8 @@ def one_of_each():
             body["lease"] = "0" * 16
         if kind == "policy":
             body["proposal"] = "0" * 16
+        if kind == "trace":
+            body |= {"suspect": "0" * 64, "lease": None}
         if kind == "keystore":
             body["operation"] = "rotate"
         if kind == "session":

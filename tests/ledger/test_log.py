@@ -294,14 +294,14 @@ class TestTheDatabaseLies:
             grown.ledger().append(login(0))
 
     def test_a_private_value_that_was_replaced(self, desk):
-        note = Private.fresh("address", "192.0.2.7")
+        note = Private.fresh("detail", "192.0.2.7")
 
         def decide(_, __, now):
-            body = {"method": "key"}
-            return Draft(Entry("login", now, "user/ana", "", body, {"address": note.commitment}), [note])
+            body = {"action": "load", "code": "auth.refused", "rule": ""}
+            return Draft(Entry("refused", now, "unknown", "", body, {"detail": note.commitment}), [note])
 
         receipt = desk.log.append(decide)
-        assert desk.log.private(receipt.index, receipt.entry) == {"address": "192.0.2.7"}
+        assert desk.log.private(receipt.index, receipt.entry) == {"detail": "192.0.2.7"}
         raw(desk, "UPDATE log_private SET value = '192.0.2.8'")
         with pytest.raises(Tampered):
             desk.log.private(receipt.index, receipt.entry)
@@ -387,7 +387,7 @@ def test_an_entry_that_is_too_large_leaves_nothing_of_what_was_written_for_it(de
 
     def decide(tx, _, now):
         tx.execute(sa.insert(log_private).values(position=99, name="detail", value="x", salt=bytes(32)))
-        return Draft(Entry("login", now, "user/ana", "", {"method": "x" * 70_000}))
+        return Draft(Entry("refused", now, "unknown", "", {"action": "x" * 70_000, "code": "x", "rule": ""}))
 
     with pytest.raises(LimitExceeded):
         desk.log.append(decide, writes=True)

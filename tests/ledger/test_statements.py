@@ -8,6 +8,7 @@ import pytest
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import Tampered
+from strongroom.formats.authority import Authority
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 from strongroom.ledger.statements import Statements
@@ -16,9 +17,11 @@ ROOM, NOW, DAY = "ab" * 16, 1_790_000_000, 86_400
 REF = "acme/tiny@1"
 DIGEST, OTHER = "5" * 64, "6" * 64
 PEOPLE = {
-    path: Signer(path.encode().ljust(32, b".")) for path in ("user/ana", "user/ben", "user/bis", "user/eva", "user/new")
+    path: Signer(path.encode().ljust(32, b"."))
+    for path in ("user/ana", "user/ben", "user/bis", "user/eva", "user/new", "team/new")
 }
 PUT = {"version": "e" * 32, "revision": 1, "manifest": DIGEST, "bytes": 1, "positions": 1}
+ISSUER = "https://id.example"
 COPIED = 6  # the index of the release to copy that each log has
 
 # Kind of statement: what is said, the entry's type, its body besides what is said, ref and private.
@@ -37,11 +40,18 @@ ACTS = {
     "thaw": ({"ref": REF, "reason": DIGEST}, "thaw", {}, REF, {"reason": DIGEST}),
     "clock": ({"reason": DIGEST}, "clock", {"before": 9}, "", {"reason": DIGEST}),
     "redact": ({"entry": 3}, "redact", {}, "", {}),
+    "trace": (
+        {"suspect": DIGEST, "ref": REF, "lease": None},
+        "trace",
+        {"verdict": "one", "accused": ["user/eva"]},
+        REF,
+        {"detail": OTHER},
+    ),
     "review": ({"size": 3, "findings": 2, "removed": 1}, "review", {}, "", {}),
     "keystore": ({"operation": "rotate", "epoch": 2}, "keystore", {}, "", {}),
 }
 # What the custodian alone knows, and nobody has signed.
-OWN = {"version", "revision", "manifest", "bytes", "positions", "before"}
+OWN = {"version", "revision", "manifest", "bytes", "positions", "before", "verdict", "accused", "detail"}
 
 
 class Log:
@@ -162,10 +172,11 @@ class TestActs:
         for name, value in entry.body.items():
             if name in OWN | {"statement", "operation"}:
                 continue
-            log.act(kind, changes={name: value + 1 if isinstance(value, int) else "user/eva"})
+            other = value + 1 if isinstance(value, int) else OTHER[:16] if name == "lease" else "user/eva"
+            log.act(kind, changes={name: OTHER if name == "suspect" else other})
             log.refused("statement.differs")
             log.entries.pop()
-        for name in entry.private:
+        for name in entry.private.keys() - OWN:
             for private in ({}, {name: OTHER}):
                 log.act(kind, private=private)
                 log.refused("statement.differs")
@@ -204,7 +215,7 @@ def test_a_room_has_one_owner(log):
 @pytest.mark.parametrize("kind", ACTS)
 def test_what_was_held_back_is_not_another_days_decision(log, kind):
     log.act(kind, at=NOW + 301)
-    if kind == "put":  # which takes its time
+    if kind in ("put", "trace"):  # which take their time
         log.verify()
     else:
         log.refused("statement.late")
@@ -283,10 +294,87 @@ class TestPeople:
         log.write("session", "user/ben", body | {"expires_at": NOW + 60, "proof": DIGEST, "statement": said.envelope})
         log.refused("session.unfounded")
 
+    def login(self, log, by="user/new", key=b"s" * 32, at=NOW, **changes):
+        signer = Signer(key) if isinstance(key, bytes) else key
+        body = {"method": "oidc", "authority": ISSUER, "public_key": signer.public_key.hex(), "duration": 3600}
+        said = Statement.sign("login", body, room=ROOM, by=by, at=at, signer=signer)
+        del body["duration"]
+        body |= {"expires_at": at + 3600, "proof": DIGEST, "statement": said.envelope, **changes}
+        log.write("session", by, body, at=at)
+
+    def test_a_proof_introduces_one_key_and_a_key_speaks_for_one(self, log):
+        text = Authority("oidc", ISSUER, audience="x", binding="nonce", algorithms=("EdDSA",)).encode()
+        said = log.say("authority", "user/ana", {"authority": ISSUER, "text": text})
+        body = {"id": said.id, "authority": ISSUER, "expires_at": NOW + DAY, "statement": said.envelope}
+        log.write("authority", "user/ana", body)
+        log.approve("user/eva", said)
+        for path in ("user/new", "team/new"):
+            log.person(path, roles=["researcher"], subject=OTHER, **({"key": ""} if path == "team/new" else {}))
+        self.login(log)
+        log.verify()
+        for how in (
+            {"key": b"t" * 32},  # with the proof of before
+            {"proof": OTHER},  # the key of before
+            {"proof": OTHER, "key": PEOPLE["user/eva"]},  # somebody's own
+            {"proof": OTHER, "key": b"t" * 32, "by": "team/new"},
+            {"proof": OTHER, "key": b"t" * 32, "by": "user/eva"},  # who is not bound
+        ):
+            self.login(log, **how)
+            log.refused("session.unfounded")
+            log.entries.pop()
+        self.login(log, proof=OTHER, at=NOW + 3600)  # the key of before has ended
+        log.verify()
+
+
+@pytest.mark.parametrize("kind", ["login", "trace"])
+def test_nothing_is_in_anybodys_name_without_their_word(log, kind):
+    body = {"login": {"method": "key"}, "trace": {"verdict": "one", "accused": ["user/eva"]}}[kind]
+    with pytest.raises(ValueError, match=kind):
+        log.write(kind, "user/ben", body)
+
+
+def test_a_refusal_is_of_somebody_whom_the_log_knows_or_of_nobody(log):
+    body = {"action": "load", "code": "denied.default", "rule": ""}
+    for by in ("user/ben", "unknown"):
+        log.write("refused", by, body)
+    log.verify()
+    for by in ("user/none", "custodian", ""):
+        log.write("refused", by, body)
+        log.refused("statement.missing")
+        log.entries.pop()
+
 
 class TestLeases:
-    def ask(self, log, **changes):
-        body = {"action": "load", "ref": REF, "for": "user/ana", "duration": 3600, "uses": 1, "reason": OTHER}
+    def trace(self, log, lease, by="user/ana", ref=REF, at=NOW, **changes):
+        said = log.say("trace", by, {"suspect": DIGEST, "ref": ref, "lease": lease}, at=at)
+        body = {"suspect": DIGEST, "lease": lease, "verdict": "one", "accused": [], "statement": said.envelope}
+        log.write("trace", by, body | changes, ref or "", at=at)
+
+    def test_to_trace_are_of_who_traces_and_for_what(self, log):
+        asked = self.ask(log, action="trace")
+        self.yes(log, asked, lease={"action": "trace"})
+        for wrong in (
+            {"by": "user/ben"},
+            {"ref": "acme/other@1"},
+            {"ref": None},
+            {"at": NOW + 60},
+            {"lease": "0" * 16},
+            {"accused": ["user/none"]},
+        ):
+            self.trace(log, **{"lease": asked.id, **wrong})
+            log.refused("log.unfounded")
+            log.entries.pop()
+        self.trace(log, None, by="user/ben", ref=None)  # policy may let an officer
+        self.trace(log, asked.id)
+        log.verify()
+        self.trace(log, asked.id, at=NOW + 1)
+        log.refused("log.unfounded")  # one use was allowed
+        log.entries.pop()
+        self.take(log, asked, at=NOW + 2)
+        log.refused("log.unfounded")
+
+    def ask(self, log, action="load", **changes):
+        body = {"action": action, "ref": REF, "for": "user/ana", "duration": 3600, "uses": 1, "reason": OTHER}
         said = log.say("request", "user/ana", body)
         body = {name: body[name] for name in ("action", "for", "duration", "uses")}
         body |= {"id": said.id, "expires_at": NOW + DAY, "statement": said.envelope}

@@ -68,8 +68,8 @@ def statement(**changes):
 def revocation(now, said=None, **changes):
     said = said or statement()
     body = {"id": said.body["request"][:16], "statement": said.envelope}
-    entry = {"type": "login", "at": now, "by": "user/ana", "ref": "", "body": body, "private": {}}
-    entry |= {"type": "deny", "private": {"reason": said.body["reason"]}}
+    entry = {"type": "deny", "at": now, "by": "user/ana", "ref": "", "body": body, "private": {}}
+    entry |= {"private": {"reason": said.body["reason"]}}
     return Entry(**(entry | changes))
 
 

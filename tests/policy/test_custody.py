@@ -21,6 +21,7 @@ from strongroom.crypto.signatures import Signer
 from strongroom.errors import (
     AuthRequired,
     Denied,
+    NotFound,
     Pending,
     StrongroomError,
     Tampered,
@@ -321,6 +322,10 @@ KINDS = {
     "release": (
         lambda book, how: book.taking("user/ana", **how),
         lambda book, said: book.rules.release(book.state, said, lambda: None, lambda: Facts(1, MANIFEST), book.now),
+    ),
+    "trace": (
+        lambda book, how: book.say("trace", "user/ben", {"suspect": MANIFEST, "ref": REF, "lease": None}, **how),
+        lambda book, said: acts.trace(book.rules, book.state, said, book.now, "none", []),
     ),
     "propose": (
         lambda book, how: book.say("propose", "user/ben", {"digest": TEAM.digest, "reason": REASON}, **how),
@@ -1644,7 +1649,7 @@ class TestTheFold:
 
     def test_begins_with_genesis_and_only_with_it(self):
         with pytest.raises(Tampered):
-            State().apply(0, Entry("login", NOW, "user/ana", "", {"method": "key"}))
+            State().apply(0, Entry("refused", NOW, "user/ana", "", {"action": "x", "code": "x.y", "rule": ""}))
 
     def test_a_snapshot_that_lacks_something(self, book):
         whole = json.loads(json.dumps(book.state.as_json()))
@@ -1658,11 +1663,51 @@ class TestTheFold:
         book.now += YEAR
         book.ask()
         latest = book.state.latest
-        book.add(Entry("login", NOW, "user/ana", "", {"method": "key"}))
+        book.add(Entry("refused", NOW, "user/ana", "", {"action": "x", "code": "x.y", "rule": ""}))
         assert book.state.latest == latest
         book.now = NOW
         book.clock()
         assert book.state.latest == NOW
+
+
+class TestTraces:
+    def say(self, book, by, ref=REF, lease=None):
+        return book.say("trace", by, {"suspect": MANIFEST, "ref": ref, "lease": lease})
+
+    def trace(self, book, by, ref=REF, lease=None, verdict="none", accused=()):
+        return acts.trace(book.rules, book.state, self.say(book, by, ref, lease), book.now, verdict, accused)
+
+    def test_say_what_was_searched_for_what_and_by_whom(self, book):
+        for ref in (REF, None):
+            entry = book.add(self.trace(book, "user/oto", ref, None, "one", ["user/ana"]))
+            assert (entry.type, entry.by, entry.ref) == ("trace", "user/oto", ref or "")
+            assert entry.body["suspect"] == MANIFEST
+            assert (entry.body["verdict"], entry.body["accused"]) == ("one", ["user/ana"])
+
+    def test_take_the_right_to_or_a_lease_of_ones_own_for_that_very_version(self, book):
+        for by in ("user/ana", "user/eva", "user/pia"):
+            with pytest.raises(Denied):
+                self.trace(book, by)
+        given = 'context.stage == "grant" && context.approvals.total >= 2'
+        taken = 'context.stage == "release" && context.lease'
+        rule = '@id("trace-{}") @reason("By lease.") permit (principal, action == {}, resource) when {{ {} }};'
+        action = 'Strongroom::Action::"trace"'
+        rules = [rule.format(number, action, when) for number, when in enumerate((given, taken))]
+        book.put_in_force(Policies.parse("\n".join([TEAM.text, *rules])))
+        lease = book.lease(action="trace", uses=1)
+        for by, ref in (("user/ben", REF), ("user/ana", OTHER), ("user/ana", None)):
+            with pytest.raises(Denied) as caught:
+                self.trace(book, by, ref, lease.id)
+            assert caught.value.code == "trace.lease"
+        with pytest.raises(Denied):  # a lease that is there, and that nobody has named
+            self.trace(book, "user/ana")
+        book.add(self.trace(book, "user/ana", REF, lease.id))
+        with pytest.raises(Denied):  # it was for one use
+            self.trace(book, "user/ana", REF, lease.id)
+
+    def test_of_what_is_not_there(self, book):
+        with pytest.raises(NotFound):
+            self.trace(book, "user/oto", "acme/none@1")
 
 
 def test_what_a_principal_is_does_not_change_with_what_is_made_of_it(book):

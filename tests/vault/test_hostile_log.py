@@ -57,7 +57,7 @@ def refusals(*acts: Callable[[], object]) -> list[bool]:
 
 def came(_: object, __: object, now: int) -> Draft:
     """An entry that changes nothing."""
-    return Draft(Entry("login", now, OLGA, "", {"method": "key"}))
+    return Draft(Entry("refused", now, OLGA, "", {"action": "x", "code": "x.y", "rule": ""}))
 
 
 class House:

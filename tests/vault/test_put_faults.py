@@ -533,7 +533,7 @@ class TestTogether:
         ledger, going, go = house.vault.custodian.ledger, threading.Event(), threading.Event()
 
         def login(_tx, _state, now):
-            return Draft(Entry("login", now, OWNER, "", {"method": "key"}))
+            return Draft(Entry("refused", now, OWNER, "", {"action": "x", "code": "x.y", "rule": ""}))
 
         def slow(tx, state, now):
             going.set()

@@ -267,7 +267,9 @@ class TestTheChallenge:
         early = hall.custodian.challenge()
         hall.offset = 400 * 24 * HOUR
         hall.custodian.authorise("user/ben", "administer")
-        hall.log.append(lambda _, __, now: Draft(Entry("login", now, "user/ben", "", {"method": "key"})))
+        hall.log.append(
+            lambda _, __, now: Draft(Entry("refused", now, "user/ben", "", {"action": "x", "code": "x.y", "rule": ""}))
+        )
         hall.offset = 10
         with hall.records_nothing("clock.backwards"):
             hall.custodian.challenge()

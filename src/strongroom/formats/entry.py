@@ -156,9 +156,8 @@ BODIES: dict[str, dict[str, Kind]] = {
     "thaw": {"statement": TEXT},
     "refused": {"action": TEXT, "code": TEXT, "rule": TEXT},
     "clock": {"before": COUNT, "statement": TEXT},
-    "trace": {"verdict": TEXT, "accused": TEXTS},
+    "trace": {"suspect": DIGEST, "lease": or_null(SHORT), "verdict": TEXT, "accused": TEXTS, "statement": TEXT},
     "review": {"size": COUNT, "findings": COUNT, "removed": COUNT, "statement": TEXT},
-    "login": {"method": TEXT},
     "session": {
         "method": METHOD,
         "authority": TEXT,
@@ -180,7 +179,6 @@ _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "put": frozenset({"files"}),
     "refused": frozenset({"detail"}),
     "trace": frozenset({"detail"}),
-    "login": frozenset({"address"}),
     **{
         kind: frozenset({"reason"})
         for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")

@@ -90,6 +90,7 @@ BODIES: dict[str, dict[str, Kind]] = {
     "rotate": {"ref": TEXT},
     "shred": {"ref": TEXT},
     "copy": {"ref": TEXT, "holder": TEXT, "release": COUNT, "files": COUNT, "bytes": COUNT},
+    "trace": {"suspect": DIGEST, "ref": or_null(TEXT), "lease": or_null(SHORT)},
     "enact": {"proposal": SHORT, "reason": or_empty(DIGEST)},
     "ceiling": {"ref": TEXT, "holders": COUNT, "copies": COUNT, "copiers": COUNT},
     "thaw": {"ref": TEXT, "reason": DIGEST},

@@ -119,6 +119,8 @@ class Consents:
                 named = self._copies.get(entry.body["release"]) == (entry.by, entry.ref)
                 known = named and entry.body["holder"] == entry.by
                 wrong = "" if known else "it names no release to copy of its holder's"
+            case "trace":
+                wrong = self._trace(entry)
             case "put":
                 new = _NUMBERED.fullmatch(entry.ref) and entry.ref not in self._versions
                 wrong = "" if new else "it is no new version"
@@ -209,6 +211,22 @@ class Consents:
             return "its lease is for something else"
         return "its lease is used up" if asked.uses is not None and lease.used >= asked.uses else ""
 
+    def _trace(self, entry: Entry) -> str:
+        body = entry.body
+        if entry.ref and not _NUMBERED.fullmatch(entry.ref):
+            return "it is of no version"
+        if not set(body["accused"]) <= self.people.keys():
+            return "it accuses somebody whom the log does not know"
+        if body["lease"] is None:
+            return ""
+        lease = self._leases.get(body["lease"])
+        if lease is None or entry.at >= lease.expires_at:
+            return "its lease is none, or has ended"
+        asked = lease.request
+        if (asked.holder, asked.action, asked.ref) != (entry.by, "trace", entry.ref):
+            return "its lease is for something else"
+        return "its lease is used up" if asked.uses is not None and lease.used >= asked.uses else ""
+
     # -- applying ------------------------------------------------------------------------------------------------
 
     def apply(self, index: int, entry: Entry, said: Statement | None) -> None:
@@ -228,10 +246,10 @@ class Consents:
                 self._proposals.pop(body["proposal"], None)
             case "renew" if body["lease"] in self._leases:
                 self._leases[body["lease"]].expires_at = body["expires_at"]
-            case "release":
+            case "release" | "trace":
                 if body["lease"] in self._leases:
                     self._leases[body["lease"]].used += 1
-                if body["action"] == "copy":
+                if body.get("action") == "copy":
                     self._copies[index] = (entry.by, entry.ref)
             case "revoke":
                 self._revoked(index, body["target"])

@@ -39,7 +39,6 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "clock": (_UPDATE, 8, "Clock set back"),
     "trace": (_READ, 6, "Copy traced"),
     "review": (_READ, 3, "Rights reviewed"),
-    "login": (_OTHER, 3, "Login"),
     "session": (_OTHER, 3, "Login by an identity provider"),
     "passkey": (_UPDATE, 5, "Passkey changed"),
     "authority": (_UPDATE, 6, "Identity provider changed"),

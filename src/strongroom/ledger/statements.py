@@ -9,7 +9,7 @@ from typing import Any
 
 from strongroom.errors import Tampered
 from strongroom.formats.authority import LONGEST, Authority
-from strongroom.formats.entry import CUSTODIAN, Entry
+from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
 from strongroom.formats.statement import Statement
 from strongroom.ledger.consents import Consents
 
@@ -17,6 +17,7 @@ Verify = Callable[[bytes, bytes, bytes], None]
 
 _TOLERANCE = 300  # seconds that clocks may differ
 # On which kind of statement an entry rests whose type has another name.
+_BEGINS = ("put", "trace")  # what is said when a long job begins
 _RESTS_ON = {"proposal": "propose", "policy": "enact", "grant": "principal", "session": "login"}
 
 
@@ -33,6 +34,7 @@ class Statements:
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
         self._passkeys: dict[str, tuple[str, str]] = {}  # by the key's identifier: key and principal
         self._seen: set[str] = set()
+        self._proofs: set[str] = set()  # by which a key was introduced
         self._latest = 0
         self.count = 0
 
@@ -49,7 +51,7 @@ class Statements:
             said = Statement.decode(envelope)
             self._check_statement(entry, said)
             self._consents.check(index, entry, said)
-        elif envelope is not None and not self._by_itself(entry):
+        elif not self._by_itself(entry):
             raise Tampered("statement.missing", f"the entry {entry.type} rests on a statement, and has none")
         self.apply(index, entry)
 
@@ -57,8 +59,12 @@ class Statements:
         """Whether this is what a custodian does without anybody's word: who owns the room and what is there when the
         log begins has been said by nobody; and who recovers a room shows shares, and no key. All else would be its word
         for others."""
+        if entry.type == "refused":
+            return entry.by == UNKNOWN or entry.by in self._consents.people
         if entry.by != CUSTODIAN:
             return False
+        if entry.type == "genesis":
+            return True
         if entry.type == "keystore":
             return bool(entry.body["operation"] == "recover")
         if entry.type == "principal":
@@ -81,6 +87,7 @@ class Statements:
                 if body["state"] == "active":
                     self._passkeys[hashlib.sha256(key).hexdigest()] = (key.hex(), entry.by)
             case "session" if said is not None:
+                self._proofs.add(body["proof"])
                 self._sessions[said.key_id] = (body["public_key"], entry.by, body["authority"], body["expires_at"])
             case "authority" if said is not None and body["expires_at"] is None:
                 self._trust(said)
@@ -137,8 +144,15 @@ class Statements:
         trusted, nor for longer than that may, does it introduce a key."""
         body = entry.body
         authority, who = self._authorities.get(body["authority"]), self._consents.people.get(entry.by)
-        if authority is None or authority.kind != body["method"] or who is None or not who.subject:
+        team = entry.by.startswith("team/")
+        if authority is None or authority.kind != body["method"] or who is None or not who.subject or team:
             raise Tampered("session.unfounded", f"no authority of the room could let {entry.by} in like this")
+        # Else whoever has one token, or the database, would have as many keys of somebody as they like, or one that
+        # speaks for two.
+        taken = any(each.key == body["public_key"] for each in self._consents.people.values())
+        until = self._sessions.get(statement.key_id, ("", "", "", 0))[3]
+        if body["proof"] in self._proofs or until > max(entry.at, self._latest) or taken:
+            raise Tampered("session.unfounded", f"the proof of {entry.by}, or the key, has been used before")
         longest = min(statement.body["duration"], authority.longest, LONGEST)
         if body["expires_at"] > max(entry.at, self._latest) + longest:
             raise Tampered("session.unfounded", f"the login of {entry.by} is longer than it may be")
@@ -165,9 +179,9 @@ class Statements:
             self._check_passkey(entry, key)
         if entry.type == "session":
             self._check_login(entry, statement)
-        # Held back, or dated back, it would be another decision than was made. A put is said when it begins; shredding
-        # and mending the clock must be possible whatever the clock says.
-        if entry.type != "put" and abs(entry.at - statement.at) > _TOLERANCE:
+        # Held back, or dated back, it would be another decision than was made. Shredding and mending the clock must be
+        # possible whatever the clock says.
+        if entry.type not in _BEGINS and abs(entry.at - statement.at) > _TOLERANCE:
             raise Tampered(
                 "statement.late", f"the statement was made {abs(entry.at - statement.at)} seconds off its entry"
             )
@@ -193,12 +207,13 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
         shared = {"principal"}
     differing = {name for name in shared if said[name] != wrote[name]}
     name = entry.ref.partition("@")[0]
-    if said.get("ref", entry.ref) != entry.ref or said.get("name", name) != name:
+    if (said.get("ref", entry.ref) or "") != entry.ref or said.get("name", name) != name:
         differing.add("ref")
     # What is private is signed as the commitment to it.
     private = {"reason"} | ({"files"} if entry.type == "put" else set())
     differing |= {name for name in private if said.get(name) and said[name] != entry.private.get(name)}
-    differing |= {name for name in entry.private if name not in private or not said.get(name)}
+    found = {"detail"} if entry.type == "trace" else set()  # by the custodian
+    differing |= {name for name in entry.private if (name not in private or not said.get(name)) and name not in found}
     if entry.type in ("request", "grant", "proposal", "authority") and wrote["id"] != statement.id:
         differing.add("id")
     if "request" in said and said["request"][:16] != wrote["id"]:

@@ -2,12 +2,12 @@
 own kind, and an entry that quotes it.
 
 As in policy/custody.py each is a decision: a function of the state, the time and a statement. All but `copy` take the
-right to `administer`, `put` the one to put.
+right to `administer`, `put` and `trace` the one to do that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import Ref
@@ -113,6 +113,38 @@ def copy(_: Custody, state: State, statement: Statement, now: int) -> Entry:
     if body["holder"] != who.path:
         raise UsageError("copy.holder", f"{who.path} has no copy of {body['holder']:.80}'s")
     return _entry("copy", who, body.pop("ref"), statement, now, body)
+
+
+def trace(
+    rules: Custody,
+    state: State,
+    statement: Statement,
+    now: int,
+    verdict: str,
+    accused: Sequence[str],
+    *,
+    detail: str | None = None,
+    since: int | None = None,
+) -> Entry:
+    """Somebody has a suspect file searched for the marks of a version, or of every one; what was found is recorded
+    before it is told. `accused`: principals; `detail`: a commitment; the statement came at `since`, when it was
+    young."""
+    who = authenticate(state, statement, now, since=since)
+    body = statement.body
+    ref, lease = body["ref"] or "", state.leases.get(body["lease"] or "")
+    if body["lease"] is not None and (
+        lease is None or not lease.holds(now) or (lease.holder, lease.action, lease.ref) != (who.path, "trace", ref)
+    ):
+        raise Denied(
+            "trace.lease",
+            f"{who.path} has no lease {body['lease']} to trace {ref or 'every version'}",
+            hint="strongroom requests",
+        )
+    if ref and ref not in state.versions:
+        raise NotFound("version.missing", f"there are no weights {ref:.200} in this room", hint="strongroom ls")
+    rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None)
+    found = {"suspect": body["suspect"], "lease": body["lease"], "verdict": verdict, "accused": sorted(set(accused))}
+    return _entry("trace", who, ref, statement, now, found, {"detail": detail} if detail else {})
 
 
 def keystore(rules: Custody, state: State, statement: Statement, now: int) -> Entry:

@@ -48,10 +48,20 @@ class Custody:
         self._policies = policies
 
     def may(
-        self, state: State, who: Speaker, action: str, ref: str = ROOM, *, now: int, break_glass: bool = False
+        self,
+        state: State,
+        who: Speaker,
+        action: str,
+        ref: str = ROOM,
+        *,
+        now: int,
+        break_glass: bool = False,
+        lease: bool = False,
     ) -> Decision:
-        """Denied, explained, unless policy lets `who` do this directly; in an emergency, if it is one."""
-        here = situation(state, who, ref, now, stage="direct", break_glass=break_glass)
+        """Denied, explained, unless policy lets `who` do this directly; in an emergency, if it is one; or under the
+        lease that there is."""
+        stage = "release" if lease else "direct"
+        here = situation(state, who, ref, now, stage=stage, break_glass=break_glass, lease=lease)
         return self._ask(state, Query(subject(who), action, resource(state, ref), here))
 
     # -- requests ------------------------------------------------------------------------------------------------

@@ -445,6 +445,10 @@ class State:
         if body["lease"] is not None:
             self.leases[body["lease"]].used += 1
 
+    def _trace(self, _: int, entry: Entry) -> None:
+        if entry.body["lease"] is not None:
+            self.leases[entry.body["lease"]].used += 1
+
     def _ceiling(self, _: int, entry: Entry) -> None:
         self.ceilings[entry.ref] = [entry.body[name] for name in ("holders", "copies", "copiers")]
 
@@ -540,6 +544,7 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "approve": State._approve,
     "deny": State._deny,
     "release": State._release,
+    "trace": State._trace,
     "renew": State._renew,
     "review": State._review,
     "ceiling": State._ceiling,

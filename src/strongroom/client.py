@@ -226,7 +226,7 @@ class Room:
         emergency."""
         from strongroom.storage.reader import ImageReader
 
-        store, bundle = self._release(ref, "load", break_glass)
+        store, bundle = self._release(ref, break_glass)
         return ImageReader(self._vault.blobs_at(store), bundle)
 
     def load(self, ref: str, *, break_glass: str | None = None) -> Weights:
@@ -238,7 +238,7 @@ class Room:
     def grant(self, ref: str, *, break_glass: str | None = None) -> tuple[str, bytes]:
         """The store's URL and this principal's encoded key bundle: what ``strongroom run`` hands to its child.
         Secret."""
-        store, bundle = self._release(ref, "load", break_glass)
+        store, bundle = self._release(ref, break_glass)
         return store, bundle.encode()
 
     def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = _silent) -> dict[str, Any]:
@@ -247,23 +247,27 @@ class Room:
 
         `to` is who the copy is for: this principal itself, whose code word it carries.
         """
-        from strongroom.load.copy import check_copy, write_copy
-        from strongroom.storage.reader import ImageReader
+        from strongroom.formats.copybundle import CopyBundle
+        from strongroom.load.copy import CopyReader, check_copy, write_copy
+        from strongroom.load.receive import receive
 
         folder = check_copy(ref, to, self.principal, Path(out))
-        store, bundle = self._release(ref, "copy")
-        written = write_copy(ImageReader(self._vault.blobs_at(store), bundle), folder, progress=progress)
+        found = receive(self._vault, self._say, self.principal, ref, "copy")
+        bundle = found.bundle
+        assert isinstance(bundle, CopyBundle)  # noqa: S101 - `receive` has asked for one
+        written = write_copy(CopyReader(self._vault, found, bundle), folder, progress=progress)
         size = sum(count for _, count in written)
-        body = {"ref": bundle.ref, "holder": to, "release": self._released, "files": len(written), "bytes": size}
+        body = {"ref": bundle.ref, "holder": to, "release": found.index, "files": len(written), "bytes": size}
         entry = self._act("copy", body)["entry"]
         return {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size, "entry": entry}
 
-    def _release(self, ref: str, action: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
+    def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""
+        from strongroom.formats.bundle import KeyBundle
         from strongroom.load.receive import receive
 
-        found = receive(self._vault, self._say, self.principal, ref, action, break_glass)
-        self._released = found.index
+        found = receive(self._vault, self._say, self.principal, ref, "load", break_glass)
+        assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - as in `copy`
         return found.store, found.bundle
 
     @property

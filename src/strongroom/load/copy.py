@@ -1,4 +1,4 @@
-"""A holder's plaintext copy: the files of a version, marked with the holder's code word, in a folder.
+"""A holder's plaintext copy: the files of a version, with the holder's marks and stamp, in a folder.
 
 The one place where plaintext weights reach a disk: that is what an approved copy is.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from strongroom.core.limits import MIB
-from strongroom.errors import BackendError, Tampered, UsageError
-from strongroom.storage.reader import ImageReader
+from strongroom.crypto.copying import TAG_BYTES, CopyCipher
+from strongroom.errors import BackendError, Tampered, Truncated, UsageError
+from strongroom.formats.copybundle import CopiedFile, CopyBundle
+from strongroom.load.receive import Received
+from strongroom.load.room import AnyRoom
 
-_PIECE = 32 * MIB
+_PIECE = 8 * MIB
 _ROOM_LEFT = 16 * MIB
 
 
@@ -23,7 +27,7 @@ def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
     if to != principal:
         raise UsageError(
             "copy.other",
-            f"a copy carries its holder's code word, so {to} has to take it",
+            f"a copy carries its holder's marks, so {to} has to take it",
             hint=f"strongroom copy {ref} --to {to} --out DIR --as {to}",
         )
     if folder.exists():
@@ -31,15 +35,55 @@ def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
     return folder
 
 
+class CopyReader:
+    """The image of one plaintext copy, fetched from the custodian piece by piece; each is checked before it is handed
+    out."""
+
+    def __init__(self, room: AnyRoom, received: Received, bundle: CopyBundle) -> None:
+        self._room, self._received, self._bundle = room, received, bundle
+        self._cipher = CopyCipher(bundle.key, received.leaf, bundle.image)
+        self._last: tuple[int, bytes] = (-1, b"")
+
+    @property
+    def files(self) -> tuple[CopiedFile, ...]:
+        return self._bundle.files
+
+    def read(self, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of the image. Tampered ``copy.tampered``, Truncated ``copy.truncated``."""
+        size = self._bundle.piece
+        parts = [
+            self._piece(number)[max(begin - number * size, 0) : end - number * size]
+            for number in range(begin // size, -(-end // size))
+        ]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _piece(self, number: int) -> bytes:
+        if self._last[0] != number:
+            sealed = self._room.read_copy(self._received.store, f"copies/{self._received.index}/{number}")
+            expected = min(self._bundle.piece, self._bundle.image - number * self._bundle.piece)
+            if len(sealed) != expected + TAG_BYTES:
+                raise Truncated("copy.truncated", f"piece {number} of the copy did not come whole")
+            self._last = (number, self._cipher.open(number, sealed))
+        return self._last[1]
+
+
+class Copied(Protocol):
+    """What `write_copy` writes: files, and any range of the image that they lie in."""
+
+    @property
+    def files(self) -> Sequence[CopiedFile]: ...
+    def read(self, begin: int, end: int) -> bytes: ...
+
+
 def write_copy(
-    reader: ImageReader, folder: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None
+    reader: Copied, folder: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> list[tuple[str, int]]:
     """Write every file of the version below the new `folder`; paths and sizes of what was written.
 
     Each piece is verified before it is written, and memory stays flat. All or nothing: a folder that is half-written
     when something fails is removed. BackendError ``copy.write``, and what the reader raises.
     """
-    files = reader.layout.files
+    files = reader.files
     total = sum(file.bytes for file in files)
     temporary = folder.with_name(f".{folder.name}.{os.urandom(8).hex()}")  # nobody else's: it is removed at the end
     done = 0

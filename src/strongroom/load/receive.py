@@ -23,6 +23,7 @@ from strongroom.errors import (
 )
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.copybundle import CopyBundle
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import leaf_hash, verify_consistency, verify_inclusion
 from strongroom.formats.statement import Statement
@@ -136,8 +137,9 @@ def accept(
     signer: bytes,
     remembered: Remembered,
     consistency: Consistency,
-) -> KeyBundle:
-    """The key bundle of a release that `statement` asked for, to `key`. Steps as in spec/release.md, section 3.
+) -> KeyBundle | CopyBundle:
+    """The key bundle of a release, or the copy bundle of one to copy, that `statement` asked for, to `key`. Steps as in
+    spec/release.md, section 3.
 
     `signer` is the room's public key for manifests. Tampered, Rollback, Forked; nothing is opened before all of it
     holds.
@@ -162,7 +164,8 @@ def accept(
     # Step 4.
     remembered.advance(released.checkpoint, consistency)
     # Step 5.
-    bundle = KeyBundle.decode(key.open(released.sealed, released.index, leaf))
+    secret = key.open(released.sealed, released.index, leaf)
+    bundle = CopyBundle.decode(secret) if asked["action"] == "copy" else KeyBundle.decode(secret)
     if (
         bundle.room != log.room
         or bundle.signer != signer
@@ -171,17 +174,19 @@ def accept(
         or bundle.manifest_digest.hex() != entry.body["manifest"]
     ):
         raise Tampered("release.other_bundle", "the key bundle is not the one that the log's entry is about")
-    # Step 6 is the reader's: it checks the manifest against this digest and signer.
+    # Step 6 is the reader's: it checks the manifest against this digest and signer. Of a copy it is the custodian's.
     return bundle
 
 
 @dataclass(frozen=True)
 class Received:
-    """What a release has brought: the entry that records it, where the ciphertext is read, and the keys."""
+    """What a release has brought: the entry that records it and its hash, where the ciphertext is read, and the
+    keys."""
 
     index: int
+    leaf: bytes
     store: str
-    bundle: KeyBundle
+    bundle: KeyBundle | CopyBundle
 
 
 def receive(
@@ -231,4 +236,4 @@ def receive(
         remembered=Remembered(Settings.from_environment().state_folder, log),
         consistency=custodian.ledger.consistency,
     )
-    return Received(answer.index, answer.store, bundle)
+    return Received(answer.index, leaf_hash(answer.entry), answer.store, bundle)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -29,6 +30,7 @@ from strongroom.load.receive import Released
 from strongroom.load.send import Progress, announce, body
 from strongroom.policy.review import Review
 from strongroom.storage.blobs import Blobs, open_blobs
+from strongroom.storage.served import ServedBlobs
 from strongroom.storage.session import Session
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult
@@ -151,6 +153,10 @@ class ServedRoom:
 
     def blobs_at(self, url: str) -> Blobs:
         return open_blobs(url)
+
+    def read_copy(self, store: str, name: str) -> bytes:
+        with closing(ServedBlobs(store)) as blobs:
+            return blobs.read_at_once(name)
 
     # -- requests ------------------------------------------------------------------------------------------------
 

@@ -43,7 +43,8 @@ class Decoder:
         rows = np.arange(len(p))[:, None]
         both = [(chance * likelihood[rows, known[:, None] + np.arange(more + 1) + bit]).sum(axis=1) for bit in (0, 1)]
         without = (1 - p) * both[0] + p * both[1]
-        return np.log(np.stack(both) / without)
+        weights: NDArray[np.float64] = np.log(np.stack(both) / without)
+        return weights
 
     def _likelihoods(self, estimates: Estimates) -> NDArray[np.float64]:
         k = np.arange(self.colluders + 1)
@@ -126,7 +127,8 @@ def tail(g: NDArray[np.float64], p: NDArray[np.float64], scores: NDArray[np.floa
     with np.errstate(under="ignore"):
         cumulants = np.array([np.logaddexp(np.log1p(-p) + at * g[0], np.log(p) + at * g[1]).sum() for at in _LAMBDAS])
     exponents = (cumulants[:, None] - _LAMBDAS[:, None] * scores[None, :]).min(axis=0)
-    return np.minimum(exponents, 0.0) / math.log(10)
+    bounds: NDArray[np.float64] = np.minimum(exponents, 0.0) / math.log(10)
+    return bounds
 
 
 def marked_bound(estimates: Estimates) -> float:

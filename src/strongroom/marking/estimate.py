@@ -130,8 +130,8 @@ def residual(
     keep = ~silent
     # Least squares, one column after another, each freed of those before it.
     columns: list[NDArray[np.float32]] = []
-    for column in (np.ones_like(original), original, *more):
-        column = np.where(keep, column, np.float32(0))
+    for given in (np.ones_like(original), original, *more):
+        column = np.where(keep, given, np.float32(0))
         column /= np.maximum(np.abs(column).max(axis=1, keepdims=True), np.float32(1e-30))  # so that nothing overflows
         for before in columns:
             column -= _along(column, before)

@@ -41,11 +41,9 @@ class MatchedFilter:
             if not np.isfinite(seen).any():
                 continue
             r = filtered(dtype, _rows(piece, width), _rows(seen, width))
-            skip = (first + at) % 16
             along = np.empty(len(self._stamps))
             for k, stamp in enumerate(self._stamps):
-                chips = stamp.chips(tag, first + at - skip, skip + r.size)[skip:]
-                along[k] = np.dot(r, chips.astype(np.float32))
+                along[k] = np.dot(r, stamp.chips(tag, first + at, r.size).astype(np.float32))
             with self._lock:
                 self._power += float(np.dot(r, r))
                 self._along += along
@@ -57,7 +55,7 @@ class MatchedFilter:
 
 def bound(z: float) -> float:
     """log10 of the bound on an innocent scoring `z` or more, under any attack (Hoeffding)."""
-    return min(0.0, -max(z, 0.0) ** 2 / 2 / math.log(10))
+    return min(0.0, -(max(z, 0.0) ** 2) / 2 / math.log(10))
 
 
 def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -44,14 +44,15 @@ class Stamp:
         self._key = derive(stamp_root, "holder", holder.encode())
 
     def chips(self, tag: bytes, first: int, count: int) -> NDArray[np.int8]:
-        """int8 (count,): the chips of elements `first` (a multiple of 16) and on, of the tensor of this tag."""
-        stream = keystream(self._key, count, offset=first, nonce=tag)
-        ones = np.bitwise_count(np.frombuffer(stream, np.uint8))
+        """int8 (count,): the chips of elements `first` and on, of the tensor of this tag."""
+        skip = first % 16
+        stream = keystream(self._key, skip + count, offset=first - skip, nonce=tag)
+        ones = np.bitwise_count(np.frombuffer(stream, np.uint8, offset=skip))
         return (ones - np.uint8(4)).view(np.int8)
 
     def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:
-        """Stamp `copy` in place: integers of a run of elements from `first` (a multiple of 16) on; `original` has the
-        same elements without any mark."""
+        """Stamp `copy` in place: integers of a run of elements of a tensor, from its element `first` on; `original` has
+        the same elements without any mark."""
         step = STEPS[dtype]
         chips = self.chips(tag, first, len(copy)).astype(f"<i{step.integer.itemsize}")
         chips *= step.q

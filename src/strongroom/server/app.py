@@ -19,6 +19,7 @@ from starlette.routing import Route
 from strongroom.crypto.reading import PASS_LIFE, make_pass
 from strongroom.crypto.release import CHALLENGE_LIFE
 from strongroom.errors import StrongroomError, UsageError
+from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
 from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
@@ -129,7 +130,8 @@ class CustodianApp:
 
     def _store(self, answer: Answer) -> str:
         """Where the ciphertext is read: through here while the lease is good, or in the object store itself."""
-        if self._direct and "://" in answer.store and not answer.store.startswith("file:"):
+        copies = Entry.decode(answer.entry).body["action"] == "copy"  # which nobody but the custodian can write
+        if self._direct and not copies and "://" in answer.store and not answer.store.startswith("file:"):
             return answer.store
         until = min(self._vault.clock() + PASS_LIFE, self._custodian.lease_end(answer.entry))
         return f"{self._url}/v1/objects/{make_pass(self._vault.keys.reading_key, self._vault.id, until)}"

@@ -15,6 +15,7 @@ from strongroom.formats.tiles import WIDTH, Tile
 from strongroom.ledger.published import tile_bytes
 from strongroom.server.bodies import base64_of, number_of, range_of
 from strongroom.server.calls import Calls
+from strongroom.vault.copies import Copies
 from strongroom.vault.status import status
 from strongroom.vault.vault import Vault
 
@@ -138,6 +139,8 @@ class Reading:
     def object(self, request: Request, _: bytes) -> Response:
         check_pass(request.path_params["pass"], self._vault.keys.reading_key, self._vault.id, self._vault.clock())
         name = request.path_params["name"]
+        if Copies.is_one(name):
+            return Response(self._vault.copies.read(name), media_type="application/octet-stream")
         size = self._vault.blobs.size(name)
         begin, end = range_of(request.headers.get("range", ""), size)
         headers = {"Content-Length": str(end - begin)}

@@ -36,6 +36,10 @@ class ServedBlobs:
         self.read_into(name, 0, memoryview(buffer))
         return bytes(buffer)
 
+    def read_at_once(self, name: str) -> bytes:
+        """The whole of what is made as it is asked for, and so has no size before."""
+        return self._session.request("GET", f"{self._path}/{check_name(name)}")
+
     def size(self, name: str) -> int:
         return self._session.size(f"{self._path}/{check_name(name)}")
 

@@ -1,6 +1,6 @@
 """A suspect beside one version: which tensor is which, and what each element says (spec/mark.md, sections 4 to 7).
 
-Memory stays flat: large tensors that lie as they did are compared in pieces, only one that was moved about is read whole.
+Memory stays flat: large tensors that lie as they did are compared in pieces; one that was moved about is read whole.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Comparison:
 
     def __init__(self, originals: Originals, suspect: Suspect) -> None:
         self._originals, self._suspect = originals, suspect
-        placed = [each for each in originals.tensors() if each.info.markable and each.info.elements]
+        placed = [each for each in originals.tensors() if each.marked]
         self._placed = placed
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
         self._fits: list[Fit | None] = [None] * len(placed)
@@ -113,9 +113,7 @@ class Comparison:
         self._note(k)
         return True
 
-    def _solve(
-        self, k: int, by_name: dict[str, list[str]], by_elements: dict[int, list[str]], taken: set[str]
-    ) -> None:
+    def _solve(self, k: int, by_name: dict[str, list[str]], by_elements: dict[int, list[str]], taken: set[str]) -> None:
         """Tensor `k` in one that was transposed, permuted or cut."""
         each = self._placed[k]
         if each.info.elements > _WHOLE:
@@ -147,10 +145,8 @@ class Comparison:
                     continue
                 self._norms[name] = (_norms(matrix), _norms(matrix.T))
             theirs = self._norms[name]
-            for turned in (theirs, theirs[::-1]):
-                if all(a.size == b.size for a, b in zip(mine, turned, strict=True)):
-                    found.append((sum(float(np.abs(a - b).mean()) for a, b in zip(mine, turned, strict=True)), name))
-        return list(dict.fromkeys(name for _, name in sorted(found)))[:_TRIED]
+            found += [(_apart(mine, turned), name) for turned in (theirs, theirs[::-1])]
+        return list(dict.fromkeys(name for apart, name in sorted(found) if apart < np.inf))[:_TRIED]
 
     def _parts(self, original: NDArray[np.float32]) -> list[str]:
         """Tensors that may be some rows or some columns of `original`."""
@@ -249,3 +245,11 @@ def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
     mean = norms.mean()
     found: NDArray[np.float32] = norms / mean if mean > 0 else norms
     return found
+
+
+def _apart(mine: Sequence[NDArray[np.float32]], theirs: Sequence[NDArray[np.float32]]) -> float:
+    """How much two pairs of sorted norms differ; infinitely if they are of matrices of other shapes."""
+    pairs = list(zip(mine, theirs, strict=True))
+    if any(a.size != b.size for a, b in pairs):
+        return np.inf
+    return sum(float(np.abs(a - b).mean()) for a, b in pairs)

@@ -19,11 +19,12 @@ from strongroom.vault.record import VersionRecord
 
 
 class Placed(NamedTuple):
-    """A tensor, and the bytes of the image that hold it."""
+    """A tensor, the bytes of the image that hold it, and whether its elements carry marks (container.md, section 3)."""
 
     info: TensorInfo
     begin: int
     end: int
+    marked: bool
 
 
 class Originals:
@@ -102,7 +103,8 @@ class Originals:
         for file in self.layout.files:
             if file.kind != "opaque":
                 for info in self._infos(file):
-                    yield Placed(info, file.offset + info.begin, file.offset + info.end)
+                    marked = info.unmarked_reason(file.data_start) is None and info.elements > 0
+                    yield Placed(info, file.offset + info.begin, file.offset + info.end, marked)
 
     def _infos(self, file: FileEntry) -> list[TensorInfo]:
         def read(offset: int, size: int) -> bytes:

@@ -122,6 +122,11 @@ class RoomKeys:
         return derive(self._seed, "reading")
 
     @property
+    def copy_key(self) -> bytes:
+        """What the keys derive from that copies are on their way under (spec/release.md, section 4)."""
+        return derive(self._seed, "copy")
+
+    @property
     def stamp_root(self) -> bytes:
         """What the personal stamps of copies derive from (spec/mark.md, section 2): it outlives rotations."""
         return derive(self._seed, "stamp")

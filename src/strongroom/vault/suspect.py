@@ -127,7 +127,7 @@ def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
 
 
 def _dequantised(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
-    """ggml's blocks by the gguf package's own arithmetic; UsageError ``suspect.quantised`` where it knows none."""
+    """Ggml's blocks by the gguf package's own arithmetic; UsageError ``suspect.quantised`` where it knows none."""
     try:
         gguf: Any = importlib.import_module("gguf")
     except ImportError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from strongroom.core.limits import MIB
 from strongroom.errors import NotFound
 from strongroom.formats.entry import Entry
 from strongroom.marking.code import Code
@@ -92,7 +89,11 @@ class Trace:
             "transformations": self.transformations,
             "versions": self.versions,
             "scores": [
-                {"holder": each.holder, "log10_p": round(each.log10_p, 2), "stamp_log10_p": round(each.stamp_log10_p, 2)}
+                {
+                    "holder": each.holder,
+                    "log10_p": round(each.log10_p, 2),
+                    "stamp_log10_p": round(each.stamp_log10_p, 2),
+                }
                 for each in self.candidates
             ],
             "tensors": self.tensors,
@@ -131,7 +132,11 @@ def trace(vault: Vault, path: Path, *, weights: str | None, progress: Progress) 
         compared.sort(key=lambda each: -each[2].common)
         most = compared[0][2].common
         result.versions = [
-            {"ref": f"{record.name}@{record.number}", "likeness": round(each.common, 6), "part": round(each.likeness, 6)}
+            {
+                "ref": f"{record.name}@{record.number}",
+                "likeness": round(each.common, 6),
+                "part": round(each.likeness, 6),
+            }
             for record, _, each in compared
         ]
         if most < _UNRELATED:

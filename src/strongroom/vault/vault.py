@@ -50,6 +50,7 @@ from strongroom.storage.db import Database, log_entries, log_private, versions
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
+from strongroom.vault.copies import Copies
 from strongroom.vault.custodian import Custodian
 from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import Journal
@@ -121,6 +122,7 @@ class Vault:
         self.published = Published(folder / "log", key)
         ledger = Ledger(self.db, key, lambda: self.keys.log_signer, State, clock=clock, published=self.published)
         self.custodian = Custodian(self, ledger)
+        self.copies = Copies(self)
 
     @classmethod
     def init(
@@ -209,6 +211,10 @@ class Vault:
     def blobs_at(self, url: str) -> Blobs:  # noqa: ARG002 - a served room's may be elsewhere
         """The store that a release names."""
         return self.blobs
+
+    def read_copy(self, store: str, name: str) -> bytes:  # noqa: ARG002 - as `blobs_at`
+        """A piece of a plaintext copy, encrypted: see `Copies.read`."""
+        return self.copies.read(name)
 
     def read_log(self) -> Callable[[str], bytes]:
         """How a verifier reads what is published of the log, by name."""

@@ -1,0 +1,178 @@
+"""Plaintext copies, as the custodian writes them: the holder's variants, and the holder's stamp over all of it
+(spec/release.md, section 4; spec/mark.md, section 2).
+
+Nothing of a copy is kept: its entry in the log is enough to write it again."""
+
+from __future__ import annotations
+
+import re
+import threading
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from strongroom.crypto.copying import CopyCipher, copying_key
+from strongroom.errors import Conflict, Denied, NotFound
+from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
+from strongroom.formats.entry import Entry
+from strongroom.formats.merkle import leaf_hash
+from strongroom.marking.code import Code
+from strongroom.marking.elements import STEPS
+from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor_tag
+from strongroom.vault.originals import Originals, Placed
+
+if TYPE_CHECKING:
+    from strongroom.vault.record import VersionRecord
+    from strongroom.vault.vault import Vault
+
+_NAME = re.compile(r"copies/(0|[1-9][0-9]{0,18})/(0|[1-9][0-9]{0,18})", re.ASCII)
+_OPEN = 4  # copies that are kept opened
+
+
+class Copy:
+    """One holder's plaintext copy of one version: any range of it."""
+
+    def __init__(self, originals: Originals, record: VersionRecord, stamp_root: bytes, holder: str) -> None:
+        self._originals = originals
+        self._word = Code(record.code_key, originals.layout.positions, record.colluders).word(holder)
+        self._stamp = Stamp(stamp_root, holder)
+        self._stamped = [each for each in originals.tensors() if each.marked and each.info.elements >= LEAST_ELEMENTS]
+        self._begins = [each.begin for each in self._stamped]
+        self._tags: dict[int, bytes] = {}
+
+    @property
+    def image(self) -> int:
+        return self._originals.layout.image
+
+    @property
+    def files(self) -> tuple[CopiedFile, ...]:
+        return tuple(CopiedFile(each.path, each.offset, each.bytes) for each in self._originals.layout.files)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """Bytes `begin` to `end` of the image, marked and stamped. `begin` is a multiple of 8: no element is cut."""
+        original, copy = self._originals.read_given(begin, end, self._word)
+        for each in self._stamped[max(0, bisect_right(self._begins, begin) - 1) :]:
+            if each.begin >= end:
+                break
+            low, high = max(each.begin, begin), min(each.end, end)
+            if low >= high:
+                continue
+            dtype = each.info.dtype.name
+            integer = STEPS[dtype].integer
+            # An element may end beyond this range, which a stamp never asks for: pieces end at multiples of 8.
+            here = slice(low - begin, high - begin)
+            self._stamp.apply(
+                dtype,
+                self._tag(each),
+                (low - each.begin) // integer.itemsize,
+                np.frombuffer(original[here], integer),
+                np.frombuffer(copy[here], integer),
+            )
+        return copy
+
+    def _tag(self, each: Placed) -> bytes:
+        tag = self._tags.get(each.begin)
+        if tag is None:
+            tag = tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
+            self._tags[each.begin] = tag
+        return tag
+
+
+class Copies:
+    """The copies that the log's releases allow, piece by piece, to whoever has their key."""
+
+    def __init__(self, vault: Vault) -> None:
+        self._vault = vault
+        self._lock = threading.Lock()
+        self._open: dict[int, tuple[Copy, CopyCipher, Entry]] = {}
+
+    def bundle(self, entry: bytes, index: int) -> CopyBundle:
+        """What the holder of the release `entry` needs to take the copy."""
+        copy, _, found = self._opened(index, entry)
+        record = self._record(found)
+        return CopyBundle(
+            room=self._vault.id,
+            version=record.version,
+            revision=record.revision,
+            manifest_digest=record.manifest_digest,
+            signer=self._vault.keys.signer.public_key,
+            ref=found.ref,
+            holder=found.body["holder"],
+            key=copying_key(self._vault.keys.copy_key, leaf_hash(entry), PIECE),
+            piece=PIECE,
+            image=copy.image,
+            files=copy.files,
+        )
+
+    def read(self, name: str) -> bytes:
+        """The encrypted piece that is called `name`: ``copies/ENTRY/NUMBER``.
+
+        NotFound ``copy.missing``; Denied ``copy.ended`` once the version is frozen or its holder suspended; Conflict
+        ``copy.revision`` once the version was rotated.
+        """
+        matched = _NAME.fullmatch(name)
+        if matched is None:
+            raise NotFound("copy.missing", f"there is no copy {name!r:.80}")
+        index, number = int(matched[1]), int(matched[2])
+        copy, cipher, entry = self._opened(index)
+        self._check(entry)
+        if number * PIECE >= copy.image:
+            raise NotFound("copy.missing", f"the copy of entry {index} has no piece {number}")
+        return cipher.seal(number, copy.read(number * PIECE, min((number + 1) * PIECE, copy.image)))
+
+    @staticmethod
+    def is_one(name: str) -> bool:
+        """Whether an object of this name is a piece of a copy."""
+        return name.startswith("copies/")
+
+    def forget(self) -> None:
+        """Let go of what is kept opened."""
+        with self._lock:
+            self._open.clear()
+
+    def _opened(self, index: int, entry: bytes | None = None) -> tuple[Copy, CopyCipher, Entry]:
+        with self._lock:
+            if index in self._open:
+                return self._open[index]
+        ledger = self._vault.custodian.ledger
+        if entry is None:
+            if index >= ledger.checkpoint()[0].size:
+                raise NotFound("copy.missing", f"the log has no entry {index}")
+            entry = ledger.proven(index, index + 1)[0]
+        found = Entry.decode(entry)
+        if found.type != "release" or found.body["action"] != "copy":
+            raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
+        record = self._record(found)
+        originals = Originals(
+            self._vault.blobs, record, self._vault.manifest(record), self._vault.keys.signer.public_key
+        )
+        copy = Copy(originals, record, self._vault.keys.stamp_root, found.body["holder"])
+        leaf = leaf_hash(entry)
+        cipher = CopyCipher(copying_key(self._vault.keys.copy_key, leaf, PIECE), leaf, copy.image)
+        with self._lock:
+            if len(self._open) >= _OPEN:
+                self._open.pop(next(iter(self._open)))
+            self._open[index] = (copy, cipher, found)
+        return copy, cipher, found
+
+    def _record(self, entry: Entry) -> VersionRecord:
+        record = self._vault.record(self._vault.find(entry.ref))
+        if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
+            raise Conflict(
+                "copy.revision", f"{entry.ref} was rotated since this copy was released", hint="take the copy again"
+            )
+        return record
+
+    def _check(self, entry: Entry) -> None:
+        """What was revoked since the release ends the copy, too."""
+        with self._vault.custodian.ledger.view() as state:
+            version, holder = state.versions.get(entry.ref), state.principals.get(entry.body["holder"])
+            gone = version is None or version.shredded
+            ended = gone or (version is not None and version.frozen) or holder is None or not holder.active
+        if ended:
+            raise Denied(
+                "copy.ended",
+                f"the copy of {entry.ref} for {entry.body['holder']} was revoked before all of it was taken",
+                hint="strongroom log tail shows who revoked it",
+            )

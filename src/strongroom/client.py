@@ -270,6 +270,17 @@ class Room:
         assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - as in `copy`
         return found.store, found.bundle
 
+    def trace(self, path: str | Path, *, weights: str | None = None, progress: Progress = _silent) -> dict[str, Any]:
+        """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it. `weights`: the
+        version that it is to be compared with, which takes an approved request; else all, which as a rule names
+        nobody."""
+        from strongroom.vault.search import search
+
+        found = search(self._here("trace"), Path(path), by=self.principal, weights=weights, progress=progress)
+        for release in (each for accused in found["accused"] for each in accused["releases"]):
+            release["proof"] = self.log.prove(release["entry"])["proof"]
+        return found
+
     @property
     def log(self) -> RoomLog:
         """The log of this room."""

@@ -210,12 +210,9 @@ def test_what_nothing_permits_is_denied_without_a_rule():
 
 
 def test_a_decision_names_all_rules_that_determine_it_in_the_order_of_the_text():
-    allowed = TEAM.decide(ask("trace", "officer", "operator"))
-    assert (allowed.allowed, allowed.rules) == (True, ("operators-trace", "officers-trace"))
-    assert (
-        allowed.reason
-        == "Operators find out whose copy a found file is.; Officers find out whose copy a found file is."
-    )
+    allowed = TEAM.decide(ask("approve", "officer", "executive"))
+    assert (allowed.allowed, allowed.rules) == (True, ("officers-approve", "executives-approve"))
+    assert allowed.reason == "Officers approve what others ask for.; Executives approve what others ask for."
     denied = TEAM.decide(ask("copy", "officer", "auditor", stage="release", lease=True))
     assert (denied.allowed, denied.rules) == (False, ("officers-never-copy", "auditors-hold-nothing"))
 

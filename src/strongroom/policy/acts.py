@@ -142,7 +142,7 @@ def trace(
         )
     if ref and ref not in state.versions:
         raise NotFound("version.missing", f"there are no weights {ref:.200} in this room", hint="strongroom ls")
-    rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None)
+    rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None if ref else None)
     found = {"suspect": body["suspect"], "lease": body["lease"], "verdict": verdict, "accused": sorted(set(accused))}
     return _entry("trace", who, ref, statement, now, found, {"detail": detail} if detail else {})
 

@@ -56,12 +56,12 @@ class Custody:
         *,
         now: int,
         break_glass: bool = False,
-        lease: bool = False,
+        lease: bool | None = None,
     ) -> Decision:
-        """Denied, explained, unless policy lets `who` do this directly; in an emergency, if it is one; or under the
-        lease that there is."""
-        stage = "release" if lease else "direct"
-        here = situation(state, who, ref, now, stage=stage, break_glass=break_glass, lease=lease)
+        """Denied, explained, unless policy lets `who` do this directly; in an emergency, if it is one. What is done
+        under a lease as a rule: with the one that there is, or without."""
+        stage = "direct" if lease is None else "release"
+        here = situation(state, who, ref, now, stage=stage, break_glass=break_glass, lease=bool(lease))
         return self._ask(state, Query(subject(who), action, resource(state, ref), here))
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Custody:
             )
         if holder is None or not holder.active:
             raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
-        version = usable(state, body["ref"])
+        version = usable(state, body["ref"], body["action"])
         if not 0 < body["duration"] <= _LONGEST or body["uses"] == 0:
             raise UsageError(
                 "request.nothing",
@@ -138,7 +138,7 @@ class Custody:
                 hint=f"somebody else runs: strongroom approve {request.id}",
             )
         self._approver(state, who, request.ref, request.action, now=now)
-        usable(state, request.ref)
+        usable(state, request.ref, request.action)
         duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
         approval = Approval(who.path, who.person, sorted(who.roles), now, 0, who.method)
         given = [*request.approvals, approval]
@@ -531,13 +531,14 @@ class Custody:
         return Query(subject(holder), action, resource(state, ref), here)
 
 
-def usable(state: State, ref: str) -> Version:
-    """The version that is in the log under the full reference `ref`, and can be used; NotFound, Denied."""
+def usable(state: State, ref: str, action: str = "") -> Version:
+    """The version that is in the log under the full reference `ref`, and can be used; NotFound, Denied. One that is
+    frozen can be traced: it may be frozen because it leaked."""
     parsed = Ref.parse(ref)
     version = state.versions.get(str(parsed))
     if parsed.number is None or version is None or version.shredded:
         raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
-    if version.frozen:
+    if version.frozen and action != "trace":
         raise Denied(
             "version.frozen",
             f"{ref} was revoked: nobody is given its keys",

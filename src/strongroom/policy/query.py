@@ -18,6 +18,7 @@ from strongroom.errors import UsageError
 ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant", "audit", "administer")
 ON_WEIGHTS = ("load", "copy", "infer", "adapt")  # never about the room as a whole
 RELEASES = ("load", "copy")  # decided twice: in stage "grant" and in stage "release"
+LEASED = (*RELEASES, "trace")  # what a lease may be for
 STAGES = ("grant", "release", "direct")
 AUTHENTICATIONS = ("key", "passkey", "oidc", "x509")  # what the one who speaks has shown; policy/speaker.py finds it
 ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")

@@ -12,7 +12,7 @@ from typing import Any
 
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import what_is_missing
-from strongroom.policy.query import ACTIONS, ON_WEIGHTS, RELEASES, Query, Resource, Situation, Subject
+from strongroom.policy.query import ACTIONS, LEASED, ON_WEIGHTS, Query, Resource, Situation, Subject
 
 NOW, APPROVALS, BREAK_GLASS, NEVER = "now", "approvals", "break-glass", "never"
 _NO_LEASES: frozenset[tuple[str, str, str]] = frozenset()
@@ -94,7 +94,7 @@ def access(
 ) -> Access:
     """One answer. `situation`: time and counts to judge with; its stage, lease and emergency are set here. `leases`:
     those that hold, as (principal, action, ref)."""
-    release = action in RELEASES
+    release = action in LEASED and not resource.is_room
     here = replace(
         situation or Situation(),
         stage="release" if release else "direct",

@@ -491,6 +491,16 @@ class Custodian:
             self._refusals.record(who.path, actions[0], ref, refusals[0])
         raise refusals[0]
 
+    def tracing(self, by: str, ref: str | None) -> str | None:
+        """The lease under which `by` traces the version `ref`, or None where policy asks for none; of every version,
+        which names nobody, if `ref` is None. Denied, and recorded."""
+        now = self._now()
+        with self._refusals.recorded(by, "trace", ref or ROOM), self.ledger.view() as state:
+            lease = state.lease_for(by, "trace", ref, now) if ref is not None else None
+            under = None if ref is None else lease is not None
+            self.rules.may(state, speaking(state, by), "trace", ref or ROOM, now=now, lease=under)
+            return lease.id if lease is not None else None
+
     def act(self, statement: Statement, action: str, decide: Decision[State]) -> Receipt:
         """Append what `decide` makes of `statement`, and what it writes; what is refused is recorded."""
         with self._refusals.recorded(statement.by, action):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,48 +113,45 @@ def _accused(each: Candidate) -> dict[str, Any]:
     }
 
 
-def trace(vault: Vault, path: Path, *, weights: str | None, progress: Progress) -> Trace:
-    """Compare the suspect at `path` with every version of `weights`, or of the whole room, and name whose copy it is if
-    that can be said with a false accusation bounded by `FALSE_ACCUSATION`.
+def trace(
+    vault: Vault, suspect: Suspect, name: str, files: list[dict[str, Any]], *, weights: str | None, progress: Progress
+) -> Trace:
+    """Compare a suspect with every version of `weights`, or of the whole room, and name whose copy it is if that can be
+    said with a false accusation bounded by `FALSE_ACCUSATION`. `name` and `files` are what the report calls it.
 
     NotFound ``weights.missing``; UsageError ``suspect.*``, ``source.*``; what reading the room raises.
     """
-    records = [vault.record(vault.find(f"{info.name}@{info.number}")) for info in _versions(vault, weights)]
-    if not records:
-        raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom ls")
-    with Suspect.opened(path) as suspect:
-        result = Trace(_described(suspect, path))
-        compared = []
-        for record in records:
-            originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
-            compared.append((record, originals, Comparison(originals, suspect)))
-        compared.sort(key=lambda each: -each[2].common)
-        most = compared[0][2].common
-        result.versions = [
-            {
-                "ref": f"{record.name}@{record.number}",
-                "likeness": round(each.common, 6),
-                "part": round(each.likeness, 6),
-            }
-            for record, _, each in compared
-        ]
-        if most < _UNRELATED:
-            return result
-        close = [each for each in compared if each[2].common >= most - _CLOSE]
-        found = [
-            _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
-            for record, originals, comparison in close
-        ]
+    described = {"name": name, "tensors": len(suspect.tensors), "bytes": suspect.bytes, "files": files}
+    result = Trace(described)
+    compared = []
+    for record in _records(vault, weights):
+        originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
+        compared.append((record, originals, Comparison(originals, suspect)))
+    compared.sort(key=lambda each: -each[2].common)
+    most = compared[0][2].common
+    result.versions = [
+        {"ref": f"{record.name}@{record.number}", "likeness": round(each.common, 6), "part": round(each.likeness, 6)}
+        for record, _, each in compared
+    ]
+    result.likeness = most
+    if most < _UNRELATED:
+        return result
+    close = [each for each in compared if each[2].common >= most - _CLOSE]
+    found = [
+        _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
+        for record, originals, comparison in close
+    ]
     return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
 
 
-def _versions(vault: Vault, weights: str | None) -> list[Any]:
-    return [info for info in vault.ls(weights) if info.state == "active"]
-
-
-def _described(suspect: Suspect, path: Path) -> dict[str, Any]:
-    """What was looked at, so that the evidence can be recognised later."""
-    return {"name": path.name, "tensors": len(suspect.tensors), "bytes": suspect.bytes, "files": suspect.digests()}
+def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
+    """The secrets of one version, or of all that are not shredded."""
+    if weights is not None:
+        return [vault.record(vault.find(weights))]
+    found = [vault.record(vault.find(info.ref)) for info in vault.ls() if info.state != "shredded"]
+    if not found:
+        raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom put PATH NAME")
+    return found
 
 
 def _traced(
@@ -189,7 +185,7 @@ def _traced(
         positions=code.positions,
         positions_used=estimates.used,
         elements=elements,
-        transformations=_transformations(comparison, originals),
+        transformations=_transformations(comparison),
         tensors=[each.as_json() for each in comparison.tensors],
     )
     _name(result, decoding, versions)
@@ -252,13 +248,12 @@ def _by_stamp(people: Sequence[Candidate], tried: int) -> list[int]:
     return found
 
 
-def _transformations(comparison: Comparison, originals: Originals) -> list[str]:
+def _transformations(comparison: Comparison) -> list[str]:
     """What was done to the weights, in words, with how many tensors it was found on."""
     counts: dict[str, int] = {}
     for each in comparison.tensors:
         for what in set(each.transformations) if each.partner else {"missing"}:
             counts[what] = counts.get(what, 0) + 1
-    del originals
     return [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
 
 

@@ -1,0 +1,136 @@
+"""``strongroom trace``: whose copy a found file is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from strongroom.cli.options import Options, command, pass_options
+from strongroom.cli.output import counted, number, seconds, size, table
+from strongroom.core.files import write_whole
+from strongroom.errors import BackendError, UsageError
+
+_CODES = {"unrelated": 0, "weights-only": 13, "named": 14}
+
+
+@command(
+    "trace",
+    explain="""Each tensor of the file is compared with the original in the room, after renaming, transposition,
+    permutation and rescaling are undone. At every marked position the difference says which variant it came from; the
+    code word of every principal that the room ever had is scored against that, and so is every principal's stamp. Each
+    score has a bound on an innocent reaching it that holds under any attack (Chernoff, Hoeffding); somebody is named
+    only if that bound, times all candidates and all that was tried, is under 1e-9. The trace is an entry of the log
+    before its outcome is told.""",
+)
+@click.argument("path")
+@click.option("--weights", metavar="REF", help="The version to compare with, under your approved request for it.")
+@click.option("--report", metavar="FILE.html", help="Also write the report as one page, a new file.")
+@pass_options
+def trace(options: Options, path: str, weights: str | None, report: str | None) -> int:
+    """Say whether a found file is of these weights, and whose copy it is.
+
+    Ends with 14 when somebody is named, 13 when they are our weights and nobody can be, 0 when they are unrelated.
+    """
+    output = options.output
+    page = _page(report)
+    with options.open() as room, output.progress(f"trace {Path(path).name}") as progress:
+        begun = time.monotonic()
+        found = room.trace(path, weights=weights, progress=progress)
+    took = time.monotonic() - begun
+    if page is not None:
+        from strongroom.cli.tracepage import page as written
+
+        try:
+            write_whole(page, written(found).encode())
+        except OSError as error:
+            raise BackendError("trace.report", f"can't write the report: {error.strerror}", hint="--report") from None
+    output.answer({**found, "seconds": round(took, 3)}, _lines(found, took))
+    if page is not None:
+        output.note(f"  → the report is in {page}")
+    for hint in _hints(found, path):
+        output.note(f"  → {hint}")
+    return _CODES[found["verdict"]]
+
+
+def _page(report: str | None) -> Path | None:
+    """Where the report goes: known to be free before a long search."""
+    if report is None:
+        return None
+    if (path := Path(report)).exists() or not path.parent.is_dir():
+        raise UsageError("trace.report", f"{report} is there already, or its folder is not", hint="--report NEW.html")
+    return path
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """The outcome in one sentence."""
+    if found["verdict"] == "named":
+        who = " and ".join(each["holder"] for each in found["accused"])
+        bound = max(each["false_accusation"] for each in found["accused"])
+        return (
+            f"This is {found['weights']}, out of the copy of {who}; "
+            f"that this is wrong has a chance of {_power(bound)} at most."
+        )
+    if found["verdict"] == "unrelated":
+        return f"Nothing in this room is like it (the nearest has a likeness of {found['likeness']:.3f}, of 1)."
+    if found["withheld"]:
+        return f"This is {found['weights']}. Whose copy it is takes an approved request."
+    if found["marked"]:
+        return f"This came out of the room as {found['weights']}, and whose copy it is can't be said with certainty."
+    return f"These are the weights of {found['weights']} or of a relative, without a mark that can be read."
+
+
+def _power(bound: float) -> str:
+    return f"{bound:.0e}" if bound > 1e-299 else "1e-299"
+
+
+def _lines(found: dict[str, Any], took: float) -> list[str]:
+    suspect = found["suspect"]
+    lines = [verdict(found), ""]
+    if found["accused"]:
+        rows = [
+            (
+                each["holder"],
+                each["person"],
+                f"{each['layer1']['sigma']:.1f}",
+                f"{each['layer2']['z']:.1f}",
+                f"1e{each['log10_p']:.0f}",
+                ", ".join(f"{item['action']} in entry {item['entry']}" for item in each["releases"])
+                or "none in the log",
+            )
+            for each in found["accused"]
+        ]
+        header = ("HOLDER", "PERSON", "CODE WORD σ", "STAMP σ", "CHANCE", "RELEASES")
+        lines += [*table(header, rows, right=(2, 3, 4)), ""]
+    if found["weights"] and not found["withheld"]:
+        lines.append(
+            f"{number(found['positions_used'])} of {number(found['positions'])} positions and "
+            f"{number(found['elements'])} elements compared, {counted(found['candidates'], 'candidate')}"
+        )
+    if found["transformations"]:
+        lines.append(f"found and undone: {'; '.join(found['transformations'])}")
+    lines.append(
+        f"{suspect['name']}: {counted(suspect['tensors'], 'tensor')}, {size(suspect['bytes'])}, {seconds(took)}; "
+        f"entry {found['entry']} of the log"
+    )
+    return lines
+
+
+def _hints(found: dict[str, Any], path: str) -> list[str]:
+    if found["withheld"]:
+        ref = found["weights"]
+        return [
+            f"strongroom request {ref} --action trace --reason TEXT",
+            f"and once it is approved: strongroom trace {path} --weights {ref}",
+        ]
+    if found["verdict"] == "named":
+        releases = [item["entry"] for each in found["accused"] for item in each["releases"]]
+        first = found["accused"][0]["holder"]
+        return [
+            "keep the file as it is: its SHA-256 is in the report and in the log",
+            *([f"strongroom log prove {releases[0]} is the proof of the release"] if releases else []),
+            f"strongroom revoke {first} --reason TEXT ends what {first} can still do",
+        ]
+    return []

@@ -1,0 +1,202 @@
+"""The report of a trace as one page that needs nothing else: no script, no network, everything escaped.
+
+What is in a suspect's file (names of tensors) was written by whoever leaked it: here it is text, and nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from strongroom.cli.output import number, size
+from strongroom.core.clock import text
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1c1f23;--soft:#5d6670;--line:#d8dde3;--page:#fff;--bad:#b3261e;--dot:#3b6fb6;--dot2:#b67f3b}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8ea;--soft:#9aa4ae;--line:#353b42;--page:#15181b;--bad:#ff8a80;--dot:#8ab4f8;--dot2:#f0b878}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;line-height:1.3}h2{font-size:1.1rem;margin-top:2rem}p.soft,td.soft,text.soft{color:var(--soft);fill:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:.9rem;display:block;overflow-x:auto}
+th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+th{color:var(--soft);font-weight:500}td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:.85em;overflow-wrap:anywhere}
+svg{width:100%;height:auto}.named{color:var(--bad)}
+"""
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 300, 60, 40
+_TENSORS = 500
+
+
+def page(found: dict[str, Any]) -> str:
+    """HTML of the report `found`, as ``strongroom trace --json`` has it."""
+    from strongroom.cli.trace import verdict
+
+    parts = [
+        f"<h1{' class=named' if found['accused'] else ''}>{escape(verdict(found))}</h1>",
+        f"<p class=soft>{escape(_summary(found))}</p>",
+        _accused(found),
+        _plot(found),
+        _transformed(found["transformations"]),
+        _wrong(found),
+        _preserve(found),
+        _tensors(found["tensors"]),
+        _versions(found["versions"]),
+    ]
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name=viewport content="width=device-width,initial-scale=1">'
+        f"<title>Trace of {escape(found['suspect']['name'])}</title><style>{_STYLE}</style></head><body>"
+        + "".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _summary(found: dict[str, Any]) -> str:
+    suspect = found["suspect"]
+    about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
+    if not found["weights"]:
+        return about + f"Recorded as entry {found['entry']} of the log."
+    return about + (
+        f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
+        f"{number(found['positions'])} positions, {number(found['elements'])} elements, {number(found['candidates'])} candidates. "
+        f"Recorded as entry {found['entry']} of the log."
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
+    def cell(at: int, value: object) -> str:
+        return f"<td{' class=n' if at in numbers else ''}>{escape(str(value))}</td>"
+
+    head = "".join(f"<th>{escape(each)}</th>" for each in header)
+    body = "".join("<tr>" + "".join(cell(at, each) for at, each in enumerate(row)) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _accused(found: dict[str, Any]) -> str:
+    if not found["accused"]:
+        return ""
+    rows = [
+        (
+            each["holder"],
+            each["person"],
+            f"{each['layer1']['sigma']:.1f} σ, 10^{each['layer1']['log10_p']:.0f}",
+            f"{each['layer2']['z']:.1f} σ, 10^{each['layer2']['log10_p']:.0f}",
+            f"{each['false_accusation']:.1e}",
+        )
+        for each in found["accused"]
+    ]
+    header = ("Holder", "Person", "Code word", "Stamp", "Chance that this is wrong, at most")
+    releases = [
+        (
+            each["holder"],
+            item["entry"],
+            item["action"],
+            text(item["at"]),
+            item["lease"] or "in an emergency",
+            item["proof"],
+        )
+        for each in found["accused"]
+        for item in each["releases"]
+    ]
+    missing = [each["holder"] for each in found["accused"] if not each["releases"]]
+    shown = "<h2>Who</h2>" + _table(header, rows, numbers=(4,))
+    if releases:
+        shown += "<h2>What the log says they were given</h2>"
+        shown += _table(("Holder", "Entry", "Action", "When", "Lease"), [row[:5] for row in releases], numbers=(1,))
+        proofs = "".join(f"<pre><code>{escape(row[5])}</code></pre>" for row in releases if row[5])
+        shown += (
+            f"<details><summary>Proofs that these entries are in the log (C2SP tlog-proof)</summary>{proofs}</details>"
+        )
+    if missing:
+        shown += f"<p class=named>The log has no release for {escape(', '.join(missing))}: it left past the log.</p>"
+    return shown
+
+
+def _plot(found: dict[str, Any]) -> str:
+    """All scores, as the negative logarithm of their bound, with the threshold."""
+    scores = found["scores"]
+    if not scores:
+        return ""
+    top = max(20.0, *(-min(each["log10_p"], each["stamp_log10_p"]) for each in scores))
+    limit = -found["threshold_log10_p"]
+    plotted = sorted(scores, key=lambda each: min(each["log10_p"], each["stamp_log10_p"]))[:4000]
+    step = (_WIDTH - _LEFT - 20) / max(1, len(plotted))
+
+    def height(value: float) -> float:
+        # By the root: what is far beyond the threshold must not press everybody else into one line.
+        return _HEIGHT - _BOTTOM - (max(0.0, value) / top) ** 0.5 * (_HEIGHT - _BOTTOM - 20)
+
+    dots = []
+    for at, each in enumerate(plotted):
+        x = _LEFT + (at + 0.5) * step
+        for name, colour in (("log10_p", "--dot"), ("stamp_log10_p", "--dot2")):
+            y = height(-each[name])
+            label = escape(f"{each['holder']}: 10^{each[name]:.1f}")
+            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var({colour})"><title>{label}</title></circle>')
+    line = height(limit)
+    ticks = "".join(
+        f'<text x="{_LEFT - 8}" y="{height(value) + 4:.1f}" text-anchor="end" font-size="12" class="soft">10^−{value:.0f}</text>'
+        for value in sorted({0.0, round(limit), round(top / 4), round(top)})
+    )
+    return (
+        "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) and by stamp (second). "
+        "Above the line somebody is named.</p>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
+        f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{line:.1f}" y2="{line:.1f}" stroke="var(--bad)" stroke-dasharray="6 4"/>'
+        f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}" stroke="var(--line)"/>'
+        f"{ticks}{''.join(dots)}</svg>"
+    )
+
+
+def _transformed(found: Sequence[str]) -> str:
+    if not found:
+        return "<h2>What was done to the weights</h2><p>Nothing that had to be undone to compare them.</p>"
+    return "<h2>What was done to the weights</h2><ul>" + "".join(f"<li>{escape(each)}</li>" for each in found) + "</ul>"
+
+
+def _wrong(found: dict[str, Any]) -> str:
+    points = [
+        "Whoever has the version's mark root or the room's stamp root can make a copy in somebody else's name. Those are the custodian's keys: "
+        "the log has every use of them that went through it.",
+        "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: keys and files can be stolen.",
+        f"The chance is for the whole trace: {number(found['candidates'])} candidates, {found['ways']} ways of scoring, every version that was "
+        "compared, both layers. It holds whatever was done to the file, as long as AES-256 is not told from chance.",
+    ]
+    if found["verdict"] != "named":
+        points.append("That nobody is named clears nobody: a mark can be worn away, and a distilled model has none.")
+    return "<h2>What would make this wrong</h2><ul>" + "".join(f"<li>{escape(each)}</li>" for each in points) + "</ul>"
+
+
+def _preserve(found: dict[str, Any]) -> str:
+    rows = [(each["path"], size(each["bytes"]), each["sha256"]) for each in found["suspect"]["files"]]
+    return (
+        "<h2>Keeping the evidence</h2><p>Keep the file unchanged, note where and when it was found, and export the log "
+        "(<code>strongroom log export</code>) with a witness' cosignature. The trace can be repeated by anybody with the same right: it has the same outcome.</p>"
+        + _table(("File", "Size", "SHA-256"), rows)
+    )
+
+
+def _tensors(tensors: Sequence[dict[str, Any]]) -> str:
+    if not tensors:
+        return ""
+    rows = [
+        (each["name"], each["partner"] or "missing", f"{each['cosine']:.4f}", ", ".join(each["transformations"]))
+        for each in tensors[:_TENSORS]
+    ]
+    left = f"<p class=soft>{len(tensors) - _TENSORS} more.</p>" if len(tensors) > _TENSORS else ""
+    return (
+        "<h2>Tensor by tensor</h2><details><summary>Which of its tensors is which of ours</summary>"
+        + _table(("Ours", "Theirs", "Cosine", "Found"), rows, numbers=(2,))
+        + left
+        + "</details>"
+    )
+
+
+def _versions(versions: Sequence[dict[str, Any]]) -> str:
+    if not versions:
+        return ""
+    rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}") for each in versions]
+    return "<h2>Versions compared</h2>" + _table(
+        ("Version", "Likeness of what is there", "Of the whole"), rows, numbers=(1, 2)
+    )

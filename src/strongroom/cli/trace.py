@@ -97,8 +97,7 @@ def _lines(found: dict[str, Any], took: float) -> list[str]:
                 f"{each['layer1']['sigma']:.1f}",
                 f"{each['layer2']['z']:.1f}",
                 f"1e{each['log10_p']:.0f}",
-                ", ".join(f"{item['action']} in entry {item['entry']}" for item in each["releases"])
-                or "none in the log",
+                _given(each["releases"]),
             )
             for each in found["accused"]
         ]
@@ -116,6 +115,12 @@ def _lines(found: dict[str, Any], took: float) -> list[str]:
         f"entry {found['entry']} of the log"
     )
     return lines
+
+
+def _given(releases: list[dict[str, Any]]) -> str:
+    shown = [f"{item['action']} in entry {item['entry']}" for item in releases[:3]]
+    more = [f"{len(releases) - 3} more"] if len(releases) > 3 else []
+    return ", ".join(shown + more) or "none in the log"
 
 
 def _hints(found: dict[str, Any], path: str) -> list[str]:

@@ -5,6 +5,7 @@ What is in a suspect's file (names of tensors) was written by whoever leaked it:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -13,14 +14,23 @@ from strongroom.cli.output import number, size
 from strongroom.core.clock import text
 
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1c1f23;--soft:#5d6670;--line:#d8dde3;--page:#fff;--bad:#b3261e;--dot:#3b6fb6;--dot2:#b67f3b}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e8ea;--soft:#9aa4ae;--line:#353b42;--page:#15181b;--bad:#ff8a80;--dot:#8ab4f8;--dot2:#f0b878}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;line-height:1.3}h2{font-size:1.1rem;margin-top:2rem}p.soft,td.soft,text.soft{color:var(--soft);fill:var(--soft)}
+:root{color-scheme:light dark;--ink:#1c1f23;--soft:#5d6670;--line:#d8dde3;--page:#fff;--bad:#b3261e;
+  --dot:#3b6fb6;--dot2:#b67f3b}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e8ea;--soft:#9aa4ae;--line:#353b42;--page:#15181b;
+  --bad:#ff8a80;--dot:#8ab4f8;--dot2:#f0b878}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);max-width:60rem;
+  margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;line-height:1.3}
+h2{font-size:1.1rem;margin-top:2rem}
+p.soft,td.soft,text.soft{color:var(--soft);fill:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{color:var(--soft);font-weight:500}td.n{text-align:right;font-variant-numeric:tabular-nums}code{font-size:.85em;overflow-wrap:anywhere}
-svg{width:100%;height:auto}.named{color:var(--bad)}
+th{color:var(--soft);font-weight:500}
+td.n{text-align:right;font-variant-numeric:tabular-nums}
+code{font-size:.85em;overflow-wrap:anywhere}
+pre{white-space:pre-wrap}
+svg{width:100%;height:auto}
+.named{color:var(--bad)}
 """
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 300, 60, 40
 _TENSORS = 500
@@ -59,8 +69,8 @@ def _summary(found: dict[str, Any]) -> str:
         return about + f"Recorded as entry {found['entry']} of the log."
     return about + (
         f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
-        f"{number(found['positions'])} positions, {number(found['elements'])} elements, {number(found['candidates'])} candidates. "
-        f"Recorded as entry {found['entry']} of the log."
+        f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
+        f"{number(found['candidates'])} candidates. Recorded as entry {found['entry']} of the log."
     )
 
 
@@ -87,27 +97,19 @@ def _accused(found: dict[str, Any]) -> str:
         for each in found["accused"]
     ]
     header = ("Holder", "Person", "Code word", "Stamp", "Chance that this is wrong, at most")
-    releases = [
-        (
-            each["holder"],
-            item["entry"],
-            item["action"],
-            text(item["at"]),
-            item["lease"] or "in an emergency",
-            item["proof"],
-        )
-        for each in found["accused"]
-        for item in each["releases"]
-    ]
+    releases = [(each["holder"], item) for each in found["accused"] for item in each["releases"]]
     missing = [each["holder"] for each in found["accused"] if not each["releases"]]
     shown = "<h2>Who</h2>" + _table(header, rows, numbers=(4,))
     if releases:
+        given = [
+            (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
+            for holder, item in releases
+        ]
+        proofs = "".join(f"<pre><code>{escape(item['proof'])}</code></pre>" for _, item in releases)
         shown += "<h2>What the log says they were given</h2>"
-        shown += _table(("Holder", "Entry", "Action", "When", "Lease"), [row[:5] for row in releases], numbers=(1,))
-        proofs = "".join(f"<pre><code>{escape(row[5])}</code></pre>" for row in releases if row[5])
-        shown += (
-            f"<details><summary>Proofs that these entries are in the log (C2SP tlog-proof)</summary>{proofs}</details>"
-        )
+        shown += _table(("Holder", "Entry", "Action", "When", "Lease"), given, numbers=(1,))
+        shown += "<details><summary>Proofs that these entries are in the log (C2SP tlog-proof)</summary>"
+        shown += f"{proofs}</details>"
     if missing:
         shown += f"<p class=named>The log has no release for {escape(', '.join(missing))}: it left past the log.</p>"
     return shown
@@ -125,7 +127,7 @@ def _plot(found: dict[str, Any]) -> str:
 
     def height(value: float) -> float:
         # By the root: what is far beyond the threshold must not press everybody else into one line.
-        return _HEIGHT - _BOTTOM - (max(0.0, value) / top) ** 0.5 * (_HEIGHT - _BOTTOM - 20)
+        return _HEIGHT - _BOTTOM - math.sqrt(max(0.0, value) / top) * (_HEIGHT - _BOTTOM - 20)
 
     dots = []
     for at, each in enumerate(plotted):
@@ -136,17 +138,22 @@ def _plot(found: dict[str, Any]) -> str:
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var({colour})"><title>{label}</title></circle>')
     line = height(limit)
     ticks = "".join(
-        f'<text x="{_LEFT - 8}" y="{height(value) + 4:.1f}" text-anchor="end" font-size="12" class="soft">10^−{value:.0f}</text>'
+        f'<text x="{_LEFT - 8}" y="{height(value) + 4:.1f}" text-anchor="end" font-size="12" class="soft">'
+        f"10^−{value:.0f}</text>"
         for value in sorted({0.0, round(limit), round(top / 4), round(top)})
     )
     return (
-        "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) and by stamp (second). "
-        "Above the line somebody is named.</p>"
+        "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) "
+        "and by stamp (second). Above the line somebody is named.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
-        f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{line:.1f}" y2="{line:.1f}" stroke="var(--bad)" stroke-dasharray="6 4"/>'
-        f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{_HEIGHT - _BOTTOM}" y2="{_HEIGHT - _BOTTOM}" stroke="var(--line)"/>'
+        f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
         f"{ticks}{''.join(dots)}</svg>"
     )
+
+
+def _level(y: float, stroke: str) -> str:
+    """A line across the plot."""
+    return f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="{stroke}" stroke-dasharray="6 4"/>'
 
 
 def _transformed(found: Sequence[str]) -> str:
@@ -157,11 +164,13 @@ def _transformed(found: Sequence[str]) -> str:
 
 def _wrong(found: dict[str, Any]) -> str:
     points = [
-        "Whoever has the version's mark root or the room's stamp root can make a copy in somebody else's name. Those are the custodian's keys: "
-        "the log has every use of them that went through it.",
-        "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: keys and files can be stolen.",
-        f"The chance is for the whole trace: {number(found['candidates'])} candidates, {found['ways']} ways of scoring, every version that was "
-        "compared, both layers. It holds whatever was done to the file, as long as AES-256 is not told from chance.",
+        "Whoever has the version's mark root or the room's stamp root can make a copy in somebody else's name. Those "
+        "are the custodian's keys: the log has every use of them that went through it.",
+        "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: keys and "
+        "files can be stolen.",
+        f"The chance is for the whole trace: {number(found['candidates'])} candidates, {found['ways']} ways of "
+        "scoring, every version that was compared, both layers. It holds whatever was done to the file, as long as "
+        "AES-256 is not told from chance.",
     ]
     if found["verdict"] != "named":
         points.append("That nobody is named clears nobody: a mark can be worn away, and a distilled model has none.")
@@ -172,8 +181,8 @@ def _preserve(found: dict[str, Any]) -> str:
     rows = [(each["path"], size(each["bytes"]), each["sha256"]) for each in found["suspect"]["files"]]
     return (
         "<h2>Keeping the evidence</h2><p>Keep the file unchanged, note where and when it was found, and export the log "
-        "(<code>strongroom log export</code>) with a witness' cosignature. The trace can be repeated by anybody with the same right: it has the same outcome.</p>"
-        + _table(("File", "Size", "SHA-256"), rows)
+        "(<code>strongroom log export</code>) with a witness' cosignature. The trace can be repeated by anybody with "
+        "the same right: it has the same outcome.</p>" + _table(("File", "Size", "SHA-256"), rows)
     )
 
 
@@ -197,6 +206,5 @@ def _versions(versions: Sequence[dict[str, Any]]) -> str:
     if not versions:
         return ""
     rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}") for each in versions]
-    return "<h2>Versions compared</h2>" + _table(
-        ("Version", "Likeness of what is there", "Of the whole"), rows, numbers=(1, 2)
-    )
+    header = ("Version", "Likeness of what is there", "Of the whole")
+    return "<h2>Versions compared</h2>" + _table(header, rows, numbers=(1, 2))

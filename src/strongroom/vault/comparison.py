@@ -172,12 +172,12 @@ class Comparison:
         """The estimates of all positions, the scores of `stamps`, and how many elements were compared."""
         estimator = Estimator(self._originals.layout, self._originals.marker)
         matched = MatchedFilter(stamps)
-        total = sum(each.elements for each in self.tensors if each.partner)
-        done = 0
+        total = sum(self._placed[k].info.size for k in self._partnered())
+        done = read = 0
         with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            for count in pool.map(lambda k: self._gather(k, estimator, matched), self._partnered()):
-                done += count
-                progress(done, total)
+            for k, count in pool.map(lambda k: (k, self._gather(k, estimator, matched)), self._partnered()):
+                done, read = done + count, read + self._placed[k].info.size
+                progress(read, total)
         return estimator, matched, done
 
     def _partnered(self) -> list[int]:

@@ -6,6 +6,7 @@ make an innocent more likely to be named.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,9 @@ ALIKE = 0.3  # cosine: an unrelated matrix of 4,096 elements is beyond it about 
 _CERTAIN = 0.5
 _LARGEST = 8192  # rows or columns that a permutation is looked for in
 _ROUNDS = 12
+_GAIN = 0.01  # in cosine, that a round has to bring
 _WORTH = 0.95  # of the residual that has to be left for a rescaling to be taken as one
+_PASSES = 3
 _PEAKS = 12
 
 
@@ -67,10 +70,14 @@ def _picked(matrix: Matrix, index: Index) -> Matrix:
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Of all elements that both have; 0 where one has none."""
-    good = np.isfinite(a) & np.isfinite(b)
-    x, y = a[good].astype(np.float64), b[good].astype(np.float64)
-    size = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return float(np.dot(x, y)) / size if size > 0 and np.isfinite(size) else 0.0
+    x, y = a.reshape(-1), b.reshape(-1)
+    with np.errstate(all="ignore"):
+        along, size = float(np.dot(x, y)), float(np.linalg.norm(x)) * float(np.linalg.norm(y))
+        if not (math.isfinite(along) and 1e-30 < size < math.inf):  # odd numbers, or very large or small ones
+            good = np.isfinite(x) & np.isfinite(y)
+            x, y = x[good].astype(np.float64), y[good].astype(np.float64)
+            along, size = float(np.dot(x, y)), float(np.linalg.norm(x) * np.linalg.norm(y))
+    return along / size if 0 < size < math.inf else 0.0
 
 
 def solve(original: Matrix, suspect: Matrix) -> Fit | None:
@@ -117,7 +124,7 @@ def _permuted(original: Matrix, suspect: Matrix) -> Fit | None:
         moved = suspect[:, columns]
         rows = _best(_unit(original), _unit(moved))
         now = cosine(original, moved[rows])
-        if now <= before + 1e-4:
+        if now <= before + _GAIN:
             break
         before = now
     return Fit(rows=rows, columns=columns) if before >= ALIKE else None
@@ -190,23 +197,33 @@ def _nearest(a: Matrix, b: Matrix) -> Index:
 def rescaled(original: Matrix, leak: Matrix) -> tuple[Matrix, tuple[str, ...]]:
     """`leak` without a factor for each row and for each column, where such factors explain much of what differs; and
     which were found."""
-    found: list[str] = []
-    for axis, what in ((0, "columns rescaled"), (1, "rows rescaled")):
-        silent = ~np.isfinite(leak)
-        seen = np.where(silent, np.float32(0), leak)
-        kept = np.where(silent, np.float32(0), original)
-        along = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", seen, kept, dtype=np.float64)
-        size = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", kept, kept, dtype=np.float64)
-        factor = np.divide(along, size, out=np.ones_like(along), where=(size > 0) & (along > 0))
-        factor = np.maximum(factor, 1e-6)
-        shaped = (factor[None, :] if axis == 0 else factor[:, None]).astype(np.float32)
-        before = float(np.square(seen - kept, dtype=np.float64).sum())
-        after = float(np.square(seen / shaped - kept, dtype=np.float64).sum())
-        # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling.
-        if after < _WORTH * (1 - 1 / leak.shape[axis]) * before and np.abs(factor - 1).max() > 1e-3:
-            leak = leak / shaped
-            found.append(what)
+    found: dict[str, None] = {}
+    for _ in range(_PASSES):  # either is estimated the better, the better the other is known
+        for axis, what in ((0, "columns rescaled"), (1, "rows rescaled")):
+            factor = _factor(original, leak, axis)
+            if factor is not None:
+                leak = leak / factor
+                found[what] = None
+        if len(found) < 2:
+            break
     return leak, tuple(found)
+
+
+def _factor(original: Matrix, leak: Matrix, axis: int) -> Matrix | None:
+    """A factor for each column (`axis` 0) or row (1), None where it explains little."""
+    silent = ~np.isfinite(leak)
+    seen = np.where(silent, np.float32(0), leak)
+    kept = np.where(silent, np.float32(0), original)
+    over = "ij,ij->j" if axis == 0 else "ij,ij->i"
+    along = np.einsum(over, seen, kept, dtype=np.float64)
+    size = np.einsum(over, kept, kept, dtype=np.float64)
+    factor = np.maximum(np.divide(along, size, out=np.ones_like(along), where=(size > 0) & (along > 0)), 1e-6)
+    shaped = np.asarray(factor[None, :] if axis == 0 else factor[:, None], np.float32)
+    before = float(np.square(seen - kept, dtype=np.float64).sum())
+    after = float(np.square(seen / shaped - kept, dtype=np.float64).sum())
+    # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling.
+    worth = after < _WORTH * (1 - 1 / leak.shape[axis]) * before and np.abs(factor - 1).max() > 1e-3
+    return shaped if worth else None
 
 
 def normalised(name: str) -> str:

@@ -22,7 +22,7 @@ from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 
-SAMPLE = 65_536  # elements of a tensor that are looked at to recognise it
+SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
 _WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
@@ -53,6 +53,13 @@ class Comparison:
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
         self._fits: list[Fit | None] = [None] * len(placed)
         self._norms: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+        self._samples: dict[tuple[str, int], NDArray[np.float32] | None] = {}
+        self._by_name: dict[str, list[str]] = {}
+        self._by_elements: dict[int, list[str]] = {}
+        for name, tensor in suspect.tensors.items():
+            self._by_name.setdefault(normalised(name), []).append(name)
+            self._by_elements.setdefault(tensor.info.elements, []).append(name)
+        self._taken: set[str] = set()
         self._find()
 
     @property
@@ -71,26 +78,33 @@ class Comparison:
     # -- which is which ------------------------------------------------------------------------------------------
 
     def _find(self) -> None:
-        by_name: dict[str, list[str]] = {}
-        by_elements: dict[int, list[str]] = {}
-        for name, tensor in self._suspect.tensors.items():
-            by_name.setdefault(normalised(name), []).append(name)
-            by_elements.setdefault(tensor.info.elements, []).append(name)
-        taken: set[str] = set()
+        """What lies as it did, whatever it is called."""
         open_ones: list[int] = []
         for k, each in enumerate(self._placed):
-            same = [name for name in by_name.get(normalised(each.info.name), []) if self._same_size(each, name)]
-            if not self._take(k, same, taken):
+            same = [name for name in self._by_name.get(normalised(each.info.name), []) if self._same_size(each, name)]
+            if not self._take(k, same):
                 open_ones.append(k)
         # Renamed: all of the same size are looked at, in the original's order.
-        still = [k for k in open_ones if not self._take(k, by_elements.get(self._placed[k].info.elements, []), taken)]
-        for k in still:
-            self._solve(k, by_name, by_elements, taken)
+        for k in open_ones:
+            self._take(k, self._by_elements.get(self._placed[k].info.elements, []))
+
+    @property
+    def explained(self) -> float:
+        """The share of the suspect's elements, or of the version's if those are fewer, that lie as they did."""
+        found = sum(each.elements for each in self.tensors if each.partner)
+        theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values())
+        return found / max(1, min(theirs, sum(each.elements for each in self.tensors)))
+
+    def deepen(self) -> None:
+        """Look for the rest among what was transposed, permuted or cut, which takes longer."""
+        for k, fit in enumerate(self._fits):
+            if fit is None:
+                self._solve(k)
 
     def _same_size(self, each: Placed, name: str) -> bool:
         return self._suspect.tensors[name].info.elements == each.info.elements
 
-    def _take(self, k: int, names: Sequence[str], taken: set[str]) -> bool:
+    def _take(self, k: int, names: Sequence[str]) -> bool:
         """Whether one of `names`, element by element as it lies, is tensor `k`."""
         each = self._placed[k]
         if not names:
@@ -100,35 +114,38 @@ class Comparison:
         sample = self._original(each, first, count)
         best, most = "", ALIKE
         for name in names:
-            if name in taken:
+            if name in self._taken:
                 continue
-            seen = self._read(name, first, first + count)
+            if (name, count) not in self._samples:
+                self._samples[name, count] = self._read(name, first, first + count)
+            seen = self._samples[name, count]
             how = cosine(sample, seen[: sample.size]) if seen is not None else 0.0
             if how > most:
                 best, most = name, how
         if not best:
             return False
-        taken.add(best)
+        self._taken.add(best)
         self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = best, most, Fit()
         self._note(k)
         return True
 
-    def _solve(self, k: int, by_name: dict[str, list[str]], by_elements: dict[int, list[str]], taken: set[str]) -> None:
+    def _solve(self, k: int) -> None:
         """Tensor `k` in one that was transposed, permuted or cut."""
         each = self._placed[k]
         if each.info.elements > _WHOLE:
             return
         original = as_matrix(self._original(each, 0, each.info.elements), each.info.shape)
-        names = list(by_name.get(normalised(each.info.name), []))
-        names += self._alike(original, [name for name in by_elements.get(original.size, []) if name not in names])
+        free = [name for name in self._by_elements.get(original.size, []) if name not in self._taken]
+        names = list(self._by_name.get(normalised(each.info.name), []))
+        names += self._alike(original, [name for name in free if name not in names])
         names += [name for name in self._parts(original) if name not in names]
         for name in names:
-            suspect = self._matrix(name) if name not in taken else None
+            suspect = self._matrix(name) if name not in self._taken else None
             fit = solve(original, suspect) if suspect is not None else None
             if fit is not None and suspect is not None:
                 how = cosine(original, fit.apply(suspect))
                 if how >= ALIKE:
-                    taken.add(name)
+                    self._taken.add(name)
                     self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = name, how, fit
                     self._note(k)
                     self.tensors[k].transformations += fit.found
@@ -153,7 +170,12 @@ class Comparison:
         found = []
         for name, tensor in self._suspect.tensors.items():
             shape = tensor.info.shape
-            if len(shape) == 2 and tensor.info.elements < original.size and set(shape) & set(original.shape):
+            if (
+                name not in self._taken
+                and len(shape) == 2
+                and tensor.info.elements < original.size
+                and set(shape) & set(original.shape)
+            ):
                 found.append(name)
         return found[:64]
 

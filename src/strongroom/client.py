@@ -546,17 +546,20 @@ class Room:
 
     def recovery_drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room."""
-        from strongroom.crypto.shamir import Share
-
-        self._here("recovery drill").keys.drill([Share.parse(share) for share in shares])
+        self._here("recovery drill").keys.drill(shares)
 
     def recover(self, shares: Sequence[str], keystore: str) -> dict[str, int | str]:
         """Open a room whose key store is lost, and give it another."""
-        from strongroom.crypto.shamir import Share
-
         vault = self._here("recovery recover")
-        done = vault.keys.recover([Share.parse(share) for share in shares], keystore)
+        done = vault.keys.recover(shares, keystore)
         return {**done, "entry": vault.custodian.founding.recovered(int(done["key_epoch"]))}
+
+    def reinstate(
+        self, shares: Sequence[str], path: str, role: str, *, reason: str, public_key: str | None = None
+    ) -> dict[str, Any]:
+        """Make somebody an officer or executive by the shares' word: see `Founding.reinstate`."""
+        vault = self._here("recovery reinstate")
+        return vault.custodian.founding.reinstate(shares, path, role, public_key, reason, vault.identities)
 
 
 def open(room: str | Path | None = None, principal: str | None = None) -> Room:  # noqa: A001 - the public name

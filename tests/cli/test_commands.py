@@ -273,6 +273,23 @@ def test_principals(desk: Desk) -> None:
     assert unsaid.code == 4
 
 
+def test_recovery_shares_bring_somebody_back(empty: Desk) -> None:
+    assert empty.run("init", "--recovery", "2of3", "--shares-dir", "shares", "--owner", "user/olga").code == 0
+    assert empty.run("principal", "add", "user/ben", "--role", "officer").code == 0
+    assert empty.run("principal", "suspend", "user/olga", "--as", "user/ben").code == 0
+    command = ("recovery", "reinstate", "user/olga", "--reason", "locked out")
+    assert empty.run(*command, "shares/share-1.txt", "--json").error["code"] == "share.too_few"
+    done = empty.run(*command, "shares/share-1.txt", "shares/share-2.txt")
+    assert done.code == 0
+    assert "user/olga is active, and officer" in done.out
+    assert "officer, BY RECOVERY SHARES" in empty.run("log", "tail", "--as", "user/ben").out
+    for told in (empty.run("status").err, empty.run("doctor").out):
+        assert "recovery shares used, and nobody else has reviewed it" in told
+    assert "have made user/olga an active officer" in empty.run("review", "--as", "user/olga").out
+    assert "reviewed: the emergency" in empty.run("review", "--apply", "--as", "user/ben").err
+    assert "recovery shares used" not in empty.run("status").err + empty.run("doctor").out
+
+
 def test_key_store_is_lost_and_the_room_recovered(empty: Desk) -> None:
     assert empty.run("init", "--recovery", "2of3", "--shares-dir", "shares").code == 0
     assert empty.run("put", "model", "acme/tiny").code == 0

@@ -76,13 +76,17 @@ WHOLE = {
     "redact": {"entry": 7, "statement": "said"},
     "ceiling": {"holders": 100, "copies": 5, "copiers": 3, "statement": "said"},
     "thaw": {"statement": "said"},
+    "reinstate": {"principal": "user/ana", "key": "", "role": "officer", "statement": "said"},
 }
 PRIVATE = {
     "principal": ["oidc", "spiffe", "contact"],
     "refused": ["detail"],
     "trace": ["detail"],
     "put": ["files"],
-    **{kind: ["reason"] for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")},
+    **{
+        kind: ["reason"]
+        for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw", "reinstate")
+    },
 }
 # What no member is, whatever its kind; and for some kinds what looks like one and is not.
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, [["x"]], True, 0.0]

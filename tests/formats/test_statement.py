@@ -62,6 +62,7 @@ WHOLE = {
     "copy": {"ref": "acme/tiny@1", "holder": "user/ana", "release": 7, "files": 3, "bytes": 5},
     "trace": {"suspect": DIGEST, "ref": "acme/tiny@1", "lease": SHORT},
     "enact": {"proposal": SHORT, "reason": ""},
+    "reinstate": {"principal": "user/ana", "key": "", "role": "officer", "reason": DIGEST},
     "ceiling": {"ref": "acme/tiny", "holders": 3, "copies": 2, "copiers": 1},
     "thaw": {"ref": "acme/tiny@1", "reason": DIGEST},
     "clock": {"reason": DIGEST},

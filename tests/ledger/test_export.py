@@ -55,6 +55,8 @@ def one_of_each():
             body["operation"] = "rotate"
         if kind == "session":
             body |= {"method": "oidc", "proof": "0" * 64}
+        if kind == "reinstate":
+            body |= {"key": "", "role": "officer"}
         if kind == "passkey":
             body |= {"key": "30" * 91, "state": "active"}
         private = {"detail": _NOTE.commitment} if kind == "refused" else {}

@@ -344,6 +344,75 @@ def test_a_refusal_is_of_somebody_whom_the_log_knows_or_of_nobody(log):
         log.entries.pop()
 
 
+class TestReinstating:
+    """What nobody but the shares can do, and a custodian that lies least of all."""
+
+    SHARES = Signer(b"r" * 32)
+
+    @pytest.fixture
+    def log(self):
+        log = Log()
+        first = log.entries[0]
+        body = {**first.body, "recovery": self.SHARES.public_key.hex()}
+        log.entries[0] = Entry(first.type, first.at, first.by, first.ref, body)
+        return log
+
+    def act(self, log, path="user/ben", key="", *, by="custodian", signer=SHARES, ref=None, **changes):
+        body = {"principal": path, "key": key, "role": "officer"}
+        said = {**body, "reason": OTHER}
+        said = Statement.sign("reinstate", said, room=ROOM, by=by, at=NOW, signer=signer).envelope
+        log.write("reinstate", by, {**body, "statement": said, **changes}, ref or path, {"reason": OTHER})
+
+    def test_brings_back_who_was_sent_away(self, log):
+        log.person("user/ben", "suspended")
+        log.act("redact")
+        log.refused("statement.foreign")
+        log.entries.pop()
+        self.act(log)
+        log.act("redact")
+        log.verify()
+
+    def test_gives_another_key_and_takes_the_old_one(self, log):
+        self.act(log, key=PEOPLE["user/new"].public_key.hex())
+        log.act("redact")
+        log.refused("statement.other_key")
+
+    def test_somebody_new_counts_among_those_who_let_others_in(self, log):
+        self.act(log, "user/new", PEOPLE["user/new"].public_key.hex())
+        log.people["user/new"] = len(log.entries) - 1
+        log.act("redact", "user/new")
+        log.verify()
+
+    @pytest.mark.parametrize(
+        ("how", "code"),
+        [
+            ({"signer": PEOPLE["user/ana"]}, "statement.other_key"),
+            ({"signer": Signer(b"x" * 32)}, "statement.other_key"),
+            ({"by": "user/ana"}, "statement.foreign"),
+            ({"by": "user/ana", "signer": PEOPLE["user/ana"]}, "statement.foreign"),
+            ({"statement": ""}, "statement.missing"),
+            ({"role": "executive"}, "statement.differs"),
+            ({"key": "5" * 64, "statement": None}, "statement.differs"),
+            ({"ref": "user/eva"}, "log.unfounded"),
+            ({"path": "user/new"}, "log.unfounded"),  # with no key
+            ({"path": "team/new", "key": "5" * 64}, "log.unfounded"),
+        ],
+    )
+    def test_is_by_the_shares_and_as_they_signed(self, log, how, code):
+        if how.get("statement", "") is None:
+            self.act(log)
+            entry = log.entries.pop()
+            log.write("reinstate", entry.by, {**entry.body, "key": how["key"]}, entry.ref, entry.private)
+        else:
+            self.act(log, **how)
+        log.refused(code)
+
+    def test_is_not_where_there_are_no_shares(self):
+        log = Log()
+        self.act(log)
+        log.refused("statement.foreign")
+
+
 class TestLeases:
     def trace(self, log, lease, by="user/ana", ref=REF, at=NOW, **changes):
         said = log.say("trace", by, {"suspect": DIGEST, "ref": ref, "lease": lease}, at=at)

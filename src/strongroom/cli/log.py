@@ -76,6 +76,8 @@ def _gist(item: dict[str, Any]) -> str:
             told = f"{body['action']}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
         case "policy" if body["break_glass"]:
             told = "before its time: BROKE THE GLASS"
+        case "reinstate":
+            told = f"{body['role']}, BY RECOVERY SHARES"
         case "revoke":
             told = str(body["target"])
         case "refused":

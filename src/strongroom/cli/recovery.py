@@ -61,6 +61,29 @@ def recover(options: Options, uri: str, files: tuple[str, ...]) -> None:
     options.output.note("  → strongroom doctor")
 
 
+@command(
+    "reinstate",
+    explain="""The way back into a room where nobody is left who could let anybody in. The shares sign that this
+    principal is active, and has this role; its person and teams stay as they were. The entry is an emergency until
+    another person has reviewed it.""",
+)
+@click.argument("path", metavar="PRINCIPAL")
+@click.argument("files", nargs=-1, metavar="[FILE]...")
+@click.option("--role", type=click.Choice(["officer", "executive"]), default="officer", show_default=True)
+@click.option("--reason", required=True, metavar="TEXT", help="Why; whoever reviews it reads this.")
+@click.option("--public-key", metavar="HEX", help="Its key from now on.  [default: as it was; for somebody new, made]")
+@pass_options
+def reinstate(
+    options: Options, path: str, files: tuple[str, ...], role: str, reason: str, public_key: str | None
+) -> None:
+    """Let somebody let others in again."""
+    with options.open() as room:
+        done = room.reinstate(_shares(files), path, role, reason=reason, public_key=public_key)
+    text = f"{path} is active, and {role}, by the word of the recovery shares: entry {done['entry']}"
+    options.output.answer(done, [text])
+    options.output.note("  → somebody else: strongroom review")
+
+
 def _shares(files: Sequence[str]) -> list[str]:
     """The shares in `files`, or on stdin, or typed; the text of an error never repeats one."""
     if files:
@@ -117,3 +140,4 @@ def _asked() -> list[str]:
 
 recovery.add_command(drill)
 recovery.add_command(recover)
+recovery.add_command(reinstate)

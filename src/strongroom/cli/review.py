@@ -57,7 +57,7 @@ def review(options: Options, apply: bool) -> int:
     options.output.answer(found, lines)
     removable = [item for item in found["findings"] if item["removes"]]
     if apply and found["reviewed"]:
-        options.output.note(f"  → reviewed: the broken glass in entry {', '.join(map(str, found['reviewed']))}")
+        options.output.note(f"  → reviewed: the emergency in entry {', '.join(map(str, found['reviewed']))}")
     if apply and found["left"]:
         entries = ", ".join(map(str, found["left"]))
         options.output.note(f"  → entry {entries} is an emergency of your own: somebody else has to review it")

@@ -38,7 +38,8 @@ def status(options: Options) -> None:
     options.output.answer(found, facts(lines))
     if found["emergencies"]:
         entries = ", ".join(map(str, found["emergencies"]))
-        options.output.warn(f"the glass was broken, and nobody else has reviewed it: entry {entries}")
+        told = "the glass was broken, or recovery shares used, and nobody else has reviewed it"
+        options.output.warn(f"{told}: entry {entries}")
         options.output.note("  → strongroom review")
     if found.get("interrupted_puts"):
         options.output.note("  → run the put again: it goes on where it was")

@@ -20,8 +20,9 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
-from strongroom.crypto.keys import KEY_BYTES
+from strongroom.crypto.keys import KEY_BYTES, derive
 from strongroom.crypto.shamir import Share, combine, split
+from strongroom.crypto.signatures import Signer
 from strongroom.errors import Tampered, Truncated, UsageError
 
 PUBLIC_KEY_BYTES = 32
@@ -35,6 +36,12 @@ def create_recovery(k: int, n: int) -> tuple[bytes, list[Share]]:
     """A new recovery key: its 32-byte public half, and the private half as `n` shares of which `k` are needed."""
     private = X25519PrivateKey.generate()
     return private.public_key().public_bytes_raw(), split(private.private_bytes_raw(), k, n)
+
+
+def signer_of(shares: Sequence[Share]) -> Signer:
+    """What the shares sign with: an Ed25519 key of the recovery key (spec/ledger.md, section 11). UsageError for shares
+    that are too few or do not belong together."""
+    return Signer(derive(combine(shares), "reinstate"))
 
 
 def seal_for_recovery(public_key: bytes, room_key: bytes, room_id: bytes) -> bytes:

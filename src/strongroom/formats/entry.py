@@ -93,6 +93,7 @@ KEY = _key  # a passkey's public key, in hexadecimal: longer than an Ed25519 key
 METHOD = one_of("oidc", "x509")
 LEASED = one_of("load", "copy", "trace")
 KEYSTORE = one_of("rotate", "recover")
+GRANTING = one_of("officer", "executive")  # roles that let others in
 _LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
 
 # What the body of each type has.
@@ -170,9 +171,10 @@ BODIES: dict[str, dict[str, Kind]] = {
     "authority": {"id": SHORT, "authority": TEXT, "expires_at": or_null(_count), "statement": TEXT},
     "keystore": {"operation": KEYSTORE, "epoch": COUNT, "statement": TEXT},
     "redact": {"entry": COUNT, "statement": TEXT},
+    "reinstate": {"principal": TEXT, "key": or_empty(DIGEST), "role": GRANTING, "statement": TEXT},
 }
 # What it may have beside: absent, and not empty, where there is none.
-OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}}
+OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}, "genesis": {"recovery": DIGEST}}
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "principal": frozenset({"oidc", "spiffe", "contact"}),
@@ -181,7 +183,7 @@ _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "trace": frozenset({"detail"}),
     **{
         kind: frozenset({"reason"})
-        for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw")
+        for kind in ("proposal", "policy", "request", "deny", "release", "revoke", "clock", "thaw", "reinstate")
     },
 }
 

@@ -47,6 +47,18 @@ def resolved(before: Record | None, body: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def reinstated(before: Record | None, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The record that recovery shares make of the one `before` (section 11): active, with one role more, and with
+    another key if there is one. Nothing else of it is theirs to change."""
+    path = body["principal"]
+    whole = {"principal": path, "key": body["key"], "person": path, "roles": [body["role"]], "teams": []}
+    if before is not None:
+        whole |= {"key": body["key"] or before.key, "person": before.person, "teams": list(before.teams)}
+        whole["roles"] = sorted({*before.roles, body["role"]})
+    bound = before.subject if before is not None else ""
+    return {**whole, "state": "active"} | ({"subject": bound} if bound else {})
+
+
 def grants(path: str, key: str, roles: Sequence[str]) -> bool:
     """Whether an active principal may bring others in. Who has no key of its own speaks on an authority's word, which
     is not enough for that; and a team does not speak."""

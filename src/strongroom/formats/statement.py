@@ -17,6 +17,7 @@ from strongroom.formats.entry import (
     COUNT,
     DIGEST,
     FLAG,
+    GRANTING,
     ID,
     KEY,
     LEASED,
@@ -98,6 +99,7 @@ BODIES: dict[str, dict[str, Kind]] = {
     "redact": {"entry": COUNT},
     "review": {"size": COUNT, "findings": COUNT, "removed": COUNT},
     "keystore": {"operation": one_of("rotate"), "epoch": COUNT},
+    "reinstate": {"principal": TEXT, "key": or_empty(DIGEST), "role": GRANTING, "reason": DIGEST},
 }
 
 

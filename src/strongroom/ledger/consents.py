@@ -10,7 +10,7 @@ from typing import Any
 
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import TOGETHER, grants, resolved, weighty
+from strongroom.formats.principal import TOGETHER, grants, reinstated, resolved, weighty
 from strongroom.formats.statement import Statement
 
 _WAITING = 86_400  # seconds between a proposal and its policy
@@ -100,7 +100,7 @@ class Consents:
         """Tampered unless the entry at `index` follows from those before it."""
         wrong = ""
         match entry.type:
-            case "principal" | "grant":
+            case "principal" | "grant" | "reinstate":
                 wrong = self._principal(entry, said)
             case "authority":
                 alone = entry.body["expires_at"] is None and bool(said.body["text"])
@@ -134,6 +134,9 @@ class Consents:
     def _principal(self, entry: Entry, said: Statement) -> str:
         path = said.body["principal"]
         before = self.people.get(path)
+        if entry.type == "reinstate":
+            able = entry.ref == path and grants(path, said.body["key"] or (before.key if before else ""), ["officer"])
+            return "" if able else "it is of nobody who could let others in"
         if said.body["before"] != (before.entry if before else None):
             return f"it was made of another record of {path}"
         record = resolved(before, said.body)
@@ -235,8 +238,9 @@ class Consents:
         if said is not None:
             self._waits(entry, said)
         match entry.type:
-            case "principal":
-                self.install(index, body)
+            case "principal" | "reinstate":
+                before = self.people.get(body["principal"])
+                self.install(index, reinstated(before, body) if entry.type == "reinstate" else body)
             case "approve":
                 self._approved(index, entry)
             case "deny":

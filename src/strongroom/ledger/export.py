@@ -43,6 +43,7 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "passkey": (_UPDATE, 5, "Passkey changed"),
     "authority": (_UPDATE, 6, "Identity provider changed"),
     "keystore": (_UPDATE, 5, "Key store used"),
+    "reinstate": (_UPDATE, 9, "Principal reinstated by recovery shares"),
     "redact": (_DELETE, 5, "Personal data redacted"),
 }
 _BREAK_GLASS = 9

@@ -10,6 +10,7 @@ from typing import Any
 from strongroom.errors import Tampered
 from strongroom.formats.authority import LONGEST, Authority
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
+from strongroom.formats.principal import reinstated
 from strongroom.formats.statement import Statement
 from strongroom.ledger.consents import Consents
 
@@ -27,7 +28,7 @@ class Statements:
 
     def __init__(self, origin: str, verify: Verify) -> None:
         self._origin, self._verify = origin, verify
-        self._room = ""
+        self._room, self._recovery = "", ""
         self._consents = Consents()
         self._authorities: dict[str, Authority] = {}  # in force
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
@@ -43,7 +44,7 @@ class Statements:
         if (index == 0) != (entry.type == "genesis"):
             raise Tampered("log.malformed", "the first entry, and only it, is genesis")
         if index == 0:
-            self._room = entry.body["room"]
+            self._room, self._recovery = entry.body["room"], entry.body.get("recovery", "")
             if self._origin.rpartition("/")[2] != self._room:
                 raise Tampered("log.other", f"the log {self._origin} begins with another room")
         envelope = entry.body.get("statement")
@@ -81,6 +82,8 @@ class Statements:
         match entry.type:
             case "principal":
                 self._install(body)
+            case "reinstate":
+                self._install(reinstated(self._consents.people.get(body["principal"]), body))
             case "passkey":
                 key = bytes.fromhex(body["key"])
                 self._passkeys.pop(hashlib.sha256(key).hexdigest(), None)
@@ -125,7 +128,9 @@ class Statements:
     def _key(self, entry: Entry, statement: Statement) -> str:
         """The key that `statement` has to be signed with, or empty: its principal's own, or one that a login has
         introduced and that is good still. A login is signed with the key that it introduces. Whoever is suspended or
-        removed has none."""
+        removed has none. Nobody's key but that of the recovery shares brings somebody back."""
+        if entry.type == "reinstate":
+            return self._recovery if statement.by == CUSTODIAN else ""
         who = self._consents.people.get(statement.by)
         if who is None or not who.active:
             return ""

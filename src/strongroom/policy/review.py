@@ -133,11 +133,11 @@ class _History:
     def add(self, index: int, entry: Entry) -> None:
         if entry.type == "review":
             self.refused.clear()
+        if str(index) in self._open:
+            self.emergencies.append((index, entry))
         if entry.by == CUSTODIAN:
             return
         who = self.of(entry.by)
-        if str(index) in self._open:
-            self.emergencies.append((index, entry))
         match entry.type:
             case "release":
                 who.releases += 1
@@ -200,6 +200,13 @@ def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
 
 def _of_releases(state: State, history: _History) -> Iterable[Finding]:
     for index, entry in history.emergencies:
+        if entry.type == "reinstate":
+            message = (
+                f"recovery shares have made {entry.ref} an active {entry.body['role']}, in entry {index}: "
+                f"strongroom log show {index}; somebody else has to review it"
+            )
+            yield Finding("high", "reinstated", entry.ref, message)
+            continue
         message = (
             f"{entry.by} broke the glass for {entry.ref or 'a policy, before its time'}, in entry {index}: "
             f"strongroom log show {index}; "

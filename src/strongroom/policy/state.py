@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import grants, resolved
+from strongroom.formats.principal import grants, reinstated, resolved
 from strongroom.formats.statement import Statement
 from strongroom.policy.speaker import TOLERANCE, key_of
 
@@ -186,11 +186,12 @@ class State:
     others, of which there are not so many, are kept for ever: after the clock was set back they would be young again.
     """
 
-    FOLD: ClassVar[int] = 2  # raised with every change of what an entry does here: snapshots of before are void
+    FOLD: ClassVar[int] = 3  # raised with every change of what an entry does here: snapshots of before are void
 
     room: str = ""
     signer: str = ""
     custody: str = ""
+    recovery: str = ""  # the public key of what recovery shares sign, if there are shares
     policy: str = ""
     policy_since: int = 0
     latest: int = 0
@@ -207,8 +208,8 @@ class State:
     passkeys: dict[str, Passkey] = field(default_factory=dict)  # by the identifier of the key
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
-    # Releases past a lease, and policies before their time, that nobody else has reviewed: the index of the entry, as
-    # text, and the person.
+    # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:
+    # the index of the entry, as text, and the person.
     emergencies: dict[str, str] = field(default_factory=dict)
     recent: dict[str, list[int]] = field(default_factory=dict)
 
@@ -260,6 +261,12 @@ class State:
         body = entry.body
         self.room, self.signer, self.custody = body["room"], body["signer"], body["custody"]
         self.policy, self.policy_since = body["policy"], entry.at
+        self.recovery = body.get("recovery", "")
+
+    def _reinstate(self, index: int, entry: Entry) -> None:
+        record = reinstated(self.principals.get(entry.body["principal"]), entry.body)
+        self._install(index, entry.at, record)
+        self.emergencies[str(index)] = record["person"]
 
     def _principal(self, index: int, entry: Entry) -> None:
         self._install(index, entry.at, entry.body)
@@ -531,6 +538,7 @@ def _approved(kind: Callable[..., Any], item: dict[str, Any]) -> Any:
 _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "genesis": State._genesis,
     "principal": State._principal,
+    "reinstate": State._reinstate,
     "grant": State._grant,
     "authority": State._authority,
     "passkey": State._passkey,

@@ -80,7 +80,7 @@ class Custodian:
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
         self._upkeep = Upkeep(self.rules, self._once, vault.db)
-        self.founding = Founding(vault.id, ledger, self._documents)
+        self.founding = Founding(vault.id, ledger, self._documents, self._now)
 
     # -- principals and policies ---------------------------------------------------------------------------------
 

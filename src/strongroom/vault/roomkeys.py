@@ -152,20 +152,21 @@ class RoomKeys:
         old_store.retire()
         return {"keystore": new_store.uri, "resealed": resealed, "key_epoch": int(self._row().key_epoch)}
 
-    def drill(self, shares: Sequence[Share]) -> None:
+    def drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room, and note when; changes nothing else."""
         self._recovered(shares)
         with self._db.transaction() as tx:
             tx.execute(update(room).values(recovery_proven_at=now()))
 
-    def recover(self, shares: Sequence[Share], keystore_uri: str) -> dict[str, int | str]:
+    def recover(self, shares: Sequence[str], keystore_uri: str) -> dict[str, int | str]:
         """Open the room with `shares` and put its key, made anew, under another key store: the old one is lost."""
         key = self._recovered(shares)
         store = create_keystore(keystore_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
         resealed = self._install(key, random_key(), store)
         return {"keystore": store.uri, "resealed": resealed, "key_epoch": int(self._row().key_epoch)}
 
-    def _recovered(self, shares: Sequence[Share]) -> bytes:
+    def _recovered(self, shares: Sequence[str]) -> bytes:
+        parsed = [Share.parse(share) for share in shares]
         row = self._row()
         if row.recovery_sealed is None:
             raise UsageError(
@@ -173,7 +174,7 @@ class RoomKeys:
                 "this room was made without recovery shares, and they can only be made with the room",
                 hint="put the weights into a new room: strongroom --room NEW-FOLDER init --recovery 2of3",
             )
-        key = open_with_shares(row.recovery_sealed, shares, self._room_id)
+        key = open_with_shares(row.recovery_sealed, parsed, self._room_id)
         self._open_secrets(key, row)  # the key is the one in use, not an older one
         return key
 

@@ -147,7 +147,7 @@ def _log(vault: Vault) -> list[Check]:
         found.append(Check("people", "warn", message, "strongroom principal add user/NAME --role officer"))
     if emergencies:
         entries = ", ".join(f"{index} by {person}" for index, person in emergencies.items())
-        message = f"the glass was broken, and nobody else has reviewed it: entry {entries}"
+        message = f"the glass was broken, or recovery shares used, and nobody else has reviewed it: entry {entries}"
         hint = f"somebody else: strongroom log show {min(map(int, emergencies))}; then strongroom review --apply"
         found.append(Check("emergencies", "fail", message, hint))
     return found

@@ -19,6 +19,7 @@ from strongroom.core.limits import LIMITS
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.keystores import PassphraseSource
+from strongroom.crypto.recovery import signer_of as recovery_signer
 from strongroom.crypto.segments import VersionKeys
 from strongroom.crypto.session_key import SessionKeys, signer_of
 from strongroom.crypto.shamir import Share
@@ -196,7 +197,10 @@ class Vault:
             with contextlib.closing(cls(folder, passphrase=passphrase, config=config)) as vault:
                 vault.keys = first.keys
                 identity = vault.identities.create(owner)
-                vault.custodian.founding.begin(owner, identity.public_key, custody, vault.keys.signer.public_key)
+                public = recovery_signer(shares).public_key if shares else b""
+                vault.custodian.founding.begin(
+                    owner, identity.public_key, custody, vault.keys.signer.public_key, recovery=public
+                )
                 # Last: a folder without this file is no room, so an interrupted init leaves nothing that looks like
                 # one.
                 config.pin(folder, [uri])

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 import warnings
@@ -15,7 +16,10 @@ import sqlalchemy as sa
 
 from ledger.logs import KEY, Desk, append_until_killed, check_acknowledged, login
 from strongroom.errors import BackendError, Rollback, StrongroomError
+from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import leaf_hash, verify_inclusion
+from strongroom.ledger.log import Draft
+from strongroom.storage.db import log_private
 
 pytestmark = pytest.mark.server
 
@@ -127,6 +131,127 @@ def test_a_decision_that_breaks_a_constraint_is_refused_alone(desk):
     for thread in threads:
         thread.join()
     assert sorted(map(str, outcomes)) == ["3", "4", "5", *["db.conflict"] * 3]
+
+
+def batch_of(desk, decisions):
+    """Appends all of `decisions` in one batch, while a first one holds the sequencer up; what each came to."""
+    outcomes, going, go = {}, threading.Event(), threading.Event()
+
+    def hold(tx, state, now):
+        going.set()
+        go.wait(30)
+        return login(0)(tx, state, now)
+
+    def run(name, decide, writes):
+        try:
+            outcomes[name] = desk.log.append(decide, writes=writes).index
+        except StrongroomError as error:
+            outcomes[name] = error.code
+
+    threads = [threading.Thread(target=run, args=("first", hold, False))]
+    threads[0].start()
+    assert going.wait(30)
+    for name, (decide, writes) in decisions.items():
+        threads.append(threading.Thread(target=run, args=(name, decide, writes)))
+        threads[-1].start()
+    while len(desk.log._queue) < len(decisions):
+        time.sleep(0.01)
+    go.set()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def noted(tx, state, now):
+    """A decision that writes a table besides."""
+    tx.execute(sa.insert(log_private).values(position=999, name="detail", value="x", salt=bytes(32)))
+    return login(1)(tx, state, now)
+
+
+def check_after(desk, size):
+    """The log is as it was with `size` entries, to this custodian and to one that reads it anew, and goes on."""
+    for ledger in (desk.log, desk.ledger()):
+        assert ledger.checkpoint()[0].size == size
+        assert len(ledger.entries(0, size)) == size
+    assert desk.login(1).index == size
+    assert desk.ledger().append(login(0)).index == size + 1
+    with desk.db.reading() as tx:
+        assert not tx.execute(sa.select(log_private.c.position).where(log_private.c.position == 999)).all()
+
+
+def fill(desk, table, when, *, late=False):
+    """From now on the server's own error 53100, where `when` is true of a row: when it is written, or at the commit."""
+    raising = "BEGIN RAISE EXCEPTION 'no space left on device' USING ERRCODE = '53100'; END"
+    with desk.db._engine.begin() as tx:
+        tx.execute(sa.text(f"CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS $${raising}$$"))
+        kind, timing = ("CONSTRAINT TRIGGER", "DEFERRABLE INITIALLY DEFERRED ") if late else ("TRIGGER", "")
+        event = f"AFTER INSERT OR UPDATE ON {table} {timing}FOR EACH ROW WHEN ({when})"
+        tx.execute(sa.text(f"CREATE {kind} no_space {event} EXECUTE FUNCTION no_space()"))
+
+
+def make_room(desk, table):
+    with desk.db._engine.begin() as tx:
+        tx.execute(sa.text(f"DROP TRIGGER no_space ON {table}"))
+
+
+WRITERS = {name: (login(number), False) for number, name in enumerate(("ana", "ben", "eva"))} | {"kim": (noted, True)}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(("table", "what"), [("log_entries", "position"), ("log_state", "size")])
+def test_a_disk_that_is_full_in_the_middle_of_a_batch(desk, table, what, late):
+    """The third entry of it, or its checkpoint, can't be stored, or not be committed. Nobody of it is answered."""
+    size = desk.login(5).size
+    fill(desk, table, f"NEW.{what} >= {size + 3}", late=late)
+    outcomes = batch_of(desk, WRITERS)
+    assert outcomes.pop("first") == size
+    assert outcomes == dict.fromkeys(WRITERS, "db.full")
+    make_room(desk, table)
+    check_after(desk, size + 1)
+
+
+def test_a_disk_that_is_full_for_what_one_of_a_batch_writes(desk):
+    size = desk.login(5).size
+    fill(desk, "log_private", "NEW.position = 999")
+    outcomes = batch_of(desk, WRITERS)
+    assert outcomes.pop("kim") == "db.full"
+    assert sorted(outcomes.values()) == [size, size + 1, size + 2, size + 3]
+    make_room(desk, "log_private")
+    check_after(desk, size + 4)
+
+
+def test_a_disk_that_is_full(desk, server, tmp_path_factory):
+    """A real one: the entries lie in a tablespace of one MiB."""
+    disk = tmp_path_factory.mktemp("disk")
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        owner = server.pgdata.stat()
+        os.chown(disk, owner.st_uid, owner.st_gid)
+        name = f"tiny_{os.urandom(6).hex()}"
+        with desk.db._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f"CREATE TABLESPACE {name} LOCATION '{disk}'"))
+            connection.execute(sa.text(f"ALTER TABLE log_entries SET TABLESPACE {name}"))
+        size = desk.login(5).size
+        large = {f"{number}": (entry_of(60_000), False) for number in range(40)}
+        outcomes = batch_of(desk, large)
+        assert outcomes.pop("first") == size
+        assert outcomes == dict.fromkeys(large, "db.full")
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        check_after(desk, size + 1)
+        with desk.db._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text("ALTER TABLE log_entries SET TABLESPACE pg_default"))
+            connection.execute(sa.text(f"DROP TABLESPACE {name}"))
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def entry_of(size):
+    """A decision whose entry has about so many bytes, which no compression makes fewer."""
+    body = {"action": os.urandom(size // 2).hex(), "code": "auth.refused", "rule": ""}
+    return lambda _, __, now: Draft(Entry("refused", now, "unknown", "", body))
 
 
 def test_set_back(desk):

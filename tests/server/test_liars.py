@@ -310,7 +310,7 @@ class TestCards:
                 session.card_of(url)
 
     def test_a_kept_card_that_is_damaged_is_named(self, liar, machine):
-        path = session.trust(liar.card())
+        _, path = session.trust(liar.card())
         path.write_text("{}")
         with pytest.raises(Tampered, match=re.escape(str(path))):
             session.card_of(liar.url)

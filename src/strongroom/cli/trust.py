@@ -9,7 +9,7 @@ import click
 
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, table
-from strongroom.errors import Tampered, UsageError
+from strongroom.errors import CannotVerify, Tampered, UsageError
 
 if TYPE_CHECKING:
     from strongroom.crypto.identity import Identities
@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     "trust",
     explain="""From then on --room https://… is the room on this card: the server has to show a certificate of the
     card's authority, and log and manifests have to be signed with the card's keys. Get the card over a channel that you
-    trust.""",
+    trust. With --witness no key that is released here is used before so many of them have cosigned the log that
+    records it; they stay until others are named.""",
 )
 @click.argument("card", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--witness", "named", nargs=2, multiple=True, metavar="VKEY URL", help="A witness, and where it answers.")
+@click.option("--quorum", type=click.IntRange(1), help="How many of them have to have cosigned.  [default: all]")
 @pass_options
-def trust(options: Options, card: Path) -> None:
+def trust(options: Options, card: Path, named: tuple[tuple[str, str], ...], quorum: int | None) -> None:
     """Trust the card of a served room."""
-    from strongroom.formats.card import Card
+    from strongroom.formats.card import Card, Witnesses
+    from strongroom.formats.note import VerifierKey
     from strongroom.ledger.key import LogKey
     from strongroom.storage.session import trust as keep
 
@@ -37,10 +41,20 @@ def trust(options: Options, card: Path) -> None:
         ) from None
     except Tampered as error:  # nothing is trusted yet that it could contradict
         raise UsageError(error.code, f"{card} is not the card of a room: {error.message}", hint="card.json") from None
-    path = keep(found)
+    if quorum is not None and not named:
+        raise UsageError("trust.quorum", "a quorum is of witnesses that are named", hint="--witness VKEY URL")
+    try:
+        keys = tuple((VerifierKey.parse(key), url) for key, url in named)
+        witnesses = Witnesses(keys, len(keys) if quorum is None else quorum) if keys else None
+    except (Tampered, CannotVerify) as error:
+        raise UsageError(error.code, error.message, hint="strongroom witness prints its key") from None
+    kept, path = keep(found, witnesses)
     key = LogKey(found.room, found.log_key).verifier.encode()
     answer = {"url": found.url, "room": found.room.hex(), "log_key": key, "kept": str(path)}
-    options.output.answer(answer, facts(list(answer.items())))
+    pinned = kept.witnesses
+    told = [f"{pinned.quorum} of {', '.join(each.name for each, _ in pinned.named)}"] if pinned else []
+    lines = facts([*answer.items(), *(("witnesses", each) for each in told)])
+    options.output.answer({**answer, "witnesses": pinned.as_json() if pinned else None}, lines)
     options.output.note(f"  → strongroom --room {found.url} ls")
 
 

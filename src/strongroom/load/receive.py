@@ -28,6 +28,7 @@ from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import leaf_hash, verify_consistency, verify_inclusion
 from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
+from strongroom.load.witnessed import require
 
 if TYPE_CHECKING:
     from strongroom.load.room import AnyRoom
@@ -137,12 +138,13 @@ def accept(
     signer: bytes,
     remembered: Remembered,
     consistency: Consistency,
+    witnessed: Callable[[bytes], None] = lambda _: None,
 ) -> KeyBundle | CopyBundle:
     """The key bundle of a release, or the copy bundle of one to copy, that `statement` asked for, to `key`. Steps as in
     spec/release.md, section 3.
 
-    `signer` is the room's public key for manifests. Tampered, Rollback, Forked; nothing is opened before all of it
-    holds.
+    `signer` is the room's public key for manifests; `witnessed` raises unless enough witnesses have seen the checkpoint
+    that it is given. Tampered, Rollback, Forked; nothing is opened before all of it holds.
     """
     # Step 1.
     checkpoint = log.open(released.checkpoint)
@@ -163,6 +165,7 @@ def accept(
         raise Tampered("release.other_entry", "the log's entry is not about the release that was asked for")
     # Step 4.
     remembered.advance(released.checkpoint, consistency)
+    witnessed(released.checkpoint)
     # Step 5.
     secret = key.open(released.sealed, released.index, leaf)
     bundle = CopyBundle.decode(secret) if asked["action"] == "copy" else KeyBundle.decode(secret)
@@ -227,6 +230,11 @@ def receive(
             raise
         envelope = asked()
         answer = custodian.release(envelope, reason)
+
+    def witnessed(note: bytes) -> None:
+        if vault.witnesses is not None:
+            require(note, vault.witnesses, log, custodian.ledger)
+
     bundle = accept(
         Released(answer.entry, answer.index, answer.proof, answer.checkpoint, answer.sealed),
         Statement.decode(envelope),
@@ -235,5 +243,6 @@ def receive(
         signer=vault.signer,
         remembered=Remembered(Settings.from_environment().state_folder, log),
         consistency=custodian.ledger.consistency,
+        witnessed=witnessed,
     )
     return Received(answer.index, leaf_hash(answer.entry), answer.store, bundle)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys
+from strongroom.formats.card import Witnesses
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Voice
@@ -99,6 +100,8 @@ class AnyRoom(Protocol):
     def signer(self) -> bytes: ...
     @property
     def log_key(self) -> LogKey: ...
+    @property
+    def witnesses(self) -> Witnesses | None: ...
     @property
     def identities(self) -> Identities: ...
     @property

@@ -65,7 +65,7 @@ class ServedRoom:
 
     def __init__(self, card: Card, principal: str | None) -> None:
         self.card, self.id, self.signer = card, card.room, card.signer
-        self.log_key = LogKey(card.room, card.log_key)
+        self.log_key, self.witnesses = LogKey(card.room, card.log_key), card.witnesses
         self.identities = Identities(Settings.from_environment().identities_folder)
         self.sessions = SessionKeys(Settings.from_environment().state_folder, card.room)
         self.clock = unix

@@ -9,6 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from http.client import HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from strongroom.core.files import write_whole
 from strongroom.core.limits import KIB, MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
-from strongroom.formats.card import Card
+from strongroom.formats.card import Card, Witnesses
 
 _TIMEOUT = 60.0  # seconds without a byte
 _SLOWEST = 16 * KIB  # bytes a second of an answer, after that time
@@ -202,12 +203,17 @@ def cards() -> Iterator[Card]:
             raise Tampered(error.code, f"{path}: {error.message}", hint=f"remove {path}; ask for the card") from None
 
 
-def trust(card: Card) -> Path:
-    """Keep `card` among those that are trusted; where. A room may move, and get another authority, but its keys stay;
-    and at one address there is one room. Conflict ``card.other_keys``, ``card.other_room``."""
+def trust(card: Card, witnesses: Witnesses | None = None) -> tuple[Card, Path]:
+    """Keep `card` among those that are trusted; as it is kept, and where. A room may move, and get another authority,
+    but its keys stay; and at one address there is one room. `witnesses` in place of the card's; those that were pinned
+    before stay unless others are given here. Conflict ``card.other_keys``, ``card.other_room``."""
     folder = Settings.from_environment().state_folder / "rooms"
     path = folder / f"{card.room.hex()}.json"
+    if witnesses is not None:
+        card = replace(card, witnesses=witnesses)
     for known in cards():
+        if known.room == card.room and known.witnesses is not None and witnesses is None:
+            card = replace(card, witnesses=known.witnesses)
         if known.room == card.room and (known.log_key, known.signer) != (card.log_key, card.signer):
             raise Conflict(
                 "card.other_keys",
@@ -226,7 +232,7 @@ def trust(card: Card) -> Path:
         write_whole(path, card.encode())
     except OSError as error:
         raise BackendError("card.unwritable", f"can't keep the card in {folder}: {error.strerror}") from None
-    return path
+    return card, path
 
 
 def card_of(url: str) -> Card:

@@ -102,6 +102,8 @@ class Vault:
     """An embedded room: a folder with a database, a key store and a store. Open with `Vault.open` or make with
     `Vault.init`."""
 
+    witnesses = None  # no card names any: custodian and client are one process
+
     def __init__(
         self,
         folder: Path,

@@ -47,8 +47,9 @@ from strongroom.policy import acts
 from strongroom.policy.query import ROOM
 from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
-from strongroom.storage.db import Database, log_entries, log_private, versions
+from strongroom.storage.db import Database, versions
 from strongroom.storage.image import SealedImage, read_manifest
+from strongroom.vault import same
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.copies import Copies
@@ -421,8 +422,8 @@ class Vault:
                 raise
             self.sign(manifest, signer)
             if not isinstance(said, Sent):
-                said = Sent.of(said, name, _digests(index))
-            row, entry, same = self._publish(journal, manifest, index, name, said)
+                said = Sent.of(said, name, same.digests(index))
+            row, entry, alike = self._publish(journal, manifest, index, name, said)
         return PutResult(
             ref=f"{row.name}@{row.number}",
             digest=f"sha256:{row.manifest_sha256}",
@@ -434,7 +435,7 @@ class Vault:
             unmarked=plan.unmarked,
             resumed_packs=resumed,
             entry=entry,
-            same_as=tuple(same),
+            same_as=tuple(alike),
         )
 
     def put_before(self, entry: int, found: Entry) -> PutResult:
@@ -443,9 +444,9 @@ class Vault:
         row = self.find(found.ref)
         index = self.image(self.record(row)).index
         with self.custodian.ledger.view() as state:
-            there = _there(state)
+            there = same.there(state)
         with self.db.reading() as tx:
-            same = _put_before(tx, there, files_digest(_digests(index)), entry)
+            alike = same.put_before(tx, there, files_digest(same.digests(index)), entry)
         return PutResult(
             ref=found.ref,
             digest=f"sha256:{found.body['manifest']}",
@@ -457,7 +458,7 @@ class Vault:
             unmarked=index.report["unmarked"],
             resumed_packs=0,
             entry=entry,
-            same_as=tuple(same),
+            same_as=tuple(alike),
         )
 
     def check_put(self, name: str, positions: int) -> None:
@@ -484,7 +485,7 @@ class Vault:
         """One transaction: the version appears, and its journal goes; which versions have the very same files."""
         digest, size = manifest.digest(), sum(entry.bytes for entry in index.layout.files)
         rows: list[Row[Any]] = []
-        same: list[str] = []
+        alike: list[str] = []
 
         def decide(tx: Connection, state: State, at: int) -> Draft:
             newest = tx.execute(select(func.max(versions.c.number)).where(versions.c.name == name)).scalar()
@@ -528,11 +529,11 @@ class Vault:
             # Read here: an error after the commit would call a put failed that is not.
             rows.append(tx.execute(select(versions).where(versions.c.version_id == record.version.hex())).one())
             journal.close(tx)
-            same[:] = _put_before(tx, _there(state), said.files.value)
+            alike[:] = same.put_before(tx, same.there(state), said.files.value)
             return Draft(entry, [said.files])
 
         receipt = self.custodian.act(said.statement, "put", decide)
-        return rows[-1], receipt.index, same
+        return rows[-1], receipt.index, alike
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
 
@@ -582,23 +583,3 @@ class Vault:
             by=by,
             start=start,
         )
-
-
-def _digests(index: Index) -> list[tuple[str, str]]:
-    return list(zip((entry.path for entry in index.layout.files), index.sha256, strict=True))
-
-
-def _there(state: State) -> set[str]:
-    return {each.ref for each in state.versions.values() if not each.shredded}
-
-
-def _put_before(tx: Connection, there: set[str], files: str, before: int | None = None) -> list[str]:
-    """Those of the versions that are `there` whose put, `before` that entry, was of the same files, as far as the
-    database says so: for a warning, and no more."""
-    digests = select(log_private.c.position).where(log_private.c.name == "files", log_private.c.value == files)
-    if before is not None:
-        digests = digests.where(log_private.c.position < before)
-    query = select(log_entries.c.entry).where(log_entries.c.position.in_(digests)).order_by(log_entries.c.position)
-    found = tx.execute(query).scalars()
-    refs = [Entry.decode(data).ref for data in found if isinstance(data, bytes)]
-    return [ref for ref in refs if ref in there]

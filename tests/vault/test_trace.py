@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -92,6 +93,12 @@ def traced(house, path, **options):
 
 
 RNG = np.random.default_rng(5)
+
+
+@pytest.fixture(autouse=True)
+def reseeded(monkeypatch):
+    """The same numbers in each test, in whatever order they run."""
+    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(5))
 
 
 def quantised(array, bits, group=64):

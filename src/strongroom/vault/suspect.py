@@ -21,6 +21,7 @@ from strongroom.vault.convert import converted
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 
+_LARGEST = 1e9  # no weight is: beyond it sums of squares would be infinite, and say nothing of all the others
 _FLOAT8 = {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
@@ -99,7 +100,8 @@ class Suspect:
         return found
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
-        """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major."""
+        """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major. What is
+        not finite, or no weight, is NaN."""
         tensor = self.tensors[name]
         info, dtype = tensor.info, tensor.info.dtype
         end = info.elements if end is None else end
@@ -111,7 +113,10 @@ class Suspect:
             while done < size and (step := read(first + done, buffer[done:])):
                 done += step
         with np.errstate(all="ignore"):
-            return _numbers(buffer, tensor)
+            found = _numbers(buffer, tensor)
+            if found.size and not float(np.abs(found).max()) < _LARGEST:
+                found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
+        return found
 
 
 def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:

@@ -59,6 +59,11 @@ def test_the_fast_story(tmp_path: Path) -> None:
     assert found["tamper"]["problems"][0]["file"] == "model.safetensors"
     assert found["tamper"]["refused"] == "segment.tampered"
     assert found["speed"]["ratio"] > 0
+    for step, guilty in (("leak", {"user/lia"}), ("together", {"user/lia", "user/max"})):
+        assert found[step]["verdict"] == "named"
+        assert set(found[step]["accused"]) == guilty
+        assert found[step]["false_accusation_bound"] == 1e-9
+    assert any("permuted" in each for each in found["leak"]["transformations"])
     assert list(tmp_path.glob("strongroom*")) == []
 
 

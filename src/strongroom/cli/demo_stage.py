@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from strongroom.client import Room
 
 OWNER, ANA, BEN, EVA, KIM = "user/demo", "user/ana", "user/ben", "user/eva", "user/kim"
+LIA, MAX = "user/lia", "user/max"  # partners
 E = TypeVar("E", bound=StrongroomError)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strongroom.cli.demo_custody import CustodySteps
+from strongroom.cli.demo_leak import LeakSteps
 from strongroom.cli.demo_stage import ANA, KIM, OWNER, broken
 from strongroom.cli.output import number, seconds, size
 from strongroom.cli.weights import problem_line
@@ -25,7 +25,7 @@ _ROUNDS = 5  # timed loads, after one that warms up
 _HUNG = 10 * 60  # seconds after which a child is given up
 
 
-class Story(CustodySteps):
+class Story(LeakSteps):
     """One telling. Each step prints what it shows and adds its figures."""
 
     def tell(self) -> dict[str, Any]:
@@ -44,14 +44,17 @@ class Story(CustodySteps):
             ("holders", "No two holders get the same bytes", self.holders),
             ("tamper", "One flipped byte", self.tamper),
             ("speed", "What it costs to read", self.speed),
+            ("copies", "Two partners get a copy each", self.copies),
+            ("leak", "One of them leaks", self.leak),
+            ("together", "Both of them leak, together", self.together),
         ]
         for name, title, step in steps:
             self._heading(title)
             self.figures[name] = step()
         self._heading("What this does not protect against")
         self._tell(
-            "Whoever holds a key bundle, or is root where one is in use, can copy the weights: the copy carries their "
-            "code word, no more than that."
+            "Whoever holds a key bundle, or is root where one is in use, can copy the weights: the copy names them, "
+            "no more than that. A model that is trained anew on another's answers carries no mark."
         )
         self._tell(
             "And whoever has this folder with its key file has the room, and can be Ana, Ben and Eva in turn: their "

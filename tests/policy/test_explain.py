@@ -6,7 +6,7 @@ import pytest
 from policy.cases import ask
 from strongroom.errors import Denied, UsageError
 from strongroom.policy.engine import Policies, Resource
-from strongroom.policy.explain import explain
+from strongroom.policy.explain import either, explain
 
 TEAM = Policies.shipped("team")
 REQUEST = "strongroom request acme/tiny@1 --action load --for user/ana --duration 8h --reason TEXT"
@@ -18,7 +18,9 @@ def test_a_forbid_is_named_with_its_reason_and_what_to_do():
     assert found.message == (
         "user/ana may not load acme/tiny@1: As many hold these weights as may hold them. (rule holders-ceiling)"
     )
-    assert found.hint == "strongroom who REF lists them; an officer raises it: strongroom ceiling REF --holders N"
+    assert found.hint == (
+        "strongroom who acme/tiny@1 lists them; an officer raises it: strongroom ceiling acme/tiny@1 --holders N"
+    )
 
 
 def test_all_forbids_that_hit_are_named():
@@ -106,7 +108,7 @@ def test_a_missing_role_is_no_need_that_approvals_meet():
     """Who has needs gets a request that others may approve; here they could not."""
     found = explain(TEAM, ask("load", stage="grant"))
     assert (found.rule, found.needs, found.roles) == ("default", (), ("researcher", "operator", "partner"))
-    assert found.hint == "ask somebody who may grant: strongroom principal role user/ana researcher"
+    assert found.hint == "an officer or executive runs: strongroom principal role user/ana researcher"
 
 
 def test_a_further_role_is_added_to_those_there_are():
@@ -185,3 +187,21 @@ def test_an_explanation_never_contradicts_the_decision():
             for stage in ("grant", "release", "direct"):
                 query = ask(action, role, stage=stage)
                 assert explain(TEAM, query).allowed == TEAM.decide(query).allowed
+
+
+def test_an_answer_is_called_by_its_name_and_what_the_policy_advises_is_filled_in():
+    """Whoever revokes is not told that they may not approve, nor to run a command with a placeholder in it."""
+    query = ask("approve", "partner", resource=Resource.room())
+    found = explain(TEAM, query, act="renew", about="ab" * 8)
+    assert found.message.startswith("user/ana may not renew in this room: A partner does not approve")
+    assert found.hint == f"an officer or executive who is no partner runs: strongroom renew {'ab' * 8}"
+    found = explain(TEAM, query, act="revoke", about="ab" * 8)
+    assert found.hint.endswith(f"strongroom revoke {'ab' * 8} --reason TEXT")
+
+
+def test_several_rights_that_would_do_are_named_together():
+    refusals = [explain(TEAM, ask(each, resource=Resource.room())).denied() for each in ("audit", "administer")]
+    found = either(refusals)
+    assert found.message == "user/ana may not audit or administer in this room: that takes the role auditor or officer"
+    assert found.evidence["roles"] == ["auditor", "officer"]
+    assert either(refusals[:1]) is refusals[0]

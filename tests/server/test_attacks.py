@@ -351,10 +351,34 @@ class TestGuests:
 
     def test_policy_reach_and_log(self, served, asked):
         assert get(served, "/v1/policies", "user/pat")[1]["code"] == "read.guest"
-        for query in (f"ref={REF}", "ref=acme/none@1", "principal=user/ben", "principal=user/pat"):
+        for query in (f"ref={REF}", "ref=acme/none@1", "principal=user/pat"):
             status, answer = get(served, f"/v1/reach?{query}", "user/pat")
             assert status == 200
             assert {each["principal"] for each in answer["access"]} <= {"user/pat"}
+        # Of others it learns nothing, and not whether there are such people either.
+        other, none = (get(served, f"/v1/reach?principal=user/{name}", "user/pat") for name in ("ben", "nobody"))
+        assert other == none
+        assert (other[0], other[1]["code"], other[1]["hint"]) == (403, "read.guest", "strongroom reach user/pat")
+
+    def test_leases(self, served, asked):
+        """Who has the identifier of another's lease, from a screen or a chat, learns nothing by acting on it."""
+        served.cli("trust", str(served.folder / "card.json"))
+        for act in (("renew",), ("approve",), ("deny", "--reason", "x"), ("revoke", "--reason", "x"), ("requests",)):
+            answers = []
+            for identifier in (asked["user/quin"], "0" * 16):
+                error = served.cli(act[0], identifier, *act[1:], as_="user/pat", check=8)["error"]
+                assert error["code"] == "request.unknown"
+                answers.append(json.dumps(error).replace(identifier, "ID"))
+            assert answers[0] == answers[1]
+
+    def test_a_version_that_is_out_of_reach(self, served):
+        with Room(served.folder, "user/olga") as room:
+            room.put(write_model(served.home / "other", seed=3), "acme/other", share="0")
+            room.revoke("acme/other@1", reason="not for partners")
+            status, answer = get(served, "/v1/reach?principal=user/pat", "user/pat")
+            room.shred("acme/other@1", confirm="acme/other@1")
+        assert status == 200
+        assert "acme/other@1" not in {each["ref"] for each in answer["access"]}
         versions = get(served, "/v1/weights", "user/pat")[1]["versions"]
         assert [(each["ref"], each["created_by"]) for each in versions] == [(REF, "")]
         assert get(served, "/v1/log/tile/entries/000.p/1", "user/pat")[0] == 403

@@ -16,6 +16,22 @@ def unix() -> int:
     return int(time.time())
 
 
+def duration(seconds: int) -> str:
+    """As people type it, 8h or 90m: the largest unit that says it exactly."""
+    for unit, count in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds and seconds % count == 0:
+            return f"{seconds // count}{unit}"
+    return f"{seconds}s"
+
+
+def about(seconds: int) -> str:
+    """How long that is, roughly and never less: 90s, 45m, 24h, 7d."""
+    for unit, count in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * count:
+            return f"{-(-seconds // count)}{unit}"
+    return f"{seconds}s"
+
+
 def text(seconds: int) -> str:
     """The same time as text; what no calendar has is said as the number that it is."""
     try:

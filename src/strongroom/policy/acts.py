@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from strongroom.core.clock import about, text
 from strongroom.core.ids import Ref
 from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
 from strongroom.formats.entry import Entry
@@ -45,14 +46,14 @@ def enact(rules: Custody, state: State, statement: Statement, now: int) -> Entry
         raise Pending(
             "policy.needs_second",
             f"the policy {proposal.id} needs the approval of somebody else than {proposal.by}",
-            hint=f"strongroom approve {proposal.id}",
+            hint=f"somebody else runs: strongroom approve {proposal.id}",
         )
     if now < proposal.enact_after and not emergency:
         raise Pending(
             "policy.waiting",
-            f"the policy {proposal.id} may be enacted in {proposal.enact_after - now} seconds, or with "
-            "--break-glass REASON in an emergency",
-            hint=f"strongroom policy enact {proposal.id}",
+            f"the policy {proposal.id} may be enacted from {text(proposal.enact_after)}, "
+            f"in {about(proposal.enact_after - now)}",
+            hint=f"then: strongroom policy enact {proposal.id}; before, in an emergency: --break-glass REASON",
             enact_after=proposal.enact_after,
         )
     body = {"digest": proposal.digest, "proposal": proposal.id, "break_glass": emergency}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
+from strongroom.core.clock import text
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.principal import RANKS, TOGETHER, resolved, weighty
 from strongroom.formats.statement import Statement
-from strongroom.policy import entrance, registration
+from strongroom.policy import entrance, registration, waiting
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
 from strongroom.policy.facts import resource, situation, subject
@@ -27,7 +27,6 @@ from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal,
 REQUEST_LIFE = 7 * 86_400  # seconds in which a request may be approved
 WAITING = 86_400  # seconds between a proposal and its policy
 _LONGEST = 100 * 366 * 86_400  # seconds that may be asked for; what is granted is policy's to say
-T = TypeVar("T")
 
 # What a request still needs.
 Missing = Callable[[], list[str]]
@@ -70,7 +69,7 @@ class Custody:
         """Somebody asks for a lease. Denied at once if no approval could ever make policy allow it."""
         who = authenticate(state, statement, now)
         body = statement.body
-        _unheard(state, statement)
+        waiting.unheard(state, statement)
         holder = state.principals.get(body["for"])
         # First: whether there is such a principal is told to those only who may ask for others.
         if not set(RANKS) & set(who.roles) and (holder is None or holder.person != who.person):
@@ -119,16 +118,16 @@ class Custody:
     def approve(self, state: State, statement: Statement, now: int) -> Entry:
         """One more person's yes; the last one that policy asks for grants the lease."""
         who = authenticate(state, statement, now)
-        proposal = _find(state.proposals, statement.body["request"], lambda found: found.statement)
-        if proposal is not None:
-            return self._agree(state, who, proposal, statement, now)
-        grant = _find(state.grants, statement.body["request"], lambda found: found.digest)
-        if grant is not None:
-            return self._second(state, who, grant, statement, now)
-        request = _find(state.requests, statement.body["request"], lambda found: found.digest)
-        if request is None:
-            raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
-        self._pending(request, now)
+        found = waiting.find(state, statement.body["request"])
+        with waiting.told(state, who, found, found.id):
+            if isinstance(found, Proposal):
+                return self._agree(state, who, found, statement, now)
+            if isinstance(found, Grant):
+                return self._second(state, who, found, statement, now)
+            return self._yes(state, who, found, statement, now)
+
+    def _yes(self, state: State, who: Speaker, request: Request, statement: Statement, now: int) -> Entry:
+        waiting.waits(state, request, now)
         asker, holder = state.principals[request.by], state.principals[request.holder]
         if who.person in (asker.person, holder.person):
             raise Denied(
@@ -137,9 +136,9 @@ class Custody:
                 f"and {who.path} is the same person",
                 hint=f"somebody else runs: strongroom approve {request.id}",
             )
-        self._approver(state, who, request.ref, request.action, now=now)
+        self._approver(state, who, request.ref, request.action, now=now, about=request.id)
         usable(state, request.ref, request.action)
-        duration, uses = narrowed(request, statement.body["duration"], statement.body["uses"])
+        duration, uses = waiting.narrowed(request, statement.body["duration"], statement.body["uses"])
         approval = Approval(who.path, who.person, sorted(who.roles), now, 0, who.method)
         given = [*request.approvals, approval]
         query = self._grant(state, holder, request.action, request.ref, given, duration, now)
@@ -148,7 +147,7 @@ class Custody:
         # Once is enough, but for a request that has all its approvals, and that a rule kept from becoming a lease: when
         # the rule does not apply any more, somebody has to say so.
         if not allowed:
-            _once(request.approvals, who)
+            waiting.once(request.id, request.approvals, who)
         if allowed:
             lease = {
                 "id": request.id,
@@ -164,23 +163,15 @@ class Custody:
     def deny(self, state: State, statement: Statement, reason: str, now: int) -> Entry:
         """A no ends the request. Who asked for it may take it back."""
         who = authenticate(state, statement, now)
-        digest = statement.body["request"]
-        proposal = _find(state.proposals, digest, lambda found: found.statement)
-        request = _find(state.requests, digest, lambda found: found.digest)
-        grant = _find(state.grants, digest, lambda found: found.digest)
-        found: Request | Proposal | Grant | None = proposal or request or grant
-        if found is None:
-            raise NotFound("request.unknown", "there is no such request, or it was changed", hint=_REQUESTS)
-        current = found.state if isinstance(found, Proposal) else found.state_at(now)
-        if current != "pending":
-            raise Conflict("request.over", f"{found.id} is {current}", hint=_REQUESTS, state=current)
-        ref = request.ref if request is not None else ROOM
-        if state.principals[found.by].person != who.person:
+        found = waiting.find(state, statement.body["request"])
+        ref, action = (found.ref, found.action) if isinstance(found, Request) else (ROOM, "administer")
+        with waiting.told(state, who, found, found.id):
+            waiting.waits(state, found, now)
             # Whoever could say yes may say no.
-            if isinstance(found, Grant):
+            if state.principals[found.by].person != who.person and isinstance(found, Grant):
                 self.may(state, who, "grant", now=now)
-            else:
-                self._approver(state, who, ref, request.action if request is not None else "administer", now=now)
+            elif state.principals[found.by].person != who.person:
+                self._approver(state, who, ref, action, now=now, act="deny", about=found.id)
         body = {"id": found.id, "statement": statement.envelope}
         return Entry("deny", now, who.path, "" if ref == ROOM else ref, body, {"reason": reason})
 
@@ -191,46 +182,61 @@ class Custody:
         """
         who = authenticate(state, statement, now)
         target = statement.body["target"]
-        ref = ""
-        mine, over = False, ""
+        with waiting.told(state, who, state.requests.get(target), target):
+            ref = self._revocable(state, who, target, now)
+        body = {"target": target, "statement": statement.envelope}
+        return Entry("revoke", now, who.path, ref, body, {"reason": reason})
+
+    def _revocable(self, state: State, who: Speaker, target: str, now: int) -> str:
+        """What the entry is about, if `who` may revoke `target`, and it is not over."""
+        mine, over, ref, look = False, "", target, "show"
         if target in state.requests:
             request, lease = state.requests[target], state.leases.get(target)
-            ref = request.ref
+            ref, look = request.ref, "requests"
             mine = state.principals[request.holder].person == who.person
             current = request.state_at(now)
             over = current if current != "pending" and not (lease and lease.holds(now)) else ""
         elif target in state.principals:
-            ref = target
+            look = "principal show"
             over = "" if state.principals[target].active else state.principals[target].state
         elif target in state.versions:
-            ref = target
             over = "frozen" if state.versions[target].frozen else "shredded" if state.versions[target].shredded else ""
-        else:
-            # What there is, and is not, is told to those only who might revoke it.
-            self._approver(state, who, ROOM, "", now=now)
-            numbered = [each for each in state.versions if each.partition("@")[0] == target]
+        # No action is asked for: rules about how approvals are given are not about taking away. And what there is, and
+        # is not, is told to those only who might revoke it.
+        if not mine:
+            self._approver(state, who, ref if ref in state.versions else ROOM, "", now=now, act="revoke", about=target)
+        if not {target} & {*state.requests, *state.principals, *state.versions}:
+            numbered = ", ".join(each for each in state.versions if each.partition("@")[0] == target)
             raise NotFound(
                 "revoke.unknown",
                 f"{target!r:.80} is no lease, principal or version here",
-                hint=f"a version is revoked by its number: {', '.join(numbered)}" if numbered else _REQUESTS,
+                hint=f"a version is revoked by its number: {numbered}" if numbered else "strongroom requests",
             )
-        if not mine:
-            # No action is asked for: rules about how approvals are given are not about taking away.
-            self._approver(state, who, ref if ref in state.versions else ROOM, "", now=now)
         if over:
-            raise Conflict("revoke.over", f"{target} is {'over' if over == 'approved' else over} already", state=over)
+            message = f"{target} is {'over' if over == 'approved' else over} already"
+            raise Conflict("revoke.over", message, hint=f"strongroom {look} {target}", state=over)
         if target in state.principals:
             self._not_the_last(state, who, target, [])
-        return Entry(
-            "revoke", now, who.path, ref, {"target": target, "statement": statement.envelope}, {"reason": reason}
-        )
+        return ref
 
     def renew(self, state: State, statement: Statement, now: int) -> Entry:
         """A lease to load holds on, by one fresh yes; the approvals that granted it have to be enough still."""
         who = authenticate(state, statement, now)
-        lease, request = state.leases.get(statement.body["lease"]), state.requests.get(statement.body["lease"])
-        if lease is None or request is None or not lease.holds(now):
-            raise NotFound("renew.no_lease", "there is no such lease, or it has ended: ask again", hint=_REQUESTS)
+        name = statement.body["lease"]
+        request = state.requests.get(name)
+        if request is None:
+            raise waiting.unknown(name)
+        with waiting.told(state, who, request, name):
+            until = self._renewed(state, who, request, statement.body["duration"], now)
+        body = {"lease": name, "expires_at": until, "statement": statement.envelope}
+        return Entry("renew", now, who.path, request.ref, body)
+
+    def _renewed(self, state: State, who: Speaker, request: Request, wanted: int, now: int) -> int:
+        """Until when the lease holds then."""
+        name, lease = request.id, state.leases.get(request.id)
+        if lease is None or not lease.holds(now):
+            message = f"{name} is no lease that holds: it was not granted yet, or has ended; then ask again"
+            raise NotFound("renew.no_lease", message, hint=f"strongroom requests {name}")
         holder = state.principals[lease.holder]
         if lease.action != "load":
             raise Denied(
@@ -240,22 +246,25 @@ class Custody:
             )
         if who.person in (holder.person, state.principals[request.by].person):
             raise Denied(
-                "approve.own", "nobody renews their own lease", hint=f"somebody else: strongroom renew {lease.id}"
+                "approve.own", "nobody renews their own lease", hint=f"somebody else runs: strongroom renew {lease.id}"
             )
-        self._approver(state, who, lease.ref, lease.action, now=now)
-        duration, _ = narrowed(request, statement.body["duration"], None)
+        self._approver(state, who, lease.ref, lease.action, now=now, act="renew", about=lease.id)
+        duration, _ = waiting.narrowed(request, wanted, None)
         if now + duration < lease.expires_at:
             raise UsageError(
                 "renew.shorter",
-                f"the lease {lease.id} holds for {lease.expires_at - now} seconds already",
-                hint=f"--duration, longer than that; to end it: strongroom revoke {lease.id} --reason TEXT",
+                f"the lease {lease.id} holds until {text(lease.expires_at)} already, which is later",
+                hint=f"a longer --duration; to end it: strongroom revoke {lease.id} --reason TEXT",
             )
         query = self._grant(state, holder, lease.action, lease.ref, request.approvals, duration, now)
         policies = self._policies(state.policy)
         if not policies.decide(query).allowed:
-            raise explain(policies, query).denied()
-        body = {"lease": lease.id, "expires_at": now + duration, "statement": statement.envelope}
-        return Entry("renew", now, who.path, lease.ref, body)
+            error = explain(policies, query).denied()
+            again = f"strongroom request {lease.ref} --action load --for {lease.holder} --reason TEXT"
+            if error.evidence["needs"]:  # more approvals can't be given to what is granted already
+                error.hint = f"ask anew: {again}"
+            raise error
+        return now + duration
 
     # -- release -------------------------------------------------------------------------------------------------
 
@@ -380,7 +389,7 @@ class Custody:
                 )
         self._not_the_last(state, who, body["principal"], body["roles"] if body["state"] == "active" else [])
         if state.most_granters >= TOGETHER and weighty(before, body):
-            _unheard(state, statement)
+            waiting.unheard(state, statement)
             grant = {"id": statement.id, "principal": body["principal"], "expires_at": now + REQUEST_LIFE}
             return Entry("grant", now, who.path, body["principal"], {**grant, "statement": statement.envelope})
         return Entry("principal", now, who.path, body["principal"], {**body, "statement": statement.envelope})
@@ -408,25 +417,24 @@ class Custody:
         """A new policy; it needs a second person and a waiting time."""
         who = authenticate(state, statement, now)
         self.may(state, who, "administer", now=now)
-        _unheard(state, statement)
+        waiting.unheard(state, statement)
         self._policies(statement.body["digest"])  # it has to be valid, and at hand
         body = {"id": statement.id, "digest": statement.body["digest"], "enact_after": now + WAITING}
         return Entry("proposal", now, who.path, "", {**body, "statement": statement.envelope}, {"reason": reason})
 
     def _agree(self, state: State, who: Speaker, proposal: Proposal, statement: Statement, now: int) -> Entry:
-        if proposal.state != "pending":
-            raise Conflict("request.over", f"{proposal.id} is {proposal.state}", hint="strongroom policy show")
+        waiting.waits(state, proposal, now)
+        somebody_else = f"somebody else runs: strongroom approve {proposal.id}"
         if state.principals[proposal.by].person == who.person:
-            raise Denied("approve.own", "nobody approves their own policy", hint="somebody else has to")
-        self._approver(state, who, ROOM, "administer", now=now)
-        _once(proposal.approvals, who)
+            raise Denied("approve.own", "nobody approves their own policy", hint=somebody_else)
+        self._approver(state, who, ROOM, "administer", now=now, about=proposal.id)
+        waiting.once(proposal.id, proposal.approvals, who)
         body = {"id": proposal.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
         return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})
 
     def _second(self, state: State, who: Speaker, grant: Grant, statement: Statement, now: int) -> Entry:
         """Somebody else who may grant agrees to a change of a principal."""
-        if grant.state_at(now) != "pending":
-            raise Conflict("request.over", f"{grant.id} is {grant.state_at(now)}", hint=_REQUESTS)
+        waiting.waits(state, grant, now)
         if "authority" in grant.record:
             if not self.allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
                 raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="ask for it again")
@@ -439,7 +447,8 @@ class Custody:
         registration.check(state, grant.record)
         persons = (state.principals[grant.by].person, grant.record["person"], target.person if target else "")
         if who.person in persons:
-            raise Denied("approve.own", "nobody approves their own grant", hint="somebody else who may grant has to")
+            hint = f"somebody else who may grant runs: strongroom approve {grant.id}"
+            raise Denied("approve.own", "nobody approves their own grant", hint=hint)
         self.may(state, who, "grant", now=now)
         record = grant.record
         asker = Speaker(state.principals[grant.by], grant.method)
@@ -489,14 +498,15 @@ class Custody:
             for each in (by, replace(by, roles=sorted(set(approval.roles) & set(by.roles))))
         )
 
-    def _approver(self, state: State, who: Speaker, ref: str, asked: str, *, now: int) -> None:
+    def _approver(
+        self, state: State, who: Speaker, ref: str, asked: str, *, now: int, about: str, act: str = "approve"
+    ) -> None:
+        """Denied unless `who` may approve `asked`, which is what it takes to `act` on the request `about`, too."""
         here = situation(state, who, ref, now, stage="direct", asked=asked)
-        self._ask(state, Query(subject(who), "approve", resource(state, ref), here))
-
-    def _pending(self, request: Request, now: int) -> None:
-        current = request.state_at(now)
-        if current != "pending":
-            raise Conflict("request.over", f"the request {request.id} is {current}", hint=_REQUESTS, state=current)
+        query = Query(subject(who), "approve", resource(state, ref), here)
+        policies = self._policies(state.policy)
+        if not policies.decide(query).allowed:
+            raise explain(policies, query, act=act, about=about).denied()
 
     def _grant(
         self,
@@ -547,42 +557,10 @@ def usable(state: State, ref: str, action: str = "") -> Version:
     return version
 
 
-def narrowed(request: Request, duration: int, uses: int | None) -> tuple[int, int | None]:
-    """What is left of a request when an approver allows `duration` (0: as asked) and `uses`; never more than before."""
-    if duration > request.duration:
-        raise UsageError(
-            "approve.longer",
-            f"an approver may shorten {request.duration} seconds, not lengthen them",
-            hint="--duration",
-        )
-    counts = [count for count in (request.uses, uses) if count is not None]
-    if 0 in counts:
-        raise UsageError("approve.nothing", "a lease is for at least one use", hint="strongroom deny, to refuse")
-    return duration or request.duration, min(counts, default=None)
-
-
 def _without_lease(action: str, ref: str) -> str:
     """What to do where no lease is needed."""
     copied = f"strongroom copy {ref} --to PRINCIPAL --out DIR"
     return copied if action == "copy" else f"strongroom run {ref} -- COMMAND"
 
 
-_REQUESTS = "strongroom requests"
 _PRINCIPALS = "strongroom principal ls"
-
-
-def _unheard(state: State, statement: Statement) -> None:
-    """Half an hour of hashing finds two statements with one identifier; an approval of one must not be taken for an
-    approval of the other."""
-    if statement.id in state.requests or statement.id in state.proposals or statement.id in state.grants:
-        raise Conflict("request.exists", f"there is a {statement.id} already", hint="sign a new one")
-
-
-def _once(approvals: list[Approval], who: Speaker) -> None:
-    if any(each.person == who.person for each in approvals):
-        raise Conflict("approve.duplicate", f"{who.path}, or the same person, has approved this already")
-
-
-def _find(found: dict[str, T], digest: str, of: Callable[[T], str]) -> T | None:
-    item = found.get(digest[:16])
-    return item if item is not None and of(item) == digest else None

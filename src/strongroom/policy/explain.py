@@ -7,15 +7,16 @@ leases don't hurt; under a policy where they do, it may say "never" too early, a
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any
 
 from strongroom.errors import Denied, UsageError
 from strongroom.policy.engine import POLICY_ERROR, Policies
-from strongroom.policy.query import RELEASES, ROLES, Query, Situation, Subject
+from strongroom.policy.query import RELEASES, ROLES, ROOM, Query, Resource, Situation, Subject
 
 _MORE_MAX = 5  # approvals beyond those there are; a policy that asks for more is explained as "never"
 _ALTERNATIVES_MAX = 3
@@ -81,15 +82,16 @@ class Explanation:
         return Denied(code, self.message, hint=self.hint, **evidence)
 
 
-def explain(policies: Policies, query: Query) -> Explanation:
+def explain(policies: Policies, query: Query, *, act: str = "", about: str = "") -> Explanation:
     """What decides `query`, and if it is denied what is missing. It costs some dozens of decisions where nothing
-    permits, and one where a rule forbids."""
+    permits, and one where a rule forbids. `act`: what it was asked for, if that is another word than the action's
+    (renew, revoke); `about`: the identifier of the request."""
     decision = policies.decide(query)
-    what = f"{query.subject.path} may {{}}{query.action} {_about(query)}"
+    what = f"{query.subject.path} may {{}}{act or query.action} {_about(query)}"
     if decision.rules:
         rule = decision.rules[0]
         message = f"{what.format('' if decision.allowed else 'not ')}: {decision.reason} (rule {rule})"
-        hint = "" if decision.allowed else _asking(policies, decision.rules)
+        hint = "" if decision.allowed else _filled(_asking(policies, decision.rules), query, act, about)
         return Explanation(query, decision.allowed, rule, decision.rules, message, (), (), hint, errors=decision.errors)
     missing = what_is_missing(policies, query)
     if missing is not None:
@@ -100,7 +102,7 @@ def explain(policies: Policies, query: Query) -> Explanation:
     if roles:
         message = f"{what.format('not ')}: that takes the role {' or '.join(roles)}"
         wanted = " ".join((*query.subject.roles, roles[0]))
-        hint = f"ask somebody who may grant: strongroom principal role {query.subject.path} {wanted}"
+        hint = f"{_granter(policies)} runs: strongroom principal role {query.subject.path} {wanted}"
         return Explanation(query, False, "default", (), message, (), roles, hint)
     message = f"{what.format('not ')}: no rule permits it, whatever lease, approvals or roles there are"
     return Explanation(query, False, "default", (), message, (), (), f"strongroom reach {query.subject.path}")
@@ -217,6 +219,42 @@ def _asking(policies: Policies, rules: tuple[str, ...]) -> str:
     if rules[0] == POLICY_ERROR:
         return "strongroom policy check FILE; until it is mended nothing that the rule is about is allowed"
     return policies.rules[rules[0]].ask or f"strongroom policy show {rules[0]}"
+
+
+def _filled(hint: str, query: Query, act: str, about: str) -> str:
+    """What a policy advises, with the names that it could not know."""
+    if about:
+        command = f"strongroom {act or 'approve'} {about}" + (" --reason TEXT" if act in ("deny", "revoke") else "")
+        hint = re.sub(r"strongroom approve ID\b", command, hint)
+    return hint if query.resource.is_room else re.sub(r"\bREF\b", query.resource.ref, hint)
+
+
+def _granter(policies: Policies) -> str:
+    """An officer or executive: who, by the policy, may give roles to others."""
+    asked = Situation()
+    roles = [
+        role
+        for role in dict.fromkeys((*ROLES, *policies.roles))
+        if policies.decide(
+            Query(Subject(_SOMEBODY, (role,), (), _SOMEBODY, suspended=False), "grant", Resource.room(), asked)
+        ).allowed
+    ]
+    if not roles:
+        return "somebody who may grant"
+    return f"{'an' if roles[0][0] in 'aeiou' else 'a'} {' or '.join(roles)}"
+
+
+def either(refusals: Sequence[Denied]) -> Denied:
+    """One refusal of what any of several rights would do for, in place of one that names the first only."""
+    first = refusals[0]
+    each = [refusal.evidence for refusal in refusals]
+    roles = list(dict.fromkeys(role for one in each for role in one["roles"]))
+    if len(refusals) == 1 or not all(one["roles"] for one in each):
+        return first
+    actions = " or ".join(one["action"] for one in each)
+    where = "in this room" if first.evidence["ref"] == ROOM else first.evidence["ref"]
+    message = f"{first.evidence['principal']} may not {actions} {where}: that takes the role {' or '.join(roles)}"
+    return Denied(first.code, message, hint=first.hint, **{**first.evidence, "roles": roles})
 
 
 def _request(query: Query) -> str:

@@ -54,6 +54,12 @@ class Speaker:
     def roles(self) -> Sequence[str]:
         return self.principal.roles
 
+    @property
+    def guest(self) -> bool:
+        """Whether this is a guest, with no role or that of a partner only: who sees what concerns itself, and of all
+        else not whether it is there (spec/http.md, section 6)."""
+        return set(self.roles) <= {"partner"}
+
 
 def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:
     """The key with the identifier `key_id` (SHA-256 in hexadecimal), if it speaks for the principal `path` now."""
@@ -137,7 +143,8 @@ def nobody(path: str) -> AuthRequired:
     return AuthRequired(
         "auth.refused",
         f"the statement is not one that {path!r:.80} of this room has signed, or nobody of that name may act here",
-        hint="--as PRINCIPAL, with that principal's own key",
+        hint="--as PRINCIPAL, with that principal's own key; or ask somebody who may grant to register, or to restore, "
+        "the key that `strongroom identity ls` shows",
     )
 
 

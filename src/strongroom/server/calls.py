@@ -49,12 +49,12 @@ class Calls:
     def guest(self, request: Request, body: bytes) -> str:
         """The caller if it is a guest, who sees what concerns itself only; else nothing."""
         who = self.caller(request, body)
-        return who.path if self.is_guest(who) else ""
-
-    def is_guest(self, who: Speaker) -> bool:
-        """Whether `who` has no role, or that of a partner only."""
-        return set(who.roles) <= {"partner"}
+        return who.path if who.guest else ""
 
 
 def _unknown() -> AuthRequired:
-    return AuthRequired("auth.refused", "the request is not one that a principal of this room has signed")
+    return AuthRequired(
+        "auth.refused",
+        "the request is not one that a principal of this room has signed",
+        hint="ask somebody who may grant to register, or to restore, the key that `strongroom identity ls` shows",
+    )

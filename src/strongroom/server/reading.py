@@ -13,6 +13,8 @@ from strongroom.crypto.reading import check_pass
 from strongroom.errors import Denied, NotFound
 from strongroom.formats.tiles import WIDTH, Tile
 from strongroom.ledger.published import tile_bytes
+from strongroom.policy.query import ROOM
+from strongroom.policy.waiting import unknown
 from strongroom.server.bodies import base64_of, number_of, range_of
 from strongroom.server.calls import Calls
 from strongroom.vault.copies import Copies
@@ -40,8 +42,8 @@ class Reading:
     def show_request(self, request: Request, body: bytes) -> dict[str, Any]:
         who, identifier = self._calls.caller(request, body), request.path_params["id"]
         found = self._custodian.show_request(identifier)
-        if not _concerns(found, who.path if self._calls.is_guest(who) else ""):
-            raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+        if not _concerns(found, who.path if who.guest else ""):
+            raise unknown(identifier)
         return found if self._custodian.may_know_why(found, who) else {**found, "reason": None, "salt": ""}
 
     def leases(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -58,7 +60,9 @@ class Reading:
     def show_principal(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, path = self._calls.guest(request, body), request.path_params["path"]
         if guest not in ("", path):
-            raise NotFound("principal.missing", f"there is no {path!r:.80} in this room")
+            raise NotFound(
+                "principal.missing", f"there is no {path!r:.80} in this room", hint=f"strongroom principal show {guest}"
+            )
         return self._custodian.show_principal(path)
 
     def authorities(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -91,7 +95,16 @@ class Reading:
     def reach(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, query = self._calls.guest(request, body), request.query_params
         if guest:
-            mine = self._custodian.reach(guest)
+            # In the same words for everybody, known or not.
+            if query.get("principal", guest) != guest:
+                raise Denied(
+                    "read.guest",
+                    f"{guest} is a guest of this room, and sees what it can reach itself, and nobody else",
+                    hint=f"strongroom reach {guest}",
+                )
+            # Whether there is a version that it never can reach is not told, either.
+            refs = {ROOM, *self._usable(guest)}
+            mine = [each for each in self._custodian.reach(guest) if each["ref"] in refs]
             return {"access": [each for each in mine if query.get("ref", each["ref"]) == each["ref"]]}
         if "ref" in query:
             return {"access": self._custodian.who(query["ref"])}
@@ -165,7 +178,11 @@ class Reading:
 
     def _no_guest(self, request: Request, body: bytes, what: str) -> None:
         if guest := self._calls.guest(request, body):
-            raise Denied("read.guest", f"{guest} is a guest of this room, and does not see its {what}")
+            raise Denied(
+                "read.guest",
+                f"{guest} is a guest of this room, and does not see its {what}",
+                hint=f"strongroom reach {guest}, for what it can do",
+            )
 
 
 def _concerns(request: dict[str, Any], guest: str) -> bool:

@@ -29,9 +29,10 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
-from strongroom.policy import entrance
+from strongroom.policy import entrance, waiting
 from strongroom.policy.custody import Custody, Facts, Missing, usable
 from strongroom.policy.engine import Policies
+from strongroom.policy.explain import either
 from strongroom.policy.facts import ceilings, resource, situation, subject
 from strongroom.policy.query import ROOM
 from strongroom.policy.reach import Access, reach
@@ -250,7 +251,7 @@ class Custodian:
                 _, index = state.recent[told[0]["digest"]]
                 break
             else:
-                raise NotFound("request.unknown", f"there is no request {identifier!r:.40}", hint="strongroom requests")
+                raise waiting.unknown(identifier)
         entry = self._entry(index)
         note = self.ledger.notes(index, entry).get("reason")
         reason = {"reason": note.value if note else None, "salt": note.salt.hex() if note else ""}
@@ -487,9 +488,10 @@ class Custodian:
                     return
                 except Denied as error:
                     refusals.append(error)
+        refused = either(refusals)
         if recorded:
-            self._refusals.record(who.path, actions[0], ref, refusals[0])
-        raise refusals[0]
+            self._refusals.record(who.path, actions[0], ref, refused)
+        raise refused
 
     def tracing(self, by: str, ref: str | None) -> str | None:
         """The lease under which `by` traces the version `ref`, or None where policy asks for none; of every version,

@@ -460,7 +460,7 @@ class Room:
     def _registry(self) -> Registry:
         from strongroom.load.registry import Registry
 
-        return Registry(self._vault, self._say)
+        return Registry(self._vault, self._say, makes_keys=self._embedded is not None)
 
     def principal_add(
         self,
@@ -473,10 +473,10 @@ class Room:
         oidc: str | None = None,
         spiffe: str | None = None,
     ) -> dict[str, Any]:
-        """Register a principal. Without `public_key` (64 hexadecimal digits) its key is made here, among this machine's
-        identities; one that is bound to a name which an authority gives it, `oidc` (ISSUER#SUBJECT) or `spiffe` (an
-        id), needs none. `person`: the principal of the same human that was registered first, if this is a further
-        one."""
+        """Register a principal. Without `public_key` (64 hexadecimal digits) its key is made in the folder of an
+        embedded room (`key_file`), and in a served one it is a UsageError; one that is bound to a name which an
+        authority gives it, `oidc` (ISSUER#SUBJECT) or `spiffe` (an id), needs none. `person`: the principal of the same
+        human that was registered first, if this is a further one."""
         return self._registry.add(path, roles, teams, person, public_key, oidc, spiffe)
 
     def principal_change(
@@ -484,6 +484,10 @@ class Room:
     ) -> dict[str, Any]:
         """Give a principal other roles, or another state: active, suspended, removed."""
         return self._registry.change(path, roles, state)
+
+    def principal_key(self, path: str, public_key: str) -> dict[str, Any]:
+        """Give a principal another key, 64 hexadecimal digits. Its leases and logins end, and its passkeys."""
+        return self._registry.key(path, public_key)
 
     def principal_bind(self, path: str, *, oidc: str | None = None, spiffe: str | None = None) -> dict[str, Any]:
         """Bind a principal to another name that an authority gives it, or, without one, to none."""

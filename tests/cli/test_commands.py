@@ -260,7 +260,11 @@ def test_rotate_and_shred(empty: Desk) -> None:
 
 
 def test_principals(desk: Desk) -> None:
-    assert desk.run("principal", "add", "workload/eval-7").code == 0
+    added = desk.run("principal", "add", "workload/eval-7", "--quiet")
+    assert added.code == 0
+    # Not to be missed: whoever reads this file is that workload.
+    file = next(line for line in added.err.splitlines() if "private key of workload/eval-7 lies in" in line)
+    assert str(desk.room.name) + "/identities/workload/eval-7.key" in file
     assert "workload/eval-7" in desk.run("principal", "ls", "--as", "user/ana").out
     listed = desk.run("principal", "ls", "--json").json["principals"]
     assert {item["path"] for item in listed} == {"user/ana", "workload/eval-7"}

@@ -81,7 +81,24 @@ def test_who_and_policy_and_principals(served):
     assert served.cli("principal", "show", "user/ben")["roles"] == ["officer"]
     made = served.cli("principal", "add", "user/kim", "--role", "researcher", "--public-key", "5" * 64, as_="user/ben")
     assert made["state"] == "active"
-    assert served.cli("principal", "add", "user/lou", "--role", "officer", check=3)["error"]["exit_code"] == 3
+    key = ("--public-key", "4" * 64)
+    assert served.cli("principal", "add", "user/lou", "--role", "officer", *key, check=3)["error"]["exit_code"] == 3
+    # Nobody makes somebody else's private key: with it an officer could approve what it asks for itself.
+    there = {*(served.home / "identities").rglob("*")}
+    error = served.cli("principal", "add", "user/lou", "--role", "officer", as_="user/ben", check=2)["error"]
+    assert error["code"] == "principal.no_key"
+    assert "strongroom identity new user/lou" in error["hint"]
+    assert {*(served.home / "identities").rglob("*")} == there
+    assert served.cli("principal", "key", "user/kim", *key, as_="user/ben")["state"] == "active"
+    assert served.cli("principal", "show", "user/kim")["key"] == "4" * 64
+    asked = served.cli("principal", "key", "user/eva", "--public-key", "6" * 64, as_="user/ben")
+    assert asked["state"] == "pending"
+    assert served.cli("requests", asked["id"], as_="user/eva")["details"]["key"] == "6" * 64
+    served.cli("deny", asked["id"], "--reason", "I have not lost it", as_="user/eva")
+    served.cli("principal", "suspend", "user/kim", as_="user/ben")
+    again = served.cli("principal", "suspend", "user/kim", as_="user/ben", check=2)["error"]
+    assert again["code"] == "principal.unchanged"
+    assert again["message"].startswith("user/kim is suspended already, since entry ")
 
 
 def test_a_copy_is_written_down_by_its_holder(served):

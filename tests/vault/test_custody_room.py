@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 
 import pytest
@@ -106,6 +105,66 @@ class TestGrants:
         assert team.olga.principal_add("user/kim", roles=["researcher"])["state"] == "active"
         assert team.olga.principal_change("user/ben", roles=[])["state"] == "active"
         assert team.olga.principal_change("user/eva", state="removed")["state"] == "removed"
+
+    def test_another_key_for_somebody(self, team):
+        """Ana has lost hers: the old one is worth nothing from then on, and neither is what it was given."""
+        lost, seed = team.be("user/ana"), b"n" * 32
+        new = Signer(seed)
+        team.lease()
+        lost.load(REF)
+        assert team.ben.principal_key("user/ana", new.public_key.hex())["state"] == "active"
+        with pytest.raises(AuthRequired):
+            lost.load(REF)
+        identities = team.olga._vault.identities
+        identities.file("user/ana").write_text(f"strongroom-identity-v1 user/ana\n{seed.hex()}\n")
+        assert team.ana.principal_show("user/ana")["key"] == new.public_key.hex()
+        with pytest.raises(Denied):  # with the new key, and without the lease
+            team.ana.load(REF)
+        assert team.ana.request("acme/tiny", reason="again")["state"] == "pending"
+        assert team.olga.log.verify()["ok"]
+
+    def test_another_key_for_an_approver_takes_two(self, team):
+        key = "ab" * 32
+        asked = team.olga.principal_key("user/ben", key)
+        assert asked["state"] == "pending"
+        # As `identity new` shows it, so that whoever agrees can ask ben for it.
+        assert team.eva.show_request(asked["id"])["details"]["key"] == key
+        with pytest.raises(Denied):
+            team.ben.approve(asked["id"])  # not by his own hand either
+        team.eva.approve(asked["id"])
+        assert team.olga.principal_show("user/ben")["key"] == key
+        assert team.olga.log.verify()["ok"]
+
+    def test_no_key_that_is_somebody_elses_or_none(self, team):
+        for key, code in (
+            (team.olga.principal_show("user/eva")["key"], "principal.key"),
+            ("AB" * 32, "principal.public_key"),
+            ("", "principal.public_key"),
+        ):
+            with pytest.raises(UsageError) as caught:
+                team.olga.principal_key("user/ana", key)
+            assert caught.value.code == code
+        team.olga.principal_change("user/ana", state="removed")
+        with pytest.raises(Conflict) as caught:
+            team.olga.principal_key("user/ana", "ab" * 32)
+        assert caught.value.code == "principal.removed"
+
+    def test_what_is_so_already_is_said(self, team):
+        entry = team.olga.principal_change("user/ana", state="suspended")["entry"]
+        key = team.olga.principal_show("user/ana")["key"]
+        for again in (
+            lambda: team.ben.principal_change("user/ana", state="suspended"),
+            lambda: team.ben.principal_change("user/ana", roles=["researcher"]),
+            lambda: team.ben.principal_key("user/ana", key),
+        ):
+            with pytest.raises(Conflict) as caught:
+                again()
+            assert caught.value.code == "principal.unchanged"
+            assert caught.value.message.startswith("user/ana is ")
+            assert caught.value.message.endswith(f"already, since entry {entry}")
+        assert caught.value.hint == "strongroom principal show user/ana"
+        kinds = {item["type"] for item in team.olga.log.tail(3)}
+        assert kinds == {"refused"}
 
     def test_denied_and_expired(self, team):
         made = team.olga.principal_add("user/kim", roles=["officer"])
@@ -671,7 +730,7 @@ class TestWhatIsShownAndSigned:
         made = team.olga.principal_add("user/kim", roles=["officer"])
         details = team.ben.show_request(made["id"])["details"]
         key = team.olga._vault.identities.signer("user/kim").public_key
-        assert details["key"] == hashlib.sha256(key).hexdigest()
+        assert details["key"] == key.hex()  # what its owner can read out
         assert (details["person"], details["state"]) == ("user/kim", "active")
 
 

@@ -18,15 +18,16 @@ def principal() -> None:
 
 @command(
     "add",
-    explain="""Registering is an entry of the log, signed by you. The principal's key is made among this machine's
-    identities, in the room's folder, unless --public-key names one that was made elsewhere. No weights and no lease
-    come with it.""",
+    explain="""Registering is an entry of the log, signed by you. The principal's key is made on its own machine
+    (`strongroom identity new`), and --public-key is its public half. In an embedded room it may be left out: then the
+    key is made in the room's folder, where whoever can read the folder has it. No weights and no lease come with
+    it.""",
 )
 @click.argument("path", metavar="PRINCIPAL")
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="May be given several times.")
 @click.option("--team", "teams", multiple=True, metavar="team/NAME", help="May be given several times.")
 @click.option("--person", metavar="PRINCIPAL", help="The same human's first principal, if this is a further one.")
-@click.option("--public-key", metavar="HEX", help="Its Ed25519 public key, if the private one is elsewhere.")
+@click.option("--public-key", metavar="HEX", help="Its public key, as identity new shows it.")
 @click.option("--oidc", metavar="ISSUER#SUBJECT", help="What an identity provider calls it; it gets no key here.")
 @click.option("--spiffe", metavar="SPIFFE-ID", help="What a trust domain calls it; it gets no key here.")
 @pass_options
@@ -46,6 +47,11 @@ def add(
             path, roles=roles, teams=teams, person=person, public_key=public_key, oidc=oidc, spiffe=spiffe
         )
     _told(options, done, f"{path} is registered" + (f": {', '.join(done['roles'])}" if roles else ""))
+    if "key_file" in done:
+        options.output.warn(
+            f"the private key of {path} lies in {done['key_file']}: whoever can read it can act as {path}. Its owner "
+            "has to take it away from there, to their own machine"
+        )
     if not roles:
         options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
 
@@ -121,6 +127,22 @@ def bind(options: Options, path: str, oidc: str | None, spiffe: str | None) -> N
     _told(options, done, f"{path} is bound to {oidc or spiffe or 'nothing'}")
 
 
+@command(
+    "key",
+    explain="""For a key that is lost, or that somebody else may have. The old one is refused for every entry of the log
+    after this one; leases, logins and passkeys of the principal end. For an operator, officer or executive it takes a
+    second person once there are three who may grant.""",
+)
+@click.argument("path", metavar="PRINCIPAL")
+@click.option("--public-key", metavar="HEX", required=True, help="The new key, as identity new shows it.")
+@pass_options
+def key(options: Options, path: str, public_key: str) -> None:
+    """Give a principal another key."""
+    with options.open() as room:
+        done = room.principal_key(path, public_key)
+    _told(options, done, f"{path} has the key {public_key}")
+
+
 @command("role", explain="The roles replace those that it had. Nobody gives roles to themselves, under any name.")
 @click.argument("path", metavar="PRINCIPAL")
 @click.argument("roles", nargs=-1, type=click.Choice(ROLES))
@@ -150,6 +172,7 @@ for each in (
     ls,
     show,
     bind,
+    key,
     role,
     _state(
         "suspend",

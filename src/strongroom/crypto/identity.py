@@ -33,7 +33,7 @@ class Identities:
 
     def create(self, principal: str) -> Signer:
         """A new key for `principal`; Conflict ``identity.exists``."""
-        path = self._path(principal)
+        path = self.file(principal)
         seed = os.urandom(SEED_BYTES)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -45,7 +45,8 @@ class Identities:
             raise Conflict(
                 "identity.exists",
                 f"this machine has a key of {principal} already: {path}",
-                hint="move that file away for a new key, or give the key that it has: --public-key",
+                hint=f"strongroom identity ls, or principal show, has its public half; for a new key move {path} away, "
+                "and then run this again",
             ) from None
         except OSError as error:
             raise BackendError("identity.write", f"can't write {path}: {error.strerror}") from None
@@ -53,16 +54,16 @@ class Identities:
 
     def ensure(self, principal: str) -> Signer:
         """The key of `principal`, made if there is none. Errors as `create` and `signer`."""
-        return self.signer(principal) if self._path(principal).exists() else self.create(principal)
+        return self.signer(principal) if self.file(principal).exists() else self.create(principal)
 
     def remove(self, principal: str) -> None:
         """Take back a key that was made and is not wanted after all."""
-        self._path(principal).unlink(missing_ok=True)
+        self.file(principal).unlink(missing_ok=True)
 
     def signer(self, principal: str) -> Signer:
         """The key of `principal`. AuthRequired ``identity.missing``; Tampered ``identity.malformed``; UsageError
         ``identity.exposed`` for a file that others may read."""
-        path = self._path(principal)
+        path = self.file(principal)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -83,5 +84,6 @@ class Identities:
             raise Tampered("identity.malformed", f"{path} is not a key of {principal}")
         return Signer(bytes.fromhex(match[2]))
 
-    def _path(self, principal: str) -> Path:
+    def file(self, principal: str) -> Path:
+        """Where the key of `principal` lies, if there is one."""
         return self.folder / f"{parse_principal(principal)}{_SUFFIX}"

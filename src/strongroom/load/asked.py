@@ -85,7 +85,7 @@ def _details(said: Statement) -> dict[str, str]:
     match said.kind:
         case "principal":
             told = {
-                "key": hashlib.sha256(bytes.fromhex(body["key"])).hexdigest() if body["key"] else body["key"],
+                "key": body["key"],  # as `identity new` shows it, so that it can be compared
                 "person": body["person"],
                 "roles": body["roles"] if body["roles"] is None else ", ".join(body["roles"]),
                 "teams": body["teams"] if body["teams"] is None else ", ".join(body["teams"]),

@@ -11,16 +11,17 @@ from strongroom.errors import BackendError, Conflict, StrongroomError, UsageErro
 from strongroom.formats.authority import subject_of
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyRoom
+    from strongroom.load.room import AnyPrincipal, AnyRoom
 
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Registry:
-    """The principals of `room`; `say` signs a statement of whoever changes them."""
+    """The principals of `room`; `say` signs a statement of whoever changes them. `makes_keys`: of an embedded room,
+    whose folder has the keys of all its principals."""
 
-    def __init__(self, room: AnyRoom, say: Callable[[str, dict[str, Any]], str]) -> None:
-        self._room, self._say = room, say
+    def __init__(self, room: AnyRoom, say: Callable[[str, dict[str, Any]], str], *, makes_keys: bool) -> None:
+        self._room, self._say, self._makes_keys = room, say, makes_keys
 
     def add(
         self,
@@ -34,27 +35,34 @@ class Registry:
     ) -> dict[str, Any]:
         """See `strongroom.client.Room.principal_add`."""
         parse_principal(path)
-        if public_key is not None and not _KEY.fullmatch(public_key):
-            raise UsageError(
-                "principal.public_key",
-                f"{public_key!r:.80} is not a public key: 64 hexadecimal digits, in lower case",
-                hint="strongroom identity new PRINCIPAL, on the machine of whoever it is for, shows it",
-            )
+        if public_key is not None:
+            _check(public_key, path)
         known = {item["path"]: item["state"] for item in self._room.principal_ls()}
         if known.get(path, "removed") != "removed":
             raise Conflict(
-                "principal.exists", f"{path} is already registered", hint=f"strongroom principal role {path} ROLE…"
+                "principal.exists",
+                f"{path} is already registered",
+                hint=f"strongroom principal role {path} ROLE, or for another key: "
+                f"strongroom principal key {path} --public-key KEY",
             )
         identities = self._room.identities
         before = self._room.custodian.known(path).entry if path in known else None
         bound = subject_of(oidc, spiffe)
         wanted = public_key is None and not bound
+        # Whoever registers somebody would have that person's key, and could agree to what they ask for themselves.
+        if wanted and not self._makes_keys:
+            raise UsageError(
+                "principal.no_key",
+                f"{path} needs a key that is made on its own machine, and not on yours",
+                hint=f"there: strongroom identity new {path}; then here: "
+                f"strongroom principal add {path} --public-key KEY, with the key that it shows",
+            )
         # A key that an interrupted call left, for somebody whom the log has never heard of, is as good as a new one.
         made = wanted and (path in known or path not in identities.ls())
         signer = identities.create(path) if made else identities.signer(path) if wanted else None
         key = signer.public_key.hex() if signer else public_key or ""
         try:
-            return self._change(
+            done = self._change(
                 path,
                 before,
                 key=key,
@@ -64,6 +72,7 @@ class Registry:
                 state="active",
                 subject=bound,
             )
+            return {**done, "key_file": str(identities.file(path))} if signer else done
         except StrongroomError as error:
             # Not one that was there before; and an answer that was lost may have been a yes.
             if made and not isinstance(error, BackendError):
@@ -72,19 +81,27 @@ class Registry:
 
     def change(self, path: str, roles: Sequence[str] | None, state: str | None) -> dict[str, Any]:
         """Other roles, or another state."""
-        old = self._room.custodian.known(path)
-        if old.state == "removed" and state != "removed":
-            raise Conflict(
-                "principal.removed", f"{path} was removed, for good", hint=f"strongroom principal add {path}"
-            )
+        old = self._room.custodian.known(path) if state == "removed" else self._there(path)
         # Only what is changed is said: of the rest this client knows what a server says.
         return self._change(path, old.entry, roles=roles, state=state)
+
+    def key(self, path: str, public_key: str) -> dict[str, Any]:
+        """Another key, in place of the one that is lost, or that somebody else may have."""
+        _check(public_key, path)
+        return self._change(path, self._there(path).entry, key=public_key)
 
     def bind(self, path: str, oidc: str | None, spiffe: str | None) -> dict[str, Any]:
         """Another name that an authority gives it, or none."""
         old = self._room.custodian.known(path)
         bound = subject_of(oidc, spiffe)
         return self._change(path, old.entry, subject=bound)
+
+    def _there(self, path: str) -> AnyPrincipal:
+        found = self._room.custodian.known(path)
+        if found.state == "removed":
+            hint = f"strongroom principal add {path} --public-key KEY, which brings the name back"
+            raise Conflict("principal.removed", f"{path} was removed, for good", hint=hint)
+        return found
 
     def _change(
         self,
@@ -111,3 +128,12 @@ class Registry:
         if subject != "":
             body["subject"] = subject
         return self._room.custodian.change_principal(self._say("principal", body))
+
+
+def _check(public_key: str, path: str) -> None:
+    if not _KEY.fullmatch(public_key):
+        raise UsageError(
+            "principal.public_key",
+            f"{public_key!r:.80} is not a public key: 64 hexadecimal digits, in lower case",
+            hint=f"on the machine of whoever it is for: strongroom identity new {path} shows it",
+        )

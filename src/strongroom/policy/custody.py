@@ -373,6 +373,14 @@ class Custody:
                 hint=f"strongroom principal show {before.path}; then give the command again",
             )
         body = resolved(before, statement.body)
+        if before is not None and body == resolved(before, {**_AS_BEFORE, "principal": before.path}):
+            what = before.state if statement.body["state"] is not None else "what it is to be"
+            raise Conflict(
+                "principal.unchanged",
+                f"{before.path} is {what} already, since entry {before.entry}",
+                hint=f"strongroom principal show {before.path}",
+                entry=before.entry,
+            )
         for path in (body["principal"], body["person"], *body["teams"]):
             parse_principal(path)
         registration.check(state, body)
@@ -564,3 +572,4 @@ def _without_lease(action: str, ref: str) -> str:
 
 
 _PRINCIPALS = "strongroom principal ls"
+_AS_BEFORE = dict.fromkeys(("key", "person", "roles", "teams", "state", "subject"))

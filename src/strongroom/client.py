@@ -287,11 +287,11 @@ class Room:
         return RoomLog(self._vault, self._act, self._here)
 
     def set_ceiling(self, ref: str, **changes: int) -> dict[str, Any]:
-        """Change `holders`, `copies` or `copiers` of a version, or of every version of a name."""
+        """Change `holders`, `copies` or `copiers` of a version, or of every version of a name; none: only say them."""
         if not all(0 <= value <= MAX_INTEGER for value in changes.values()):
             raise UsageError("ceiling.negative", f"a ceiling is a number from 0 to {MAX_INTEGER}")
         body = {"ref": str(Ref.parse(ref)), **self._vault.custodian.ceilings(ref), **changes}
-        return {**body, "entry": self._act("ceiling", body)["entry"]}
+        return {**body, "entry": self._act("ceiling", body)["entry"]} if changes else body
 
     def thaw(self, ref: str, *, reason: str) -> dict[str, Any]:
         """Let a version that was revoked be asked for again."""

@@ -189,7 +189,7 @@ def test_who_one_is_has_to_be_said_and_shown(team):
     [
         (("renew", "0000"), 2, "renew.malformed"),
         (("principal", "add", "user/x", "--public-key", "zz"), 2, "principal.public_key"),
-        (("ceiling", "acme/tiny"), 2, "ceiling.nothing"),
+        (("ceiling", "acme/none"), 8, "version.missing"),
         (("log", "verify", "--key", "garbage"), 2, "log.vkey"),
         (("log", "verify", ".", "--key", "garbage"), 2, "log.vkey"),
         (("trust", "nowhere.json"), 2, "card.unreadable"),
@@ -221,3 +221,101 @@ def test_a_load_that_is_refused_names_the_request_that_waits_and_the_lease_that_
     ended = run(team, "user/ana")
     assert ended.code == 3
     assert f"the lease {asked['id']} has ended: revoked in entry" in ended.err
+
+
+def test_a_frozen_version_is_shown_as_frozen(team):
+    def states():
+        listed = team.run("ls", "--json").json["versions"][0]["state"]
+        return listed, team.run("show", REF, "--json").json["state"]
+
+    assert states() == ("active", "active")
+    ended = team.run("revoke", REF, "--reason", "it leaked", "--as", "user/ben")
+    assert f"on the room's host, strongroom rotate {REF} ends that" in ended.err
+    assert states() == ("frozen", "frozen")
+    assert "frozen" in team.run("ls").out
+    again = team.run("revoke", REF, "--reason", "it leaked", "--as", "user/ben", "--json").error
+    assert (again["code"], again["hint"]) == ("revoke.over", f"strongroom --as user/ben show {REF}")
+    assert team.run("status", "--json").json["versions"] == 1
+    assert team.run("thaw", REF, "--reason", "it did not", "--as", "user/olga").code == 0
+    assert states() == ("active", "active")
+
+
+def test_a_ceiling_can_be_read(team):
+    assert team.run("ceiling", REF, "--as", "user/ana").out == f"{REF}: 100 holders, 5 copies, 3 people with copies\n"
+    size = len(team.run("log", "export", "--as", "user/ada").out.splitlines())
+    team.run("ceiling", REF, "--holders", "1", "--copiers", "1", "--as", "user/ben")
+    expected = "1 holder, 5 copies, 1 person with copies"
+    assert team.run("ceiling", REF, "--as", "user/ana").out == f"{REF}: {expected}\n"
+    assert expected in team.run("show", REF).out
+    # To read it is no entry, to set it is one.
+    assert len(team.run("log", "export", "--as", "user/ada").out.splitlines()) == size + 1
+    team.run("ceiling", REF, "--holders", "100", "--copiers", "3", "--as", "user/ben")
+
+
+def test_what_is_over_says_what_to_do_now(team):
+    identifier = ask(team, "--duration", "90m")
+    error = team.run("revoke", identifier, "--reason", "x", "--as", "user/ada", "--json").error
+    assert error["message"].startswith("user/ada may not revoke ")
+    team.run("approve", identifier, "--as", "user/ben")
+    twice = team.run("approve", identifier, "--as", "user/ben", "--json").error
+    assert twice["hint"] == f"somebody else runs: strongroom approve {identifier}"
+    longer = team.run("approve", identifier, "--duration", "2h", "--as", "user/eva", "--json").error
+    assert "is for 90m, which may be shortened, and not made 2h" in longer["message"]
+    team.run("approve", identifier, "--as", "user/eva")
+    over = team.run("deny", identifier, "--reason", "x", "--as", "user/ben", "--json").error
+    assert over["code"] == "request.over"
+    assert f"revoke {identifier} --reason TEXT" in over["hint"]
+    error = team.run("renew", identifier, "--as", "user/ada", "--json").error
+    assert error["message"].startswith("user/ada may not renew ")
+    ended = team.run("revoke", identifier, "--reason", "done", "--as", "user/ben")
+    assert f"strongroom rotate {REF} ends that" in ended.err
+    shown = team.run("requests", identifier, "--as", "user/ana").out
+    assert "state        revoked in entry " in shown
+    again = team.run("revoke", identifier, "--reason", "done", "--as", "user/ben", "--json").error
+    assert again["hint"] == f"strongroom --as user/ben requests {identifier}"
+
+
+def test_a_second_person_is_spoken_of_as_somebody_else(team, tmp_path):
+    file = tmp_path / "other.cedar"
+    file.write_text(team.run("policy", "show").out + "\n// other\n")
+    proposed = team.run("policy", "propose", str(file), "--reason", "x", "--as", "user/ben", "--json").json["id"]
+    early = team.run("policy", "enact", proposed, "--as", "user/ben", "--json").error
+    assert early["hint"] == f"somebody else runs: strongroom approve {proposed}"
+    team.run("approve", proposed, "--as", "user/olga")
+    early = team.run("policy", "enact", proposed, "--as", "user/ben", "--json").error
+    assert early["message"].endswith("in 24h")
+    assert early["hint"].startswith(f"then: strongroom policy enact {proposed}")
+
+
+def test_a_copy_for_somebody_else_names_both(team):
+    error = team.run("copy", REF, "--to", "user/eva", "--out", "hers", "--as", "user/ana", "--json").error
+    assert (
+        error["hint"]
+        == f"user/eva runs: strongroom copy {REF} --to user/eva --out hers; for one of your own: --to user/ana"
+    )
+
+
+def test_what_was_redacted_is_said_to_be(team):
+    asked = ask(team)
+    index = team.run("deny", asked, "--reason", "no", "--as", "user/ben", "--json").json["entry"]
+    assert "redacted" not in team.run("log", "show", str(index), "--as", "user/ada").out
+    done = team.run("log", "redact", str(index), "--as", "user/ben", "--json").json["entry"]
+    shown = team.run("log", "show", str(index), "--as", "user/ada")
+    assert f"  reason      redacted (entry {done})" in shown.out
+    assert team.run("log", "show", str(index), "--as", "user/ada", "--json").json["redacted"] == done
+
+
+def test_what_nothing_serves_yet_is_said_to_be_the_policys_word(team):
+    assert "infer" not in team.run("who", REF).err
+    team.run("principal", "add", "user/pat", "--role", "partner", "--as", "user/olga")
+    ended = team.run("who", REF)
+    assert "user/pat" in ended.out
+    assert "no command of this release does it yet" in ended.err
+
+
+def test_review_names_everybody_who_may_and_explains_its_exit_codes(team):
+    error = team.run("review", "--as", "user/ana", "--json").error
+    assert "takes the role auditor or officer" in error["message"]
+    assert error["hint"] == "an officer or executive runs: strongroom principal role user/ana researcher auditor"
+    text = " ".join(team.run("review", "--help").out.split())
+    assert "11 for one that is for your information, 12 for low, 13 for medium, 14 for high severity" in text

@@ -112,7 +112,11 @@ def test_looking_after_the_room_from_another_machine(served):
     found = served.cli("ceiling", REF, "--copies", "9", as_="user/ben")
     assert found["copies"] == 9
     assert served.cli("ceiling", REF, "--holders", "50", as_="user/ben")["copies"] == 9
-    served.cli("revoke", REF, "--reason", "it leaked", as_="user/ben")
+    assert served.cli("ceiling", REF) == {"ref": REF, "holders": 50, "copies": 9, "copiers": 3}
+    assert served.cli("show", REF)["ceiling"] == {"holders": 50, "copies": 9, "copiers": 3}
+    assert served.cli("revoke", REF, "--reason", "it leaked", as_="user/ben")["ref"] == REF
+    assert served.cli("ls")["versions"][0]["state"] == "frozen"
+    assert served.cli("show", "acme/tiny")["state"] == "frozen"
     assert served.cli("thaw", REF, "--reason", "it did not", check=3)["error"]["code"] == "denied.default"
     served.cli("thaw", REF, "--reason", "it did not", as_="user/ben")
     asked = served.cli("request", REF, "--reason", "evaluation 8")

@@ -11,7 +11,7 @@ import click
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, facts, size, table
 from strongroom.core.canonical import MAX_INTEGER
-from strongroom.core.clock import text
+from strongroom.core.clock import duration, text
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -28,14 +28,6 @@ class Duration(click.ParamType[int]):
         if match is None:
             self.fail(f"{value!r} is not a duration such as 30m, 8h or 2d", param, ctx)
         return int(match[1]) * _UNITS[match[2]]
-
-
-def duration(seconds: int) -> str:
-    """8h, or 90m: the largest unit that says it exactly."""
-    for unit, count in reversed(_UNITS.items()):
-        if seconds and seconds % count == 0:
-            return f"{seconds // count}{unit}"
-    return f"{seconds}s"
 
 
 @command(
@@ -97,9 +89,10 @@ def requests(options: Options, identifier: str | None, everything: bool) -> None
 
 def _one(options: Options, found: dict[str, Any]) -> None:
     lease = found["lease"] or {}
+    ended = lease.get("ended", "")  # "revoked in entry 12"
     lines = [
         ("request", found["id"]),
-        ("state", " ".join(filter(None, (found["state"], lease.get("ended"))))),
+        ("state", ended if ended.startswith(found["state"]) else ": ".join(filter(None, (found["state"], ended)))),
         ("asked by", found["by"]),
         ("for", found["for"]),
         ("action", f"{found['action']} {found['ref']}".strip()),
@@ -162,8 +155,8 @@ def deny(options: Options, identifier: str, reason: str, passkey: bool) -> None:
 @command(
     "revoke",
     explain="""In force for every entry of the log after this one: a release that is recorded later is refused, whatever
-    clocks say. Keys that were released before stay where they are; `strongroom rotate` makes them useless for the
-    store.""",
+    clocks say. Keys that were released before stay where they are; `strongroom rotate`, on the room's own host, makes
+    them useless for the store.""",
 )
 @click.argument("target", metavar="LEASE|PRINCIPAL|REF")
 @click.option("--reason", required=True, metavar="TEXT")
@@ -173,7 +166,14 @@ def revoke(options: Options, target: str, reason: str) -> None:
     with options.open() as room:
         found = room.revoke(target, reason=reason)
     options.output.answer(found, [f"{target} is revoked, in entry {found['entry']}"])
-    options.output.note("  → keys that were released before still open the store: strongroom rotate REF ends that")
+    ref = found["ref"] if "@" in found["ref"] else ""
+    if ref:
+        rotated = f"strongroom rotate {ref} ends that"
+    else:
+        rotated = "strongroom rotate ends that, given each version that it has held"
+    options.output.note(
+        f"  → keys that were released before still open the store: on the room's host, {rotated} (an officer runs it)"
+    )
 
 
 @command(

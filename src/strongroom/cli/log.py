@@ -42,10 +42,17 @@ def show(options: Options, entry: int) -> None:
             *body,
             ("signed", "yes, by a statement of its own" if found["body"].get("statement") else "by the custodian"),
             *((f"  {name}", value) for name, value in found["private"].items()),
+            *((f"  {name}", _why_missing(found)) for name in found["missing"]),
             ("leaf hash", found["leaf"]),
         ]
     )
     options.output.answer(found, lines)
+
+
+def _why_missing(found: dict[str, Any]) -> str:
+    if found["redacted"] is not None:
+        return f"redacted (entry {found['redacted']})"
+    return "not here: it is kept on the room's host only"
 
 
 @command("tail", explain="The newest entries. They are checked against the signed root before one is shown.")

@@ -170,9 +170,9 @@ def number(value: int) -> str:
     return f"{value:,}"
 
 
-def counted(value: int, noun: str) -> str:
-    """1 file, 2 files."""
-    return f"{value:,} {noun}" if value == 1 else f"{value:,} {noun}s"
+def counted(value: int, noun: str, many: str = "") -> str:
+    """1 file, 2 files; 1 copy, 2 copies."""
+    return f"{value:,} {noun if value == 1 else many or f'{noun}s'}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> list[str]:

@@ -14,6 +14,10 @@ needed is found by asking it again with more approvals, a lease, or in an emerge
 rule."""
 
 
+# What policies speak of, and nothing serves yet.
+_NOT_YET = {"infer", "adapt", "trace"}
+
+
 @command("who", explain=_EXPLAIN)
 @click.argument("ref")
 @click.option("--all", "everything", is_flag=True, help="Those who never can, too.")
@@ -41,3 +45,7 @@ def _answer(options: Options, found: list[dict[str, Any]], first: str, everythin
     rows = [(item[first], item["action"], item["answer"], " → ".join(item["path"])) for item in shown]
     header = (first.upper(), "ACTION", "WHEN", "BECAUSE")
     options.output.answer({"access": shown}, table(header, rows) if rows else ["nobody, nothing"])
+    if waits := sorted({item["action"] for item in shown} & _NOT_YET):
+        options.output.note(
+            f"  → {' and '.join(waits)}: that is what the policy says; no command of this release does it yet"
+        )

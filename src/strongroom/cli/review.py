@@ -8,8 +8,8 @@ import click
 from strongroom.cli.custody import Duration, shown, with_passkey
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, table
+from strongroom.cli.weights import ceilings
 from strongroom.core.clock import text
-from strongroom.errors import UsageError
 
 _CODES = {"": 0, "info": 11, "low": 12, "medium": 13, "high": 14}
 
@@ -25,7 +25,9 @@ _CODES = {"": 0, "info": 11, "low": 12, "medium": 13, "high": 14}
 def review(options: Options, apply: bool) -> int:
     """Who has what, who used it when, what was never used, and what to look at.
 
-    Ends with 11 to 14 by the worst finding (info, low, medium, high), with 0 if there is none.
+    Exit code, for scripts: 0 when there is nothing to look at, else that of the worst finding, 11 for one that is for
+    your information, 12 for low, 13 for medium, 14 for high severity. The review itself has not failed then, and what
+    --apply takes away is taken away.
     """
     with options.open() as room:
         found = room.review(apply=apply)
@@ -36,7 +38,7 @@ def review(options: Options, apply: bool) -> int:
             item["action"],
             item["ref"],
             text(item["expires_at"]),
-            f"{item['used']} times, last {text(item['last_used'])}" if item["used"] else "never",
+            f"{counted(item['used'], 'time')}, last {text(item['last_used'])}" if item["used"] else "never",
             ", ".join(item["approved_by"]),
         )
         for item in found["holdings"]
@@ -90,17 +92,12 @@ def thaw(options: Options, ref: str, reason: str) -> None:
 @click.option("--copiers", type=click.IntRange(min=0), help="How many may have such copies.")
 @pass_options
 def ceiling(options: Options, ref: str, holders: int | None, copies: int | None, copiers: int | None) -> None:
-    """How many may hold a version, copy it, and have copies of it."""
+    """How many may hold a version, copy it, and have copies of it. Without an option: as it is."""
     given = {"holders": holders, "copies": copies, "copiers": copiers}
     changes = {name: value for name, value in given.items() if value is not None}
-    if not changes:
-        raise UsageError(
-            "ceiling.nothing", "say which ceiling, and how high", hint=f"strongroom ceiling {ref} --holders 20"
-        )
     with options.open() as room:
         found = room.set_ceiling(ref, **changes)
-    line = f"{ref}: {found['holders']} holders, {found['copies']} copies, {found['copiers']} people with copies"
-    options.output.answer(found, [line])
+    options.output.answer(found, [f"{ref}: {ceilings(found)}"])
 
 
 @command(

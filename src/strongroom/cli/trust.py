@@ -55,7 +55,10 @@ def trust(options: Options, card: Path, named: tuple[tuple[str, str], ...], quor
     told = [f"{pinned.quorum} of {', '.join(each.name for each, _ in pinned.named)}"] if pinned else []
     lines = facts([*answer.items(), *(("witnesses", each) for each in told)])
     options.output.answer({**answer, "witnesses": pinned.as_json() if pinned else None}, lines)
-    options.output.note(f"  → strongroom --room {found.url} ls")
+    if _identities().ls():
+        options.output.note(f"  → strongroom --room {found.url} ls")
+    else:
+        options.output.note("  → a key to act with: strongroom identity new user/NAME")
 
 
 @click.group("identity", cls=Group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import click
@@ -89,7 +90,11 @@ def _put_lines(result: PutResult, took: float) -> list[str]:
     return lines
 
 
-@command("ls", explain="Read from the room's database; no key is needed.")
+@command(
+    "ls",
+    explain="""Read from the room's database, and whether a version is frozen from the log; no key is needed. What is
+    frozen was revoked: nobody is given its keys before it is thawed.""",
+)
 @click.argument("name", required=False)
 @pass_options
 def ls(options: Options, name: str | None) -> None:
@@ -117,23 +122,32 @@ def show(options: Options, ref: str) -> None:
     """Everything about one version."""
     with options.open() as room:
         found = room.show(ref)
+    by = f" by {found['created_by']}" if found["created_by"] else ""  # guests are not told
     marked = f"{size(found['marked_bytes'])} of {size(found['markable_bytes'])} that can carry a mark"
     lines = facts(
         [
             ("ref", found["ref"]),
+            ("state", found["state"]),
             ("digest", found["digest"]),
             (
                 "size",
                 f"{size(found['bytes'])}, {size(found['stored_bytes'])} in {counted(found['packs'], 'pack')}",
             ),
-            ("put", f"{found['created_at']} by {found['created_by']}, revision {found['revision']}"),
+            ("put", f"{found['created_at']}{by}, revision {found['revision']}"),
             ("segments", f"{number(found['segments'])} of at most {size(found['common_segment'])}"),
             ("marked", f"{number(found['positions'])} positions of {size(found['marked_segment'])}: {marked}"),
             ("suite", f"{found['suite']}, signed by {found['signed_by']}"),
+            *([("at most", ceilings(found["ceiling"]))] if "ceiling" in found else []),
         ]
     )
     rows = [(item["path"], item["kind"], size(item["bytes"]), item["sha256"]) for item in found["files"]]
     options.output.answer(found, [*lines, "", *table(("FILE", "KIND", "SIZE", "SHA-256"), rows, right=(2,))])
+
+
+def ceilings(found: Mapping[str, int]) -> str:
+    """``100 holders, 5 copies, 3 people with copies``."""
+    people = counted(found["copiers"], "person", "people")
+    return f"{counted(found['holders'], 'holder')}, {counted(found['copies'], 'copy', 'copies')}, {people} with copies"
 
 
 @command(

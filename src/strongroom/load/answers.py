@@ -121,7 +121,7 @@ REQUEST = _LISTED | {
     "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
-REVOKED: dict[str, Kind] = {"target": TEXT, "state": TEXT, "entry": COUNT}
+REVOKED: dict[str, Kind] = {"target": TEXT, "ref": TEXT, "state": TEXT, "entry": COUNT}
 CHANGED: dict[str, Kind] = {"principal": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT}
 _PASSKEY: dict[str, Kind] = {"key": TEXT, "credential": TEXT}
 PRINCIPAL = _WHO | {

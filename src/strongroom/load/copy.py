@@ -28,7 +28,7 @@ def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
         raise UsageError(
             "copy.other",
             f"a copy carries its holder's marks, so {to} has to take it",
-            hint=f"strongroom copy {ref} --to {to} --out DIR --as {to}",
+            hint=f"{to} runs: strongroom copy {ref} --to {to} --out {folder}; for one of your own: --to {principal}",
         )
     if folder.exists():
         raise UsageError("copy.exists", f"{folder} is there already", hint="--out with a new folder")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from strongroom.load.room import AnyRoom
     from strongroom.vault.vault import Vault
 
+_PIECE = 1024  # entries that are read at a time
+
 
 class RoomLog:
     """The log of a room. `act` says and does something in it, as the room's client does; `here` is how the room itself
@@ -30,12 +32,28 @@ class RoomLog:
         return str(self._vault.log_key.verifier.encode())
 
     def show(self, index: int) -> dict[str, Any]:
-        """One entry; `private` has what is kept beside it, checked against its commitments."""
+        """One entry; `private` has what is kept beside it, checked against its commitments, `missing` the names of what
+        is kept there no more, or with the custodian only, and `redacted` the entry that deleted it, or null."""
         found = self._entries(index, index + 1)[0]
         from strongroom.formats.entry import Entry
 
         entry = Entry(**{name: found[name] for name in ("type", "at", "by", "ref", "body", "private")})
-        return {**found, "private": self._ledger.private(index, entry)}
+        private = self._ledger.private(index, entry)
+        missing = sorted(found["private"].keys() - private.keys())
+        redacted = self._redacted(index) if missing else None
+        return {**found, "private": private, "missing": missing, "redacted": redacted}
+
+    def _redacted(self, index: int) -> int | None:
+        """The entry in which what was kept beside the one at `index` was deleted."""
+        from strongroom.formats.entry import Entry
+
+        size = self._ledger.checkpoint()[0].size
+        for begin in range(index + 1, size, _PIECE):
+            for at, data in enumerate(self._ledger.proven(begin, min(begin + _PIECE, size)), begin):
+                entry = Entry.decode(data)
+                if entry.type == "redact" and entry.body["entry"] == index:
+                    return at
+        return None
 
     def tail(self, count: int = 20) -> list[dict[str, Any]]:
         """The newest entries, oldest first."""
@@ -73,7 +91,7 @@ class RoomLog:
         from strongroom.ledger.export import export
 
         size = self._ledger.checkpoint()[0].size
-        pieces = (self._ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
+        pieces = (self._ledger.proven(at, min(at + _PIECE, size)) for at in range(0, size, _PIECE))
         entries = enumerate(entry for piece in pieces for entry in piece)
         return export(entries, form, self._vault.log_key.origin)
 

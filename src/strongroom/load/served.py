@@ -139,7 +139,7 @@ class ServedRoom:
         wanted = Ref.parse(ref)
         if wanted.number is not None:
             return Named(wanted.name, wanted.number)
-        numbers = [info.number for info in self.ls(wanted.name) if info.state == "active"]
+        numbers = [info.number for info in self.ls(wanted.name) if info.state != "shredded"]
         if not numbers:
             raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
         return Named(wanted.name, max(numbers))

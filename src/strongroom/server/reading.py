@@ -90,7 +90,9 @@ class Reading:
         # Told like a version that is not there, and before it is looked up.
         if Ref.parse(ref).number is None or ref not in self._usable(guest):
             raise NotFound("weights.missing", f"the room has no weights {ref!r:.200}", hint="strongroom ls")
-        return {**self._vault.show(ref), "created_by": ""}
+        found = {**self._vault.show(ref), "created_by": ""}
+        del found["ceiling"]  # how many there may be is not a guest's business
+        return found
 
     def reach(self, request: Request, body: bytes) -> dict[str, Any]:
         guest, query = self._calls.guest(request, body), request.query_params

@@ -100,7 +100,7 @@ COMPONENTS: dict[str, Schema] = {
     "Requests": _object({"requests": _list(_object(_LISTED, optional=_SOMETIMES))}),
     "Lease": _object(_HELD),
     "Leases": _object({"leases": _list(_one("Lease"))}),
-    "Revoked": _object({"target": TEXT, "state": {"const": "revoked"}, "entry": COUNT}),
+    "Revoked": _object({**_all("target", "ref"), "state": {"const": "revoked"}, "entry": COUNT}),
     "Principal": _object(
         _WHO
         | {
@@ -152,6 +152,7 @@ COMPONENTS: dict[str, Schema] = {
             **_all("version", "suite", "signed_by"),
             **_counts("marked_bytes", "markable_bytes", "common_segment", "marked_segment", "packs"),
             "files": _list(_object({**_all("path", "kind"), "bytes": COUNT, "sha256": DIGEST})),
+            "ceiling": _one("Ceilings"),
         },
         "required": sorted([*_VERSION, "version", "suite", "signed_by", "files", "packs"]),
     },

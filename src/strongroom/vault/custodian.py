@@ -225,7 +225,8 @@ class Custodian:
             lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason]),
             reason,
         )
-        return {"target": statement.body["target"], "state": "revoked", "entry": receipt.index}
+        done = {"target": statement.body["target"], "ref": receipt.entry.ref, "state": "revoked"}
+        return {**done, "entry": receipt.index}
 
     def renew(self, envelope: str) -> dict[str, Any]:
         """Extend a lease."""
@@ -518,8 +519,11 @@ class Custodian:
         return {"type": done.entry.type, "ref": done.entry.ref, "at": done.entry.at, "body": body, "entry": done.index}
 
     def ceilings(self, ref: str) -> dict[str, int]:
-        """How many may hold a version, or every version of a name, copy it, and have copies of it."""
+        """How many may hold a version, or every version of a name, copy it, and have copies of it; NotFound
+        ``version.missing``."""
         with self.ledger.view() as state:
+            if not any(ref in (each, each.partition("@")[0]) for each in state.versions):
+                raise NotFound("version.missing", f"there are no weights {ref:.200} in this room", hint="strongroom ls")
             return dict(zip(("holders", "copies", "copiers"), ceilings(state, ref), strict=True))
 
     def check_clock(self) -> None:

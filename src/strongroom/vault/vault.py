@@ -65,7 +65,7 @@ from strongroom.vault.sent import Sent
 from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
-from strongroom.vault.versions import VersionInfo, check_row, measured
+from strongroom.vault.versions import VersionInfo, as_logged, check_row, measured
 
 
 def silent(done: int, total: int) -> None:
@@ -298,7 +298,8 @@ class Vault:
     # -- versions ------------------------------------------------------------------------------------------------
 
     def ls(self, name: str | None = None) -> list[VersionInfo]:
-        """All versions, or those of one name, oldest first. Needs no key. NotFound for a name that nothing has."""
+        """All versions, or those of one name, oldest first, in the state that the log says they are in (active, frozen,
+        shredded). Needs no key. NotFound for a name that nothing has."""
         query = select(versions).order_by(versions.c.name, versions.c.number)
         if name is not None:
             query = query.where(versions.c.name == Ref.parse(name).name)
@@ -306,7 +307,8 @@ class Vault:
             found = [VersionInfo.of(row) for row in tx.execute(query)]
         if name is not None and not found:
             raise NotFound("weights.missing", f"the room has no weights {name}", hint="strongroom ls")
-        return found
+        with self.custodian.ledger.view() as state:
+            return [as_logged(info, state) for info in found]
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise, Tampered if it does not hold together."""
@@ -364,8 +366,11 @@ class Vault:
         row = self.find(ref)
         image = self.image(self.record(row))
         layout, report = image.layout, image.index.report
+        with self.custodian.ledger.view() as state:
+            info = as_logged(VersionInfo.of(row), state)
         return {
-            **VersionInfo.of(row).as_json(),
+            **info.as_json(),
+            "ceiling": self.custodian.ceilings(info.ref),
             "version": row.version_id,
             "suite": image.manifest.suite.name,
             "signed_by": self.keys.signer.key_id,

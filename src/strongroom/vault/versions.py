@@ -4,7 +4,7 @@ the database can put anything there."""
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from sqlalchemy import Row
@@ -13,6 +13,7 @@ from strongroom.core.ids import Ref, parse_id
 from strongroom.errors import Tampered, UsageError
 from strongroom.formats.manifest import Manifest
 from strongroom.formats.pack import object_bytes
+from strongroom.policy.state import State
 
 _TEXTS = ("name", "state", "manifest_sha256", "created_at", "created_by")
 _NUMBERS = ("number", "revision", "bytes", "stored_bytes", "segments", "positions")
@@ -20,7 +21,7 @@ _NUMBERS = ("number", "revision", "bytes", "stored_bytes", "segments", "position
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """What the room knows of a version without opening it; sizes in bytes."""
+    """What the room knows of a version without opening it; sizes in bytes. `state`: active, frozen or shredded."""
 
     name: str
     number: int
@@ -69,6 +70,12 @@ class VersionInfo:
             created_by=row.created_by,
             shredded_at=row.shredded_at,
         )
+
+
+def as_logged(info: VersionInfo, state: State) -> VersionInfo:
+    """`info` as frozen, if that is what the log says of it: the database has no say in that."""
+    known = state.versions.get(info.ref)
+    return replace(info, state="frozen") if known and known.frozen and info.state == "active" else info
 
 
 def check_row(row: Row[Any]) -> Row[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -301,7 +302,7 @@ def test_what_was_redacted_is_said_to_be(team):
     assert "redacted" not in team.run("log", "show", str(index), "--as", "user/ada").out
     done = team.run("log", "redact", str(index), "--as", "user/ben", "--json").json["entry"]
     shown = team.run("log", "show", str(index), "--as", "user/ada")
-    assert f"  reason      redacted (entry {done})" in shown.out
+    assert re.search(rf"^ +reason +redacted \(entry {done}\)$", shown.out, re.MULTILINE)
     assert team.run("log", "show", str(index), "--as", "user/ada", "--json").json["redacted"] == done
 
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from cli.desk import Desk, desk_in, write_model
+from cli.desk import Desk, desk_in, environment, write_model
+from strongroom.crypto.authority import Authority
+from strongroom.formats.card import Card
 
 REF = "acme/tiny@1"
 READ = "import strongroom; f = strongroom.safe_open('acme/tiny@1', 'np'); print(len(f.keys()))"
@@ -67,7 +69,10 @@ def test_an_id_that_is_not_there(team):
 
 
 def test_break_glass(team):
-    assert run(team, "user/ben", "--break-glass", "fire").out.strip() == "7"
+    broken = run(team, "user/ben", "--break-glass", "fire")
+    assert broken.out.strip() == "7"
+    assert "this was an emergency" in broken.err  # before the command begins, and not for --quiet
+    assert "emergency" not in run(team, "user/ben", "--break-glass", "fire", "--quiet").err
     assert run(team, "user/ana", "--break-glass", "fire").code == 3
     ended = team.run("doctor", "--as", "user/ben")
     assert ended.code == 14
@@ -164,6 +169,10 @@ def test_log(team, tmp_path):
     ended = alone.run("log", "verify", str(team.room / "log"), "--key", key, "--json")
     assert ended.code == 6
     assert ended.error["evidence"]["entry"] > 0
+    bundle.unlink()
+    ended = alone.run("log", "verify", str(team.room / "log"), "--key", key, "--json")
+    assert (ended.code, ended.error["code"]) == (6, "log.truncated")
+    assert ended.error["hint"].startswith("copy the room's folder log once more")
     bundle.write_bytes(data)
     shown = team.run("log", "show", "1", "--as", "user/ada")
     assert "user/olga" in shown.out
@@ -208,6 +217,21 @@ def test_a_file_that_is_no_card(team):
     ended = team.run("trust", str(team.folder / "card.json"), "--json")
     assert ended.code == 2
     assert "is not the card of a room" in ended.error["message"]
+    assert ended.error["hint"].startswith("strongroom trust card.json")
+
+
+def test_who_trusts_a_card_and_has_no_key_is_told_how_to_make_one(team, tmp_path):
+    pem = Authority(tmp_path / "tls", "room").pem
+    card = Card("https://custodian.example:8470", b"r" * 16, b"l" * 32, b"s" * 32, pem)
+    (tmp_path / "card.json").write_bytes(card.encode())
+    env = environment(STRONGROOM_STATE=str(tmp_path / "state"), STRONGROOM_IDENTITIES=str(tmp_path / "identities"))
+    assert "strongroom identity new user/NAME" in team.run("trust", str(tmp_path / "card.json"), env=env).err
+    made = team.run("identity", "new", "user/kay", "--json", env=env).json["public_key"]
+    assert "--room https://custodian.example:8470 ls" in team.run("trust", str(tmp_path / "card.json"), env=env).err
+    again = team.run("identity", "new", "user/kay", "--json", env=env)
+    assert (again.code, again.error["code"]) == (2, "identity.exists")
+    assert "strongroom identity ls" in again.error["hint"]
+    assert made in team.run("identity", "ls", env=env).out
 
 
 def test_a_load_that_is_refused_names_the_request_that_waits_and_the_lease_that_ended(team):

@@ -1028,7 +1028,7 @@ class TestRenewing:
         book.person("user/ana-boss", "executive", person="user/ana")
         lease = book.lease(duration=3600)
         book.now += 1800
-        refused("auth.refused", book.renew, "user/nobody", lease.id)
+        assert "`strongroom identity ls`" in refused("auth.refused", book.renew, "user/nobody", lease.id).hint
         for path in ("user/ana-boss", "user/ana"):
             refused("approve.own", book.renew, path, lease.id)
         for path in ("user/oto", "user/abe"):

@@ -125,7 +125,7 @@ def enact(options: Options, identifier: str, break_glass: str | None) -> None:
     options.output.answer(found, [f"the policy is now {found['policy']}, in entry {found['entry']}"])
     if break_glass is not None:
         options.output.warn("this was an emergency: status and doctor say so until somebody else has reviewed it")
-        options.output.note("  → somebody else: strongroom review --apply")
+        options.output.note("  → somebody else runs: strongroom review --apply")
 
 
 def _read(file: Path) -> str:

@@ -56,7 +56,8 @@ def recover(options: Options, uri: str, files: tuple[str, ...]) -> None:
     with options.open() as room:
         shares = _shares(files)
         done = room.recover(shares, uri)
-    text = f"the room is open again, under a new key in {done['keystore']}; {done['resealed']} records sealed anew"
+    resealed = output.counted(int(done["resealed"]), "record")
+    text = f"the room is open again, under a new key in {done['keystore']}; {resealed} sealed anew"
     options.output.answer(done, [text])
     options.output.note("  → strongroom doctor")
 

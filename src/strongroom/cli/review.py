@@ -62,7 +62,8 @@ def review(options: Options, apply: bool) -> int:
         options.output.note(f"  → reviewed: the emergency in entry {', '.join(map(str, found['reviewed']))}")
     if apply and found["left"]:
         entries = ", ".join(map(str, found["left"]))
-        options.output.note(f"  → entry {entries} is an emergency of your own: somebody else has to review it")
+        own = f"entry {entries} is an emergency of your own: somebody else has to review it"
+        options.output.note(f"  → {own}, and runs: strongroom review --apply")
     if apply:
         options.output.note(f"  → {counted(len(found['removed']), 'right')} taken away, entry {found['entry']}")
     elif removable:

@@ -40,7 +40,7 @@ def status(options: Options) -> None:
         entries = ", ".join(map(str, found["emergencies"]))
         told = "the glass was broken, or recovery shares used, and nobody else has reviewed it"
         options.output.warn(f"{told}: entry {entries}")
-        options.output.note("  → strongroom review")
+        options.output.note("  → somebody else, who may administer the room, runs: strongroom review --apply")
     if found.get("interrupted_puts"):
         options.output.note("  → run the put again: it goes on where it was")
 

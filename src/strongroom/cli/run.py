@@ -78,6 +78,9 @@ def run(options: Options, refs: tuple[str, ...], break_glass: str | None, argume
         raise _no_command(arguments[0], "there is no such program, or it can't be run")
     with options.open() as room:
         grants = [Grant(*room.grant(str(Ref.parse(ref)), break_glass=break_glass)) for ref in refs]
+    if break_glass is not None:
+        emergency = "this was an emergency: status says so until somebody else has reviewed it, who runs:"
+        options.output.note(f"  → {emergency} strongroom review --apply")
     for number in inherited:
         _take_away(number)
     descriptor = hold(grants)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from strongroom.crypto.identity import Identities
 
 
+_CARD = "strongroom trust card.json, with the file card.json that strongroom serve has written into the room's folder"
+
+
 @command(
     "trust",
     explain="""From then on --room https://… is the room on this card: the server has to show a certificate of the
@@ -36,11 +39,9 @@ def trust(options: Options, card: Path, named: tuple[tuple[str, str], ...], quor
     try:
         found = Card.decode(card.read_bytes())
     except OSError as error:
-        raise UsageError(
-            "card.unreadable", f"can't read {card}: {error.strerror}", hint="strongroom serve writes it: card.json"
-        ) from None
+        raise UsageError("card.unreadable", f"can't read {card}: {error.strerror}", hint=_CARD) from None
     except Tampered as error:  # nothing is trusted yet that it could contradict
-        raise UsageError(error.code, f"{card} is not the card of a room: {error.message}", hint="card.json") from None
+        raise UsageError(error.code, f"{card} is not the card of a room: {error.message}", hint=_CARD) from None
     if quorum is not None and not named:
         raise UsageError("trust.quorum", "a quorum is of witnesses that are named", hint="--witness VKEY URL")
     try:

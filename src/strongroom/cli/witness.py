@@ -44,7 +44,9 @@ def witness(options: Options, name: str, logs: tuple[str, ...], folder: Path, li
         raise BackendError("witness.listen", f"can't listen on {listen}: {error}") from None
     answer = {"url": server.url, "key": cosigner.key.encode(), "logs": [key.name for key in keys]}
     options.output.answer(answer, facts([("url", answer["url"]), ("key", answer["key"]), ("logs", len(keys))]))
-    options.output.note("  → at the log: strongroom log cosign --url URL --witness KEY")
+    options.output.note(
+        f"  → on the log's own host: strongroom log cosign --url {answer['url']} --witness {answer['key']}"
+    )
     with server, contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

@@ -106,6 +106,9 @@ def tile_bytes(tile: Tile, log: Source) -> bytes:
     return b"".join(log.hashes(tile.level * 8, begin, begin + tile.width))
 
 
+_FOLDER = "strongroom log verify FOLDER, with the room's folder log or a whole copy of it"
+
+
 def read_from(folder: Path) -> Callable[[str], bytes]:
     """How a verifier reads a published or exported log in a folder: by name; NotFound ``log.missing_file``."""
 
@@ -114,7 +117,7 @@ def read_from(folder: Path) -> Callable[[str], bytes]:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            raise NotFound("log.missing_file", f"{path} is missing", hint="strongroom log verify FOLDER") from None
+            raise NotFound("log.missing_file", f"{path} is missing", hint=_FOLDER) from None
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise Tampered("log.not_a_file", f"{path} is not a plain file")

@@ -124,7 +124,11 @@ def _read(read: Callable[[str], bytes], tile: Tile) -> bytes:
     try:
         return read(tile.path)
     except NotFound:
-        raise Truncated("log.truncated", f"{tile.path} is missing from the log") from None
+        raise Truncated(
+            "log.truncated",
+            f"{tile.path} is missing from the log",
+            hint="copy the room's folder log once more, whole; if it is not there either, entries were lost",
+        ) from None
 
 
 class _Tiles:

@@ -164,4 +164,10 @@ def _post(url: str, body: bytes) -> tuple[int, bytes]:
         with error:
             return error.code, error.read(_MOST)
     except OSError as error:
-        raise BackendError("witness.unreachable", f"the witness at {url} does not answer: {error}") from None
+        why = getattr(error, "reason", None) or error
+        why = getattr(why, "strerror", None) or why
+        raise BackendError(
+            "witness.unreachable",
+            f"the witness at {url} does not answer: {why}",
+            hint="see that strongroom witness runs there, then try again",
+        ) from None

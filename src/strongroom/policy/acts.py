@@ -96,7 +96,7 @@ def redact(rules: Custody, state: State, statement: Statement, now: int) -> Entr
             "redact.open",
             f"entry {statement.body['entry']} is an emergency that nobody else has reviewed: its reason "
             "stays until then",
-            hint="somebody else: strongroom review --apply",
+            hint="somebody else runs: strongroom review --apply",
         )
     return _entry("redact", who, "", statement, now, {"entry": statement.body["entry"]})
 

@@ -449,7 +449,10 @@ class Custody:
             return entrance.second(self, state, who, grant, statement, now)
         target = state.principals.get(grant.record["principal"])
         if (target.entry if target else None) != grant.before:
-            raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint="grant it again")
+            hint = (
+                f"strongroom principal show {grant.record['principal']}; then change it again, if that is still wanted"
+            )
+            raise Conflict("grant.outdated", f"{grant.record['principal']} was changed since", hint=hint)
         if not self.allowed(state, Speaker(state.principals[grant.by], grant.method), "grant", now):
             raise Conflict("grant.lapsed", f"{grant.by} may not grant any more", hint="grant it again")
         registration.check(state, grant.record)
@@ -560,7 +563,7 @@ def usable(state: State, ref: str, action: str = "") -> Version:
         raise Denied(
             "version.frozen",
             f"{ref} was revoked: nobody is given its keys",
-            hint=f"who looks after the room: strongroom thaw {ref} --reason TEXT",
+            hint=f"an officer runs, if it is to be used again: strongroom thaw {ref} --reason TEXT",
         )
     return version
 

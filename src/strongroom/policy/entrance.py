@@ -128,7 +128,11 @@ def change(rules: Custody, state: State, statement: Statement, now: int, *, expi
 def second(rules: Custody, state: State, who: Speaker, grant: Grant, statement: Statement, now: int) -> Entry:
     """Somebody else who may grant agrees to an authority that is asked for."""
     if state.principals[grant.by].person == who.person:
-        raise Denied("approve.own", "nobody approves their own authority", hint="somebody else who may grant has to")
+        raise Denied(
+            "approve.own",
+            "nobody approves their own authority",
+            hint=f"somebody else who may grant runs: strongroom approve {grant.id}",
+        )
     rules.may(state, who, "grant", now=now)
     body = {"id": grant.id, "duration": 0, "uses": None, "roles": sorted(who.roles), "lease": None}
     return Entry("approve", now, who.path, "", {**body, "statement": statement.envelope})

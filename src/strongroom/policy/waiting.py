@@ -95,7 +95,8 @@ def narrowed(request: Request, duration: int, uses: int | None) -> tuple[int, in
         )
     counts = [count for count in (request.uses, uses) if count is not None]
     if 0 in counts:
-        raise UsageError("approve.nothing", "a lease is for at least one use", hint="strongroom deny, to refuse")
+        hint = f"to refuse: strongroom deny {request.id} --reason TEXT"
+        raise UsageError("approve.nothing", "a lease is for at least one use", hint=hint)
     return duration or request.duration, min(counts, default=None)
 
 

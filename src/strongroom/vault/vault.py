@@ -284,7 +284,7 @@ class Vault:
             raise AuthRequired(
                 "principal.unknown",
                 f"{path} (of --as or STRONGROOM_AS) {what} in this room; active are {', '.join(known)}",
-                hint=f"strongroom principal restore {path}, by somebody who may grant"
+                hint=f"an officer or executive runs: strongroom principal restore {path}"
                 if states.get(path) == "suspended"
                 else "--as, with one of these",
             )

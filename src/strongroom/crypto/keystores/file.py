@@ -229,7 +229,8 @@ def _not_opened(path: Path, error: OSError) -> Sealed:
         return Sealed(
             "keystore.missing",
             f"there is no key file at {path}",
-            hint="mount or restore it, or recover the room with its recovery shares",
+            hint="mount or restore it; or, with the room's recovery shares: "
+            "strongroom recovery recover --keystore file:keys/NEW.key SHARE...",
         )
     if error.errno == errno.ELOOP:
         return Sealed(

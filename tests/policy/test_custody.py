@@ -1798,3 +1798,33 @@ class TestDenying:
         late, _ = book.grant("user/ben", "user/newer", "officer")
         book.now += REQUEST_LIFE
         assert refused("request.over", book.deny, "user/eva", late).evidence["state"] == "expired"
+
+
+class TestVersionsAndGuests:
+    """Whoever has no business with weights does not find out which there are by asking for them."""
+
+    def same(self, call, known, unknown="acme/none@7"):
+        errors = []
+        for ref in (known, unknown):
+            with pytest.raises(StrongroomError) as caught:
+                call(ref)
+            errors.append(json.dumps(caught.value.as_json()).replace(ref, "REF"))
+        assert errors[0] == errors[1]
+        return caught.value
+
+    def test_without_a_role(self, book):
+        book.person("user/x")
+        for action in ("load", "copy"):
+            error = self.same(lambda ref, action=action: book.ask("user/x", ref=ref, action=action), REF)
+            assert "that takes the role" in error.message  # it is told what it lacks all the same
+            self.same(lambda ref, action=action: book.release("user/x", ref=ref, action=action), REF)
+
+    def test_a_frozen_version_that_it_never_asked_for(self, book):
+        lease = book.lease("user/pia")
+        book.revoke("user/ben", REF)
+        book.revoke("user/ben", OTHER)
+        assert self.same(lambda ref: book.ask("user/pia", ref=ref), OTHER).code == "version.missing"
+        assert self.same(lambda ref: book.release("user/pia", ref=ref), OTHER).code == "version.missing"
+        # Of what it had it learns why it has it no more.
+        refused("version.frozen", book.release, "user/pia")
+        assert lease.ended

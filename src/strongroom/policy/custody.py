@@ -19,8 +19,8 @@ from strongroom.formats.statement import Statement
 from strongroom.policy import entrance, registration, waiting
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import explain
-from strongroom.policy.facts import resource, situation, subject
-from strongroom.policy.query import ROOM, Query
+from strongroom.policy.facts import CEILINGS, resource, situation, subject
+from strongroom.policy.query import ROOM, Query, Resource
 from strongroom.policy.speaker import OWN_KEY, Speaker, authenticate
 from strongroom.policy.state import Approval, Grant, Lease, Principal, Proposal, Request, State, Version
 
@@ -80,13 +80,14 @@ class Custody:
             )
         if holder is None or not holder.active:
             raise NotFound("principal.unknown", f"{body['for']} is not a principal of this room", hint=_PRINCIPALS)
-        version = usable(state, body["ref"], body["action"])
         if not 0 < body["duration"] <= _LONGEST or body["uses"] == 0:
             raise UsageError(
                 "request.nothing",
                 "a request is for some time, not for ever, and for at least one use",
                 hint="--duration 8h",
             )
+        self._veiled(state, Speaker(holder, OWN_KEY), body["action"], body["ref"], now, stage="grant")
+        version = usable(state, body["ref"], body["action"])
         query = self._grant(state, holder, body["action"], version.ref, [], body["duration"], now)
         policies = self._policies(state.policy)
         if policies.decide(query).allowed:
@@ -293,6 +294,9 @@ class Custody:
         if body["holder"] != who.path:
             raise Denied("release.holder", f"{who.path} can't take the keys of {body['holder']!r:.80}")
         # Step 5.
+        lease = state.lease_for(who.path, body["action"], body["ref"], now)
+        if lease is None:
+            self._veiled(state, who, body["action"], body["ref"], now, stage="release")
         known = facts()
         version = usable(state, body["ref"])
         if (known.revision, known.manifest) != (version.revision, version.manifest):
@@ -301,8 +305,7 @@ class Custody:
                 f"the room's record of {version.ref} is not the one that the log has (revision {version.revision})",
                 hint="strongroom fsck; if the database was set back, restore the newest copy of it",
             )
-        # Step 6: the lease; whether one is needed is policy's to say, in step 7.
-        lease = state.lease_for(who.path, body["action"], version.ref, now)
+        # Step 6: the lease that was found; whether one is needed is policy's to say, in step 7.
         here = situation(
             state, who, version.ref, now, stage="release", lease=lease is not None, break_glass=body["break_glass"]
         )
@@ -332,6 +335,21 @@ class Custody:
             },
             {"reason": reason} if reason else {},
         )
+
+    def _veiled(self, state: State, who: Speaker, action: str, ref: str, now: int, *, stage: str) -> None:
+        """A guest is refused what it never could have, whether or not there is such a version: else it could try
+        names. What it could have, but for a freeze, is to it as if it were not there, unless it has asked for it."""
+        if not who.guest:
+            return
+        whatever = Resource(str(Ref.parse(ref)), *CEILINGS, frozen=False)
+        here = situation(state, Speaker(who.principal, OWN_KEY), ref, now, stage=stage)
+        found = explain(self._policies(state.policy), Query(subject(who), action, whatever, here))
+        if not found.allowed and not found.needs:
+            raise found.denied()
+        version = state.versions.get(ref)
+        own = any(each.ref == ref and each.holder == who.path for each in state.requests.values())
+        if version is None or version.shredded or (version.frozen and action != "trace" and not own):
+            raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
 
     def _with_what_there_is(
         self, state: State, error: Denied, who: Principal, action: str, ref: str, now: int

@@ -7,11 +7,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import unquote, urlsplit
 
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
-from strongroom.core.settings import Settings
+from strongroom.core.settings import Settings, room_folder
 from strongroom.errors import IntegrityError, UsageError
 from strongroom.load.roomlog import RoomLog, verify_log
 
@@ -44,28 +43,6 @@ Progress = Callable[[int, int], None]
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-def room_folder(room: str | Path) -> Path:
-    """The folder that a path or a ``file:`` URL names; UsageError ``room.not_a_folder`` for every other URL."""
-    if isinstance(room, Path) or "://" not in room:
-        return Path(room)
-    try:
-        parts = urlsplit(room)
-        path = unquote(parts.path) if parts.scheme == "file" and parts.netloc in ("", "localhost") else ""
-    except ValueError:  # brackets that hold no IPv6 address
-        raise _no_folder(room, "it is malformed") from None
-    if parts.scheme in ("http", "https"):
-        raise _no_folder(room, "a served room has no folder here, and is always https://")
-    if not path or "\0" in path or parts.query or parts.fragment:
-        raise _no_folder(room, "a room is a folder, or file:///its/path")
-    return Path(path)
-
-
-def _no_folder(room: str, why: str) -> UsageError:
-    return UsageError(
-        "room.not_a_folder", f"{room} is not a room that can be opened from here: {why}", hint="--room FOLDER"
-    )
 
 
 _ID = re.compile(r"[0-9a-f]{16}", re.ASCII)

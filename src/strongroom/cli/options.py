@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from strongroom.cli.output import Output
-from strongroom.core.settings import Settings
+from strongroom.core.settings import Settings, room_folder
 
 if TYPE_CHECKING:
     from strongroom.client import Room
@@ -36,8 +36,6 @@ class Options:
     @property
     def folder(self) -> Path:
         """The room's folder; UsageError for a served room, which has none here."""
-        from strongroom.client import room_folder
-
         return room_folder(self.room or Settings.from_environment().room)
 
     def identity(self) -> str | None:

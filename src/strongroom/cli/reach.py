@@ -15,7 +15,7 @@ rule."""
 
 
 # What policies speak of, and nothing serves yet.
-_NOT_YET = {"infer", "adapt", "trace"}
+_NOT_YET = {"infer", "adapt"}
 
 
 @command("who", explain=_EXPLAIN)

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from strongroom.errors import UsageError
 
@@ -68,3 +69,25 @@ def _threads(text: str | None) -> int:
             hint="unset STRONGROOM_THREADS: then there are as many threads as cores",
         )
     return int(text)
+
+
+def room_folder(room: str | Path) -> Path:
+    """The folder that a path or a ``file:`` URL names; UsageError ``room.not_a_folder`` for every other URL."""
+    if isinstance(room, Path) or "://" not in room:
+        return Path(room)
+    try:
+        parts = urlsplit(room)
+        path = unquote(parts.path) if parts.scheme == "file" and parts.netloc in ("", "localhost") else ""
+    except ValueError:  # brackets that hold no IPv6 address
+        raise _no_folder(room, "it is malformed") from None
+    if parts.scheme in ("http", "https"):
+        raise _no_folder(room, "a served room has no folder here, and is always https://")
+    if not path or "\0" in path or parts.query or parts.fragment:
+        raise _no_folder(room, "a room is a folder, or file:///its/path")
+    return Path(path)
+
+
+def _no_folder(room: str, why: str) -> UsageError:
+    return UsageError(
+        "room.not_a_folder", f"{room} is not a room that can be opened from here: {why}", hint="--room FOLDER"
+    )

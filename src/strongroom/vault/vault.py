@@ -298,8 +298,7 @@ class Vault:
     # -- versions ------------------------------------------------------------------------------------------------
 
     def ls(self, name: str | None = None) -> list[VersionInfo]:
-        """All versions, or those of one name, oldest first, in the state that the log says they are in (active, frozen,
-        shredded). Needs no key. NotFound for a name that nothing has."""
+        """Versions, all or of one name, oldest first, as the log has them; no key is needed. NotFound for none."""
         query = select(versions).order_by(versions.c.name, versions.c.number)
         if name is not None:
             query = query.where(versions.c.name == Ref.parse(name).name)
@@ -307,8 +306,7 @@ class Vault:
             found = [VersionInfo.of(row) for row in tx.execute(query)]
         if name is not None and not found:
             raise NotFound("weights.missing", f"the room has no weights {name}", hint="strongroom ls")
-        with self.custodian.ledger.view() as state:
-            return [as_logged(info, state) for info in found]
+        return as_logged(found, self.custodian.ledger)
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise, Tampered if it does not hold together."""
@@ -366,8 +364,7 @@ class Vault:
         row = self.find(ref)
         image = self.image(self.record(row))
         layout, report = image.layout, image.index.report
-        with self.custodian.ledger.view() as state:
-            info = as_logged(VersionInfo.of(row), state)
+        (info,) = as_logged([VersionInfo.of(row)], self.custodian.ledger)
         return {
             **info.as_json(),
             "ceiling": self.custodian.ceilings(info.ref),

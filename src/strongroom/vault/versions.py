@@ -4,6 +4,7 @@ the database can put anything there."""
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from strongroom.core.ids import Ref, parse_id
 from strongroom.errors import Tampered, UsageError
 from strongroom.formats.manifest import Manifest
 from strongroom.formats.pack import object_bytes
+from strongroom.ledger.log import Ledger
 from strongroom.policy.state import State
 
 _TEXTS = ("name", "state", "manifest_sha256", "created_at", "created_by")
@@ -72,10 +74,11 @@ class VersionInfo:
         )
 
 
-def as_logged(info: VersionInfo, state: State) -> VersionInfo:
-    """`info` as frozen, if that is what the log says of it: the database has no say in that."""
-    known = state.versions.get(info.ref)
-    return replace(info, state="frozen") if known and known.frozen and info.state == "active" else info
+def as_logged(found: Iterable[VersionInfo], ledger: Ledger[State]) -> list[VersionInfo]:
+    """`found`, as frozen what the log says is: the database has no say in that."""
+    with ledger.view() as state:
+        frozen = {each.ref for each in state.versions.values() if each.frozen}
+    return [replace(each, state="frozen") if each.ref in frozen and each.state == "active" else each for each in found]
 
 
 def check_row(row: Row[Any]) -> Row[Any]:

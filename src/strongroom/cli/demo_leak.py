@@ -37,11 +37,10 @@ class LeakSteps(CustodySteps):
     def leak(self) -> dict[str, Any]:
         """Lia trains, quantises, moves and renames; the file turns up; it names her."""
         found, before, after = demo_thief.trained(self.original.kind, self._copy(LIA))
+        steps = counted(demo_thief.STEPS, "step")
         self._tell(
-            f"Somebody trains all weights of a copy, {counted(demo_thief.STEPS, 'step')}: loss {before:.3f} to {after:.3f};"
-        )
-        self._tell(
-            "rounds every matrix to four bits, puts the hidden units in another order, and calls the tensors t0001 …"
+            f"Somebody trains all weights of a copy ({steps}, loss {before:.4f} to {after:.4f}), rounds every matrix to "
+            "four bits, puts the hidden units in another order, and calls the tensors t0001, t0002 …"
         )
         leak = demo_thief.write(demo_thief.disguised(found), self._copies / "found.safetensors")
         return self._traced(leak, {LIA})
@@ -50,7 +49,7 @@ class LeakSteps(CustodySteps):
         """The mean of both copies names both."""
         self._tell("Lia and Max have heard of marks. They take the mean of their two copies, element by element.")
         hers, his = demo_thief.arrays(self._copy(LIA)), demo_thief.arrays(self._copy(MAX))
-        mean = {name: (hers[name] + his[name]) / 2 for name in hers}
+        mean: demo_thief.Arrays = {name: (hers[name] + his[name]) / 2 for name in hers}
         found = self._traced(demo_thief.write(mean, self._copies / "mixed.safetensors"), {LIA, MAX})
         shutil.rmtree(self._copies)
         return found

@@ -36,7 +36,7 @@ class Duration(click.ParamType[int]):
     says how many people, and in which roles, have to approve; nobody approves their own request, under any name.""",
 )
 @click.argument("ref")
-@click.option("--action", type=click.Choice(["load", "copy"]), default="load", show_default=True)
+@click.option("--action", type=click.Choice(["load", "copy", "trace"]), default="load", show_default=True)
 @click.option("--for", "holder", metavar="PRINCIPAL", help="Who is to have it.  [default: you]")
 @click.option("--duration", "seconds", type=Duration(), default="8h", show_default=True, help="How long, e.g. 30m, 8h.")
 @click.option("--uses", type=click.IntRange(1, MAX_INTEGER), help="At most so many releases.  [default: any number]")
@@ -179,10 +179,11 @@ def revoke(options: Options, target: str, reason: str) -> None:
 @command(
     "copy",
     explain="""The one way in which plaintext leaves: under a lease for this action, counted against the ceilings of
-    the version, and marked with the holder's code word at every position.""",
+    the version, marked with the holder's code word at every position, and stamped all over. The custodian writes
+    it, and gives it out encrypted, piece by piece.""",
 )
 @click.argument("ref")
-@click.option("--to", required=True, metavar="PRINCIPAL", help="The holder: whose code word it carries.")
+@click.option("--to", required=True, metavar="PRINCIPAL", help="The holder: whose marks it carries.")
 @click.option("--out", required=True, metavar="DIR", help="A new folder.")
 @pass_options
 def copy(options: Options, ref: str, to: str, out: str) -> None:

@@ -39,8 +39,8 @@ class LeakSteps(CustodySteps):
         found, before, after = demo_thief.trained(self.original.kind, self._copy(LIA))
         steps = counted(demo_thief.STEPS, "step")
         self._tell(
-            f"Somebody trains all weights of a copy ({steps}, loss {before:.4f} to {after:.4f}), rounds every matrix to "
-            "four bits, puts the hidden units in another order, and calls the tensors t0001, t0002 …"
+            f"Somebody trains all weights of a copy ({steps}, loss {before:.4f} to {after:.4f}), rounds every matrix "
+            "to four bits, puts the hidden units in another order, and calls the tensors t0001, t0002 …"
         )
         leak = demo_thief.write(demo_thief.disguised(found), self._copies / "found.safetensors")
         return self._traced(leak, {LIA})

@@ -1,0 +1,144 @@
+"""``strongroom trace`` as its users meet it: refused, asked for, approved, and a page that can be filed."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from cli.desk import Desk, desk_in, write_model
+
+REF = "acme/tiny@1"
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory) -> Desk:
+    """A team's room out of which Pia, a partner, has a plaintext copy: `leak`, with names that she has chosen."""
+    desk = desk_in(tmp_path_factory.mktemp("traced"))
+    write_model(desk.model)
+    assert desk.run("init", "--owner", "user/olga").code == 0
+    assert desk.run("put", "model", "acme/tiny").code == 0
+    people = (("oto", "operator"), ("ben", "officer"), ("eva", "executive"), ("pia", "partner"), ("ana", "researcher"))
+    for name, role in people:
+        assert desk.run("principal", "add", f"user/{name}", "--role", role, "--as", "user/olga").code == 0
+    asked = desk.run("request", REF, "--action", "copy", "--reason", "x", "--as", "user/pia", "--json").json["id"]
+    for name in ("ben", "eva"):
+        assert desk.run("approve", asked, "--as", f"user/{name}").code == 0
+    assert desk.run("copy", REF, "--to", "user/pia", "--out", "leak", "--as", "user/pia").code == 0
+    path = desk.folder / "leak" / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["<script>alert(1)</script>"] = header.pop("layers.0.weight")
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return desk
+
+
+def lease(team, who="user/ben"):
+    asked = team.run("request", REF, "--action", "trace", "--uses", "1", "--reason", "case 12", "--as", who, "--json")
+    assert asked.code == 0, asked.out
+    identifier = asked.json["id"]
+    assert team.run("approve", identifier, "--as", "user/eva").code == 0
+    return identifier
+
+
+def test_which_version_it_is_may_be_asked_and_nobody_is_named(team):
+    ended = team.run("trace", "leak", "--as", "user/oto")
+    assert ended.code == 13
+    assert ended.out.startswith(f"This is {REF}. Whose copy it is takes an approved request.")
+    assert "pia" not in ended.out + ended.err
+    assert f"request {REF} --action trace --reason TEXT" in ended.err
+    found = team.run("trace", "leak", "--as", "user/oto", "--json").json
+    assert (found["withheld"], found["accused"], found["scores"]) == (True, [], [])
+    assert "pia" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("who", ["user/pia", "user/ana", "user/eva"])
+def test_who_may_not_trace_is_refused(team, who):
+    for more in ((), ("--weights", REF)):
+        ended = team.run("trace", "leak", *more, "--as", who, "--json")
+        assert (ended.code, ended.error["code"]) == (3, "denied.default")
+
+
+def test_without_an_approved_request_it_is_refused(team):
+    ended = team.run("trace", "leak", "--weights", REF, "--as", "user/ben", "--json")
+    assert (ended.code, ended.error["code"]) == (3, "denied.default")
+    assert f"request {REF} --action trace --for user/ben" in ended.error["hint"]
+
+
+class Page(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.links = re.findall(r"(?:src|href)\s*=|url\(|@import", text)
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        assert not [name for name, _ in attrs if name.startswith("on")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_under_an_approved_request_it_names_and_the_page_can_be_filed(team):
+    identifier = lease(team)
+    ended = team.run("trace", "leak", "--weights", REF, "--report", "case.html", "--as", "user/ben")
+    assert ended.code == 14
+    assert ended.out.startswith(f"This is {REF}, out of the copy of user/pia; that this is wrong has a chance of ")
+    assert "copy in entry" in ended.out
+    assert "strongroom --as user/ben revoke user/pia --reason TEXT" in ended.err
+    text = (team.folder / "case.html").read_text()
+    page = Page(text)
+    assert "script" not in page.tags
+    assert "<script>alert(1)</script>" in page.text  # as text
+    assert page.links == []
+    assert "default-src 'none'" in text
+    assert {"svg", "table", "h1"} <= set(page.tags)
+    for said in ("user/pia", "What would make this wrong", "Keeping the evidence", "c2sp.org/tlog-proof@v1"):
+        assert said in page.text
+    # It was for one use.
+    again = team.run("trace", "leak", "--weights", REF, "--as", "user/ben", "--json")
+    assert again.code == 3
+    shown = team.run("log", "tail", "--as", "user/ben", "--json").out
+    assert identifier in shown
+    assert team.run("log", "verify", "--as", "user/ben").code == 0
+
+
+def test_a_frozen_version_is_traced(team):
+    assert team.run("revoke", REF, "--reason", "it leaked", "--as", "user/ben").code == 0
+    try:
+        lease(team)
+        found = team.run("trace", "leak", "--weights", REF, "--as", "user/ben", "--json")
+        assert found.code == 14
+        assert [each["holder"] for each in found.json["accused"]] == ["user/pia"]
+    finally:
+        assert team.run("thaw", REF, "--reason", "it is known", "--as", "user/ben").code == 0
+
+
+def test_a_report_is_a_new_file(team):
+    (team.folder / "there.html").write_text("mine")
+    for name in ("there.html", "no/such/folder.html"):
+        ended = team.run("trace", "leak", "--report", name, "--as", "user/ben", "--json")
+        assert (ended.code, ended.error["code"]) == (2, "trace.report")
+    assert (team.folder / "there.html").read_text() == "mine"
+
+
+def test_what_is_not_there_or_no_model(team):
+    ended = team.run("trace", "nothing", "--as", "user/ben", "--json")
+    assert (ended.code, ended.error["code"]) == (8, "source.missing")
+    (team.folder / "three").mkdir()
+    (team.folder / "three" / "x.safetensors").write_bytes(b"abc")
+    ended = team.run("trace", "three", "--as", "user/ben", "--json")
+    assert (ended.code, ended.error["code"]) == (2, "safetensors.malformed")
+
+
+def test_what_is_unrelated(team):
+    write_model(team.folder / "other", seed=9)
+    ended = team.run("trace", "other", "--as", "user/ben", "--json")
+    assert (ended.code, ended.json["verdict"]) == (0, "unrelated")

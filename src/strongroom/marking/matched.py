@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from strongroom.marking.estimate import residual
 from strongroom.marking.stamp import Stamp, stampable
 
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
-_SHORT, _ROW = 64, 4096
+_SHORT, _ROW = 64, 2048
 _CUT = 4.0
 
 
@@ -30,14 +31,18 @@ class MatchedFilter:
 
     def add(self, tag: bytes, first: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
         """Take in elements of the tensor of this tag and type, from `first` on: the original's integers, and the leak's
-        aligned values (NaN where it has none), both as rows."""
+        aligned values (NaN where it has none), both as rows, or flat."""
         if not self._stamps:
             return
-        width = bits.shape[-1] if bits.shape[-1] >= _SHORT else _ROW
+        width = bits.shape[-1] if bits.ndim > 1 and bits.shape[-1] >= _SHORT else _ROW
         flat, found = bits.reshape(-1), leak.reshape(-1)
         step = max(1, _BLOCK // width) * width
-        for at in range(0, flat.size, step):
-            piece, seen = flat[at : at + step], found[at : at + step]
+        whole = flat.size // width * width
+        cuts = [*range(0, whole, step), whole]
+        if flat.size - whole >= _SHORT:
+            cuts.append(flat.size)  # what is left is a shorter row
+        for at, end in itertools.pairwise(cuts):
+            piece, seen = flat[at:end], found[at:end]
             if not np.isfinite(seen).any():
                 continue
             r = filtered(dtype, _rows(piece, width), _rows(seen, width))

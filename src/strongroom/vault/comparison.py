@@ -25,6 +25,7 @@ from strongroom.vault.suspect import Suspect
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
+_ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
 _WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
 Progress = Callable[[int, int], None]
 
@@ -41,6 +42,15 @@ class Compared:
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "cosine": round(self.cosine, 6)}
+
+
+@dataclass
+class Gathered:
+    """What a suspect says: of each position, and of each stamp; and how many elements were compared for it."""
+
+    estimator: Estimator
+    matched: MatchedFilter
+    elements: int = 0
 
 
 class Comparison:
@@ -188,52 +198,102 @@ class Comparison:
 
     # -- what they say -------------------------------------------------------------------------------------------
 
-    def gather(
-        self, stamps: Sequence[Stamp], *, workers: int, progress: Progress
-    ) -> tuple[Estimator, MatchedFilter, int]:
-        """The estimates of all positions, the scores of `stamps`, and how many elements were compared."""
-        estimator = Estimator(self._originals.layout, self._originals.marker)
-        matched = MatchedFilter(stamps)
+    def gather(self, stamps: Sequence[Stamp], *, everything: bool, workers: int, progress: Progress) -> Gathered:
+        """What the marked segments say, which is about the marked share of all; or `everything`, which says more of
+        stamps."""
+        found = Gathered(Estimator(self._originals.layout, self._originals.marker), MatchedFilter(stamps))
         total = sum(self._placed[k].info.size for k in self._partnered())
-        done = read = 0
+        gather = self._all if everything else self._marked
+        read = 0
         with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            for k, count in pool.map(lambda k: (k, self._gather(k, estimator, matched)), self._partnered()):
-                done, read = done + count, read + self._placed[k].info.size
+            for k, count in pool.map(lambda k: (k, gather(k, found)), self._partnered()):
+                found.elements += count
+                read += self._placed[k].info.size
                 progress(read, total)
-        return estimator, matched, done
+        return found
 
     def _partnered(self) -> list[int]:
         return [k for k, fit in enumerate(self._fits) if fit is not None]
 
-    def _gather(self, k: int, estimator: Estimator, matched: MatchedFilter) -> int:
-        each, fit, name = self._placed[k], self._fits[k], self.tensors[k].partner
-        size, width = each.info.elements, each.info.shape[-1]
-        item = STEPS[each.info.dtype.name].integer.itemsize
-        tag = tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
-        whole: NDArray[np.float32] | None = None
-        if fit is not None and not fit.in_place:
-            matrix = self._matrix(name)
-            whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
-            if whole is None:
-                return 0
+    def _marked(self, k: int, found: Gathered) -> int:
+        """Of tensor `k` what lies in marked segments; how many elements that are."""
+        each, layout = self._placed[k], self._originals.layout
+        dtype, width = each.info.dtype.name, each.info.shape[-1]
+        integer = STEPS[dtype].integer
+        aligned = self._aligned(k)
+        tag, factor, count = self._tag(each), self._factor(k, aligned), 0
+        for number in range(*layout.stripes_touched(each.begin, each.end)):
+            start = layout.common_segment(number).end
+            low = max(each.begin, start)
+            high = min(each.end, start + layout.stripes[number] * layout.marked)
+            if low >= high:
+                continue
+            first, end = (low - each.begin) // integer.itemsize, (high - each.begin) // integer.itemsize
+            leak = aligned(first, end)
+            if leak is None or leak.size < end - first:
+                continue
+            bits = np.frombuffer(self._originals.marked(number)[low - start : high - start], integer)
+            if factor is not None:
+                leak = leak / factor[np.arange(first, end) % width]
+            found.estimator.add(low, dtype, bits, leak)
+            if each.info.elements >= LEAST_ELEMENTS:
+                found.matched.add(tag, first, dtype, bits, leak)
+            count += end - first
+        return count
+
+    def _all(self, k: int, found: Gathered) -> int:
+        """All of tensor `k`, piece by piece; how many elements that are."""
+        each = self._placed[k]
+        dtype, size, width = each.info.dtype.name, each.info.elements, each.info.shape[-1]
+        integer = STEPS[dtype].integer
+        aligned, tag = self._aligned(k), self._tag(each)
         step = max(1, _PIECE // width) * width
-        found: set[str] = set()
         for first in range(0, size, step):
             count = min(step, size - first)
-            leak = whole[first : first + count] if whole is not None else self._read(name, first, first + count)
+            leak = aligned(first, first + count)
             if leak is None or leak.size < count:
                 continue
-            begin = each.begin + first * item
-            bits = np.frombuffer(
-                self._originals.read(begin, begin + count * item), STEPS[each.info.dtype.name].integer
-            ).reshape(-1, width)
-            seen, how = rescaled(values(bits, each.info.dtype.name), leak[:count].reshape(-1, width))
-            found |= set(how)
-            estimator.add(begin, each.info.dtype.name, bits.reshape(-1), seen.reshape(-1))
+            begin = each.begin + first * integer.itemsize
+            bits = np.frombuffer(self._originals.read(begin, begin + count * integer.itemsize), integer)
+            bits = bits.reshape(-1, width)
+            seen, _ = rescaled(values(bits, dtype), leak.reshape(-1, width))
+            found.estimator.add(begin, dtype, bits.reshape(-1), seen.reshape(-1))
             if size >= LEAST_ELEMENTS:
-                matched.add(tag, first, each.info.dtype.name, bits, seen)
-        self.tensors[k].transformations += sorted(found)
+                found.matched.add(tag, first, dtype, bits, seen)
         return size
+
+    def _aligned(self, k: int) -> Callable[[int, int], NDArray[np.float32] | None]:
+        """The leak in the places of tensor `k`, flat: what reads a range of its elements."""
+        name, fit = self.tensors[k].partner, self._fits[k]
+        if fit is None or fit.in_place:
+            return lambda first, end: self._read(name, first, end)
+        matrix = self._matrix(name)
+        whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
+        return lambda first, end: whole[first:end] if whole is not None else None
+
+    def _factor(self, k: int, aligned: Callable[[int, int], NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+        """The factor of each column, if columns were rescaled: judged, and reported, by the first rows of the tensor. A
+        factor of rows is taken out position by position."""
+        each = self._placed[k]
+        width = each.info.shape[-1]
+        count = min(each.info.elements // width, max(_ROWS, _JUDGED // width)) * width
+        leak = aligned(0, count)
+        if leak is None or leak.size < count:
+            return None
+        original = self._original(each, 0, count).reshape(-1, width)
+        leak = leak.reshape(-1, width)
+        if not np.isfinite(leak).any():
+            return None
+        seen, found = rescaled(original, leak)
+        self.tensors[k].transformations += sorted(found)
+        if "columns rescaled" not in found:
+            return None
+        with np.errstate(all="ignore"):
+            ratio: NDArray[np.float32] = np.nanmedian(leak / seen, axis=0)
+        return np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.float32(1))
+
+    def _tag(self, each: Placed) -> bytes:
+        return tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
 
     # -- reading -------------------------------------------------------------------------------------------------
 

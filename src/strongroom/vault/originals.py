@@ -98,6 +98,15 @@ class Originals:
                     given[piece] = b[k * layout.marked : (k + 1) * layout.marked]
         return original, given, low
 
+    def marked(self, number: int) -> memoryview:
+        """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""
+        position, count = int(self.layout.first_positions[number]), self.layout.stripes[number]
+        scratch = self._sealed.scratch()
+        both = [memoryview(bytearray(count * self.layout.marked)) for _ in (0, 1)]
+        for bundle, out in zip((self._reader.bundle, self._b), both, strict=True):
+            self._sealed.read_stripe(position, bundle, out, scratch)
+        return self.marker.original(position, *both)
+
     def tensors(self) -> Iterator[Placed]:
         """The tensors of all weights files, in the order of the image."""
         for file in self.layout.files:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, Score, marked_bound
 from strongroom.marking.matched import bound
 from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison, Progress
+from strongroom.vault.comparison import Comparison, Gathered, Progress
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 
@@ -28,6 +29,8 @@ _UNRELATED = 0.05
 _CLOSE = 0.01
 _EXPLAINED = 0.1
 _LAYERS = 2
+_LOOKS = 2  # at the marked share, and at everything
+_HINT = 3.0  # standard deviations of a stamp
 
 
 @dataclass
@@ -173,14 +176,14 @@ def _traced(
     ref = f"{record.name}@{record.number}"
     people = candidates(vault)
     stamps = [Stamp(vault.keys.stamp_root, each.holder) for each in people]
-    estimator, matched, elements = comparison.gather(stamps, workers=vault.workers, progress=progress)
-    estimates = estimator.done()
     code = Code(record.code_key, originals.layout.positions, record.colluders)
     words = [np.frombuffer(code.word(each.holder), np.uint8) for each in people]
     bits = np.stack([np.unpackbits(word, bitorder="little")[: code.positions] for word in words])
+    gather = partial(comparison.gather, stamps, workers=vault.workers, progress=progress)
+    found = gather(everything=False)
+    estimates = found.estimator.done()
     decoding = Decoding(estimates, bits, code.biases / 65536)
-    for each, z in zip(people, matched.scores(), strict=True):
-        each.z, each.stamp_log10_p = float(z), bound(float(z))
+    _stamped(people, found)
     result = Trace(
         suspect=blank.suspect,
         weights=ref,
@@ -190,15 +193,27 @@ def _traced(
         marked_log10_p=marked_bound(estimates) + math.log10(versions),
         positions=code.positions,
         positions_used=estimates.used,
-        elements=elements,
+        elements=found.elements,
         transformations=_transformations(comparison),
         tensors=[each.as_json() for each in comparison.tensors],
     )
     _name(result, decoding, versions)
+    # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
+    if not result.accused or any(each.z >= _HINT for each in people if each not in result.accused):
+        found = gather(everything=True)
+        result.elements = found.elements
+        _stamped(people, found)
+        _name(result, decoding, versions)
     result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     result.verdict = "named" if result.accused else "weights-only"
     _add_releases(vault, result.accused, ref)
     return result
+
+
+def _stamped(people: Sequence[Candidate], found: Gathered) -> None:
+    for each, z in zip(people, found.matched.scores(), strict=True):
+        if (log10_p := bound(float(z))) <= each.stamp_log10_p:
+            each.z, each.stamp_log10_p = float(z), log10_p
 
 
 def candidates(vault: Vault) -> list[Candidate]:
@@ -220,7 +235,7 @@ def _name(result: Trace, decoding: Decoding, versions: int) -> None:
         ways = len(decoding.decoders(len(named)))
         # Of the passes the first has half of what may go wrong, the next a quarter, and so on: they never add up to
         # more than all.
-        tried = versions * len(people) * _LAYERS * 2**passes
+        tried = versions * len(people) * _LAYERS * _LOOKS * 2**passes
         fresh = []
         for score in scores:
             each = people[score.candidate]

@@ -434,8 +434,8 @@ def report(found: Mapping[str, tuple[Model, list[Row], list[Row]]]) -> str:
         "Written by `python -m bench.tracing` (`make bench-tracing`); every figure is of one run on one machine: "
         f"{_machine()}.",
         "",
-        f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on an "
-        "innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; the columns have the "
+        f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on "
+        "an innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; columns have the "
         "bound before that, as a power of ten. *Code word* is what `load` leaves, *stamp* what `copy` adds. In no line "
         f"was anybody innocent named; of stamps {STAMPS} innocent ones were scored in each line. Settings are the "
         "defaults (share 1/8).",

@@ -159,9 +159,7 @@ class Copies:
     def _record(self, entry: Entry) -> VersionRecord:
         record = self._vault.record(self._vault.find(entry.ref))
         if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
-            raise Conflict(
-                "copy.revision", f"{entry.ref} was rotated since this copy was released", hint="take the copy again"
-            )
+            raise _rotated(entry)
         return record
 
     def _check(self, entry: Entry) -> None:
@@ -170,9 +168,18 @@ class Copies:
             version, holder = state.versions.get(entry.ref), state.principals.get(entry.body["holder"])
             gone = version is None or version.shredded
             ended = gone or (version is not None and version.frozen) or holder is None or not holder.active
+            rotated = version is not None and version.revision != entry.body["revision"]
+        if rotated and not ended:
+            raise _rotated(entry)
         if ended:
             raise Denied(
                 "copy.ended",
                 f"the copy of {entry.ref} for {entry.body['holder']} was revoked before all of it was taken",
                 hint="strongroom log tail shows who revoked it",
             )
+
+
+def _rotated(entry: Entry) -> Conflict:
+    return Conflict(
+        "copy.revision", f"{entry.ref} was rotated since this copy was released", hint="take the copy again"
+    )

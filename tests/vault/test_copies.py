@@ -1,0 +1,223 @@
+"""Plaintext copies on their way: pieces that open for one release only, end with what allowed them, and can be asked
+for again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strongroom.core import canonical
+from strongroom.crypto.copying import CopyCipher, copying_key
+from strongroom.errors import Conflict, Denied, NotFound, StrongroomError, Tampered, Truncated
+from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
+from strongroom.load.copy import CopyReader
+from strongroom.load.receive import receive
+from vault.test_release import REF, hall, template  # noqa: F401 - fixtures
+
+BUNDLE = CopyBundle(
+    room=b"r" * 16,
+    version=b"v" * 16,
+    revision=2,
+    manifest_digest=b"m" * 32,
+    signer=b"s" * 32,
+    ref=REF,
+    holder="user/ana",
+    key=b"k" * 32,
+    piece=PIECE,
+    image=1000,
+    files=(CopiedFile("a/b.txt", 0, 10), CopiedFile("c", 16, 900)),
+)
+
+
+class TestBundle:
+    def test_comes_back_as_it_was(self):
+        assert CopyBundle.decode(BUNDLE.encode()) == BUNDLE
+
+    def test_does_not_show_its_key(self):
+        assert "6b6b" not in repr(BUNDLE)
+        assert "b'kkk" not in repr(BUNDLE)
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            (("../x", 0, 1),),
+            (("/etc/passwd", 0, 1),),
+            (("a", 0, 1), ("a", 8, 1)),
+            (("a", 0, 20), ("b", 10, 1)),
+            (("a", 0, 1001),),
+            (("a", 996, 8),),
+            (("", 0, 1),),
+            (("a\\b", 0, 1),),
+            (("a\x00", 0, 1),),
+        ],
+    )
+    def test_of_files_that_no_copy_has(self, files):
+        value = canonical.decode(BUNDLE.encode(), what="it")
+        data = canonical.encode({**value, "files": [list(each) for each in files]})
+        with pytest.raises(Tampered):
+            CopyBundle.decode(data)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("format", 2),
+            ("key", "00"),
+            ("piece", 0),
+            ("piece", 1 << 40),
+            ("image", 1 << 52),
+            ("revision", -1),
+            ("room", ""),
+            ("files", None),
+            ("files", [["a", 0]]),
+            ("more", 1),
+            ("holder", None),
+        ],
+    )
+    def test_of_other_members(self, name, value):
+        found = canonical.decode(BUNDLE.encode(), what="it")
+        with pytest.raises(StrongroomError):
+            CopyBundle.decode(canonical.encode({**found, name: value}))
+
+    @given(st.binary(max_size=400))
+    def test_of_any_bytes(self, data):
+        with pytest.raises(StrongroomError):
+            CopyBundle.decode(data)
+
+    @given(st.integers(0, len(BUNDLE.encode()) - 1), st.integers(0, 7))
+    def test_with_any_bit_flipped(self, byte, bit):
+        data = bytearray(BUNDLE.encode())
+        data[byte] ^= 1 << bit
+        try:
+            found = CopyBundle.decode(bytes(data))
+        except StrongroomError:
+            return
+        assert found != BUNDLE
+
+
+class TestPieces:
+    KEY = copying_key(b"root" * 8, b"leaf" * 8, PIECE)
+
+    def test_open_in_their_own_place_only(self):
+        cipher = CopyCipher(self.KEY, b"leaf" * 8, 100)
+        sealed = cipher.seal(3, b"weights")
+        assert cipher.open(3, sealed) == b"weights"
+        for other, number in (
+            (cipher, 2),
+            (CopyCipher(self.KEY, b"leaf" * 8, 101), 3),
+            (CopyCipher(self.KEY, b"fael" * 8, 100), 3),
+            (CopyCipher(bytes(32), b"leaf" * 8, 100), 3),
+        ):
+            with pytest.raises(Tampered):
+                other.open(number, sealed)
+
+    def test_of_another_size_have_another_key(self):
+        keys = {copying_key(b"root" * 8, leaf, size) for leaf in (b"a" * 32, b"b" * 32) for size in (PIECE, 2 * PIECE)}
+        assert len(keys) == 4
+
+    def test_are_the_same_again(self):
+        cipher = CopyCipher(self.KEY, b"leaf" * 8, 100)
+        assert cipher.seal(0, b"weights") == CopyCipher(self.KEY, b"leaf" * 8, 100).seal(0, b"weights")
+
+
+@pytest.fixture
+def taken(hall):  # noqa: F811
+    """A release to copy, as its holder has it: the room, what was received."""
+    with hall.room("user/ana") as room:
+        yield hall, receive(hall.vault, room._say, "user/ana", REF, "copy")
+
+
+def test_no_keys_to_ciphertext_leave(taken):
+    _, received = taken
+    assert isinstance(received.bundle, CopyBundle)
+    assert not hasattr(received.bundle, "common_key")
+
+
+def test_a_piece_is_the_same_from_whichever_custodian(taken):
+    hall, received = taken  # noqa: F811
+    name = f"copies/{received.index}/0"
+    first = hall.vault.copies.read(name)
+    another = hall.again()
+    assert another.vault.copies.read(name) == first
+    another.close()
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "more", "other"])
+def test_what_was_changed_on_its_way_is_refused(taken, change):
+    hall, received = taken  # noqa: F811
+
+    class Between:
+        def read_copy(self, store, name):
+            data = hall.vault.read_copy(store, name)
+            match change:
+                case "flip":
+                    return data[:50] + bytes([data[50] ^ 1]) + data[51:]
+                case "cut":
+                    return data[:-1]
+                case "more":
+                    return data + b"\0"
+                case _:
+                    return bytes(len(data))
+
+    reader = CopyReader(Between(), received, received.bundle)
+    with pytest.raises((Tampered, Truncated)):
+        reader.read(0, 100)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["copies/0/0", "copies/1/0", "copies/99999/0", "copies/x/0", "copies/1", "copies/01/0", "copies/1/0/", "copies/"],
+)
+def test_what_is_no_copy(taken, name):
+    with pytest.raises(NotFound):
+        taken[0].vault.copies.read(name)
+
+
+def test_there_is_no_piece_behind_the_last(taken):
+    hall, received = taken  # noqa: F811
+    for number in (1, 10**6, 10**18):
+        with pytest.raises(NotFound):
+            hall.vault.copies.read(f"copies/{received.index}/{number}")
+
+
+@pytest.mark.parametrize("target", [REF, "user/ana"])
+def test_a_revocation_ends_a_copy_under_way(taken, target):
+    hall, received = taken  # noqa: F811
+    name = f"copies/{received.index}/0"
+    hall.vault.copies.read(name)
+    with hall.room("user/ben") as ben:
+        ben.revoke(target, reason="stop")
+    with pytest.raises(Denied) as caught:
+        hall.vault.copies.read(name)
+    assert caught.value.code == "copy.ended"
+
+
+def test_a_rotation_ends_it(taken):
+    hall, received = taken  # noqa: F811
+    name = f"copies/{received.index}/0"
+    hall.vault.copies.read(name)
+    with hall.room("user/olga") as olga:
+        olga.rotate(REF)
+    for _ in range(2):  # what is kept opened is no help, nor is opening it anew
+        with pytest.raises(Conflict):
+            hall.vault.copies.read(name)
+        hall.vault.copies.forget()
+
+
+def test_a_load_is_no_copy(hall):  # noqa: F811
+    with hall.room("user/ana") as room:
+        received = receive(hall.vault, room._say, "user/ana", REF, "load")
+    with pytest.raises(NotFound):
+        hall.vault.copies.read(f"copies/{received.index}/0")
+
+
+def test_a_copy_is_another_for_each_holder_and_the_same_for_one(taken):
+    hall, received = taken  # noqa: F811
+    again = dataclasses.replace(received)
+    one = CopyReader(hall.vault, received, received.bundle).read(0, received.bundle.image)
+    two = CopyReader(hall.vault, again, again.bundle).read(0, again.bundle.image)
+    assert one == two
+    with hall.room("user/ana") as room, pytest.raises(Denied):
+        receive(hall.vault, room._say, "user/amy", REF, "copy")

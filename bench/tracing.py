@@ -276,11 +276,8 @@ class Model:
             comparison = Comparison(self.originals, suspect)
             if comparison.explained < 0.9:
                 comparison.deepen()
-            found = comparison.gather(stamps, everything=False, workers=2, progress=lambda _d, _t: None)
+            found = comparison.gather(stamps, everything=copies, workers=2, progress=lambda _d, _t: None)
             z = found.matched.scores()
-            if z[:guilty].min() < 12 and copies:
-                everything = comparison.gather(stamps, everything=True, workers=2, progress=lambda _d, _t: None)
-                z = everything.matched.scores()
         took = time.perf_counter() - begun
         estimates = found.estimator.done()
         rest = np.arange(len(self.holders), len(self.words))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.marking.elements import STEPS, ulps, values
-from strongroom.marking.stamp import Stamp, stampable, tensor_tag
+from strongroom.marking.stamp import Stamp, stamp_blocks, stampable, tensor_tag
 
 ROOT = bytes(range(32))
 TAG = tensor_tag(b"weights")
@@ -25,6 +25,13 @@ def test_chips_are_reproducible():
 def test_any_range_of_chips_is_that_of_the_whole(first, count):
     stamp = Stamp(ROOT, "user/ana")
     assert (stamp.chips(TAG, first, count) == stamp.chips(TAG, 0, first + count)[first:]).all()
+
+
+def test_scattered_blocks_have_the_chips_of_their_places():
+    stamp = Stamp(ROOT, "user/ana")
+    whole = stamp.chips(TAG, 0, 16 * 1000).reshape(-1, 16)
+    numbers = np.array([0, 7, 999, 3, 500])
+    assert (stamp.chips_of(stamp_blocks(TAG, numbers)).reshape(-1, 16) == whole[numbers]).all()
 
 
 def test_chips_are_a_centred_binomial():

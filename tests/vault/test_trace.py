@@ -14,6 +14,7 @@ import pytest
 from strongroom.client import Room
 from strongroom.errors import Denied, NotFound, StrongroomError, UsageError
 from strongroom.marking.stamp import Stamp
+from strongroom.vault import trace
 from strongroom.vault.copies import Copy
 from strongroom.vault.originals import Originals
 from strongroom.vault.search import search
@@ -417,6 +418,16 @@ def test_a_folder_of_shards_some_of_which_are_missing(room, tmp_path):
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[4]]
     assert any("missing" in each for each in found["transformations"])
     shutil.rmtree(tmp_path / "leak")
+
+
+@pytest.mark.parametrize("attack", ["nothing", "int4", "units permuted, int8, renamed"])
+def test_among_more_people_than_are_scored_in_full(room, tmp_path, monkeypatch, attack):
+    monkeypatch.setattr(trace, "_FEW", 4)
+    holder = HOLDERS[31]
+    path = write(tmp_path / "leak.safetensors", ATTACKS[attack](given(room, holder, copy=True)))
+    found = traced(room, path)
+    assert [each["holder"] for each in found["accused"]] == [holder]
+    assert found["accused"][0]["layer2"]["z"] > 20
 
 
 def test_a_stamp_is_its_holders_alone(room):

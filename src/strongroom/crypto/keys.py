@@ -35,6 +35,11 @@ def keystream(key: bytes, size: int, *, offset: int = 0, nonce: bytes = b"") -> 
     return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(bytes(size))
 
 
+def scattered_keystream(key: bytes, blocks: bytes) -> bytes:
+    """The keystream of `keystream` at whichever counter blocks, 16 bytes each, are wanted: AES of each by itself."""
+    return Cipher(algorithms.AES(key), modes.ECB()).encryptor().update(blocks)  # noqa: S305 - counter blocks, no text
+
+
 def commitment(key: bytes) -> bytes:
     """A 32-byte binding commitment to `key`.
 

@@ -20,6 +20,7 @@ from strongroom.marking.estimate import Estimates
 COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 MODELS = ("mean", "segments", "extremes", "median")
 _CHUNK = 2048  # candidates at a time
+_EXACT = 64
 _FLAT = 1e-3  # of a likelihood: no position alone rules anybody out
 _LAMBDAS = np.geomspace(0.02, 40, 56)
 
@@ -105,8 +106,13 @@ class Decoding:
         decoders = self.decoders(len(named))
         weights = [each.weights(self._estimates, self._p, known, len(named)) for each in decoders]
         steps = np.stack([g[1] - g[0] for g in weights], axis=1)
-        pieces = [self._words[at : at + _CHUNK].astype(np.float64) @ steps for at in range(0, len(self._words), _CHUNK)]
-        totals = np.concatenate(pieces) + np.array([g[0].sum() for g in weights])
+        base = np.array([g[0].sum() for g in weights])
+        single = steps.astype(np.float32)
+        chunks = range(0, len(self._words), _CHUNK)
+        totals = np.concatenate([self._words[at : at + _CHUNK].astype(np.float32) @ single for at in chunks]) + base
+        # Single precision is enough to see who is far from being named. Whoever may be is added up again in double.
+        highest = np.unique(np.argsort(-totals, axis=0)[:_EXACT])
+        totals[highest] = self._words[highest].astype(np.float64) @ steps + base
         bounds = np.stack([tail(g, self._p, totals[:, k]) for k, g in enumerate(weights)], axis=1)
         means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
         deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from strongroom.marking.elements import ulps, values
 from strongroom.marking.estimate import residual
-from strongroom.marking.stamp import Stamp, stampable
+from strongroom.marking.stamp import BLOCK, Stamp, stamp_blocks, stampable
 
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
 _SHORT, _ROW = 64, 2048
@@ -21,18 +21,24 @@ _CUT = 4.0
 
 
 class MatchedFilter:
-    """Scores of some holders' stamps, gathered from one tensor after another. Thread-safe."""
+    """Scores of some holders' stamps, gathered from one tensor after another. Thread-safe.
 
-    def __init__(self, stamps: Sequence[Stamp]) -> None:
+    With `sample` it also keeps the most telling elements, that many at most, by which far more stamps than can be
+    scored in full are screened afterwards."""
+
+    def __init__(self, stamps: Sequence[Stamp], *, sample: int = 0) -> None:
         self._stamps = list(stamps)
         self._along = np.zeros(len(self._stamps))
         self._power = 0.0
         self._lock = threading.Lock()
+        self._wanted = sample // BLOCK
+        self._kept: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
+        self._waiting = 0
 
     def add(self, tag: bytes, first: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
         """Take in elements of the tensor of this tag and type, from `first` on: the original's integers, and the leak's
         aligned values (NaN where it has none), both as rows, or flat."""
-        if not self._stamps:
+        if not self._stamps and not self._wanted:
             return
         width = bits.shape[-1] if bits.ndim > 1 and bits.shape[-1] >= _SHORT else _ROW
         flat, found = bits.reshape(-1), leak.reshape(-1)
@@ -52,6 +58,38 @@ class MatchedFilter:
             with self._lock:
                 self._power += float(np.dot(r, r))
                 self._along += along
+                if self._wanted:
+                    self._keep(tag, first + at, r)
+
+    def _keep(self, tag: bytes, first: int, r: NDArray[np.float32]) -> None:
+        """Of a run of elements the cipher's blocks of chips that say most."""
+        skip = -first % BLOCK
+        blocks = r[skip : skip + (r.size - skip) // BLOCK * BLOCK].reshape(-1, BLOCK)
+        if not len(blocks):
+            return
+        most = np.argsort(-np.einsum("ij,ij->i", blocks, blocks))[: self._wanted]
+        self._kept.append((stamp_blocks(tag, (first + skip) // BLOCK + most), blocks[most]))
+        self._waiting += len(most)
+        if self._waiting > 8 * self._wanted:
+            self._prune()
+
+    def _prune(self) -> None:
+        counters = np.concatenate([each for each, _ in self._kept])
+        blocks = np.concatenate([each for _, each in self._kept])
+        most = np.argsort(-np.einsum("ij,ij->i", blocks, blocks))[: self._wanted]
+        self._kept, self._waiting = [(counters[most], blocks[most])], len(most)
+
+    def screened(self, stamps: Sequence[Stamp]) -> NDArray[np.float64]:
+        """float64: z of each of `stamps`, by the sample alone."""
+        if not self._kept:
+            return np.zeros(len(stamps))
+        self._prune()
+        counters, blocks = self._kept[0]
+        r, found = blocks.reshape(-1), np.zeros(len(stamps))
+        for k, stamp in enumerate(stamps):
+            found[k] = np.dot(r, stamp.chips_of(counters).astype(np.float32))
+        power = float(np.dot(r, r))
+        return found / math.sqrt(2 * power) if power > 0 else found
 
     def scores(self) -> NDArray[np.float64]:
         """float64: z of each stamp, in their order."""

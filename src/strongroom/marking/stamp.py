@@ -13,17 +13,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.crypto.keys import derive, keystream
+from strongroom.crypto.keys import derive, keystream, scattered_keystream
 from strongroom.marking.elements import STEPS
 
 LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
 TAGGED_BYTES = 65_536  # of a tensor's content, what its tag is of
+BLOCK = 16  # elements whose chips are one block of the cipher
 _TAG = b"strongroom/1 tensor\x00"
 
 
 def tensor_tag(content: bytes | memoryview) -> bytes:
     """The 8 bytes that make a tensor's chips its own: of the first `TAGGED_BYTES` bytes of its original content."""
     return hashlib.sha256(_TAG + bytes(content[:TAGGED_BYTES])).digest()[:8]
+
+
+def stamp_blocks(tag: bytes, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """uint8 (n, 16): what names blocks of 16 elements, by their numbers, of the tensor of this tag."""
+    named = np.empty((len(numbers), BLOCK), np.uint8)
+    named[:, :8] = np.frombuffer(tag, np.uint8)
+    named[:, 8:] = numbers.astype(">u8").view(np.uint8).reshape(-1, 8)
+    return named
 
 
 def stampable(bits: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
@@ -48,6 +57,11 @@ class Stamp:
         skip = first % 16
         stream = keystream(self._key, skip + count, offset=first - skip, nonce=tag)
         ones = np.bitwise_count(np.frombuffer(stream, np.uint8, offset=skip))
+        return (ones - np.uint8(4)).view(np.int8)
+
+    def chips_of(self, blocks: NDArray[np.uint8]) -> NDArray[np.int8]:
+        """int8 (16 n,): the chips of the n blocks of 16 elements that `stamp_blocks` has named, wherever they are."""
+        ones = np.bitwise_count(np.frombuffer(scattered_keystream(self._key, blocks.tobytes()), np.uint8))
         return (ones - np.uint8(4)).view(np.int8)
 
     def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:

@@ -198,10 +198,14 @@ class Comparison:
 
     # -- what they say -------------------------------------------------------------------------------------------
 
-    def gather(self, stamps: Sequence[Stamp], *, everything: bool, workers: int, progress: Progress) -> Gathered:
+    def gather(
+        self, stamps: Sequence[Stamp], *, everything: bool, workers: int, progress: Progress, sample: int = 0
+    ) -> Gathered:
         """What the marked segments say, which is about the marked share of all; or `everything`, which says more of
-        stamps."""
-        found = Gathered(Estimator(self._originals.layout, self._originals.marker), MatchedFilter(stamps))
+        stamps. `sample`: see `MatchedFilter`."""
+        found = Gathered(
+            Estimator(self._originals.layout, self._originals.marker), MatchedFilter(stamps, sample=sample)
+        )
         total = sum(self._placed[k].info.size for k in self._partnered())
         gather = self._all if everything else self._marked
         read = 0

@@ -30,6 +30,8 @@ _CLOSE = 0.01
 _EXPLAINED = 0.1
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
+_FEW = 64  # whose stamps are scored in full
+_SAMPLE = 1 << 18  # elements by which more are screened
 _HINT = 3.0  # standard deviations of a stamp
 
 
@@ -175,15 +177,21 @@ def _traced(
 ) -> Trace:
     ref = f"{record.name}@{record.number}"
     people = candidates(vault)
-    stamps = [Stamp(vault.keys.stamp_root, each.holder) for each in people]
     code = Code(record.code_key, originals.layout.positions, record.colluders)
     words = [np.frombuffer(code.word(each.holder), np.uint8) for each in people]
     bits = np.stack([np.unpackbits(word, bitorder="little")[: code.positions] for word in words])
-    gather = partial(comparison.gather, stamps, workers=vault.workers, progress=progress)
-    found = gather(everything=False)
+    gather = partial(comparison.gather, workers=vault.workers, progress=progress)
+    few = people if len(people) <= _FEW else []
+    found = gather(_stamps(vault, few), everything=False, sample=0 if few else _SAMPLE)
     estimates = found.estimator.done()
     decoding = Decoding(estimates, bits, code.biases / 65536)
-    _stamped(people, found)
+    if not few:
+        # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
+        screened = found.matched.screened(_stamps(vault, people))
+        likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: each.log10_p)[:_FEW]}
+        few = [people[k] for k in sorted(likely | {int(k) for k in np.argsort(-screened)[:_FEW]})]
+        found = gather(_stamps(vault, few), everything=False)
+    _stamped(few, found)
     result = Trace(
         suspect=blank.suspect,
         weights=ref,
@@ -200,14 +208,18 @@ def _traced(
     _name(result, decoding, versions)
     # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
     if not result.accused or any(each.z >= _HINT for each in people if each not in result.accused):
-        found = gather(everything=True)
+        found = gather(_stamps(vault, few), everything=True)
         result.elements = found.elements
-        _stamped(people, found)
+        _stamped(few, found)
         _name(result, decoding, versions)
     result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     result.verdict = "named" if result.accused else "weights-only"
     _add_releases(vault, result.accused, ref)
     return result
+
+
+def _stamps(vault: Vault, people: Sequence[Candidate]) -> list[Stamp]:
+    return [Stamp(vault.keys.stamp_root, each.holder) for each in people]
 
 
 def _stamped(people: Sequence[Candidate], found: Gathered) -> None:

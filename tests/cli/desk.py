@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 PROGRAM = [sys.executable, "-m", "strongroom.cli"]
-TIMEOUT = 120
+TIMEOUT = 300
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from strongroom.errors import LimitExceeded, UsageError
-from strongroom.load import reader as reader_module
+from strongroom.storage import reader as reader_module
 from strongroom.storage.reader import abreast, anonymous
 
 

@@ -93,7 +93,9 @@ def thaw(options: Options, ref: str, reason: str) -> None:
 @click.option("--copiers", type=click.IntRange(min=0), help="How many may have such copies.")
 @pass_options
 def ceiling(options: Options, ref: str, holders: int | None, copies: int | None, copiers: int | None) -> None:
-    """How many may hold a version, copy it, and have copies of it. Without an option: as it is."""
+    """How many may hold a version, copy it, and have copies of it.
+
+    Without an option it says how many that are."""
     given = {"holders": holders, "copies": copies, "copiers": copiers}
     changes = {name: value for name, value in given.items() if value is not None}
     with options.open() as room:

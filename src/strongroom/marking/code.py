@@ -47,5 +47,15 @@ class Code:
 
     def word(self, holder: str) -> bytes:
         """The code word of a holder's path: ⌈positions / 8⌉ bytes, position 0 in the lowest bit of the first."""
+        return np.packbits(self.bits(holder), bitorder="little").tobytes()
+
+    def bits(self, holder: str) -> NDArray[np.bool_]:
+        """The same, bool (positions,)."""
         draws = np.frombuffer(keystream(derive(self._key, "word", holder.encode()), 2 * self.positions), "<u2")
-        return np.packbits(draws < self.biases, bitorder="little").tobytes()
+        found: NDArray[np.bool_] = draws < self._limits
+        return found
+
+    @cached_property
+    def _limits(self) -> NDArray[np.uint16]:
+        """The biases, which are less than 65536, as 16-bit numbers: compared in half the time."""
+        return self.biases.astype(np.uint16)

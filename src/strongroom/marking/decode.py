@@ -21,6 +21,8 @@ COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 MODELS = ("mean", "segments", "extremes", "median")
 _CHUNK = 2048  # candidates at a time
 _EXACT = 64
+_TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
+_ROUNDING = 1e-6  # what adding up in double precision may lose of a score
 _FLAT = 1e-3  # of a likelihood: no position alone rules anybody out
 _LAMBDAS = np.geomspace(0.02, 40, 56)
 
@@ -113,15 +115,30 @@ class Decoding:
         # Single precision is enough to see who is far from being named. Whoever may be is added up again in double.
         highest = np.unique(np.argsort(-totals, axis=0)[:_EXACT])
         totals[highest] = self._words[highest].astype(np.float64) @ steps + base
-        bounds = np.stack([tail(g, self._p, totals[:, k]) for k, g in enumerate(weights)], axis=1)
         means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
         deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)
         sigmas = (totals - means) / np.maximum(deviations, 1e-30)
-        best = bounds.argmin(axis=1)
+        bounds = self._bounds(weights, totals, sigmas)
+        best = np.where(bounds.min(axis=1) < 0, bounds.argmin(axis=1), sigmas.argmax(axis=1))
         return [
             Score(candidate, float(sigmas[candidate, k]), float(bounds[candidate, k]), decoders[k])
             for candidate, k in enumerate(best)
         ]
+
+    def _bounds(
+        self, weights: Sequence[NDArray[np.float64]], totals: NDArray[np.float64], sigmas: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """float64 (candidates, decoders): log10 of the bounds.
+
+        A score is a sum of log-likelihood ratios, so E exp(S) = 1 for an innocent, and exp(−S) is a bound already (the
+        one of λ = 1). Where it matters, for the highest candidates and the decoders that fit best, the others are
+        tried, too."""
+        bounds = np.minimum((_ROUNDING - totals) / math.log(10), 0.0)
+        highest = np.argsort(-sigmas.max(axis=1))[:_TRIED]
+        fitting = {*np.argsort(-sigmas.max(axis=0))[:_FITTING], *np.argsort(-totals.max(axis=0))[:_FITTING]}
+        for k in fitting:
+            bounds[highest, k] = np.minimum(bounds[highest, k], tail(weights[k], self._p, totals[highest, k]))
+        return bounds
 
 
 def tail(g: NDArray[np.float64], p: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from strongroom.marking.stamp import BLOCK, Stamp, stamp_blocks, stampable
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
 _SHORT, _ROW = 64, 2048
 _CUT = 4.0
+_MANY = 256  # stamps that a thread screens at a time
 
 
 class MatchedFilter:
@@ -79,15 +81,20 @@ class MatchedFilter:
         most = np.argsort(-np.einsum("ij,ij->i", blocks, blocks))[: self._wanted]
         self._kept, self._waiting = [(counters[most], blocks[most])], len(most)
 
-    def screened(self, stamps: Sequence[Stamp]) -> NDArray[np.float64]:
+    def screened(self, stamps: Sequence[Stamp], *, workers: int = 1) -> NDArray[np.float64]:
         """float64: z of each of `stamps`, by the sample alone."""
         if not self._kept:
             return np.zeros(len(stamps))
         self._prune()
         counters, blocks = self._kept[0]
-        r, found = blocks.reshape(-1), np.zeros(len(stamps))
-        for k, stamp in enumerate(stamps):
-            found[k] = np.dot(r, stamp.chips_of(counters).astype(np.float32))
+        r, found, named = blocks.reshape(-1), np.zeros(len(stamps)), counters.tobytes()
+
+        def score(first: int) -> None:
+            for k in range(first, min(first + _MANY, len(stamps))):
+                found[k] = np.dot(r, stamps[k].chips_of(named).astype(np.float32))
+
+        with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
+            list(pool.map(score, range(0, len(stamps), _MANY)))
         power = float(np.dot(r, r))
         return found / math.sqrt(2 * power) if power > 0 else found
 

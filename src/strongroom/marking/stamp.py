@@ -59,9 +59,9 @@ class Stamp:
         ones = np.bitwise_count(np.frombuffer(stream, np.uint8, offset=skip))
         return (ones - np.uint8(4)).view(np.int8)
 
-    def chips_of(self, blocks: NDArray[np.uint8]) -> NDArray[np.int8]:
+    def chips_of(self, blocks: bytes) -> NDArray[np.int8]:
         """int8 (16 n,): the chips of the n blocks of 16 elements that `stamp_blocks` has named, wherever they are."""
-        ones = np.bitwise_count(np.frombuffer(scattered_keystream(self._key, blocks.tobytes()), np.uint8))
+        ones = np.bitwise_count(np.frombuffer(scattered_keystream(self._key, blocks), np.uint8))
         return (ones - np.uint8(4)).view(np.int8)
 
     def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:

@@ -31,8 +31,8 @@ _EXPLAINED = 0.1
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
 _FEW = 64  # whose stamps are scored in full
-_SAMPLE = 1 << 18  # elements by which more are screened
-_HINT = 3.0  # standard deviations of a stamp
+_SAMPLE = 1 << 17  # elements by which more are screened
+_UNUSUAL = 20
 
 
 @dataclass
@@ -178,8 +178,9 @@ def _traced(
     ref = f"{record.name}@{record.number}"
     people = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
-    words = [np.frombuffer(code.word(each.holder), np.uint8) for each in people]
-    bits = np.stack([np.unpackbits(word, bitorder="little")[: code.positions] for word in words])
+    bits = np.empty((len(people), code.positions), np.uint8)
+    for k, each in enumerate(people):
+        bits[k] = code.bits(each.holder)
     gather = partial(comparison.gather, workers=vault.workers, progress=progress)
     few = people if len(people) <= _FEW else []
     found = gather(_stamps(vault, few), everything=False, sample=0 if few else _SAMPLE)
@@ -187,7 +188,7 @@ def _traced(
     decoding = Decoding(estimates, bits, code.biases / 65536)
     if not few:
         # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
-        screened = found.matched.screened(_stamps(vault, people))
+        screened = found.matched.screened(_stamps(vault, people), workers=vault.workers)
         likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: each.log10_p)[:_FEW]}
         few = [people[k] for k in sorted(likely | {int(k) for k in np.argsort(-screened)[:_FEW]})]
         found = gather(_stamps(vault, few), everything=False)
@@ -207,7 +208,8 @@ def _traced(
     )
     _name(result, decoding, versions)
     # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
-    if not result.accused or any(each.z >= _HINT for each in people if each not in result.accused):
+    hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
+    if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
         found = gather(_stamps(vault, few), everything=True)
         result.elements = found.elements
         _stamped(few, found)

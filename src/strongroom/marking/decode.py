@@ -90,9 +90,7 @@ class Decoding:
     """All decoders over all candidates. `words` is uint8 (candidates, m) of bits, `p` float64 (m,) their biases."""
 
     def __init__(self, estimates: Estimates, words: NDArray[np.uint8], p: NDArray[np.float64]) -> None:
-        use = estimates.information > 0
-        self._estimates = Estimates(*(part[use] for part in vars(estimates).values()))
-        self._p, self._words = p[use], words[:, use]
+        self._estimates, self._p, self._words = estimates, p, words
 
     @staticmethod
     def decoders(named: int) -> list[Decoder]:
@@ -100,29 +98,31 @@ class Decoding:
         alone = [Decoder(1, "mean")] if named == 0 else []
         return alone + [Decoder(c, model) for c, model in product(COLLUDERS, MODELS) if c > named]
 
-    def scores(self, named: Sequence[int] = ()) -> list[Score]:
-        """Each candidate's best score, in their order, given who has been named."""
-        if not len(self._p) or not len(self._words):
+    def scores(self, named: Sequence[int] = (), among: Sequence[int] | None = None) -> list[Score]:
+        """Each candidate's best score, or that of each of those `among` whom it is looked for, given who has been
+        named. A position that says nothing adds nothing to any score."""
+        if not self._estimates.used or not len(self._words):
             return []
         known = self._words[list(named)].sum(axis=0, dtype=np.int64)
+        words = self._words if among is None else self._words[list(among)]
         decoders = self.decoders(len(named))
         weights = [each.weights(self._estimates, self._p, known, len(named)) for each in decoders]
         steps = np.stack([g[1] - g[0] for g in weights], axis=1)
         base = np.array([g[0].sum() for g in weights])
         single = steps.astype(np.float32)
-        chunks = range(0, len(self._words), _CHUNK)
-        totals = np.concatenate([self._words[at : at + _CHUNK].astype(np.float32) @ single for at in chunks]) + base
+        chunks = range(0, len(words), _CHUNK)
+        totals = np.concatenate([words[at : at + _CHUNK].astype(np.float32) @ single for at in chunks]) + base
         # Single precision is enough to see who is far from being named. Whoever may be is added up again in double.
         highest = np.unique(np.argsort(-totals, axis=0)[:_EXACT])
-        totals[highest] = self._words[highest].astype(np.float64) @ steps + base
+        totals[highest] = words[highest].astype(np.float64) @ steps + base
         means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
         deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)
         sigmas = (totals - means) / np.maximum(deviations, 1e-30)
         bounds = self._bounds(weights, totals, sigmas)
         best = np.where(bounds.min(axis=1) < 0, bounds.argmin(axis=1), sigmas.argmax(axis=1))
         return [
-            Score(candidate, float(sigmas[candidate, k]), float(bounds[candidate, k]), decoders[k])
-            for candidate, k in enumerate(best)
+            Score(candidate, float(sigmas[row, k]), float(bounds[row, k]), decoders[k])
+            for row, (candidate, k) in enumerate(zip(among or range(len(words)), best, strict=True))
         ]
 
     def _bounds(

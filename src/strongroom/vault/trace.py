@@ -30,7 +30,8 @@ _CLOSE = 0.01
 _EXPLAINED = 0.1
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
-_FEW = 64  # whose stamps are scored in full
+_PASSED_ON = 4096
+_FEW = 32  # whose stamps are scored in full
 _SAMPLE = 1 << 17  # elements by which more are screened
 _UNUSUAL = 20
 
@@ -189,7 +190,7 @@ def _traced(
     if not few:
         # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
         screened = found.matched.screened(_stamps(vault, people), workers=vault.workers)
-        likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: each.log10_p)[:_FEW]}
+        likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)[:_FEW]}
         few = [people[k] for k in sorted(likely | {int(k) for k in np.argsort(-screened)[:_FEW]})]
         found = gather(_stamps(vault, few), everything=False)
     _stamped(few, found)
@@ -242,10 +243,14 @@ def _name(result: Trace, decoding: Decoding, versions: int) -> None:
     """Accuse, pass after pass, everybody whose bound times all that was tried is under `FALSE_ACCUSATION`."""
     people = result.candidates
     named: list[int] = []
+    among: list[int] | None = None
     passes = 0
     while True:
         passes += 1
-        scores: Sequence[Score] = decoding.scores(named)
+        scores: Sequence[Score] = decoding.scores(named, among)
+        # Who is nowhere near it alone will not be named by what is known of others: looking no further leaves people
+        # out, and touches no bound.
+        among = [each.candidate for each in sorted(scores, key=lambda each: -each.sigma)[:_PASSED_ON]]
         ways = len(decoding.decoders(len(named)))
         # Of the passes the first has half of what may go wrong, the next a quarter, and so on: they never add up to
         # more than all.

@@ -251,12 +251,7 @@ class Room:
         """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it. `weights`: the
         version that it is to be compared with, which takes an approved request; else all, which as a rule names
         nobody."""
-        from strongroom.vault.search import search
-
-        found = search(self._here("trace"), Path(path), by=self.principal, weights=weights, progress=progress)
-        for release in (each for accused in found["accused"] for each in accused["releases"]):
-            release["proof"] = self.log.prove(release["entry"])["proof"]
-        return found
+        return self._vault.trace(Path(path), by=self.principal, weights=weights, progress=progress)
 
     @property
     def log(self) -> RoomLog:

@@ -33,6 +33,7 @@ class Limits:
     entry: int = 65_535  # C2SP tlog-tiles: the length of an entry has two bytes
     upload: int = 2 * MIB  # what is said of files that are sent to a served room
     upload_heads: int = 256 * MIB  # of them, kept in memory until they are written
+    suspect_files: int = 500  # that are searched at a time in a served room: each is a descriptor
     note: int = 1 * MIB
     note_signatures: int = 64  # C2SP signed-note: at least 16
     log_size: int = 1 << 62  # entries; a log has fewer

@@ -141,6 +141,8 @@ def trace(
             f"{who.path} has no lease {body['lease']} to trace {ref or 'every version'}",
             hint="strongroom requests",
         )
+    if ref and lease is None:
+        rules.veiled(state, who, "trace", ref, now, stage="release")
     if ref and ref not in state.versions:
         raise NotFound("version.missing", f"there are no weights {ref:.200} in this room", hint="strongroom ls")
     rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None if ref else None)

@@ -86,7 +86,7 @@ class Custody:
                 "a request is for some time, not for ever, and for at least one use",
                 hint="--duration 8h",
             )
-        self._veiled(state, Speaker(holder, OWN_KEY), body["action"], body["ref"], now, stage="grant")
+        self.veiled(state, Speaker(holder, OWN_KEY), body["action"], body["ref"], now, stage="grant")
         version = usable(state, body["ref"], body["action"])
         query = self._grant(state, holder, body["action"], version.ref, [], body["duration"], now)
         policies = self._policies(state.policy)
@@ -296,7 +296,7 @@ class Custody:
         # Step 5.
         lease = state.lease_for(who.path, body["action"], body["ref"], now)
         if lease is None:
-            self._veiled(state, who, body["action"], body["ref"], now, stage="release")
+            self.veiled(state, who, body["action"], body["ref"], now, stage="release")
         known = facts()
         version = usable(state, body["ref"])
         if (known.revision, known.manifest) != (version.revision, version.manifest):
@@ -336,7 +336,7 @@ class Custody:
             {"reason": reason} if reason else {},
         )
 
-    def _veiled(self, state: State, who: Speaker, action: str, ref: str, now: int, *, stage: str) -> None:
+    def veiled(self, state: State, who: Speaker, action: str, ref: str, now: int, *, stage: str) -> None:
         """A guest is refused what it never could have, whether or not there is such a version: else it could try
         names. What it could have, but for a freeze, is to it as if it were not there, unless it has asked for it."""
         if not who.guest:

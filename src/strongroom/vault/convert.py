@@ -12,7 +12,6 @@ needs the model's code to know which name its loader can do without.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import math
@@ -31,6 +30,7 @@ from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.safetensors import encode_header
 from strongroom.formats.tensors import DTYPES
+from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.names import check_collisions, shown
 from strongroom.vault.pickles import SUFFIXES
 from strongroom.vault.shards import INDEX_MAX, read_index
@@ -47,12 +47,11 @@ _INDEX_SUFFIX = ".index.json"
 
 
 @contextmanager
-def converted(path: Path, *, follow_links: bool = False, whole: bool = True) -> Iterator[ModelSource]:
+def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource]:
     """The model at `path` with its pickles as safetensors files in memory, for as long as the context lasts.
 
     ``pytorch_model.bin`` becomes ``model.safetensors``, shards and index likewise, ``x.pt`` becomes ``x.safetensors``;
-    a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is. Without
-    `whole` shards may be missing, and indices say nothing: what somebody found may be a part of a model.
+    a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is.
 
     Errors of `ModelSource.scan`, and UsageError ``convert.refused`` (it would call something), ``convert.unreadable``,
     ``convert.unfit`` (it holds more than tensors), ``convert.no_torch``, ``convert.no_sandbox``; LimitExceeded
@@ -61,22 +60,39 @@ def converted(path: Path, *, follow_links: bool = False, whole: bool = True) -> 
     walk = Walk.of(path, follow_links=follow_links)
     present = {file.path for file in walk.files}
     renamed = {file.path: safetensors_name(file.path) for file, _ in walk.pickles}
-    wanted = sorted((file for file, _ in walk.pickles if renamed[file.path] not in present), key=lambda file: file.path)
-    # Before the work, not after it.
-    check_collisions([*present, *(renamed[file.path] for file in wanted)])
+    wanted = to_convert(walk)
     # The others are there already, as the publisher's own conversion.
     walk.skipped.extend(path for path, name in renamed.items() if name in present)
     with ExitStack() as stack:
-        sizes: dict[str, int] = {}
-        for file in wanted:
-            result = _convert(file, renamed[file.path], stack)
-            sizes[result.path] = sum(tensor.size for tensor in result.tensors)
-            walk.files.append(result)
-        if not whole:
-            yield ModelSource(walk.root, tuple(sorted(walk.files, key=lambda file: file.path.encode("utf-8"))))
-            return
+        made = [_convert(file, renamed[file.path], stack) for file in wanted]
+        sizes = {file.path: sum(tensor.size for tensor in file.tensors) for file in made}
+        walk.files.extend(made)
         files = [kept for file in walk.files if (kept := _reindexed(file, present, renamed, sizes, walk, stack))]
         yield ModelSource.of(walk.root, files, walk.skipped, walk.followed)
+
+
+def to_convert(walk: Walk) -> list[SourceFile]:
+    """The pickles that have no safetensors file of their name beside them, in their order; UsageError
+    ``source.collision`` if one would be in another file's place."""
+    present = {file.path for file in walk.files}
+    wanted = [file for file, _ in walk.pickles if safetensors_name(file.path) not in present]
+    # Before the work, not after it.
+    check_collisions([*present, *(safetensors_name(file.path) for file in wanted)])
+    return sorted(wanted, key=lambda file: file.path)
+
+
+@contextmanager
+def converted_parts(walk: Walk, *, room: int | None = None) -> Iterator[ModelSource]:
+    """What was found, with its pickles as safetensors files in memory, for as long as the context lasts: shards may be
+    missing, and indices say nothing, for it may be a part of a model. With `room` at most so many bytes of memory are
+    taken for it: LimitExceeded ``convert.limit``. Other errors as `converted`."""
+    with ExitStack() as stack:
+        files = list(walk.files)
+        for file in to_convert(walk):
+            files.append(_convert(file, safetensors_name(file.path), stack, room))
+            if room is not None:
+                room -= files[-1].size
+        yield ModelSource(walk.root, tuple(sorted(files, key=lambda file: file.path.encode("utf-8"))))
 
 
 def safetensors_name(path: str) -> str:
@@ -125,32 +141,32 @@ def _reindexed(
         "metadata": {"total_size": sum(sizes.get(place, 0) for place in set(new.values()))},
         "weight_map": {tensor: new[shard].rpartition("/")[2] for tensor, shard in weight_map.items()},
     }
-    memory = _memory_file(stack)
-    _write(memory, json.dumps(index, ensure_ascii=False, indent=2).encode())
-    _seal(memory)
+    memory = memory_file(stack)
+    write_memory(memory, json.dumps(index, ensure_ascii=False, indent=2).encode())
+    seal_memory(memory)
     return SourceFile.in_memory(name, memory)
 
 
-def _convert(file: SourceFile, name: str, stack: ExitStack) -> SourceFile:
-    memory = _memory_file(stack)
+def _convert(file: SourceFile, name: str, stack: ExitStack, room: int | None = None) -> SourceFile:
+    memory = memory_file(stack)
     with file.opened() as source:
         child = _Child(file, source, memory)
         try:
             tensors = child.hear("tensors")
-            begin, size = _prepare(file, memory, tensors)
+            begin, size = _prepare(file, memory, tensors, room)
             child.say(begin=begin, size=size)
             child.hear("done")
         finally:
             child.close()
         with file.opened():  # the tensors were read through a mapping: what changed meanwhile is neither old nor new
             pass
-    _seal(memory)
+    seal_memory(memory)
     result = SourceFile.in_memory(name, memory)
     with result.opened() as fd:
         return result.parsed(partial(result.read, fd))
 
 
-def _prepare(file: SourceFile, memory: int, tensors: Any) -> tuple[int, int]:
+def _prepare(file: SourceFile, memory: int, tensors: Any, room: int | None = None) -> tuple[int, int]:
     """Write the header of what the child announces, make room for it, and say where the tensors begin and end."""
     try:
         table = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in tensors]
@@ -168,8 +184,15 @@ def _prepare(file: SourceFile, memory: int, tensors: Any) -> tuple[int, int]:
             hint="it is not an ordinary set of weights: do not use it",
             path=file.path,
         )
+    if room is not None and len(head) + size > room:
+        raise LimitExceeded(
+            "convert.limit",
+            f"{file.path} would take {len(head) + size} bytes of memory, and {max(room, 0)} are left for it",
+            hint="convert it where it is, and trace the safetensors file",
+            path=file.path,
+        )
     os.ftruncate(memory, len(head) + size)
-    _write(memory, head)
+    write_memory(memory, head)
     return len(head), len(head) + size
 
 
@@ -288,27 +311,3 @@ def _refuse(file: SourceFile, code: str, what: str, **evidence: str) -> NoReturn
         path=file.path,
         **evidence,
     )
-
-
-def _memory_file(stack: ExitStack) -> int:
-    if not hasattr(os, "memfd_create"):
-        raise UsageError(
-            "convert.no_sandbox",
-            "this system has no memory files, and plaintext weights are never written to a disk",
-            hint="convert on a Linux machine",
-        )
-    memory = os.memfd_create("strongroom", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    stack.callback(os.close, memory)
-    return memory
-
-
-def _write(memory: int, data: bytes) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(memory, data[done:], done)
-
-
-def _seal(memory: int) -> None:
-    """From here on nobody changes it: not a child that lived on, not this process."""
-    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    fcntl.fcntl(memory, fcntl.F_ADD_SEALS, seals)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import Connection
 
-from strongroom.core import canonical
 from strongroom.core.ids import Ref
 from strongroom.errors import StrongroomError
 from strongroom.formats.entry import Private
+from strongroom.formats.merkle import leaf_hash
+from strongroom.formats.statement import Statement
+from strongroom.formats.suspect import FoundFile, FoundFiles, suspect_digest
+from strongroom.formats.tlogproof import LogProof
 from strongroom.ledger.log import Draft
 from strongroom.policy import acts
-from strongroom.policy.speaker import speaking
+from strongroom.policy.speaker import Speaker, authenticate, speaking
 from strongroom.policy.state import State
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import Suspect, digests
 from strongroom.vault.trace import trace
+from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
@@ -37,14 +41,45 @@ def search(vault: Vault, path: Path, *, by: str, weights: str | None, progress: 
     """
     ref = _numbered(vault, weights) if weights is not None else None
     lease = vault.custodian.tracing(by, ref)
-    with Suspect.opened(path) as suspect:
-        files = suspect.digests()
-        said = vault.voice(by).say("trace", {"suspect": _digest(files), "ref": ref, "lease": lease})
-        found = trace(vault, suspect, path.name, files, weights=ref, progress=progress)
-    told = found.weights if ref is None else ref
-    withheld = bool(found.weights) and ref is None and not _may_name(vault, by, told)
-    accused = [] if withheld else [each.holder for each in found.accused]
-    report = {**found.as_json(), "withheld": withheld}
+    walk = Walk.of(path, follow_links=False)
+    files = digests(walk)
+    statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
+    with Suspect.of(walk, path.name) as suspect:
+        return found(vault, Search(statement, by, statement.at, path.name, files), suspect, progress)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that somebody has signed for: `by`, whose `statement` came at `since` (seconds), for what the report
+    calls `name`, which are these files."""
+
+    statement: Statement
+    by: str | Speaker
+    since: int
+    name: str
+    files: tuple[FoundFile, ...]
+
+
+def begun(vault: Vault, announced: FoundFiles, by: Speaker) -> Search:
+    """The search that `by` wants, if it may begin: it is decided now as it will be at the end, when what was found is
+    recorded. UsageError ``trace.other``; AuthRequired, Conflict ``statement.*``; Denied, explained; NotFound."""
+    statement, now = announced.said(by.path), vault.clock()
+    with vault.custodian.ledger.view() as state:
+        acts.trace(vault.custodian.rules, state, statement, now, "", [])
+        # Who signed it, with which key: whoever carries it here may have come in by another.
+        said = authenticate(state, statement, now)
+    return Search(statement, said, now, announced.name, announced.files)
+
+
+def found(vault: Vault, search: Search, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+    """The report of one search, once it is in the log; errors as `search`."""
+    said, ref = search.statement, search.statement.body["ref"]
+    files = [file.as_json() for file in search.files]
+    result = trace(vault, suspect, search.name, files, weights=ref, progress=progress)
+    told = result.weights if ref is None else ref
+    withheld = bool(result.weights) and ref is None and not _may_name(vault, search.by, told)
+    accused = [] if withheld else [each.holder for each in result.accused]
+    report = {**result.as_json(), "withheld": withheld}
     if withheld:
         report |= {"accused": [], "scores": [], "verdict": "weights-only"}
     detail = Private.fresh("detail", _summary(report))
@@ -58,13 +93,27 @@ def search(vault: Vault, path: Path, *, by: str, weights: str | None, progress: 
             report["verdict"],
             accused,
             detail=detail.commitment,
-            since=said.at,
+            since=search.since,
         )
         return Draft(entry, [detail])
 
     # Before anybody is told: what is found out is on the record.
     receipt = vault.custodian.act(said, "trace", decide)
+    _prove(vault, report["accused"])
     return {**report, "entry": receipt.index}
+
+
+def _prove(vault: Vault, accused: list[dict[str, Any]]) -> None:
+    """Give each release its proof: who may trace need not be one who may read the log, and has nothing of an entry by
+    it but that it is there."""
+    ledger = vault.custodian.ledger
+    checkpoint, note = ledger.checkpoint()
+    note = vault.cosigned_note(note)
+    for release in (each for one in accused for each in one["releases"]):
+        index = release["entry"]
+        leaf = leaf_hash(ledger.proven(index, index + 1)[0])
+        proof = LogProof(index, tuple(ledger.inclusion(index, checkpoint.size)), note)
+        release |= {"leaf": leaf.hex(), "proof": proof.encode().decode()}
 
 
 def _numbered(vault: Vault, weights: str) -> str:
@@ -75,20 +124,13 @@ def _numbered(vault: Vault, weights: str) -> str:
     return f"{row.name}@{row.number}"
 
 
-def _may_name(vault: Vault, by: str, ref: str) -> bool:
+def _may_name(vault: Vault, by: str | Speaker, ref: str) -> bool:
     with vault.custodian.ledger.view() as state:
         try:
             vault.custodian.rules.may(state, speaking(state, by), "trace", ref, now=vault.clock(), lease=False)
         except StrongroomError:
             return False
     return True
-
-
-def _digest(files: list[dict[str, Any]]) -> str:
-    """What a suspect is known by: the SHA-256 of its one file, or of the canonical list of paths and digests."""
-    if len(files) == 1:
-        return str(files[0]["sha256"])
-    return hashlib.sha256(canonical.encode([[each["path"], each["sha256"]] for each in files])).hexdigest()
 
 
 def _summary(report: dict[str, Any]) -> str:

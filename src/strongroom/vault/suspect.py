@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from strongroom.core.limits import MIB
 from strongroom.errors import UsageError
+from strongroom.formats.suspect import FoundFile
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.elements import STEPS, values
-from strongroom.vault.convert import converted
+from strongroom.vault.convert import converted_parts, to_convert
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
+from strongroom.vault.walk import Walk
 
 _LARGEST = 1e9  # no weight is: beyond it sums of squares would be infinite, and say nothing of all the others
 _FLOAT8 = {
@@ -54,11 +56,15 @@ class SuspectTensor:
         return self.file.kind == "gguf" and self.info.dtype.block > 1
 
 
-class Suspect:
-    """The tensors of a found file or folder. Open with `opened`."""
+def _unstopped() -> None:
+    pass
 
-    def __init__(self, source: ModelSource) -> None:
-        self._source = source
+
+class Suspect:
+    """The tensors of found files. Open with `opened`, or, of files that are looked over already, with `of`."""
+
+    def __init__(self, source: ModelSource, check: Callable[[], None] = _unstopped) -> None:
+        self._source, self._check = source, check
         self.tensors: Mapping[str, SuspectTensor] = {
             info.name: SuspectTensor(info, file)
             for file in source.files
@@ -69,16 +75,26 @@ class Suspect:
     @classmethod
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Suspect]:
-        """The suspect at `path`; pickles are converted in the sandbox, and nothing is executed.
+        """The suspect at `path`; errors of `Walk.of`, and as `of`."""
+        with cls.of(Walk.of(path, follow_links=False), path.name) as found:
+            yield found
 
-        UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted` raises.
+    @classmethod
+    @contextmanager
+    def of(
+        cls, walk: Walk, name: str, *, room: int | None = None, check: Callable[[], None] = _unstopped
+    ) -> Iterator[Suspect]:
+        """The suspect `name`; pickles are converted in the sandbox, in at most `room` bytes of memory, and nothing is
+        executed. `check` is called at every read, and what it raises ends that.
+
+        UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted_parts` raises.
         """
-        with converted(path, whole=False) as source:
-            found = cls(source)
+        with converted_parts(walk, room=room) as source:
+            found = cls(source, check)
             if not found.tensors:
                 raise UsageError(
                     "suspect.empty",
-                    f"{path.name!r:.200} has no tensor that can be read",
+                    f"{name!r:.200} has no tensor that can be read",
                     hint="trace a safetensors, GGUF or PyTorch file, or the folder of a model",
                 )
             yield found
@@ -87,21 +103,10 @@ class Suspect:
     def bytes(self) -> int:
         return sum(tensor.info.size for tensor in self.tensors.values())
 
-    def digests(self) -> list[dict[str, Any]]:
-        """Path, size and SHA-256 of each file."""
-        found = []
-        for file in self._source.files:
-            digest, buffer, done = hashlib.sha256(), memoryview(bytearray(8 * MIB)), 0
-            with self._source.reading(file) as read:
-                while step := read(done, buffer):
-                    digest.update(buffer[:step])
-                    done += step
-            found.append({"path": file.path, "bytes": file.size, "sha256": digest.hexdigest()})
-        return found
-
     def read(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
         """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major. What is
         not finite, or no weight, is NaN."""
+        self._check()
         tensor = self.tensors[name]
         info, dtype = tensor.info, tensor.info.dtype
         end = info.elements if end is None else end
@@ -117,6 +122,26 @@ class Suspect:
             if found.size and not float(np.abs(found).max()) < _LARGEST:
                 found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
         return found
+
+
+def searched(walk: Walk) -> list[SourceFile]:
+    """The files that are searched, as they were found: not a pickle whose tensors are there as safetensors, too. In the
+    order of their paths' UTF-8 bytes."""
+    return sorted([*walk.files, *to_convert(walk)], key=lambda file: file.path.encode("utf-8"))
+
+
+def digests(walk: Walk) -> tuple[FoundFile, ...]:
+    """Path, size and SHA-256 of each file that is searched, by which it is known again: not of what a pickle becomes.
+    Errors of `ModelSource.reading`."""
+    source, found = ModelSource(walk.root, tuple(searched(walk))), []
+    for file in source.files:
+        digest, buffer, done = hashlib.sha256(), memoryview(bytearray(8 * MIB)), 0
+        with source.reading(file) as read:
+            while step := read(done, buffer):
+                digest.update(buffer[:step])
+                done += step
+        found.append(FoundFile(file.path, file.size, digest.hexdigest()))
+    return tuple(found)
 
 
 def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:

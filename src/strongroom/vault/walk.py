@@ -8,6 +8,7 @@ another file there (names).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import LimitExceeded, NotFound, UsageError
-from strongroom.vault.names import check_name, shown
+from strongroom.vault.names import check_collisions, check_name, shown
 from strongroom.vault.pickles import pickle_evidence
 from strongroom.vault.sourcefile import SourceFile, unreadable
 
@@ -62,6 +63,16 @@ class Walk:
             walk._single(path.absolute().name)  # in a download cache the target's own name is a hash
         return walk
 
+    @classmethod
+    def held(cls, files: Iterable[SourceFile]) -> Walk:
+        """Look over files that are in memory; errors as `of`, and UsageError ``source.collision``."""
+        walk, files = cls(Path(), follow_links=False), list(files)
+        check_collisions(file.path for file in files)
+        for file in files:
+            check_name(file.path)
+            walk._take(file)
+        return walk
+
     def refuse_pickles(self) -> None:
         """UsageError ``source.pickle`` if there are any."""
         for file, evidence in sorted(self.pickles, key=lambda item: item[0].path):
@@ -103,7 +114,10 @@ class Walk:
             )
 
     def _file(self, path: str, location: Path) -> None:
-        file = SourceFile.scan(path, location)
+        self._take(SourceFile.scan(path, location))
+
+    def _take(self, file: SourceFile) -> None:
+        path = file.path
         with file.opened() as fd:
             # Safetensors' own parser refuses whatever is none.
             if not path.lower().endswith(".safetensors"):

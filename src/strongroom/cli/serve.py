@@ -12,6 +12,7 @@ import click
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
 from strongroom.core.files import write_whole
+from strongroom.core.limits import MIB
 from strongroom.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -37,8 +38,16 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Clients read an object store by themselves, with credentials of their own, and not through here.",
 )
+@click.option(
+    "--trace-memory",
+    type=click.IntRange(min=1),
+    metavar="MIB",
+    help="Memory for files that clients have found.  [default: 8192, or half of what is free if that is less]",
+)
 @pass_options
-def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | None, direct: bool) -> None:
+def serve(
+    options: Options, where: str, names: tuple[str, ...], shown_at: str | None, direct: bool, trace_memory: int | None
+) -> None:
     """Serve the room to others, until interrupted."""
     try:
         from strongroom.server.app import CustodianApp
@@ -65,7 +74,7 @@ def serve(options: Options, where: str, names: tuple[str, ...], shown_at: str | 
             url = f"https://{shown}:{listener.getsockname()[1]}"
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
-            app = CustodianApp(vault, url, direct=direct)
+            app = CustodianApp(vault, url, direct=direct, trace_memory=trace_memory * MIB if trace_memory else None)
             with authority.issued(sorted({*called, host})) as certificate:
                 config = configure(app.asgi, certificate)
             metrics = stack.enter_context(MetricsServer(app.metrics, *metrics_at)) if metrics_at else None

@@ -6,13 +6,14 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from strongroom.errors import BackendError
 from strongroom.formats.card import Card
-from strongroom.formats.entry import COUNT, DIGEST, FLAG, TEXT, Kind, one_of, or_null
+from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, TEXT, Kind, one_of, or_null
 from strongroom.policy.review import SEVERITIES
 from strongroom.storage.blobs import OBJECT_STORES
 
@@ -27,6 +28,10 @@ def _object(members: Mapping[str, Kind]) -> Kind:
     return lambda value: (
         isinstance(value, dict) and all(name in value and kind(value[name]) for name, kind in members.items())
     )
+
+
+def _number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 _TEXTS = _list(TEXT)
@@ -66,6 +71,15 @@ PUT: dict[str, Kind] = {
     "files": _TEXTS,
     "same_as": _TEXTS,
     "unmarked": lambda value: isinstance(value, dict) and all(map(TEXT, value)) and all(map(COUNT, value.values())),
+}
+LEASES: dict[str, Kind] = {"leases": _list(_object(_LEASE | {"holder": TEXT, "used": COUNT}))}
+BEGUN: dict[str, Kind] = {"id": ID}
+TRACE: dict[str, Kind] = {
+    "state": one_of("running", "done", "failed"),
+    "done": COUNT,
+    "total": COUNT,
+    "report": or_null(lambda value: isinstance(value, dict)),
+    "error": or_null(lambda value: isinstance(value, dict)),
 }
 SHOWN = _VERSION | {
     **dict.fromkeys(("version", "suite", "signed_by"), TEXT),
@@ -157,6 +171,50 @@ ACTED: dict[str, Kind] = {
 DONE: dict[str, dict[str, Kind]] = {"clock": {"before": COUNT}, "enact": {"digest": DIGEST}}
 
 
+_RELEASE: dict[str, Kind] = {
+    **dict.fromkeys(("action", "proof"), TEXT),
+    **dict.fromkeys(("entry", "at"), COUNT),
+    "lease": or_null(TEXT),
+    "leaf": DIGEST,
+}
+_ACCUSED: dict[str, Kind] = {
+    **dict.fromkeys(("holder", "person"), TEXT),
+    **dict.fromkeys(("score_sigma", "log10_p", "false_accusation"), _number),
+    "layer1": _object({"sigma": _number, "log10_p": _number, "decoder": TEXT}),
+    "layer2": _object({"z": _number, "log10_p": _number}),
+    "releases": _list(_object(_RELEASE)),
+}
+REPORT: dict[str, Kind] = {
+    "verdict": one_of("named", "weights-only", "unrelated"),
+    "weights": TEXT,
+    "accused": _list(_object(_ACCUSED)),
+    **dict.fromkeys(("marked", "withheld"), FLAG),
+    **dict.fromkeys(("false_accusation_bound", "marked_log10_p", "likeness", "threshold_log10_p"), _number),
+    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry"), COUNT),
+    "transformations": _TEXTS,
+    "versions": _list(_object({"ref": TEXT, "likeness": _number, "part": _number})),
+    "scores": _list(_object({"holder": TEXT, "log10_p": _number, "stamp_log10_p": _number})),
+    "tensors": _list(
+        _object({"name": TEXT, "elements": COUNT, "partner": TEXT, "cosine": _number, "transformations": _TEXTS})
+    ),
+    "suspect": _object(
+        {
+            "name": TEXT,
+            **dict.fromkeys(("tensors", "bytes"), COUNT),
+            "files": _list(_object({"path": TEXT, "bytes": COUNT, "sha256": DIGEST})),
+        }
+    ),
+}
+
+
+def conforming(value: Any, members: Mapping[str, Kind]) -> dict[str, Any]:
+    """`value`, if it is an object of at least these members; BackendError ``server.answer``."""
+    if not _object(members)(value):
+        raise malformed(f"no object of {', '.join(sorted(members))}")
+    found: dict[str, Any] = value
+    return found
+
+
 def acted(kind: str) -> dict[str, Kind]:
     """The members of an answer to a statement of this kind."""
     return ACTED | {"body": _object(DONE.get(kind, {}))}
@@ -168,10 +226,7 @@ def parse(data: bytes, members: Mapping[str, Kind]) -> dict[str, Any]:
         value = json.loads(data)
     except (ValueError, RecursionError):
         value = None
-    if not _object(members)(value):
-        raise malformed(f"no object of {', '.join(sorted(members))}")
-    found: dict[str, Any] = value
-    return found
+    return conforming(value, members)
 
 
 def decode(text: str) -> bytes:

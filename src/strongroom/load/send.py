@@ -23,7 +23,7 @@ def announce(source: ModelSource, name: str, share: str, positions: int, suite: 
     for file in source.files:
         digest = hashlib.sha256()
         with source.reading(file) as read:
-            for piece in _pieces(read, 0, file):
+            for piece in pieces(read, 0, file):
                 digest.update(piece)
         head = file.size if file.kind == "opaque" else file.data_start
         files.append(UploadFile(file.path, file.size, digest.hexdigest(), head))
@@ -42,13 +42,14 @@ def body(source: ModelSource, upload: Upload, head: bytes, progress: Progress) -
         for file, announced in zip(source.files, upload.files, strict=True):
             begin, end = (0, announced.head) if begins else (announced.head, announced.size)
             with source.reading(file) as read:
-                for piece in _pieces(read, begin, file, end):
+                for piece in pieces(read, begin, file, end):
                     yield piece
                     done += len(piece)
                     progress(done, upload.size)
 
 
-def _pieces(read: ReadInto, begin: int, file: SourceFile, end: int | None = None) -> Iterator[memoryview]:
+def pieces(read: ReadInto, begin: int, file: SourceFile, end: int | None = None) -> Iterator[memoryview]:
+    """The bytes of `file` from `begin` to before `end`; Conflict ``source.changed`` where there are fewer."""
     end = file.size if end is None else end
     buffer = memoryview(bytearray(min(_PIECE, max(end - begin, 1))))
     while begin < end:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -121,18 +122,20 @@ class ServedRoom:
         upload = announce(source, name, share, positions, suite.name.lower(), self.voice(by))
         head = upload.encode()
         # What would be refused is refused before gigabytes are on their way.
-        answers.parse(
-            self._session.request("POST", "/v1/uploads", head, self._call("POST", "/v1/uploads", head)), answers.UPLOAD
-        )
-        size = 4 + len(head) + upload.size
-        headers = self._call("POST", "/v1/weights", head)
+        self.ask("/v1/uploads", head, answers.UPLOAD)
         try:
-            answer = self._session.send("/v1/weights", size, body(source, upload, head, progress), headers)
+            answer = self.send("/v1/weights", head, upload.size, body(source, upload, head, progress), answers.PUT)
         except BackendError as error:
             # It may be there: a second put of the same files would be another version of them.
             error.hint = f"strongroom ls {name} shows whether it is there; if not, put it again: it goes on"
             raise
-        return PutResult.from_json(answers.parse(answer, answers.PUT))
+        return PutResult.from_json(answer)
+
+    def trace(self, path: Path, *, by: str, weights: str | None, progress: Progress) -> dict[str, Any]:
+        """See `strongroom.load.tracing.trace`."""
+        from strongroom.load.tracing import trace
+
+        return trace(self, path, by=by, weights=weights, progress=progress)
 
     def find(self, ref: str) -> Named:
         """The version that `ref` names: the newest active one for a name alone."""
@@ -165,6 +168,17 @@ class ServedRoom:
 
     def get_bytes(self, path: str) -> bytes:
         return self._session.request("GET", path, headers=self._call("GET", path, b""))
+
+    def ask(self, path: str, head: bytes, members: Mapping[str, Kind]) -> dict[str, Any]:
+        """Whether what `head` announces would be taken."""
+        return answers.parse(self._session.request("POST", path, head, self._call("POST", path, head)), members)
+
+    def send(
+        self, path: str, head: bytes, size: int, pieces: Iterable[memoryview], members: Mapping[str, Kind]
+    ) -> dict[str, Any]:
+        """Send `pieces`: the length of `head`, `head`, and the `size` bytes that it announces."""
+        headers = self._call("POST", path, head)
+        return answers.parse(self._session.send(path, 4 + len(head) + size, pieces, headers), members)
 
     def post(
         self,

@@ -25,11 +25,13 @@ from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
 from strongroom.server.calls import Calls
 from strongroom.server.guard import Guard
+from strongroom.server.memory import Memory
 from strongroom.server.metrics import CONTENT_TYPE, Metrics
 from strongroom.server.operations import OPERATIONS, Operation
 from strongroom.server.problem import fault, missing, problem
 from strongroom.server.readiness import Readiness
 from strongroom.server.reading import Reading
+from strongroom.server.traces import Traces
 from strongroom.server.uploads import Uploads
 from strongroom.vault.custodian import Answer
 from strongroom.vault.vault import Vault
@@ -40,13 +42,14 @@ _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others a
 
 class CustodianApp:
     """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
-    themselves, with credentials of their own."""
+    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`."""
 
-    def __init__(self, vault: Vault, url: str, *, direct: bool = False) -> None:
+    def __init__(self, vault: Vault, url: str, *, direct: bool = False, trace_memory: int | None = None) -> None:
         self._url, self._direct = url, direct
         self._vault, self._custodian = vault, vault.custodian
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
+        self._traces = Traces(vault, self._calls.caller, Memory(trace_memory))
         self._document = openapi.encoded()
         self.metrics, self._readiness = Metrics(vault), Readiness(vault)
         handlers = self._handlers()
@@ -71,6 +74,9 @@ class CustodianApp:
             "act": partial(self._act, _ACTS),
             "put": self._uploads.receive,
             "check_put": self._uploads.check,
+            "trace": self._traces.receive,
+            "check_trace": self._traces.check,
+            "show_trace": self._traces.show,
             "openapi": lambda *_: Response(self._document, media_type="application/json"),
             "metrics": self._metrics,
             "alive": lambda *_: {"ok": True},
@@ -101,6 +107,8 @@ class CustodianApp:
         if operation.name == "put":
             # Unlike every other: the body is gigabytes, and goes to where it is encrypted as it comes.
             return JSONResponse((await self._uploads.receive(request)).as_json())
+        if operation.name == "trace":
+            return JSONResponse(await self._traces.receive(request), operation.status)
         body = await read_body(request)
         # In a thread: it waits for the database, and many who wait together share one batch of the log.
         answer = await run_in_threadpool(handler, request, body)

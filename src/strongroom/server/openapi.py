@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from strongroom.server.operations import CALL, OPERATIONS, Operation
-from strongroom.server.schemas import COMPONENTS, COUNT, ID, TEXT
+from strongroom.server.schemas import COMPONENTS, COUNT, ID, TEXT, TRACE
 
 _PROBLEMS = {
     "400": "the request is not one",
@@ -22,6 +22,7 @@ _PROBLEMS = {
 }
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "id": ID,
+    "trace": TRACE,
     "pass": {"type": "string", "pattern": "^[A-Za-z0-9_-]{32}$"},
     "old": COUNT,
     "new": COUNT,
@@ -80,7 +81,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
         for name in named
     ]
     parameters += [{"name": name, "in": "query", "schema": _PARAMETERS.get(name, TEXT)} for name in operation.query]
-    answers: dict[str, Any] = {"200": {"description": operation.summary, "content": _content(operation.answers)}}
+    answer = {"description": operation.summary, "content": _content(operation.answers)}
+    answers: dict[str, Any] = {str(operation.status): answer}
     if operation.name == "object":
         parameters.append(
             {

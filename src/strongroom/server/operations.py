@@ -13,7 +13,7 @@ JSON, BYTES, NOTE, EXPOSITION = "application/json", "application/octet-stream", 
 @dataclass(frozen=True)
 class Operation:
     """A route. `takes` and `answers`: names of schemas, or media types where it is no JSON; `query`: the names of
-    parameters that may be given."""
+    parameters that may be given; `status`: of an answer that is none of an error."""
 
     name: str
     method: str
@@ -23,6 +23,7 @@ class Operation:
     answers: str
     takes: str = ""
     query: tuple[str, ...] = ()
+    status: int = 200
 
 
 OPERATIONS = (
@@ -64,6 +65,9 @@ OPERATIONS = (
     Operation("put", "POST", "/v1/weights", "Put a model (section 7)", CALL, "Put", BYTES),
     Operation("show", "GET", "/v1/weights/{ref:path}", "Everything about one version", CALL, "VersionShown"),
     Operation("check_put", "POST", "/v1/uploads", "Would this be taken?", CALL, "UploadTaken", BYTES),
+    Operation("trace", "POST", "/v1/traces", "Search found files (section 9)", CALL, "TraceBegun", BYTES, status=202),
+    Operation("show_trace", "GET", "/v1/traces/{trace}", "How far a search is", CALL, "TraceShown"),
+    Operation("check_trace", "POST", "/v1/suspects", "Would these be searched?", CALL, "UploadTaken", BYTES),
     Operation(
         "reach", "GET", "/v1/reach", "Who can, or what can be reached", CALL, "Reach", query=("ref", "principal")
     ),

@@ -16,6 +16,7 @@ COUNT: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_INTEGER}
 FLAG: Schema = {"type": "boolean"}
 DIGEST: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 ID: Schema = {"type": "string", "pattern": "^[0-9a-f]{16}$"}
+TRACE: Schema = {"type": "string", "pattern": "^[0-9a-f]{32}$"}
 BYTES: Schema = {"type": "string", "contentEncoding": "base64"}
 
 
@@ -157,6 +158,15 @@ COMPONENTS: dict[str, Schema] = {
         "required": sorted([*_VERSION, "version", "suite", "signed_by", "files", "packs"]),
     },
     "UploadTaken": _object(_counts("files", "bytes")),
+    "TraceBegun": _object({"id": TRACE}),
+    "TraceShown": _object(
+        {
+            "state": {"enum": ["running", "done", "failed"]},
+            **_counts("done", "total"),
+            "report": _or_null({"type": "object"}),
+            "error": _or_null(_one("Problem")),
+        }
+    ),
     "Put": _object(
         {
             **_all("ref", "digest"),

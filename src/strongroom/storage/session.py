@@ -70,10 +70,12 @@ class Session:
         raise _error(response.status, data)
 
     def send(self, path: str, size: int, pieces: Iterable[memoryview], headers: dict[str, str]) -> bytes:
-        """POST `size` bytes that come in `pieces`, on a connection of their own; answer and errors as `request`. What
-        was sent once can't be sent again here: BackendError ``server.unreachable`` when the connection ends."""
+        """POST `size` bytes that come in `pieces`, on a new connection; answer and errors as `request`. What was sent
+        once can't be sent again here: BackendError ``server.unreachable`` when the connection ends. What is answered
+        202 goes on in that very server: this thread goes on with that connection."""
         connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
         about = {**headers, "Content-Type": "application/octet-stream", "Content-Length": str(size)}
+        response = None
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have said why before it hung up
                 connection.request("POST", path, iter(pieces), about)
@@ -84,10 +86,19 @@ class Session:
         except (OSError, HTTPException) as error:
             raise self._unreachable(error) from None
         finally:
-            connection.close()
-        if response.status == 200:
+            if response is not None and response.status == 202 and response.isclosed() and not response.will_close:
+                self._keep(connection)
+            else:
+                connection.close()
+        if response.status in (200, 202):
             return data
         raise _error(response.status, data)
+
+    def _keep(self, connection: HTTPSConnection) -> None:
+        if getattr(self._own, "connection", None) is not None:
+            self._drop()
+        self._own.connection = connection
+        self._all.add(connection)
 
     def size(self, path: str) -> int:
         """The size of an object, asked for by its first byte."""
@@ -180,15 +191,26 @@ class Session:
 def _error(status: int, data: bytes) -> StrongroomError:
     """The error that the server tells of; what is no problem document is a fault of the server's."""
     try:
-        value: Any = json.loads(data)
+        return error_of(json.loads(data))
+    except (ValueError, RecursionError):
+        return _fault(status)
+
+
+def _fault(status: object) -> BackendError:
+    return BackendError("server.fault", f"the server answers {status!s:.40}", hint="look into its log, then try again")
+
+
+def error_of(value: Any) -> StrongroomError:
+    """The error that a problem document tells of; BackendError ``server.fault`` where it is none."""
+    try:
         kind = _CLASSES[value["title"]]
         evidence = {
             str(name): item for name, item in value["evidence"].items() if name not in ("code", "message", "hint")
         }
         code, detail, hint = (str(value[name])[:_TEXT] for name in ("code", "detail", "hint"))
         return kind(code, detail, hint=hint, **evidence)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return BackendError("server.fault", f"the server answers {status}", hint="look into its log, then try again")
+    except (KeyError, TypeError, AttributeError):
+        return _fault(value.get("status") if isinstance(value, dict) else "with no problem")
 
 
 def cards() -> Iterator[Card]:

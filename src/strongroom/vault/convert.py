@@ -20,7 +20,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,11 @@ _BOOTSTRAP = (
 )
 _ANSWER_MAX = LIMITS.safetensors_header
 _INDEX_SUFFIX = ".index.json"
+Take = Callable[[int], None]
+
+
+def freely(_: int) -> None:
+    """Memory as it is needed."""
 
 
 @contextmanager
@@ -82,17 +87,13 @@ def to_convert(walk: Walk) -> list[SourceFile]:
 
 
 @contextmanager
-def converted_parts(walk: Walk, *, room: int | None = None) -> Iterator[ModelSource]:
+def converted_parts(walk: Walk, *, take: Take = freely) -> Iterator[ModelSource]:
     """What was found, with its pickles as safetensors files in memory, for as long as the context lasts: shards may be
-    missing, and indices say nothing, for it may be a part of a model. With `room` at most so many bytes of memory are
-    taken for it: LimitExceeded ``convert.limit``. Other errors as `converted`."""
+    missing, and indices say nothing, for it may be a part of a model. `take` is asked for memory, in bytes, before it
+    is used, and may refuse. Errors as `converted`."""
     with ExitStack() as stack:
-        files = list(walk.files)
-        for file in to_convert(walk):
-            files.append(_convert(file, safetensors_name(file.path), stack, room))
-            if room is not None:
-                room -= files[-1].size
-        yield ModelSource(walk.root, tuple(sorted(files, key=lambda file: file.path.encode("utf-8"))))
+        made = [_convert(file, safetensors_name(file.path), stack, take) for file in to_convert(walk)]
+        yield ModelSource(walk.root, tuple(sorted([*walk.files, *made], key=lambda file: file.path.encode("utf-8"))))
 
 
 def safetensors_name(path: str) -> str:
@@ -147,13 +148,13 @@ def _reindexed(
     return SourceFile.in_memory(name, memory)
 
 
-def _convert(file: SourceFile, name: str, stack: ExitStack, room: int | None = None) -> SourceFile:
+def _convert(file: SourceFile, name: str, stack: ExitStack, take: Take = freely) -> SourceFile:
     memory = memory_file(stack)
     with file.opened() as source:
         child = _Child(file, source, memory)
         try:
             tensors = child.hear("tensors")
-            begin, size = _prepare(file, memory, tensors, room)
+            begin, size = _prepare(file, memory, tensors, take)
             child.say(begin=begin, size=size)
             child.hear("done")
         finally:
@@ -166,7 +167,7 @@ def _convert(file: SourceFile, name: str, stack: ExitStack, room: int | None = N
         return result.parsed(partial(result.read, fd))
 
 
-def _prepare(file: SourceFile, memory: int, tensors: Any, room: int | None = None) -> tuple[int, int]:
+def _prepare(file: SourceFile, memory: int, tensors: Any, take: Take = freely) -> tuple[int, int]:
     """Write the header of what the child announces, make room for it, and say where the tensors begin and end."""
     try:
         table = [(str(name), str(dtype), tuple(int(n) for n in shape)) for name, dtype, shape in tensors]
@@ -184,13 +185,7 @@ def _prepare(file: SourceFile, memory: int, tensors: Any, room: int | None = Non
             hint="it is not an ordinary set of weights: do not use it",
             path=file.path,
         )
-    if room is not None and len(head) + size > room:
-        raise LimitExceeded(
-            "convert.limit",
-            f"{file.path} would take {len(head) + size} bytes of memory, and {max(room, 0)} are left for it",
-            hint="convert it where it is, and trace the safetensors file",
-            path=file.path,
-        )
+    take(len(head) + size)
     os.ftruncate(memory, len(head) + size)
     write_memory(memory, head)
     return len(head), len(head) + size

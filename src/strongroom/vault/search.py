@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def found(vault: Vault, search: Search, suspect: Suspect, progress: Progress) ->
     told = result.weights if ref is None else ref
     withheld = bool(result.weights) and ref is None and not _may_name(vault, search.by, told)
     accused = [] if withheld else [each.holder for each in result.accused]
-    report = {**result.as_json(), "withheld": withheld}
+    report = {**_finite(result.as_json()), "withheld": withheld}
     if withheld:
         report |= {"accused": [], "scores": [], "verdict": "weights-only"}
     detail = Private.fresh("detail", _summary(report))
@@ -131,6 +132,17 @@ def _may_name(vault: Vault, by: str | Speaker, ref: str) -> bool:
         except StrongroomError:
             return False
     return True
+
+
+def _finite(value: Any) -> Any:
+    """The same in numbers that JSON has."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return 0.0 if math.isnan(value) else math.copysign(1e300, value)
+    return value
 
 
 def _summary(report: dict[str, Any]) -> str:

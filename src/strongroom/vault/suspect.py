@@ -18,7 +18,7 @@ from strongroom.errors import UsageError
 from strongroom.formats.suspect import FoundFile
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.elements import STEPS, values
-from strongroom.vault.convert import converted_parts, to_convert
+from strongroom.vault.convert import Take, converted_parts, freely, to_convert
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
@@ -82,14 +82,14 @@ class Suspect:
     @classmethod
     @contextmanager
     def of(
-        cls, walk: Walk, name: str, *, room: int | None = None, check: Callable[[], None] = _unstopped
+        cls, walk: Walk, name: str, *, take: Take = freely, check: Callable[[], None] = _unstopped
     ) -> Iterator[Suspect]:
-        """The suspect `name`; pickles are converted in the sandbox, in at most `room` bytes of memory, and nothing is
-        executed. `check` is called at every read, and what it raises ends that.
+        """The suspect `name`; pickles are converted in the sandbox, in memory that `take` grants; nothing is executed.
+        `check` is called at every read, and what it raises ends that.
 
         UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted_parts` raises.
         """
-        with converted_parts(walk, room=room) as source:
+        with converted_parts(walk, take=take) as source:
             found = cls(source, check)
             if not found.tensors:
                 raise UsageError(

@@ -4,6 +4,7 @@ of it is an error of ours."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from strongroom.crypto.identity import Identities
 from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.storage import session
+from vault.rooms import safetensors_file
 
 pytestmark = pytest.mark.server
 
@@ -49,6 +51,7 @@ CALLS = {
     "redact": lambda room: room.log.redact(1),
     "apply": lambda room: room.review(apply=True),
     "release": lambda room: room.grant(REF),
+    "trace": lambda room: room.trace("leak.safetensors", weights=REF),
     "tail": lambda room: room.log.tail(),
     "prove": lambda room: room.log.prove(0),
     "verify": lambda room: room.log.verify(),
@@ -73,6 +76,7 @@ ANSWERS = [
                     *("principals", "access", "id", "digest", "state", "action", "needs", "approved_by", "lease"),
                     *("expires_at", "text", "rules", "proposals", "policy", "proposal", "since", "target", "path"),
                     *("person", "roles", "teams", "principal", "key", "leases", "ref", "enact_after"),
+                    *("files", "bytes", "done", "total", "report", "error"),
                 ),
                 value,
             )
@@ -116,6 +120,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("STRONGROOM_IDENTITIES", str(tmp_path / "identities"))
     monkeypatch.chdir(tmp_path)
     Identities(tmp_path / "identities").create("user/ana")
+    safetensors_file(tmp_path / "leak.safetensors", {"x": ("F32", (8, 8))}, 1)
     return tmp_path
 
 
@@ -125,6 +130,64 @@ def liar(machine):
     yield made
     made.shutdown()
     made.server_close()
+
+
+REPORT = {
+    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry"), 0),
+    **dict.fromkeys(("false_accusation_bound", "marked_log10_p", "likeness", "threshold_log10_p"), 0.0),
+    "verdict": "unrelated",
+    "weights": "",
+    "marked": False,
+    "withheld": False,
+    **{name: [] for name in ("accused", "transformations", "versions", "scores", "tensors")},
+}
+RELEASE = {"entry": 1, "action": "load", "at": 0, "lease": None, "leaf": "0" * 64, "proof": "x"}
+ACCUSED = {
+    "holder": "user/ben",
+    "person": "user/ben",
+    "score_sigma": 9,
+    "log10_p": -20,
+    "false_accusation": 1e-12,
+    "layer1": {"sigma": 1, "log10_p": -1, "decoder": ""},
+    "layer2": {"z": 9, "log10_p": -20},
+    "releases": [RELEASE],
+}
+
+
+@pytest.mark.parametrize(
+    ("lie", "expected"),
+    [
+        ({}, ""),
+        ({"accused": [{**ACCUSED, "releases": []}]}, ""),
+        ({"suspect": {"name": "x", "tensors": 1, "bytes": 256, "files": []}}, "trace.other"),
+        ({"accused": [ACCUSED]}, "proof.malformed"),
+        ({"accused": [{**ACCUSED, "log10_p": "\u001b[2J"}]}, "server.answer"),
+        ({"accused": [{"holder": "user/ben"}]}, "server.answer"),
+        ({"likeness": float("nan")}, "server.answer"),
+        ({"verdict": "guilty"}, "server.answer"),
+        ({"scores": None}, "server.answer"),
+    ],
+)
+def test_a_report_is_of_the_files_that_were_sent_and_has_proofs_of_this_rooms_log(liar, machine, lie, expected):
+    data = (machine / "leak.safetensors").read_bytes()
+    files = [{"path": "leak.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
+    report = {**REPORT, "suspect": {"name": "leak", "tensors": 1, "bytes": 256, "files": files}, **lie}
+
+    def answer(method, path, _, __):
+        if path == "/v1/suspects":
+            return 200, {}, {"files": 1, "bytes": len(data)}
+        if method == "POST":
+            return 202, {}, {"id": "0" * 32}
+        return 200, {}, {"state": "done", "done": 1, "total": 1, "report": report, "error": None}
+
+    liar.answer = lambda *asked: (lambda found: (*found[:2], json.dumps(found[2]).encode()))(answer(*asked))
+    with Room(liar.card(), "user/ana") as room:
+        if not expected:
+            assert room.trace("leak.safetensors")["verdict"] == "unrelated"
+            return
+        with pytest.raises(StrongroomError) as caught:
+            room.trace("leak.safetensors")
+        assert caught.value.code == expected
 
 
 @pytest.mark.parametrize("name", CALLS)

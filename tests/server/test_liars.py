@@ -173,14 +173,13 @@ def test_a_report_is_of_the_files_that_were_sent_and_has_proofs_of_this_rooms_lo
     files = [{"path": "leak.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
     report = {**REPORT, "suspect": {"name": "leak", "tensors": 1, "bytes": 256, "files": files}, **lie}
 
-    def answer(method, path, _, __):
-        if path == "/v1/suspects":
-            return 200, {}, {"files": 1, "bytes": len(data)}
-        if method == "POST":
-            return 202, {}, {"id": "0" * 32}
-        return 200, {}, {"state": "done", "done": 1, "total": 1, "report": report, "error": None}
+    done = {"state": "done", "done": 1, "total": 1, "report": report, "error": None}
+    told = {"/v1/suspects": {"files": 1, "bytes": len(data)}, "/v1/traces": {"id": "0" * 32}}
 
-    liar.answer = lambda *asked: (lambda found: (*found[:2], json.dumps(found[2]).encode()))(answer(*asked))
+    def answer(_, path, __, ___):
+        return 202 if path == "/v1/traces" else 200, {}, json.dumps(told.get(path, done)).encode()
+
+    liar.answer = answer
     with Room(liar.card(), "user/ana") as room:
         if not expected:
             assert room.trace("leak.safetensors")["verdict"] == "unrelated"

@@ -51,7 +51,8 @@ class _Job:
         self.done = self.total = 0
         self.report: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
-        self.asked, self.ended = clock(), 0.0  # `ended`: when, 0 until then
+        self.asked = clock()
+        self.ended: float | None = None  # when it did
 
     def check(self) -> None:
         """Conflict ``trace.stopped`` once nobody has asked about it for long: that is one who has gone."""
@@ -69,7 +70,7 @@ class _Job:
         self.report, self.error, self.ended = report, error, self._clock()
 
     def as_json(self) -> dict[str, Any]:
-        if not self.ended:
+        if self.ended is None:
             return {"state": "running", "done": self.done, "total": self.total, "report": None, "error": None}
         state = "done" if self.error is None else "failed"
         return {"state": state, "done": self.done, "total": self.total, "report": self.report, "error": self.error}
@@ -133,7 +134,7 @@ class Traces:
 
     def _check_new(self, statement: Statement) -> None:
         with self._lock:
-            if any(job.digest == statement.digest and not job.ended for job in self._jobs.values()):
+            if any(job.digest == statement.digest and job.ended is None for job in self._jobs.values()):
                 raise Conflict(
                     "statement.replayed", "this very search is going on already", hint="sign a new statement"
                 )
@@ -174,12 +175,12 @@ class Traces:
     def _forget(self) -> None:
         """Drop outcomes that are too old, or too many; see to it that this happens if nobody asks for anything."""
         with self._lock:
-            ended = sorted((job for job in self._jobs.values() if job.ended), key=lambda job: job.ended)
+            ended = sorted((job.ended, job.id) for job in self._jobs.values() if job.ended is not None)
             late = self._clock() - _KEPT_FOR
-            for place, job in enumerate(ended):
-                if job.ended <= late or place < len(ended) - _KEPT:
-                    del self._jobs[job.id]
-            if self._forgetting is None and any(job.ended for job in self._jobs.values()):
+            for place, (when, identifier) in enumerate(ended):
+                if when <= late or place < len(ended) - _KEPT:
+                    del self._jobs[identifier]
+            if self._forgetting is None and any(job.ended is not None for job in self._jobs.values()):
                 self._forgetting = threading.Timer(_KEPT_FOR / 10, self._again)
                 self._forgetting.daemon = True
                 self._forgetting.start()

@@ -145,10 +145,18 @@ class Traces:
             files = [_received(file, stream, stack) for file in announced.files]
             self._check_new(search.statement)
             job = _Job(search, by.path, self._clock)
-            with self._lock:
-                self._jobs[job.id] = job
-            work = (job, by, search, files, take, stack.pop_all())
-            threading.Thread(target=self._search, args=work, name="strongroom-search", daemon=True).start()
+            held = stack.pop_all()
+            work = (job, by, search, files, take, held)
+            thread = threading.Thread(target=self._search, args=work, name="strongroom-search", daemon=True)
+            try:
+                with self._lock:
+                    self._jobs[job.id] = job
+                thread.start()
+            except RuntimeError:  # the system has no more threads
+                held.close()
+                with self._lock:
+                    del self._jobs[job.id]
+                raise LimitExceeded("server.busy", "there is no thread for a search", hint="try again") from None
             return job
 
     def _search(

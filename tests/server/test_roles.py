@@ -79,6 +79,7 @@ MAY = {
 }
 # What concerns others is answered to a guest as if it were not there.
 HIDDEN = {(each, "partner") for each in ("show_request", "show_principal", "approve", "deny", "renew", "revoke")}
+HIDDEN |= {("show_trace", role) for role in {*ROLES} - {"officer"}}
 
 
 def test_the_table_has_every_route():

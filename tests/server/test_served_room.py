@@ -74,6 +74,18 @@ def test_a_copy(served):
     assert served.cli("copy", REF, "--to", "user/ana", "--out", "again", check=3)["error"]["exit_code"] == 3
 
 
+def test_the_copy_is_found_and_its_holder_named(served):
+    found = served.cli("trace", "out", as_="user/ben", check=13)
+    assert (found["weights"], found["withheld"]) == (REF, True)
+    asked = served.cli("request", REF, "--action", "trace", "--reason", "case 12", as_="user/ben")
+    error = served.cli("trace", "out", "--weights", REF, as_="user/ben", check=3)["error"]
+    assert "more approval" in error["message"]
+    served.cli("approve", asked["id"], as_="user/eva")
+    found = served.cli("trace", "out", "--weights", REF, as_="user/ben", check=14)
+    assert [each["holder"] for each in found["accused"]] == ["user/ana"]
+    assert "user/ana" in served.cli("log", "show", str(found["entry"]), as_="user/ada")["body"]["accused"]
+
+
 def test_who_and_policy_and_principals(served):
     access = served.cli("who", REF)["access"]
     assert any(item["principal"] == "user/ana" and item["action"] == "load" for item in access)

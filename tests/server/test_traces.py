@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import io
+import itertools
 import json
 import pickle
+import socket
+import socketserver
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -287,6 +292,49 @@ def test_nothing_of_the_files_is_on_a_disk_of_the_custodian(served):
     piece = data[-64:]
     for path in served.folder.rglob("*"):
         assert not path.is_file() or piece not in path.read_bytes(), path
+
+
+class Balancer(socketserver.ThreadingTCPServer):
+    """Passes each connection on to the next of several servers, as it is: clients believe the room's own TLS only."""
+
+    daemon_threads = allow_reuse_address = True
+
+    def __init__(self, urls):
+        super().__init__(("127.0.0.1", 0), None)
+        self.servers = itertools.cycle(int(url.rpartition(":")[2]) for url in urls)
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def finish_request(self, request, client_address):
+        with socket.create_connection(("127.0.0.1", next(self.servers))) as server:
+            back = threading.Thread(target=self.pass_on, args=(server, request), daemon=True)
+            back.start()
+            self.pass_on(request, server)
+            back.join()
+
+    @staticmethod
+    def pass_on(source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_client_asks_the_server_that_has_its_files(served, monkeypatch):
+    """Of several behind one address: the others know nothing of it."""
+    monkeypatch.setenv("STRONGROOM_STATE", str(served.home / "state"))
+    monkeypatch.setenv("STRONGROOM_IDENTITIES", str(served.home / "identities"))
+    card, first = served.card, served.url
+    second = served.start()
+    seen = []
+    with Balancer([first, second]) as balancer:
+        card = replace(card, url=f"https://127.0.0.1:{balancer.server_address[1]}")
+        with Room(card, "user/oto") as room:
+            for _ in range(2):
+                found = room.trace(served.leak, progress=lambda *progress: seen.append(progress))
+                assert found["weights"] == REF
+        balancer.shutdown()
+    size = sum(each["bytes"] for each in found["suspect"]["files"])
+    assert seen.count((size, size)) == 2  # all was sent, and said so
 
 
 # -- one server, in this process -----------------------------------------------------------------------------------

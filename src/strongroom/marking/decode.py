@@ -22,7 +22,7 @@ MODELS = ("mean", "segments", "extremes", "median")
 _CHUNK = 2048  # candidates at a time
 _EXACT = 64
 _TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
-_ROUNDING = 1e-6  # what adding up in double precision may lose of a score
+_ROUNDING = 0.05  # nats, more than adding up in single precision may lose of a score
 _FLAT = 1e-3  # of a likelihood: no position alone rules anybody out
 _LAMBDAS = np.geomspace(0.02, 40, 56)
 

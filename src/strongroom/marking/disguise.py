@@ -14,7 +14,7 @@ original alone, and what is chosen is chosen by how well it fits the original, n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,8 @@ _SIMPLE = 0.03  # share that a mixture of more rows has to explain more than one
 _SAMPLED = 64  # rows of the original by which a mixture is told from another
 _COLUMNS = 256  # enough of them to tell rows apart
 _HEADS = (64, 128, 32, 96, 80, 256)  # sizes of heads, where nothing is known of them
+_FLOOR = 0.02  # of a mean column's energy: what is below it is likely to be noise
+_LOUD = 10.0  # times the noise of the column in the middle: columns beyond it say nothing
 _ATTENTION = 3  # times as many rows as the residual stream is wide: no matrix with heads has more
 _ROUNDS = 6
 _CHUNK = 2048
@@ -39,11 +41,13 @@ _CHUNK = 2048
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """The residual stream of a suspect beside that of the original: an orthogonal matrix, or None for the same."""
+    """The residual stream of a suspect beside that of the original: an orthogonal matrix, or None for the same, and the
+    share of the embedding that it explains."""
 
     width: int
     matrix: Matrix | None = None
     what: str = ""
+    share: float = 0.0
 
     def back(self, rows: Matrix) -> Matrix:
         """float32 (n, width): rows of a suspect, as they were in the original's residual stream."""
@@ -53,19 +57,16 @@ class Turn:
         return turned
 
 
-def facing(array: Matrix, width: int) -> list[Matrix]:
+def facing(array: Matrix, width: int) -> list[tuple[bool, Matrix]]:
     """`array` (two dimensions or more) as rows of `width` elements along the residual stream, in each way that it can
-    be: as it lies, and with its last two dimensions swapped."""
-    found = []
-    for turned in (array, array.swapaxes(-1, -2)):
-        if turned.shape[-1] == width:
-            found.append(turned.reshape(-1, width))
-    return found
+    be: as it lies, and (True) with its last two dimensions swapped."""
+    swaps = [(False, array), (True, array.swapaxes(-1, -2))] if array.ndim > 1 else []
+    return [(swapped, each.reshape(-1, width)) for swapped, each in swaps if each.shape[-1] == width]
 
 
 def same_rows(original: Matrix, suspect: Matrix) -> bool:
     """Whether some rows are the same but for a rotation: it leaves their inner products as they are."""
-    a, b = _sane(original) @ _sane(original).T, _sane(suspect) @ _sane(suspect).T
+    a, b = (_sane(rows) @ _sane(rows).T for rows in (original, suspect))
     apart = ~np.eye(len(a), dtype=bool)
     # Less their means: rows with something in common are alike in any two models.
     x, y = a[apart] - a[apart].mean(), b[apart] - b[apart].mean()
@@ -77,7 +78,6 @@ def turn(pieces: Iterable[tuple[Matrix, Matrix]], width: int) -> Turn | None:
     (orthogonal Procrustes); None where no rotation makes them alike."""
     along = np.zeros((width, width))
     sizes = np.zeros(2)
-    trace = 0.0
     for original, suspect in pieces:
         a, b = _sane(original), _sane(suspect)
         along += a.T @ b
@@ -86,100 +86,129 @@ def turn(pieces: Iterable[tuple[Matrix, Matrix]], width: int) -> Turn | None:
     if not 0 < size < np.inf:
         return None
     left, strengths, right = np.linalg.svd(along)
-    trace = float(np.trace(along)) / size
-    if strengths.sum() / size < LIKENESS**0.5:
+    share = float(strengths.sum() / size) ** 2
+    if share < LIKENESS:
         return None
-    if trace >= _STILL or trace**2 >= (strengths.sum() / size) ** 2 - 0.001:
-        return Turn(width)
+    if np.trace(along) > 0 and 1 - share > 0.7 * (1 - float(np.trace(along) / size) ** 2):
+        return Turn(width, share=share)  # it explains little that would not be explained without it
     found = np.asarray(left @ right, np.float32)
     near = np.rint(found)
     if (np.abs(near).sum(axis=0) == 1).all() and (np.abs(near).sum(axis=1) == 1).all():
-        return Turn(width, near, "residual stream permuted")
-    return Turn(width, found, "residual stream rotated")
+        return Turn(width, near, "residual stream permuted", share)
+    return Turn(width, found, "residual stream rotated", share)
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """How rows of the original lie in a suspect's, both along the same residual stream."""
 
-    what: str
     ours: Index  # (groups, s): rows of the original
     theirs: Index  # (groups, s): rows of the suspect that hold what those hold, −1 for none
     weights: Matrix  # (groups, s, s): of the suspect's rows, made orthonormal
-    factors: Matrix | None  # (width,): what each column was multiplied by
+    factors: Matrix  # (d,): what each column was multiplied by; NaN where nothing can be seen any more
     share: float  # of the original's energy that is explained, less what chance explains
+    found: tuple[str, ...]  # what was done, in words
 
     def apply(self, rows: Matrix) -> Matrix:
         """float32 of the original's shape: the suspect's rows unmixed, NaN where there are none."""
-        rows = rows / self.factors if self.factors is not None else rows
         out = np.full((self.ours.size, rows.shape[1]), np.nan, np.float32)
         there = self.theirs[:, 0] >= 0
-        out[self.ours[there]] = self.weights[there] @ _bases(_sane(rows), self.theirs[there])
+        out[self.ours[there]] = _made(self.weights[there], _bases(_sane(rows), self.theirs[there])) / self.factors
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class Undone:
+    """What brings one tensor of a suspect into the form of the original's, whatever the dimensions of both."""
+
+    turn: Turn
+    mixture: Mixture
+    shape: tuple[int, ...]
+    swapped: bool
+    their_shape: tuple[int, ...]
+    their_swapped: bool
+    in_place: bool = False
+
+    def apply(self, suspect: Matrix) -> Matrix:
+        """float32: as rows of the original's last dimension, NaN where there is nothing."""
+        array = suspect.reshape(self.their_shape)
+        array = array.swapaxes(-1, -2) if self.their_swapped else array
+        rows = self.mixture.apply(self.turn.back(array.reshape(-1, self.turn.width)))
+        if self.swapped:
+            *first, a, b = self.shape
+            rows = rows.reshape(*first, b, a).swapaxes(-1, -2)
+        return np.ascontiguousarray(rows.reshape(-1, self.shape[-1]))
 
     @property
     def found(self) -> tuple[str, ...]:
-        """What was done, in words."""
-        first = self.theirs[self.theirs[:, 0] >= 0, 0]
-        size = self.ours.shape[1]
-        names = {1: "", 2: "rotary planes turned"}
-        said = [names.get(size, "heads mixed")]
-        if (np.diff(first) < 0).any():
-            said.append("units permuted" if size == 1 else "heads permuted")
-        if size == 1:
-            lengths = np.abs(self.weights[self.theirs[:, 0] >= 0, 0, 0])
-            said.append("units rescaled" if self.what == "rescaled" and lengths.size else "")
-        if self.factors is not None:
-            said.append("norms folded")
-        return tuple(each for each in said if each)
+        """What was done to the tensor, in words."""
+        return tuple(each for each in (self.turn.what, *self.mixture.found) if each)
+
+
+def undo(original: Matrix, suspect: Matrix, known: Turn, heads: Sequence[int] = ()) -> Undone | None:
+    """How a suspect's tensor comes from an original one, both of two dimensions or more; None where it does not."""
+    for swapped, ours in facing(original, known.width):
+        for their_swapped, theirs in facing(suspect, known.width):
+            mixture = unmix(ours, known.back(theirs), heads)
+            if mixture is not None:
+                return Undone(known, mixture, original.shape, swapped, suspect.shape, their_swapped)
+    return None
+
+
+def profile(rows: Matrix) -> Matrix:
+    """float32 (d,): where along the residual stream a matrix is strong, which changes little when rows are mixed."""
+    found = np.log(np.square(_sane(rows)).sum(axis=0) + 1e-30)
+    return np.asarray(found - found.mean(), np.float32)
 
 
 def unmix(original: Matrix, rows: Matrix, heads: Sequence[int] = ()) -> Mixture | None:
     """How `original` (n, d) lies in a suspect's `rows` (m, d), which are along the same residual stream already; None
     where it does not seem to. `heads`: how many rows a head may have."""
     original, rows = _sane(original), _sane(rows)
-    flat = np.ones(original.shape[1], np.float32)
-    best: tuple[float, int, str, Index, Index, Matrix] | None = None
+    # Columns that were made small are made as large as the others, but for those that are noise by now.
+    column = np.square(rows).mean(axis=0)
+    white = (1 / np.sqrt(column + _FLOOR * column.mean() + 1e-30)).astype(np.float32)
+    starts = (np.ones(original.shape[1], np.float32), _ratio(original, rows))
+    best: tuple[float, str, Index, Index, Matrix] | None = None
     for name, ours, theirs in _groupings(original, rows, heads):
-        size = ours.shape[1]
         if best is not None and best[0] > 1 - _SIMPLE:
             break
         pick = ours[:: max(1, ours.size // _SAMPLED)]
-        for factors in (flat, _ratio(original, rows)):
-            share = _shares(original, rows / factors, pick, theirs, aligned=name == "in place")
-            if best is None or share > best[0] + (_SIMPLE if size > best[1] else 0):
-                best = (share, size, name, ours, theirs, factors)
+        here = pick if name == "in place" else theirs
+        width = _seen(original, ours).shape[1]
+        bases = _bases(_seen(rows * white, ours), here)
+        for factors in starts:
+            held = _energies(_seen(original * (factors * white), ours), bases, pick)
+            most = np.diag(held) if name == "in place" else held.max(axis=1)
+            share = _beyond(float(most.mean()), ours.shape[1], width)
+            if best is None or share > best[0] + (_SIMPLE if ours.shape[1] > best[2].shape[1] else 0):
+                best = (share, name, ours, theirs, factors)
     if best is None or best[0] < LIKENESS:
         return None
-    _, _, name, ours, theirs, factors = best
-    order = theirs if name == "in place" else _matched(original, rows / factors, ours, theirs)
-    plain = _fitted(name, original, rows, ours, order, None)
-    scaled = _fitted(name, original, rows, ours, order, factors)
-    return scaled if 1 - scaled.share < 0.9 * (1 - plain.share) else plain
+    _, name, ours, theirs, factors = best
+    if name != "in place":
+        theirs = _matched(original * (factors * white), rows * white, ours, theirs)
+    return _fitted(original, rows, ours, theirs, factors)
 
 
-def _groupings(original: Matrix, rows: Matrix, heads: Sequence[int]) -> Iterable[tuple[str, Index, Index]]:
+def _groupings(original: Matrix, rows: Matrix, heads: Sequence[int]) -> Iterator[tuple[str, Index, Index]]:
     """Which rows may have been mixed with which: of the original, and of the suspect."""
     n, m, width = len(original), len(rows), original.shape[1]
-    every = [np.arange(count)[:, None] for count in (n, m)]
     if n == m:
-        yield "in place", every[0], every[1]
-    yield "units", every[0], every[1]
-    if max(n, m) > _ATTENTION * width:
+        yield "in place", np.arange(n)[:, None], np.arange(m)[:, None]
+    yield "units", np.arange(n)[:, None], np.arange(m)[:, None]
+    sizes = [size for size in heads or _HEADS if not (n % size or m % size or size % 2) and size <= width // 2]
+    if max(n, m) > _ATTENTION * width or not sizes:
         return
-    planes = [size for size in heads or _HEADS if not n % size and not m % size]
-    pairs = [(np.arange(count).reshape(-1, 2)) for count in (n, m) if not count % 2]
-    for size in heads or _HEADS:
-        if not n % size and not m % size and not size % 2:
-            # Halves beside each other (transformers), or each pair beside each other (llama.cpp).
-            yield "planes", _planes(n, size), _planes(m, size)
-            yield "planes", _planes(n, size), pairs[1]
-            yield "planes", pairs[0], _planes(m, size)
-    if planes:
-        yield "planes", pairs[0], pairs[1]
-    for size in heads or _HEADS:
-        if not n % size and not m % size and size <= width // 2:
-            yield "heads", np.arange(n).reshape(-1, size), np.arange(m).reshape(-1, size)
+    # A plane is a row of each half of a head (transformers), or each two rows (llama.cpp).
+    pairs = [np.arange(count).reshape(-1, 2) for count in (n, m)]
+    for size in sizes:
+        yield "planes", _planes(n, size), _planes(m, size)
+        yield "planes", _planes(n, size), pairs[1]
+        yield "planes", pairs[0], _planes(m, size)
+    yield "planes", pairs[0], pairs[1]
+    for size in sizes:
+        yield "heads", np.arange(n).reshape(-1, size), np.arange(m).reshape(-1, size)
 
 
 def _planes(n: int, size: int) -> Index:
@@ -193,8 +222,16 @@ def _bases(rows: Matrix, groups: Index) -> Matrix:
         size = np.linalg.norm(picked, axis=2, keepdims=True)
         unit: Matrix = picked / np.maximum(size, np.float32(1e-30))
         return unit
-    base: Matrix = np.linalg.qr(picked.transpose(0, 2, 1)).Q.transpose(0, 2, 1)
-    return np.ascontiguousarray(base)
+    # Cholesky rather than QR: it is no slower on a busy machine, and what little noise changes it changes little.
+    exact = picked.astype(np.float64)
+    gram = exact @ exact.transpose(0, 2, 1)
+    gram += (1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] + 1e-30) * np.eye(groups.shape[1])
+    return np.asarray(np.linalg.solve(np.linalg.cholesky(gram), exact), np.float32)
+
+
+def _made(weights: Matrix, bases: Matrix) -> Matrix:
+    made: Matrix = weights * bases if bases.shape[1] == 1 else weights @ bases
+    return made
 
 
 def _energies(original: Matrix, bases: Matrix, ours: Index) -> Matrix:
@@ -207,31 +244,20 @@ def _energies(original: Matrix, bases: Matrix, ours: Index) -> Matrix:
     return held
 
 
-def _seen(original: Matrix, rows: Matrix, size: int) -> tuple[Matrix, Matrix]:
-    """Both at enough of their columns."""
-    step = max(1, original.shape[1] // max(_COLUMNS, 8 * size))
-    return np.ascontiguousarray(original[:, ::step]), np.ascontiguousarray(rows[:, ::step])
-
-
-def _shares(original: Matrix, rows: Matrix, pick: Index, theirs: Index, *, aligned: bool) -> float:
-    """The share of some groups of the original that is found in the best of the suspect's, less what chance finds."""
-    size = pick.shape[1]
-    a, b = _seen(original, rows, size)
-    if aligned:
-        held = np.diag(_energies(a, _bases(b, pick), pick))
-        return float(held.mean())
-    held = _energies(a, _bases(b, theirs), pick).max(axis=1)
-    return _beyond(float(held.mean()), size, a.shape[1])
+def _seen(rows: Matrix, groups: Index) -> Matrix:
+    """Enough of the columns to tell groups apart."""
+    step = max(1, rows.shape[1] // max(_COLUMNS, 8 * groups.shape[1]))
+    return np.ascontiguousarray(rows[:, ::step])
 
 
 def _beyond(share: float, size: int, width: int) -> float:
+    """A share that is explained, less what any `size` rows of `width` elements explain of any other."""
     return (share - size / width) / (1 - size / width)
 
 
 def _matched(original: Matrix, rows: Matrix, ours: Index, theirs: Index) -> Index:
     """Of the suspect's groups the one that holds each of the original's, −1 where none does."""
-    a, b = _seen(original, rows, ours.shape[1])
-    bases = _bases(b, theirs)
+    a, bases = _seen(original, ours), _bases(_seen(rows, ours), theirs)
     first, held = np.zeros(len(ours), np.int64), np.zeros(len(ours))
     step = max(1, _CHUNK // ours.shape[1])
     for at in range(0, len(ours), step):
@@ -245,30 +271,55 @@ def _matched(original: Matrix, rows: Matrix, ours: Index, theirs: Index) -> Inde
     return order
 
 
-def _fitted(name: str, original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors: Matrix | None) -> Mixture:
-    """The least squares: what of the suspect's groups makes the original's, and what each column was multiplied by."""
+def _fitted(original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors: Matrix) -> Mixture:
+    """The least squares: what of the suspect's groups makes the original's, and what each column was multiplied by
+    unless that explains little. Noise is as strong in every column of the suspect's, so it is fitted there."""
     there = theirs[:, 0] >= 0
-    wanted = original[ours[there]]
-    weights = np.zeros((len(ours), ours.shape[1], ours.shape[1]), np.float32)
-    for _ in range(_ROUNDS if factors is not None else 1):  # either is known the better, the better the other is
-        bases = _bases(rows / factors if factors is not None else rows, theirs[there])
-        weights[there] = wanted @ bases.transpose(0, 2, 1)
-        made = weights[there] @ bases
-        if factors is not None:
-            along = np.einsum("gsd,gsd->d", made, wanted, dtype=np.float64)
-            size = np.einsum("gsd,gsd->d", wanted, wanted, dtype=np.float64)
-            change = np.divide(along, size, out=np.ones_like(along), where=(size > 0) & (along > 0))
-            factors = np.asarray(factors * change, np.float32)
-    held = float(np.square(weights, dtype=np.float64).sum()) / max(float(np.square(original).sum()), 1e-30)
-    share = _beyond(held, ours.shape[1], original.shape[1])
-    return Mixture(name, ours, theirs, weights, factors, share)
+    wanted, bases = original[ours[there]], _bases(rows, theirs[there])
+    power = np.square(wanted).sum(axis=(0, 1), dtype=np.float64)
+    flat = np.ones_like(factors)
+
+    def fit(factors: Matrix) -> tuple[Matrix, Matrix, float]:
+        weights: Matrix = (wanted * factors) @ bases.transpose(0, 2, 1)
+        made = _made(weights, bases)
+        held = np.square(weights, dtype=np.float64).sum() / max(float((power * np.square(factors)).sum()), 1e-30)
+        return weights, made, _beyond(float(held), ours.shape[1], original.shape[1])
+
+    plain, scaled = fit(flat), fit(factors)
+    for _ in range(_ROUNDS):  # either is known the better, the better the other is
+        along = (scaled[1] * wanted).sum(axis=(0, 1), dtype=np.float64)
+        factors = np.asarray(np.divide(along, power, out=np.ones_like(along), where=power > 0), np.float32)
+        scaled = fit(factors)
+    folded = 1 - scaled[2] < 0.8 * (1 - plain[2]) and scaled[2] > plain[2] + 1e-4
+    weights, made, share = scaled if folded else plain
+    factors = np.where(factors > 0, factors, np.float32(np.nan)) if folded else flat
+    noise = np.nan_to_num(np.square(made / factors - wanted).mean(axis=(0, 1)), nan=np.inf)
+    relative = noise / np.maximum(power / max(1, wanted.shape[0] * wanted.shape[1]), 1e-30)
+    loud = (noise > _LOUD * np.median(noise)) & (relative > _LOUD * np.median(relative))
+    factors = np.where(loud, np.float32(np.nan), factors)
+    every = np.zeros((len(ours), *weights.shape[1:]), np.float32)
+    every[there] = weights
+    return Mixture(ours, theirs, every, factors, share, _words(rows, theirs[there], weights, folded=folded))
+
+
+def _words(rows: Matrix, theirs: Index, weights: Matrix, *, folded: bool) -> tuple[str, ...]:
+    size = theirs.shape[1]
+    said = ["rotary planes turned"] if size == 2 else ["heads mixed"] if size > 2 else []
+    if (np.diff(theirs[:, 0]) < 0).any():
+        said.append("units permuted" if size == 1 else "heads permuted")
+    if size == 1:
+        scales = np.abs(weights[:, 0, 0]) / np.maximum(np.linalg.norm(rows[theirs[:, 0]], axis=1), 1e-30)
+        low, high = np.quantile(scales, (0.1, 0.9))
+        said += ["units rescaled"] if high > 1.2 * low else []
+    return (*said, "norms folded") if folded else tuple(said)
 
 
 def _ratio(original: Matrix, rows: Matrix) -> Matrix:
     """float32 (d,): what each column was multiplied by, as its norm says, which no order of the rows changes."""
     mine, theirs = np.linalg.norm(original, axis=0), np.linalg.norm(rows, axis=0)
-    return np.asarray(np.where((mine > 0) & (theirs > 0), theirs / np.maximum(mine, 1e-30), 1), np.float32)
+    ratio = np.where((mine > 0) & (theirs > 0), theirs / np.maximum(mine, 1e-30), 1)
+    return np.asarray(ratio / np.maximum(np.sqrt(np.square(ratio).mean()), 1e-30), np.float32)
 
 
 def _sane(matrix: Matrix) -> Matrix:
-    return np.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+    return matrix if np.isfinite(matrix).all() else np.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)

@@ -15,17 +15,21 @@ from numpy.typing import NDArray
 
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
+from strongroom.marking.disguise import Undone
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor_tag
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
+from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
+_UNEXPLAINED = 0.98  # cosine below which more than int4 was done to a tensor that is in its place
+_BETTER = 0.7  # of what is unexplained, what has to be left for a disguise to be taken as one
 _WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
 Progress = Callable[[int, int], None]
 
@@ -61,7 +65,7 @@ class Comparison:
         placed = [each for each in originals.tensors() if each.marked]
         self._placed = placed
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
-        self._fits: list[Fit | None] = [None] * len(placed)
+        self._fits: list[Fit | Undone | None] = [None] * len(placed)
         self._norms: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
         self._samples: dict[tuple[str, int], NDArray[np.float32] | None] = {}
         self._by_name: dict[str, list[str]] = {}
@@ -106,10 +110,60 @@ class Comparison:
         return found / max(1, min(theirs, sum(each.elements for each in self.tensors)))
 
     def deepen(self) -> None:
-        """Look for the rest among what was transposed, permuted or cut, which takes longer."""
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer."""
+        if not self._unclear():
+            return
+        reading = Reading(self._original, self._read, self._matrix)
+        masks = Unmasking(self._originals, self._placed, self._suspect, reading)
+        if masks.turned:  # then little can be seen without turning it back
+            self._unmask(masks)
         for k, fit in enumerate(self._fits):
             if fit is None:
                 self._solve(k)
+        self._unmask(masks)
+
+    def _unclear(self) -> list[int]:
+        """Tensors that are not found, or are much unlike their partners."""
+        return [
+            k
+            for k, each in enumerate(self.tensors)
+            if not isinstance(self._fits[k], Undone) and each.cosine < _UNEXPLAINED
+        ]
+
+    def _unmask(self, masks: Unmasking) -> None:
+        """Find tensors, or find them better, in a model that was disguised as a whole."""
+        for k in self._unclear():
+            each, tensor, fit = self._placed[k], self.tensors[k], self._fits[k]
+            if each.info.elements > _WHOLE:
+                continue
+            names = [tensor.partner] if fit is not None else self._by_name.get(normalised(each.info.name), [])
+            free = self._by_elements.get(each.info.elements, []) if fit is None else []
+            known = self._explained(k)
+            if known >= _UNEXPLAINED**2:
+                continue
+            found = masks.solve(
+                each,
+                [name for name in names if name not in self._taken or name == tensor.partner],
+                [name for name in free if name not in self._taken],
+            )
+            if found is None or 1 - found[1].mixture.share > _BETTER * (1 - known):
+                continue
+            tensor.partner, self._fits[k], tensor.transformations = found[0], found[1], []
+            tensor.cosine = float(np.sqrt(found[1].mixture.share))
+            self._taken.add(tensor.partner)
+            self._note(k)
+            tensor.transformations += found[1].found
+
+    def _explained(self, k: int) -> float:
+        """The share of a tensor that its partner explains as it was found, but for factors of rows and columns."""
+        fit, matrix = self._fits[k], self._matrix(self.tensors[k].partner) if self.tensors[k].partner else None
+        if fit is None or matrix is None:
+            return 0.0
+        original = as_matrix(self._original(self._placed[k], 0, self._placed[k].info.elements), self._placed[k].info.shape)
+        found = fit.apply(matrix) if not fit.in_place else matrix
+        if found.size != original.size:
+            return 0.0
+        return max(0.0, cosine(original, rescaled(original, found.reshape(original.shape))[0])) ** 2
 
     def _same_size(self, each: Placed, name: str) -> bool:
         return self._suspect.tensors[name].info.elements == each.info.elements

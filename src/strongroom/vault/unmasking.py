@@ -1,0 +1,196 @@
+"""A suspect whose whole model was disguised: its residual stream is turned back, and its tensors are found again
+(spec/mark.md, section 4).
+
+The rotation is read from the embedding in pieces, and other tensors are read one at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strongroom.formats.tensors import TensorInfo
+from strongroom.marking.align import normalised
+from strongroom.marking.disguise import Turn, Undone, facing, profile, same_rows, turn, undo
+from strongroom.marking.elements import STEPS
+from strongroom.vault.originals import Originals, Placed
+from strongroom.vault.suspect import Suspect
+
+Array = NDArray[np.float32]
+
+_TALL = 2  # times as many rows as columns, at least, has an embedding
+_ROWS = 32  # rows of the embedding for each element of the residual stream are enough for a rotation
+_PIECE = 1 << 22
+_TRIED = 6  # partners that a tensor is looked for in
+_CONFIG = 1 << 20  # bytes: no config.json is larger
+_EMBEDDING = re.compile(r"emb|wte")
+_LAYER = re.compile(r"^(.*?\.\d+\.)")
+
+
+class Reading(NamedTuple):
+    """How elements are read: of the original `(placed, first, count)`, and of the suspect `(name, first, end)`, None
+    where they can't be; flat float32 both."""
+
+    original: Callable[[Placed, int, int], Array]
+    suspect: Callable[[str, int, int], Array | None]
+    whole: Callable[[str], Array | None]
+
+
+class Unmasking:
+    """What is known of a suspect's disguise, for one version."""
+
+    def __init__(self, originals: Originals, placed: Sequence[Placed], suspect: Suspect, reading: Reading) -> None:
+        self._placed, self._suspect, self._reading = placed, suspect, reading
+        self._heads = _heads(originals)
+        self._norms = {
+            each.info.name: each
+            for each in originals.tensors()
+            if len(each.info.shape) == 1 and each.info.dtype.name in STEPS
+        }
+        self._profiles: dict[tuple[str, bool], Array] = {}
+        self.turn = self._turn()
+
+    @property
+    def turned(self) -> bool:
+        """Whether the residual stream is another than the original's."""
+        return self.turn is not None and self.turn.matrix is not None
+
+    # -- the residual stream -------------------------------------------------------------------------------------
+
+    def _turn(self) -> Turn | None:
+        """The rotation of the best explained embedding; none at all where no embedding is seen."""
+        found: list[Turn] = []
+        tall = [each for each in self._placed if _tall(each.info)]
+        tall.sort(key=lambda each: (not _EMBEDDING.search(each.info.name), -each.info.elements / each.info.shape[1] ** 2))
+        for each in tall[:2]:
+            for name in self._embeddings(each):
+                pieces = self._rows(each, name)
+                width = each.info.shape[1]
+                if pieces is not None and (how := turn(pieces, width)) is not None:
+                    found.append(how)
+            if found:
+                return max(found, key=lambda how: how.share)
+        return Turn(tall[0].info.shape[1]) if tall else None
+
+    def _embeddings(self, each: Placed) -> list[str]:
+        """Tensors of the suspect that may be this embedding, its namesake first."""
+        vocabulary, width = each.info.shape
+        found = []
+        for name, tensor in self._suspect.tensors.items():
+            shape = tensor.info.shape
+            if len(shape) == 2 and width in shape and 2 * max(shape) >= vocabulary and max(shape) >= _TALL * width:
+                found.append(name)
+        wanted = normalised(each.info.name)
+        return sorted(found, key=lambda name: (normalised(name) != wanted, not _EMBEDDING.search(name)))[:_TRIED]
+
+    def _rows(self, each: Placed, name: str) -> Iterator[tuple[Array, Array]] | None:
+        """Rows of both, piece by piece; None where some of them show that these are not the same rows."""
+        width, shape = each.info.shape[1], self._suspect.tensors[name].info.shape
+        transposed = shape[1] != width
+        matrix = self._reading.whole(name) if transposed else None
+        if transposed and matrix is None:
+            return None
+        rows = min(each.info.shape[0], shape[1] if transposed else shape[0])
+
+        def read(first: int, end: int) -> tuple[Array, Array] | None:
+            mine = self._reading.original(each, first * width, (end - first) * width).reshape(-1, width)
+            if matrix is not None:
+                return mine, np.ascontiguousarray(matrix.T[first:end])
+            theirs = self._reading.suspect(name, first * width, end * width)
+            return (mine, theirs.reshape(-1, width)) if theirs is not None else None
+
+        # From several places: a row that was padded, or is used by no word, says nothing.
+        some = [read(at, at + 16) for at in range(0, rows - 16, max(16, rows // 8))]
+        there = [pair for pair in some if pair is not None]
+        if not there or not same_rows(*(np.concatenate(both) for both in zip(*there, strict=True))):
+            return None
+        step = max(1, _PIECE // width)
+        enough = min(rows, _ROWS * width)
+        return (pair for at in range(0, enough, step) if (pair := read(at, min(at + step, enough))) is not None)
+
+    # -- its tensors ---------------------------------------------------------------------------------------------
+
+    def solve(self, each: Placed, names: Sequence[str], free: Sequence[str]) -> tuple[str, Undone] | None:
+        """Where an original tensor is in the suspect, and how: looked for in `names`, then in those of `free` that are
+        strong where it is. None where it is not seen."""
+        info = each.info
+        if self.turn is None or len(info.shape) < 2 or self.turn.width not in info.shape[-2:]:
+            return None
+        original = self._reading.original(each, 0, info.elements).reshape(info.shape)
+        tried = dict.fromkeys(names)
+        for name in tried:
+            found = self._undone(original, name)
+            if found is not None:
+                return name, found
+        for name in self._alike(each, original, [name for name in free if name not in tried]):
+            found = self._undone(original, name)
+            if found is not None:
+                return name, found
+        return None
+
+    def _undone(self, original: Array, name: str) -> Undone | None:
+        suspect = self._array(name)
+        if suspect is None or suspect.ndim < 2 or self.turn is None:
+            return None
+        return undo(original, suspect, self.turn, self._heads)
+
+    def _alike(self, each: Placed, original: Array, names: Sequence[str]) -> list[str]:
+        known = self.turn
+        if known is None or not names:
+            return []
+        mine = []
+        for _, rows in facing(original, known.width):
+            mine += [profile(rows), *(profile(rows * norm) for norm in self._near(each, known.width))]
+        found: list[tuple[float, str]] = []
+        for name in names:
+            shape = self._suspect.tensors[name].info.shape
+            if len(shape) < 2 or known.width not in shape[-2:]:
+                continue
+            if (name, False) not in self._profiles and (name, True) not in self._profiles:
+                array = self._array(name)
+                for swapped, rows in facing(array, known.width) if array is not None else ():
+                    self._profiles[name, swapped] = profile(known.back(rows))
+            theirs = [self._profiles[key] for key in ((name, False), (name, True)) if key in self._profiles]
+            if theirs:
+                found.append((min(_apart(a, b) for a in mine for b in theirs), name))
+        return [name for _, name in sorted(found)][:_TRIED]
+
+    def _near(self, each: Placed, width: int) -> Iterator[Array]:
+        """The norms of a tensor's own layer, one of which may have been folded into it."""
+        layer = _LAYER.match(each.info.name)
+        for name, norm in self._norms.items():
+            other = _LAYER.match(name)
+            same = (layer.group(1) if layer else "") == (other.group(1) if other else "")
+            if same and norm.info.shape == (width,):
+                yield self._reading.original(norm, 0, width)
+
+    def _array(self, name: str) -> Array | None:
+        matrix = self._reading.whole(name)
+        return matrix.reshape(self._suspect.tensors[name].info.shape) if matrix is not None else None
+
+
+def _tall(info: TensorInfo) -> bool:
+    return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= 16
+
+
+def _apart(a: Array, b: Array) -> float:
+    return float(np.abs(a - b).mean())
+
+
+def _heads(originals: Originals) -> tuple[int, ...]:
+    """How many rows a head has, as the version's config.json says; empty where it does not."""
+    for file in originals.layout.files:
+        if file.kind == "opaque" and file.path.rpartition("/")[2] == "config.json" and file.bytes <= _CONFIG:
+            try:
+                found = json.loads(bytes(originals.read(file.offset, file.end)))
+                width = found.get("hidden_size") or found.get("n_embd")
+                size = found.get("head_dim") or width // (found.get("num_attention_heads") or found["n_head"])
+            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
+                return ()
+            return (size,) if isinstance(size, int) and 2 <= size <= 4096 else ()
+    return ()

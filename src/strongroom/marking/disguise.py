@@ -165,6 +165,8 @@ def unmix(original: Matrix, rows: Matrix, heads: Sequence[int] = ()) -> Mixture 
     """How `original` (n, d) lies in a suspect's `rows` (m, d), which are along the same residual stream already; None
     where it does not seem to. `heads`: how many rows a head may have."""
     original, rows = _sane(original), _sane(rows)
+    if not (original.any() and rows.any()):
+        return None
     # Columns that were made small are made as large as the others, but for those that are noise by now.
     column = np.square(rows).mean(axis=0)
     white = (1 / np.sqrt(column + _FLOOR * column.mean() + 1e-30)).astype(np.float32)

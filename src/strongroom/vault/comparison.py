@@ -159,7 +159,9 @@ class Comparison:
         fit, matrix = self._fits[k], self._matrix(self.tensors[k].partner) if self.tensors[k].partner else None
         if fit is None or matrix is None:
             return 0.0
-        original = as_matrix(self._original(self._placed[k], 0, self._placed[k].info.elements), self._placed[k].info.shape)
+        original = as_matrix(
+            self._original(self._placed[k], 0, self._placed[k].info.elements), self._placed[k].info.shape
+        )
         found = fit.apply(matrix) if not fit.in_place else matrix
         if found.size != original.size:
             return 0.0

@@ -66,7 +66,9 @@ class Unmasking:
         """The rotation of the best explained embedding; none at all where no embedding is seen."""
         found: list[Turn] = []
         tall = [each for each in self._placed if _tall(each.info)]
-        tall.sort(key=lambda each: (not _EMBEDDING.search(each.info.name), -each.info.elements / each.info.shape[1] ** 2))
+        tall.sort(
+            key=lambda each: (not _EMBEDDING.search(each.info.name), -each.info.elements / each.info.shape[1] ** 2)
+        )
         for each in tall[:2]:
             for name in self._embeddings(each):
                 pieces = self._rows(each, name)

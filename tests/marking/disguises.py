@@ -42,7 +42,8 @@ def llama(rng, *, width, vocabulary, units, heads, groups, depth=2):
 
 
 def _norm(rng, width):
-    return np.exp(rng.normal(0, 0.4, width))
+    """As they are found: some elements are negative."""
+    return np.exp(rng.normal(0, 0.4, width)) * np.where(rng.random(width) < 0.1, -1, 1)
 
 
 def quantised(array, bits, group=64):

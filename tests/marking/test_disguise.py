@@ -34,8 +34,15 @@ def found_in(model, disguised):
     embedding = "model.embed_tokens.weight"
     known = turn([(model[embedding], disguised[embedding])], 128)
     assert known is not None
+    norms = {name: array for name, array in model.items() if array.ndim == 1}
+
+    def near(name):
+        return [norm for other, norm in norms.items() if other.split(".")[:3] == name.split(".")[:3]]
+
     return known, {
-        name: undo(array, disguised[name], known, (SIZE,)) for name, array in model.items() if array.ndim == 2
+        name: undo(array, disguised[name], known, (SIZE,), near(name))
+        for name, array in model.items()
+        if array.ndim == 2
     }
 
 

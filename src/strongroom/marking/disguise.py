@@ -32,7 +32,7 @@ _SIMPLE = 0.03  # share that a mixture of more rows has to explain more than one
 _SAMPLED = 64  # rows of the original by which a mixture is told from another
 _COLUMNS = 256  # enough of them to tell rows apart
 _HEADS = (64, 128, 32, 96, 80, 256)  # sizes of heads, where nothing is known of them
-_FLOOR = 0.02  # of a mean column's energy: what is below it is likely to be noise
+_FLOOR = 1.0  # times a mean column's energy: columns below it are not made as large as the others
 _LOUD = 10.0  # times the noise of the column in the middle: columns beyond it say nothing
 _ATTENTION = 3  # times as many rows as the residual stream is wide: no matrix with heads has more
 _ROUNDS = 6
@@ -145,11 +145,14 @@ class Undone:
         return tuple(each for each in (self.turn.what, *self.mixture.found) if each)
 
 
-def undo(original: Matrix, suspect: Matrix, known: Turn, heads: Sequence[int] = ()) -> Undone | None:
-    """How a suspect's tensor comes from an original one, both of two dimensions or more; None where it does not."""
+def undo(
+    original: Matrix, suspect: Matrix, known: Turn, heads: Sequence[int] = (), norms: Sequence[Matrix] = ()
+) -> Undone | None:
+    """How a suspect's tensor comes from an original one, both of two dimensions or more; None where it does not.
+    `heads` and `norms` as in `unmix`."""
     for swapped, ours in facing(original, known.width):
         for their_swapped, theirs in facing(suspect, known.width):
-            mixture = unmix(ours, known.back(theirs), heads)
+            mixture = unmix(ours, known.back(theirs), heads, norms)
             if mixture is not None:
                 return Undone(known, mixture, original.shape, swapped, suspect.shape, their_swapped)
     return None
@@ -161,16 +164,16 @@ def profile(rows: Matrix) -> Matrix:
     return np.asarray(found - found.mean(), np.float32)
 
 
-def unmix(original: Matrix, rows: Matrix, heads: Sequence[int] = ()) -> Mixture | None:
+def unmix(original: Matrix, rows: Matrix, heads: Sequence[int] = (), norms: Sequence[Matrix] = ()) -> Mixture | None:
     """How `original` (n, d) lies in a suspect's `rows` (m, d), which are along the same residual stream already; None
-    where it does not seem to. `heads`: how many rows a head may have."""
+    where it does not seem to. `heads`: how many rows a head may have; `norms` (d,): what may have been folded in."""
     original, rows = _sane(original), _sane(rows)
     if not (original.any() and rows.any()):
         return None
-    # Columns that were made small are made as large as the others, but for those that are noise by now.
+    # No few columns decide; and those that were made small are not made large, for they are noise by now.
     column = np.square(rows).mean(axis=0)
     white = (1 / np.sqrt(column + _FLOOR * column.mean() + 1e-30)).astype(np.float32)
-    starts = (np.ones(original.shape[1], np.float32), _ratio(original, rows))
+    starts = (np.ones(original.shape[1], np.float32), _ratio(original, rows), *norms)
     best: tuple[float, str, Index, Index, Matrix] | None = None
     for name, ours, theirs in _groupings(original, rows, heads):
         if best is not None and best[0] > 1 - _SIMPLE:
@@ -294,11 +297,11 @@ def _fitted(original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors:
         scaled = fit(factors)
     folded = 1 - scaled[2] < 0.8 * (1 - plain[2]) and scaled[2] > plain[2] + 1e-4
     weights, made, share = scaled if folded else plain
-    factors = np.where(factors > 0, factors, np.float32(np.nan)) if folded else flat
+    factors = np.asarray(np.where(factors != 0, factors, np.nan) if folded else flat, np.float32)
     noise = np.nan_to_num(np.square(made / factors - wanted).mean(axis=(0, 1)), nan=np.inf)
     relative = noise / np.maximum(power / max(1, wanted.shape[0] * wanted.shape[1]), 1e-30)
     loud = (noise > _LOUD * np.median(noise)) & (relative > _LOUD * np.median(relative))
-    factors = np.where(loud, np.float32(np.nan), factors)
+    factors = np.asarray(np.where(loud, np.nan, factors), np.float32)
     every = np.zeros((len(ours), *weights.shape[1:]), np.float32)
     every[there] = weights
     return Mixture(ours, theirs, every, factors, share, _words(rows, theirs[there], weights, folded=folded))

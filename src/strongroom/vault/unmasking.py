@@ -124,30 +124,31 @@ class Unmasking:
         if self.turn is None or len(info.shape) < 2 or self.turn.width not in info.shape[-2:]:
             return None
         original = self._reading.original(each, 0, info.elements).reshape(info.shape)
+        norms = list(self._near(each, self.turn.width))
         tried = dict.fromkeys(names)
         for name in tried:
-            found = self._undone(original, name)
+            found = self._undone(original, norms, name)
             if found is not None:
                 return name, found
-        for name in self._alike(each, original, [name for name in free if name not in tried]):
-            found = self._undone(original, name)
+        for name in self._alike(original, norms, [name for name in free if name not in tried]):
+            found = self._undone(original, norms, name)
             if found is not None:
                 return name, found
         return None
 
-    def _undone(self, original: Array, name: str) -> Undone | None:
+    def _undone(self, original: Array, norms: Sequence[Array], name: str) -> Undone | None:
         suspect = self._array(name)
-        if suspect is None or suspect.ndim < 2 or self.turn is None:
+        if suspect is None or self.turn is None:
             return None
-        return undo(original, suspect, self.turn, self._heads)
+        return undo(original, suspect, self.turn, self._heads, norms)
 
-    def _alike(self, each: Placed, original: Array, names: Sequence[str]) -> list[str]:
+    def _alike(self, original: Array, norms: Sequence[Array], names: Sequence[str]) -> list[str]:
         known = self.turn
         if known is None or not names:
             return []
         mine = []
         for _, rows in facing(original, known.width):
-            mine += [profile(rows), *(profile(rows * norm) for norm in self._near(each, known.width))]
+            mine += [profile(rows), *(profile(rows * norm) for norm in norms)]
         found: list[tuple[float, str]] = []
         for name in names:
             shape = self._suspect.tensors[name].info.shape

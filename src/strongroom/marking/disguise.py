@@ -26,6 +26,7 @@ Matrix = NDArray[np.float32]
 Index = NDArray[np.int64]
 
 LIKENESS = 0.25  # share of a matrix's energy that has to be explained, above what chance explains
+_SURE = 0.9  # share that no other way of reading a matrix will better
 _GRAM = 0.7  # cosine of the inner products of some rows: those of unrelated rows are about 0
 _STILL = 0.999  # cosine from which a rotation is none
 _SIMPLE = 0.03  # share that a mixture of more rows has to explain more than one of fewer
@@ -150,12 +151,15 @@ def undo(
 ) -> Undone | None:
     """How a suspect's tensor comes from an original one, both of two dimensions or more; None where it does not.
     `heads` and `norms` as in `unmix`."""
+    best: Undone | None = None
     for swapped, ours in facing(original, known.width):
         for their_swapped, theirs in facing(suspect, known.width):
-            mixture = unmix(ours, known.back(theirs), heads, norms)
-            if mixture is not None:
-                return Undone(known, mixture, original.shape, swapped, suspect.shape, their_swapped)
-    return None
+            if best is not None and best.mixture.share > _SURE:  # of square matrices either way may be right
+                break
+            found = unmix(ours, known.back(theirs), heads, norms)
+            if found is not None and (best is None or found.share > best.mixture.share):
+                best = Undone(known, found, original.shape, swapped, suspect.shape, their_swapped)
+    return best
 
 
 def profile(rows: Matrix) -> Matrix:
@@ -293,7 +297,7 @@ def _fitted(original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors:
     plain, scaled = fit(flat), fit(factors)
     for _ in range(_ROUNDS):  # either is known the better, the better the other is
         along = (scaled[1] * wanted).sum(axis=(0, 1), dtype=np.float64)
-        factors = np.asarray(np.divide(along, power, out=np.ones_like(along), where=power > 0), np.float32)
+        factors = np.divide(along, power, out=np.ones_like(along), where=power > 0).astype(np.float32)
         scaled = fit(factors)
     folded = 1 - scaled[2] < 0.8 * (1 - plain[2]) and scaled[2] > plain[2] + 1e-4
     weights, made, share = scaled if folded else plain

@@ -123,18 +123,20 @@ class Undone:
     """What brings one tensor of a suspect into the form of the original's, whatever the dimensions of both."""
 
     turn: Turn
-    mixture: Mixture
     shape: tuple[int, ...]
     swapped: bool
     their_shape: tuple[int, ...]
     their_swapped: bool
+    share: float
+    mixture: Mixture | None = None  # None: each row is in its place, and `turn.back` of some rows is all there is
     in_place: bool = False
 
     def apply(self, suspect: Matrix) -> Matrix:
         """float32: as rows of the original's last dimension, NaN where there is nothing."""
         array = suspect.reshape(self.their_shape)
         array = array.swapaxes(-1, -2) if self.their_swapped else array
-        rows = self.mixture.apply(self.turn.back(array.reshape(-1, self.turn.width)))
+        rows = self.turn.back(array.reshape(-1, self.turn.width))
+        rows = self.mixture.apply(rows) if self.mixture is not None else rows
         if self.swapped:
             *first, a, b = self.shape
             rows = rows.reshape(*first, b, a).swapaxes(-1, -2)
@@ -143,7 +145,8 @@ class Undone:
     @property
     def found(self) -> tuple[str, ...]:
         """What was done to the tensor, in words."""
-        return tuple(each for each in (self.turn.what, *self.mixture.found) if each)
+        mixed = self.mixture.found if self.mixture is not None else ()
+        return tuple(each for each in (self.turn.what, *mixed) if each)
 
 
 def undo(
@@ -154,11 +157,11 @@ def undo(
     best: Undone | None = None
     for swapped, ours in facing(original, known.width):
         for their_swapped, theirs in facing(suspect, known.width):
-            if best is not None and best.mixture.share > _SURE:  # of square matrices either way may be right
+            if best is not None and best.share > _SURE:  # of square matrices either way may be right
                 break
             found = unmix(ours, known.back(theirs), heads, norms)
-            if found is not None and (best is None or found.share > best.mixture.share):
-                best = Undone(known, found, original.shape, swapped, suspect.shape, their_swapped)
+            if found is not None and (best is None or found.share > best.share):
+                best = Undone(known, original.shape, swapped, suspect.shape, their_swapped, found.share, found)
     return best
 
 
@@ -289,7 +292,7 @@ def _fitted(original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors:
     flat = np.ones_like(factors)
 
     def fit(factors: Matrix) -> tuple[Matrix, Matrix, float]:
-        weights: Matrix = (wanted * factors) @ bases.transpose(0, 2, 1)
+        weights = np.asarray((wanted * factors) @ bases.transpose(0, 2, 1), np.float32)
         made = _made(weights, bases)
         held = np.square(weights, dtype=np.float64).sum() / max(float((power * np.square(factors)).sum()), 1e-30)
         return weights, made, _beyond(float(held), ours.shape[1], original.shape[1])

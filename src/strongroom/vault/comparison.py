@@ -134,8 +134,6 @@ class Comparison:
         """Find tensors, or find them better, in a model that was disguised as a whole."""
         for k in self._unclear():
             each, tensor, fit = self._placed[k], self.tensors[k], self._fits[k]
-            if each.info.elements > _WHOLE:
-                continue
             names = [tensor.partner] if fit is not None else self._by_name.get(normalised(each.info.name), [])
             free = self._by_elements.get(each.info.elements, []) if fit is None else []
             known = self._explained(k)
@@ -146,10 +144,10 @@ class Comparison:
                 [name for name in names if name not in self._taken or name == tensor.partner],
                 [name for name in free if name not in self._taken],
             )
-            if found is None or 1 - found[1].mixture.share > _BETTER * (1 - known):
+            if found is None or 1 - found[1].share > _BETTER * (1 - known):
                 continue
             tensor.partner, self._fits[k], tensor.transformations = found[0], found[1], []
-            tensor.cosine = float(np.sqrt(found[1].mixture.share))
+            tensor.cosine = float(np.sqrt(found[1].share))
             self._taken.add(tensor.partner)
             self._note(k)
             tensor.transformations += found[1].found

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strongroom.formats.tensors import TensorInfo
-from strongroom.marking.align import normalised
-from strongroom.marking.disguise import Turn, Undone, facing, profile, same_rows, turn, undo
+from strongroom.marking.align import cosine, normalised
+from strongroom.marking.disguise import LIKENESS, Turn, Undone, facing, profile, same_rows, turn, undo
 from strongroom.marking.elements import STEPS
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
@@ -25,7 +25,8 @@ Array = NDArray[np.float32]
 
 _TALL = 2  # times as many rows as columns, at least, has an embedding
 _ROWS = 32  # rows of the embedding for each element of the residual stream are enough for a rotation
-_PIECE = 1 << 22
+_PIECE = 1 << 22  # elements
+_WHOLE = 1 << 28  # elements of a tensor that is read whole
 _TRIED = 6  # partners that a tensor is looked for in
 _CONFIG = 1 << 20  # bytes: no config.json is larger
 _EMBEDDING = re.compile(r"emb|wte")
@@ -123,6 +124,11 @@ class Unmasking:
         info = each.info
         if self.turn is None or len(info.shape) < 2 or self.turn.width not in info.shape[-2:]:
             return None
+        for name in (*names, *free) if _vocabulary(info) else ():
+            if (share := self._by_rows(each, name)) >= LIKENESS:
+                return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
+        if info.elements > _WHOLE:
+            return None
         original = self._reading.original(each, 0, info.elements).reshape(info.shape)
         norms = list(self._near(each, self.turn.width))
         tried = dict.fromkeys(names)
@@ -135,6 +141,20 @@ class Unmasking:
             if found is not None:
                 return name, found
         return None
+
+    def _by_rows(self, each: Placed, name: str) -> float:
+        """The share of some rows of a vocabulary that the same rows of the suspect explain, once they are turned back:
+        so large a matrix is never held whole."""
+        pieces = (
+            self._rows(each, name) if len(self._shape(name)) == 2 and each.info.shape[1] in self._shape(name) else None
+        )
+        if pieces is None or self._shape(name)[1] != each.info.shape[1] or self.turn is None:
+            return 0.0
+        mine, theirs = next(pieces)
+        return max(0.0, cosine(mine, self.turn.back(theirs))) ** 2
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._suspect.tensors[name].info.shape)
 
     def _undone(self, original: Array, norms: Sequence[Array], name: str) -> Undone | None:
         suspect = self._array(name)
@@ -179,6 +199,11 @@ class Unmasking:
 
 def _tall(info: TensorInfo) -> bool:
     return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= 16
+
+
+def _vocabulary(info: TensorInfo) -> bool:
+    """Whether each row is a word, and has its place: no hidden layer is as wide."""
+    return len(info.shape) == 2 and info.shape[0] > 8 * info.shape[1]
 
 
 def _apart(a: Array, b: Array) -> float:

@@ -124,8 +124,11 @@ class Unmasking:
         info = each.info
         if self.turn is None or len(info.shape) < 2 or self.turn.width not in info.shape[-2:]:
             return None
-        for name in (*names, *free) if _vocabulary(info) else ():
-            if (share := self._by_rows(each, name)) >= LIKENESS:
+        if _vocabulary(info):
+            # An embedding and the head that was made of it are alike: the better is taken.
+            found = [(self._by_rows(each, name), name) for name in dict.fromkeys((*names, *free))]
+            share, name = max(found, default=(0.0, ""))
+            if share >= LIKENESS:
                 return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
         if info.elements > _WHOLE:
             return None
@@ -133,13 +136,13 @@ class Unmasking:
         norms = list(self._near(each, self.turn.width))
         tried = dict.fromkeys(names)
         for name in tried:
-            found = self._undone(original, norms, name)
-            if found is not None:
-                return name, found
+            undone = self._undone(original, norms, name)
+            if undone is not None:
+                return name, undone
         for name in self._alike(original, norms, [name for name in free if name not in tried]):
-            found = self._undone(original, norms, name)
-            if found is not None:
-                return name, found
+            undone = self._undone(original, norms, name)
+            if undone is not None:
+                return name, undone
         return None
 
     def _by_rows(self, each: Placed, name: str) -> float:

@@ -93,6 +93,16 @@ def test_the_little_that_is_fitted_leaves_the_noise_as_it_was(model):
     assert 0.6 < float((left[here] * noise[here]).sum() / np.square(noise[here]).sum()) < 0.85
 
 
+def test_a_mark_is_not_taken_for_noise(model):
+    """Where nothing but the mark differs, it is in some columns only, and is the loudest that there is."""
+    name = "model.layers.0.mlp.down_proj.weight"
+    marked = model[name].copy()
+    marked[5:9] *= 1 + np.float32(2**-7) * np.sign(RNG.normal(size=(4, 320))).astype(np.float32)
+    rotation = orthogonal(RNG, 128).astype(np.float32)
+    found = undo(model[name], rotation.T @ marked, Turn(128, rotation))
+    assert np.isfinite(found.apply(rotation.T @ marked)).all()
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_another_model_is_none(model, seed):
     other = ready(llama(np.random.default_rng(100 + seed), width=128, vocabulary=600, units=320, heads=4, groups=2))

@@ -35,6 +35,7 @@ _COLUMNS = 256  # enough of them to tell rows apart
 _HEADS = (64, 128, 32, 96, 80, 256)  # sizes of heads, where nothing is known of them
 _FLOOR = 1.0  # times a mean column's energy: columns below it are not made as large as the others
 _LOUD = 10.0  # times the noise of the column in the middle: columns beyond it say nothing
+_AUDIBLE = 1e-3  # of a column's energy; a stamp and layer 1 together are a fifteenth of it
 _ATTENTION = 3  # times as many rows as the residual stream is wide: no matrix with heads has more
 _ROUNDS = 6
 _CHUNK = 2048
@@ -307,7 +308,8 @@ def _fitted(original: Matrix, rows: Matrix, ours: Index, theirs: Index, factors:
     factors = np.asarray(np.where(factors != 0, factors, np.nan) if folded else flat, np.float32)
     noise = np.nan_to_num(np.square(made / factors - wanted).mean(axis=(0, 1)), nan=np.inf)
     relative = noise / np.maximum(power / max(1, wanted.shape[0] * wanted.shape[1]), 1e-30)
-    loud = (noise > _LOUD * np.median(noise)) & (relative > _LOUD * np.median(relative))
+    # A mark is never as strong as `_AUDIBLE`: where there is no other noise, it is what is heard.
+    loud = (noise > _LOUD * np.median(noise)) & (relative > np.maximum(_LOUD * np.median(relative), _AUDIBLE))
     factors = np.asarray(np.where(loud, np.nan, factors), np.float32)
     every = np.zeros((len(ours), *weights.shape[1:]), np.float32)
     every[there] = weights

@@ -29,7 +29,7 @@ _TRIED = 4  # partners that a tensor is looked for in, once names and places say
 _PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
 _UNEXPLAINED = 0.98  # cosine below which more than int4 was done to a tensor that is in its place
-_BETTER = 0.7  # of what is unexplained, what has to be left for a disguise to be taken as one
+_BETTER = 0.5  # of what is unexplained, what has to be left for a disguise to be taken as one
 _WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
 Progress = Callable[[int, int], None]
 

@@ -58,8 +58,8 @@ class Unmasking:
 
     @property
     def turned(self) -> bool:
-        """Whether the residual stream is another than the original's."""
-        return self.turn is not None and self.turn.matrix is not None
+        """Whether the residual stream was rotated: a tensor alone then shows nothing. One that was only permuted does."""
+        return self.turn is not None and self.turn.what == "residual stream rotated"
 
     # -- the residual stream -------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ class Unmasking:
 
     @property
     def turned(self) -> bool:
-        """Whether the residual stream was rotated: a tensor alone then shows nothing. One that was only permuted does."""
+        """Whether the residual stream was rotated, so that no tensor shows anything alone; permuted, it does."""
         return self.turn is not None and self.turn.what == "residual stream rotated"
 
     # -- the residual stream -------------------------------------------------------------------------------------

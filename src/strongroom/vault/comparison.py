@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
-from strongroom.marking.disguise import Undone
+from strongroom.marking.disguise import Turn, Undone
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
@@ -325,9 +326,19 @@ class Comparison:
         name, fit = self.tensors[k].partner, self._fits[k]
         if fit is None or fit.in_place:
             return lambda first, end: self._read(name, first, end)
+        if isinstance(fit, Undone) and fit.mixture is None:
+            return partial(self._turned, name, fit.turn)
         matrix = self._matrix(name)
         whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
         return lambda first, end: whole[first:end] if whole is not None else None
+
+    def _turned(self, name: str, turn: Turn, first: int, end: int) -> NDArray[np.float32] | None:
+        """Elements of a tensor whose rows only have to be turned back."""
+        low = first // turn.width * turn.width
+        rows = self._read(name, low, -(-end // turn.width) * turn.width)
+        if rows is None or rows.size % turn.width:
+            return None
+        return turn.back(rows.reshape(-1, turn.width)).reshape(-1)[first - low : end - low]
 
     def _factor(self, k: int, aligned: Callable[[int, int], NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
         """The factor of each column, if columns were rescaled: judged, and reported, by the first rows of the tensor. A
@@ -347,7 +358,9 @@ class Comparison:
         if "columns rescaled" not in found:
             return None
         with np.errstate(all="ignore"):
-            ratio: NDArray[np.float32] = np.nanmedian(leak / seen, axis=0)
+            ratio = np.ones(width, np.float32)
+            there = np.isfinite(leak).any(axis=0)  # a column may be lost as a whole
+            ratio[there] = np.nanmedian(leak[:, there] / seen[:, there], axis=0)
         return np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.float32(1))
 
     def _tag(self, each: Placed) -> bytes:

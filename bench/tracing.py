@@ -252,7 +252,7 @@ class Model:
     def given(self, holder: str, *, copies: bool) -> Callable[[int, int], memoryview]:
         """How the image reads that left: a plaintext copy, or what was loaded."""
         if copies:
-            return Copy(self.originals, self.record, self.vault.keys.stamp_root, holder).read
+            return Copy(self.originals, self.record, holder).read
         word = self.code.word(holder)
         return lambda begin, end: self.originals.read_given(begin, end, word)[1]
 
@@ -271,7 +271,7 @@ class Model:
         """Trace `path` among the first `guilty` holders and everybody else."""
         begun = time.perf_counter()
         people = [*self.holders[:guilty], *(f"user/innocent-{k}" for k in range(STAMPS))]
-        stamps = [Stamp(self.vault.keys.stamp_root, holder) for holder in people]
+        stamps = [Stamp(self.record.stamp_key, holder) for holder in people]
         with Suspect.opened(path) as suspect:
             comparison = Comparison(self.originals, suspect)
             if comparison.explained < 0.9:

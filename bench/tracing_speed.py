@@ -61,7 +61,7 @@ def main() -> None:
         record = vault.record(vault.find("bench"))
         manifest, signer = vault.manifest(record), vault.keys.signer.public_key
         holder = "user/h0"
-        copy = Copy(Originals(vault.blobs, record, manifest, signer), record, vault.keys.stamp_root, holder)
+        copy = Copy(Originals(vault.blobs, record, manifest, signer), record, holder)
         (work / "leak").mkdir()
         for file in copy.files:
             if file.path.endswith(".safetensors"):

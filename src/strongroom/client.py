@@ -286,7 +286,8 @@ class Room:
         duration: int = 8 * 3600,
         uses: int | None = None,
     ) -> dict[str, Any]:
-        """Ask for a lease of `duration` seconds, for `holder` (default: this principal)."""
+        """Ask for a lease of `duration` seconds, for `holder` (default: this principal); to trace, for one use unless
+        `uses` says more."""
         row = self._vault.find(ref)
         note = self._private("reason", reason)
         body = {
@@ -294,7 +295,7 @@ class Room:
             "ref": f"{row.name}@{row.number}",
             "for": holder or self.principal,
             "duration": duration,
-            "uses": uses,
+            "uses": 1 if action == "trace" and uses is None else uses,
             "reason": note.commitment,
         }
         return self._vault.custodian.request(self._say("request", body), note)

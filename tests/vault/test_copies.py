@@ -182,9 +182,11 @@ def test_there_is_no_piece_behind_the_last(taken):
             hall.vault.copies.read(f"copies/{received.index}/{number}")
 
 
-@pytest.mark.parametrize("target", [REF, "user/ana"])
+@pytest.mark.parametrize("target", [REF, "user/ana", "lease"])
 def test_a_revocation_ends_a_copy_under_way(taken, target):
     hall, received = taken  # noqa: F811
+    if target == "lease":
+        target = hall.entries()[received.index].body["lease"]
     name = f"copies/{received.index}/0"
     hall.vault.copies.read(name)
     with hall.room("user/ben") as ben:
@@ -192,6 +194,7 @@ def test_a_revocation_ends_a_copy_under_way(taken, target):
     with pytest.raises(Denied) as caught:
         hall.vault.copies.read(name)
     assert caught.value.code == "copy.ended"
+    assert "user/" not in caught.value.message  # who reads has shown no more than a pass
 
 
 def test_a_rotation_ends_it(taken):

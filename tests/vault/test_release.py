@@ -890,7 +890,7 @@ def copy_of(hall, holder):
     vault = hall.vault
     record = vault.record(vault.find(REF))
     originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
-    return Copy(originals, record, vault.keys.stamp_root, holder)
+    return Copy(originals, record, holder)
 
 
 def stamped(vault, holder, reader):
@@ -902,9 +902,9 @@ def stamped(vault, holder, reader):
         if each.marked and each.info.elements >= 16384:
             original = bytes(originals.read(each.begin, each.end))
             integer = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}[each.info.dtype.name]
-            Stamp(vault.keys.stamp_root, holder).apply(
+            Stamp(record.stamp_key, holder).apply(
                 each.info.dtype.name,
-                tensor_tag(original),
+                tensor_tag(each.begin),
                 0,
                 np.frombuffer(original, integer),
                 np.frombuffer(memoryview(image)[each.begin : each.end], integer),

@@ -60,7 +60,7 @@ def given(house, holder, *, ref=REF, copy=False):
     originals = Originals(house.vault.blobs, record, house.vault.manifest(record), house.vault.keys.signer.public_key)
     found = {}
     reader = house.reader(ref, holder)
-    image = bytes(Copy(originals, record, house.vault.keys.stamp_root, holder).read(0, originals.layout.image))
+    image = bytes(Copy(originals, record, holder).read(0, originals.layout.image))
     for each in originals.tensors():
         data = image[each.begin : each.end] if copy else bytes(reader.read(each.begin, each.end))
         if each.info.dtype.name == "BF16":
@@ -131,16 +131,16 @@ def folded(tensors):
     }
 
 
-def each(function):
+def each_(function):
     return lambda tensors: {name: function(array) for name, array in tensors.items()}
 
 
 def noise(size):
-    return each(lambda array: array + RNG.normal(0, size * array.std(), array.shape))
+    return each_(lambda array: array + RNG.normal(0, size * array.std(), array.shape))
 
 
 def pruned(share):
-    return each(lambda array: np.where(np.abs(array) < np.quantile(np.abs(array), share), 0, array))
+    return each_(lambda array: np.where(np.abs(array) < np.quantile(np.abs(array), share), 0, array))
 
 
 def dropped(tensors):
@@ -171,20 +171,20 @@ def adapted(tensors):
 
 ATTACKS = {
     "nothing": lambda tensors: tensors,
-    "int8": each(lambda array: quantised(array, 8)),
-    "int4": each(lambda array: quantised(array, 4)),
+    "int8": each_(lambda array: quantised(array, 8)),
+    "int4": each_(lambda array: quantised(array, 4)),
     "noise": noise(0.1),
     "half pruned": pruned(0.5),
     "renamed": renamed,
     "transposed and renamed": lambda tensors: renamed({name: array.T for name, array in tensors.items()}),
     "units permuted": permuted,
-    "units permuted, int8, renamed": lambda tensors: renamed(each(lambda a: quantised(a, 8))(permuted(tensors))),
+    "units permuted, int8, renamed": lambda tensors: renamed(each_(lambda a: quantised(a, 8))(permuted(tensors))),
     "norms folded in": folded,
     "a layer dropped": dropped,
     "an adapter merged in": adapted,
-    "merged with another": each(lambda array: 0.7 * array + 0.3 * RNG.normal(0, array.std(), array.shape)),
+    "merged with another": each_(lambda array: 0.7 * array + 0.3 * RNG.normal(0, array.std(), array.shape)),
     "one matrix": lambda tensors: {"x": tensors["model.embed_tokens.weight"]},
-    "some rows": each(lambda array: array[len(array) // 4 : len(array) * 3 // 4] if array.ndim == 2 else array),
+    "some rows": each_(lambda array: array[len(array) // 4 : len(array) * 3 // 4] if array.ndim == 2 else array),
 }
 
 
@@ -430,6 +430,52 @@ def test_among_more_people_than_are_scored_in_full(room, tmp_path, monkeypatch, 
     assert found["accused"][0]["layer2"]["z"] > 20
 
 
+def model_of(folder, tensors):
+    """A model directory of these arrays."""
+    folder.mkdir()
+    write(folder / "model.safetensors", tensors)
+    return folder
+
+
+def test_equal_tensors_make_nobody_innocent_suspicious(tmp_path):
+    """Sixty-four of them: were their chips the same, an innocent's scores would add up instead of cancelling out."""
+    one = RNG.normal(0, 0.05, (64, 512)).astype(np.float32)
+    house = House.build(tmp_path / "room")
+    house.put(model_of(tmp_path / "model", {f"layers.{k}.weight": one for k in range(64)}), "acme/traced", share="1/8")
+    for holder in HOLDERS[1:]:
+        house.register(holder)
+    path = write(tmp_path / "leak.safetensors", given(house, HOLDERS[4], copy=True))
+    found = traced(house, path)
+    house.close()
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[4]]
+    assert max(-each["stamp_log10_p"] for each in found["scores"] if not each["holder"]) < 6
+
+
+def test_a_tensor_of_another_version_beside_the_leak_hides_nothing(room, tmp_path):
+    leak = each_(lambda array: quantised(array, 3))(given(room, HOLDERS[6], copy=True))
+    safetensors_file(tmp_path / "other.safetensors", TENSORS, 1)
+    with Suspected(tmp_path / "other.safetensors") as other:
+        decoy = dict(list(other.items())[:2])
+    leak |= {f"module.{name}": array for name, array in decoy.items()}
+    found = traced(room, write(tmp_path / "leak.safetensors", leak))
+    assert (found["weights"], [each["holder"] for each in found["accused"]]) == (REF, [HOLDERS[6]])
+
+
+def test_nobody_is_scored_by_name_but_who_is_accused(room, tmp_path):
+    """Else a file could be changed, score by score, until it names whom one likes."""
+    found = traced(room, write(tmp_path / "leak.safetensors", given(room, HOLDERS[11], copy=True)))
+    assert [each["holder"] for each in found["scores"] if each["holder"]] == [HOLDERS[11]]
+    others = [each for each in found["scores"] if not each["holder"]]
+    assert len(others) == found["candidates"] - 1
+    for name in ("log10_p", "stamp_log10_p"):
+        values = [each[name] for each in others]
+        assert values == sorted(values)
+        assert all(value == round(value) for value in values)
+    text = json.dumps({**found, "accused": []})
+    assert not [holder for holder in HOLDERS if holder != HOLDERS[11] and f'"{holder}"' in text]
+
+
 def test_a_stamp_is_its_holders_alone(room):
-    chips = [Stamp(room.vault.keys.stamp_root, holder).chips(b"12345678", 0, 64).tobytes() for holder in HOLDERS]
+    record = room.vault.record(room.vault.find(REF))
+    chips = [Stamp(record.stamp_key, holder).chips(b"12345678", 0, 64).tobytes() for holder in HOLDERS]
     assert len(set(chips)) == len(HOLDERS)

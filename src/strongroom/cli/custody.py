@@ -39,7 +39,9 @@ class Duration(click.ParamType[int]):
 @click.option("--action", type=click.Choice(["load", "copy", "trace"]), default="load", show_default=True)
 @click.option("--for", "holder", metavar="PRINCIPAL", help="Who is to have it.  [default: you]")
 @click.option("--duration", "seconds", type=Duration(), default="8h", show_default=True, help="How long, e.g. 30m, 8h.")
-@click.option("--uses", type=click.IntRange(1, MAX_INTEGER), help="At most so many releases.  [default: any number]")
+@click.option(
+    "--uses", type=click.IntRange(1, MAX_INTEGER), help="At most so many releases.  [default: any number; one trace]"
+)
 @click.option("--reason", required=True, metavar="TEXT", help="Why: whoever may approve reads it, and it is kept.")
 @pass_options
 def request(

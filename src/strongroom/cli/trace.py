@@ -44,7 +44,7 @@ def trace(options: Options, path: str, weights: str | None, report: str | None) 
         from strongroom.cli.tracepage import page as written
 
         try:
-            write_whole(page, written(found).encode())
+            write_whole(page, written(found).encode("utf-8", "replace"))
         except OSError as error:
             raise BackendError("trace.report", f"can't write the report: {error.strerror}", hint="--report") from None
     output.answer({**found, "seconds": round(took, 3)}, _lines(found, took))

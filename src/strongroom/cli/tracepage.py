@@ -134,7 +134,7 @@ def _plot(found: dict[str, Any]) -> str:
         x = _LEFT + (at + 0.5) * step
         for name, colour in (("log10_p", "--dot"), ("stamp_log10_p", "--dot2")):
             y = height(-each[name])
-            label = escape(f"{each['holder']}: 10^{each[name]:.1f}")
+            label = escape(f"{each['holder'] or 'somebody else'}: 10^{each[name]:.1f}")
             dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var({colour})"><title>{label}</title></circle>')
     line = height(limit)
     ticks = "".join(
@@ -144,7 +144,7 @@ def _plot(found: dict[str, Any]) -> str:
     )
     return (
         "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) "
-        "and by stamp (second). Above the line somebody is named.</p>"
+        "and by stamp (second). Who is named is in red above; others have no names here, and rounded scores.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
         f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
         f"{ticks}{''.join(dots)}</svg>"
@@ -164,8 +164,10 @@ def _transformed(found: Sequence[str]) -> str:
 
 def _wrong(found: dict[str, Any]) -> str:
     points = [
-        "Whoever has the version's mark root or the room's stamp root can make a copy in somebody else's name. Those "
-        "are the custodian's keys: the log has every use of them that went through it.",
+        "Whoever has the version's mark root can make a copy in somebody else's name. That is the custodian's: the log "
+        "has every use of it that went through it.",
+        "The chance is for a file that was not made with the help of earlier reports. Who asked for many traces of one "
+        "version is in the log.",
         "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: keys and "
         "files can be stolen.",
         f"The chance is for the whole trace: {number(found['candidates'])} candidates, {found['ways']} ways of "

@@ -176,6 +176,7 @@ _RELEASE: dict[str, Kind] = {
     **dict.fromkeys(("entry", "at"), COUNT),
     "lease": or_null(TEXT),
     "leaf": DIGEST,
+    "person": TEXT,
 }
 _ACCUSED: dict[str, Kind] = {
     **dict.fromkeys(("holder", "person"), TEXT),

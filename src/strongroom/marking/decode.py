@@ -19,7 +19,7 @@ from strongroom.marking.estimate import Estimates
 
 COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 MODELS = ("mean", "segments", "extremes", "median")
-_CHUNK = 2048  # candidates at a time
+_CHUNK = 1 << 25  # bits at a time
 _EXACT = 64
 _TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
 _ROUNDING = 0.05  # nats, more than adding up in single precision may lose of a score
@@ -110,11 +110,14 @@ class Decoding:
         steps = np.stack([g[1] - g[0] for g in weights], axis=1)
         base = np.array([g[0].sum() for g in weights])
         single = steps.astype(np.float32)
-        chunks = range(0, len(words), _CHUNK)
-        totals = np.concatenate([words[at : at + _CHUNK].astype(np.float32) @ single for at in chunks]) + base
+        step = max(1, _CHUNK // words.shape[1])
+        chunks = range(0, len(words), step)
+        totals = np.concatenate([words[at : at + step].astype(np.float32) @ single for at in chunks]) + base
         # Single precision is enough to see who is far from being named. Whoever may be is added up again in double.
         highest = np.unique(np.argsort(-totals, axis=0)[:_EXACT])
-        totals[highest] = words[highest].astype(np.float64) @ steps + base
+        for at in range(0, len(highest), step):
+            some = highest[at : at + step]
+            totals[some] = words[some].astype(np.float64) @ steps + base
         means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
         deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)
         sigmas = (totals - means) / np.maximum(deviations, 1e-30)

@@ -1,13 +1,12 @@
 """The personal stamp of a plaintext copy (spec/mark.md, section 2; layer 2 of the mark).
 
 Spread spectrum in integers: each element of each large tensor moves by a chip between −4 and 4 bf16 units in the last
-place, which the holder's key and the tensor's content draw. Nothing of a copy has to be kept to write it again, or to
-look for it.
+place, which the version's stamp key, the holder and the tensor's place draw. Nothing of a copy has to be kept to write
+it again, or to look for it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,15 @@ from strongroom.crypto.keys import derive, keystream, scattered_keystream
 from strongroom.marking.elements import STEPS
 
 LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
-TAGGED_BYTES = 65_536  # of a tensor's content, what its tag is of
 BLOCK = 16  # elements whose chips are one block of the cipher
-_TAG = b"strongroom/1 tensor\x00"
 
 
-def tensor_tag(content: bytes | memoryview) -> bytes:
-    """The 8 bytes that make a tensor's chips its own: of the first `TAGGED_BYTES` bytes of its original content."""
-    return hashlib.sha256(_TAG + bytes(content[:TAGGED_BYTES])).digest()[:8]
+def tensor_tag(begin: int) -> bytes:
+    """The 8 bytes that make a tensor's chips its own: the byte of the image where it begins.
+
+    Not its content: whoever may put weights could then have an innocent's chips drawn for a tensor of theirs, and equal
+    tensors would have equal chips, which no bound on sums of independent ones allows."""
+    return begin.to_bytes(8, "big")
 
 
 def stamp_blocks(tag: bytes, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -47,10 +47,10 @@ def stampable(bits: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
 
 
 class Stamp:
-    """The stamp of one holder, for every tensor that it may ever be given a copy of."""
+    """The stamp of one holder on one version."""
 
-    def __init__(self, stamp_root: bytes, holder: str) -> None:
-        self._key = derive(stamp_root, "holder", holder.encode())
+    def __init__(self, stamp_key: bytes, holder: str) -> None:
+        self._key = derive(stamp_key, "holder", holder.encode())
 
     def chips(self, tag: bytes, first: int, count: int) -> NDArray[np.int8]:
         """int8 (count,): the chips of elements `first` and on, of the tensor of this tag."""

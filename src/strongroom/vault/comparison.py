@@ -20,7 +20,7 @@ from strongroom.marking.disguise import Turn, Undone
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
-from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor_tag
+from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.unmasking import Reading, Unmasking
@@ -105,10 +105,10 @@ class Comparison:
 
     @property
     def explained(self) -> float:
-        """The share of the suspect's elements, or of the version's if those are fewer, that lie as they did."""
-        found = sum(each.elements for each in self.tensors if each.partner)
-        theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values())
-        return found / max(1, min(theirs, sum(each.elements for each in self.tensors)))
+        """The share of the suspect's elements that lie as they did."""
+        found = sum(self._suspect.tensors[each.partner].info.elements for each in self.tensors if each.partner)
+        theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
+        return found / max(1, theirs)
 
     def deepen(self) -> None:
         """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer."""
@@ -280,7 +280,7 @@ class Comparison:
         dtype, width = each.info.dtype.name, each.info.shape[-1]
         integer = STEPS[dtype].integer
         aligned = self._aligned(k)
-        tag, factor, count = self._tag(each), self._factor(k, aligned), 0
+        tag, factor, count = tensor_tag(each.begin), self._factor(k, aligned), 0
         for number in range(*layout.stripes_touched(each.begin, each.end)):
             start = layout.common_segment(number).end
             low = max(each.begin, start)
@@ -305,7 +305,7 @@ class Comparison:
         each = self._placed[k]
         dtype, size, width = each.info.dtype.name, each.info.elements, each.info.shape[-1]
         integer = STEPS[dtype].integer
-        aligned, tag = self._aligned(k), self._tag(each)
+        aligned, tag = self._aligned(k), tensor_tag(each.begin)
         step = max(1, _PIECE // width) * width
         for first in range(0, size, step):
             count = min(step, size - first)
@@ -362,9 +362,6 @@ class Comparison:
             there = np.isfinite(leak).any(axis=0)  # a column may be lost as a whole
             ratio[there] = np.nanmedian(leak[:, there] / seen[:, there], axis=0)
         return np.where(np.isfinite(ratio) & (ratio > 0), ratio, np.float32(1))
-
-    def _tag(self, each: Placed) -> bytes:
-        return tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
 
     # -- reading -------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,8 @@ from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import STEPS
-from strongroom.marking.stamp import LEAST_ELEMENTS, TAGGED_BYTES, Stamp, tensor_tag
-from strongroom.vault.originals import Originals, Placed
+from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
+from strongroom.vault.originals import Originals
 
 if TYPE_CHECKING:
     from strongroom.vault.record import VersionRecord
@@ -33,13 +33,12 @@ _OPEN = 4  # copies that are kept opened
 class Copy:
     """One holder's plaintext copy of one version: any range of it."""
 
-    def __init__(self, originals: Originals, record: VersionRecord, stamp_root: bytes, holder: str) -> None:
+    def __init__(self, originals: Originals, record: VersionRecord, holder: str) -> None:
         self._originals = originals
         self._word = Code(record.code_key, originals.layout.positions, record.colluders).word(holder)
-        self._stamp = Stamp(stamp_root, holder)
+        self._stamp = Stamp(record.stamp_key, holder)
         self._stamped = [each for each in originals.tensors() if each.marked and each.info.elements >= LEAST_ELEMENTS]
         self._begins = [each.begin for each in self._stamped]
-        self._tags: dict[int, bytes] = {}
 
     @property
     def image(self) -> int:
@@ -64,19 +63,12 @@ class Copy:
             here = slice(low - begin, high - begin)
             self._stamp.apply(
                 dtype,
-                self._tag(each),
+                tensor_tag(each.begin),
                 (low - each.begin) // integer.itemsize,
                 np.frombuffer(original[here], integer),
                 np.frombuffer(copy[here], integer),
             )
         return copy
-
-    def _tag(self, each: Placed) -> bytes:
-        tag = self._tags.get(each.begin)
-        if tag is None:
-            tag = tensor_tag(self._originals.read(each.begin, min(each.end, each.begin + TAGGED_BYTES)))
-            self._tags[each.begin] = tag
-        return tag
 
 
 class Copies:
@@ -108,7 +100,7 @@ class Copies:
     def read(self, name: str) -> bytes:
         """The encrypted piece that is called `name`: ``copies/ENTRY/NUMBER``.
 
-        NotFound ``copy.missing``; Denied ``copy.ended`` once the version is frozen or its holder suspended; Conflict
+        NotFound ``copy.missing``; Denied ``copy.ended`` once the lease, the holder or the version is revoked; Conflict
         ``copy.revision`` once the version was rotated.
         """
         matched = _NAME.fullmatch(name)
@@ -147,7 +139,7 @@ class Copies:
         originals = Originals(
             self._vault.blobs, record, self._vault.manifest(record), self._vault.keys.signer.public_key
         )
-        copy = Copy(originals, record, self._vault.keys.stamp_root, found.body["holder"])
+        copy = Copy(originals, record, found.body["holder"])
         leaf = leaf_hash(entry)
         cipher = CopyCipher(copying_key(self._vault.keys.copy_key, leaf, PIECE), leaf, copy.image)
         with self._lock:
@@ -159,7 +151,7 @@ class Copies:
     def _record(self, entry: Entry) -> VersionRecord:
         record = self._vault.record(self._vault.find(entry.ref))
         if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
-            raise _rotated(entry)
+            raise _rotated()
         return record
 
     def _check(self, entry: Entry) -> None:
@@ -167,19 +159,20 @@ class Copies:
         with self._vault.custodian.ledger.view() as state:
             version, holder = state.versions.get(entry.ref), state.principals.get(entry.body["holder"])
             gone = version is None or version.shredded
-            ended = gone or (version is not None and version.frozen) or holder is None or not holder.active
+            lease = state.leases.get(entry.body["lease"] or "")
+            revoked = lease is not None and bool(lease.ended)
+            ended = gone or (version is not None and version.frozen) or holder is None or not holder.active or revoked
             rotated = version is not None and version.revision != entry.body["revision"]
         if rotated and not ended:
-            raise _rotated(entry)
+            raise _rotated()
         if ended:
             raise Denied(
                 "copy.ended",
-                f"the copy of {entry.ref} for {entry.body['holder']} was revoked before all of it was taken",
+                # No names: whoever reads has shown no more than a pass.
+                "this copy was revoked before all of it was taken",
                 hint="strongroom log tail shows who revoked it",
             )
 
 
-def _rotated(entry: Entry) -> Conflict:
-    return Conflict(
-        "copy.revision", f"{entry.ref} was rotated since this copy was released", hint="take the copy again"
-    )
+def _rotated() -> Conflict:
+    return Conflict("copy.revision", "the version was rotated since this copy was released", hint="take the copy again")

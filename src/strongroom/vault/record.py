@@ -46,6 +46,11 @@ class VersionRecord:
     def code_key(self) -> bytes:
         return derive(self.mark_root, "code")
 
+    @property
+    def stamp_key(self) -> bytes:
+        """What the stamps of this version's copies derive from (spec/mark.md, section 2)."""
+        return derive(self.mark_root, "stamp")
+
     def seal(self, room_key: bytes, context: str = "") -> bytes:
         """For the database; `context` is set where it is the record of a job that is under way."""
         value: dict[str, Any] = {

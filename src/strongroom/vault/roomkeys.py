@@ -127,11 +127,6 @@ class RoomKeys:
         return derive(self._seed, "copy")
 
     @property
-    def stamp_root(self) -> bytes:
-        """What the personal stamps of copies derive from (spec/mark.md, section 2): it outlives rotations."""
-        return derive(self._seed, "stamp")
-
-    @property
     def _seed(self) -> bytes:
         """The room's signing seed, which a room has for good: asked for once, so that a release need not ask again."""
         if self._opened is None:

@@ -22,6 +22,7 @@ from strongroom.ledger.log import Draft
 from strongroom.policy import acts
 from strongroom.policy.speaker import Speaker, authenticate, speaking
 from strongroom.policy.state import State
+from strongroom.vault.names import shown
 from strongroom.vault.suspect import Suspect, digests
 from strongroom.vault.trace import trace
 from strongroom.vault.walk import Walk
@@ -43,10 +44,10 @@ def search(vault: Vault, path: Path, *, by: str, weights: str | None, progress: 
     ref = _numbered(vault, weights) if weights is not None else None
     lease = vault.custodian.tracing(by, ref)
     walk = Walk.of(path, follow_links=False)
-    files = digests(walk)
+    files, name = digests(walk), shown(path.name)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
-    with Suspect.of(walk, path.name) as suspect:
-        return found(vault, Search(statement, by, statement.at, path.name, files), suspect, progress)
+    with Suspect.of(walk, name) as suspect:
+        return found(vault, Search(statement, by, statement.at, name, files), suspect, progress)
 
 
 @dataclass(frozen=True)

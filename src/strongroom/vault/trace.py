@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 FALSE_ACCUSATION = 1e-9  # over all candidates, versions and ways of scoring together
 _UNRELATED = 0.05
 _CLOSE = 0.01
-_EXPLAINED = 0.1
+_PART = 0.9
+_EXPLAINED = 0.9  # of the suspect's elements
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
 _PASSED_ON = 4096
@@ -94,17 +95,25 @@ class Trace:
             "ways": self.ways,
             "transformations": self.transformations,
             "versions": self.versions,
-            "scores": [
-                {
-                    "holder": each.holder,
-                    "log10_p": round(each.log10_p, 2),
-                    "stamp_log10_p": round(each.stamp_log10_p, 2),
-                }
-                for each in self.candidates
-            ],
+            "scores": self._scores(),
             "tensors": self.tensors,
             "suspect": self.suspect,
         }
+
+    def _scores(self) -> list[dict[str, Any]]:
+        """All scores, for the picture. Those of whom nobody accuses have no names, are rounded, and stand in an order
+        of their own for each layer: by exact scores a file could be changed, step by step, until it names whom one
+        likes."""
+        named = [
+            {"holder": each.holder, "log10_p": round(each.log10_p, 2), "stamp_log10_p": round(each.stamp_log10_p, 2)}
+            for each in self.accused
+        ]
+        rest = [each for each in self.candidates if each not in self.accused]
+        words = sorted(float(math.ceil(each.log10_p)) for each in rest)
+        stamps = sorted(float(math.ceil(each.stamp_log10_p)) for each in rest)
+        return named + [
+            {"holder": "", "log10_p": word, "stamp_log10_p": stamp} for word, stamp in zip(words, stamps, strict=True)
+        ]
 
 
 def _accused(each: Candidate) -> dict[str, Any]:
@@ -137,7 +146,7 @@ def trace(
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
     for _, _, each in compared:
-        if most < _EXPLAINED or each.explained >= most - _EXPLAINED:
+        if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED):
             each.deepen()
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
@@ -148,7 +157,10 @@ def trace(
     result.likeness = most
     if most < _UNRELATED:
         return result
-    close = [each for each in compared if each[2].common >= most - _CLOSE]
+    # Both by what is there and by how much of the version is there: a tensor of another version beside the leak must
+    # not draw all attention to that one.
+    whole = max(each[2].likeness for each in compared)
+    close = [each for each in compared if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole]
     found = [
         _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
         for record, originals, comparison in close
@@ -184,15 +196,15 @@ def _traced(
         bits[k] = code.bits(each.holder)
     gather = partial(comparison.gather, workers=vault.workers, progress=progress)
     few = people if len(people) <= _FEW else []
-    found = gather(_stamps(vault, few), everything=False, sample=0 if few else _SAMPLE)
+    found = gather(_stamps(record, few), everything=False, sample=0 if few else _SAMPLE)
     estimates = found.estimator.done()
     decoding = Decoding(estimates, bits, code.biases / 65536)
     if not few:
         # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
-        screened = found.matched.screened(_stamps(vault, people), workers=vault.workers)
+        screened = found.matched.screened(_stamps(record, people), workers=vault.workers)
         likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)[:_FEW]}
         few = [people[k] for k in sorted(likely | {int(k) for k in np.argsort(-screened)[:_FEW]})]
-        found = gather(_stamps(vault, few), everything=False)
+        found = gather(_stamps(record, few), everything=False)
     _stamped(few, found)
     result = Trace(
         suspect=blank.suspect,
@@ -211,7 +223,7 @@ def _traced(
     # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
     hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
     if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
-        found = gather(_stamps(vault, few), everything=True)
+        found = gather(_stamps(record, few), everything=True)
         result.elements = found.elements
         _stamped(few, found)
         _name(result, decoding, versions)
@@ -221,8 +233,8 @@ def _traced(
     return result
 
 
-def _stamps(vault: Vault, people: Sequence[Candidate]) -> list[Stamp]:
-    return [Stamp(vault.keys.stamp_root, each.holder) for each in people]
+def _stamps(record: VersionRecord, people: Sequence[Candidate]) -> list[Stamp]:
+    return [Stamp(record.stamp_key, each.holder) for each in people]
 
 
 def _stamped(people: Sequence[Candidate], found: Gathered) -> None:
@@ -304,9 +316,15 @@ def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:
         return
     ledger = vault.custodian.ledger
     size = ledger.checkpoint()[0].size
+    persons: dict[str, str] = {}
     for at in range(0, size, 1024):
         for index, data in enumerate(ledger.proven(at, min(at + 1024, size)), at):
             entry = Entry.decode(data)
-            if entry.type == "release" and entry.ref == ref and entry.body["holder"] in holders:
+            if entry.type == "principal":
+                persons[entry.body["principal"]] = entry.body["person"]
+            elif entry.type == "release" and entry.ref == ref and entry.body["holder"] in holders:
+                each = holders[entry.body["holder"]]
+                # Whose it was then: a path may have passed to somebody else since.
+                each.person = persons.get(each.holder, each.person)
                 found = {"entry": index, "action": entry.body["action"], "at": entry.at, "lease": entry.body["lease"]}
-                holders[entry.body["holder"]].releases.append(found)
+                each.releases.append({**found, "person": each.person})

@@ -437,8 +437,9 @@ def report(found: Mapping[str, tuple[Model, list[Row], list[Row]]]) -> str:
         f"was anybody innocent named; of stamps {STAMPS} innocent ones were scored in each line. Settings are the "
         "defaults (share 1/8).",
         "",
-        "Not in these tables: a disguise by rotated residual streams and mixed heads. Fine-tuning of all weights by a "
-        "real training run is in `make demo`.",
+        "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, which is undone "
+        "(`tests/vault/test_disguised.py`), and fine-tuning of all weights by a real training run, which is in "
+        "`make demo`.",
         "",
     ]
     for kind, (model, one, many) in found.items():

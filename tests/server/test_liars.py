@@ -141,7 +141,7 @@ REPORT = {
     "withheld": False,
     **{name: [] for name in ("accused", "transformations", "versions", "scores", "tensors")},
 }
-RELEASE = {"entry": 1, "action": "load", "at": 0, "lease": None, "leaf": "0" * 64, "proof": "x"}
+RELEASE = {"entry": 1, "action": "load", "at": 0, "lease": None, "leaf": "0" * 64, "proof": "x", "person": "user/ben"}
 ACCUSED = {
     "holder": "user/ben",
     "person": "user/ben",

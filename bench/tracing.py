@@ -237,7 +237,7 @@ class Model:
     def __post_init__(self) -> None:
         vault = self.vault
         self.record = vault.record(vault.find("bench"))
-        self.originals = Originals(vault.blobs, self.record, vault.manifest(self.record), vault.keys.signer.public_key)
+        self.originals = Originals(vault.image(self.record), self.record)
         self.placed = list(self.originals.tensors())
         self.code = Code(self.record.code_key, self.originals.layout.positions, self.record.colluders)
         self.p = self.code.biases / 65536

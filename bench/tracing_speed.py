@@ -59,9 +59,8 @@ def main() -> None:
         vault.put(ModelSource.scan(work / "model"), "bench", by=OWNER)
         shutil.rmtree(work / "model")
         record = vault.record(vault.find("bench"))
-        manifest, signer = vault.manifest(record), vault.keys.signer.public_key
         holder = "user/h0"
-        copy = Copy(Originals(vault.blobs, record, manifest, signer), record, holder)
+        copy = Copy(Originals(vault.image(record), record), record, holder)
         (work / "leak").mkdir()
         for file in copy.files:
             if file.path.endswith(".safetensors"):

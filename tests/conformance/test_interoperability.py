@@ -22,10 +22,10 @@ from strongroom.marking.mark import Marker
 from strongroom.storage.blobs import open_blobs
 from strongroom.storage.image import SealedImage, read_manifest
 from strongroom.storage.reader import ImageReader
+from strongroom.vault.originals import Originals
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
-from strongroom.vault.verify import originals
 
 VECTORS = Path(__file__).resolve().parents[2] / "vectors"
 FOLDERS = sorted(path.parent for path in VECTORS.glob("*/expected.json"))
@@ -90,7 +90,7 @@ def test_custodian_reads_vectors(folder) -> None:
         blobs = open_blobs(folder / "store", create=False)
         manifest = read_manifest(blobs, room, version, secrets["revision"], key, digest)
         image = SealedImage(blobs, manifest, VersionKeys.of(version_key, 0).common)
-        plain = b"".join(bytes(piece) for _, piece in originals(image, record))
+        plain = b"".join(bytes(piece) for _, piece in Originals(image, record).segments())
         found = digests(image.layout, plain)
         return found, list(found.values()) == list(image.index.sha256)
 

@@ -889,7 +889,7 @@ def copy_of(hall, holder):
     """The copy of a holder, as the custodian writes it."""
     vault = hall.vault
     record = vault.record(vault.find(REF))
-    originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
+    originals = Originals(vault.image(record), record)
     return Copy(originals, record, holder)
 
 
@@ -897,7 +897,7 @@ def stamped(vault, holder, reader):
     """The image that `reader` has of its holder's variants, stamped tensor by tensor as spec/mark.md has it."""
     image = bytearray(reader.read_all())
     record = vault.record(vault.find(REF))
-    originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
+    originals = Originals(vault.image(record), record)
     for each in originals.tensors():
         if each.marked and each.info.elements >= 16384:
             original = bytes(originals.read(each.begin, each.end))

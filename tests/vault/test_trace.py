@@ -57,7 +57,7 @@ def room(tmp_path_factory):
 def given(house, holder, *, ref=REF, copy=False):
     """The tensors of a version as they left: loaded, or in a plaintext copy."""
     record = house.vault.record(house.vault.find(ref))
-    originals = Originals(house.vault.blobs, record, house.vault.manifest(record), house.vault.keys.signer.public_key)
+    originals = Originals(house.vault.image(record), record)
     found = {}
     reader = house.reader(ref, holder)
     image = bytes(Copy(originals, record, holder).read(0, originals.layout.image))

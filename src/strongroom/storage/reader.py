@@ -29,9 +29,10 @@ _FAR_READERS = 16  # concurrent requests to a store that is far away
 class ImageReader:
     """Reads one version as one holder. Thread-safe."""
 
-    def __init__(self, blobs: Blobs, bundle: KeyBundle, *, workers: int = 0) -> None:
+    def __init__(self, blobs: Blobs, bundle: KeyBundle, *, workers: int = 0, sealed: SealedImage | None = None) -> None:
+        """`sealed`: the image, where it is open already."""
         self.bundle = bundle
-        self._sealed = SealedImage.open(blobs, bundle)
+        self._sealed = sealed or SealedImage.open(blobs, bundle)
         self._workers = workers or (Settings.from_environment().workers if blobs.near else _FAR_READERS)
 
     @property

@@ -136,10 +136,7 @@ class Copies:
         if found.type != "release" or found.body["action"] != "copy":
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
         record = self._record(found)
-        originals = Originals(
-            self._vault.blobs, record, self._vault.manifest(record), self._vault.keys.signer.public_key
-        )
-        copy = Copy(originals, record, found.body["holder"])
+        copy = Copy(Originals(self._vault.image(record), record), record, found.body["holder"])
         leaf = leaf_hash(entry)
         cipher = CopyCipher(copying_key(self._vault.keys.copy_key, leaf, PIECE), leaf, copy.image)
         with self._lock:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
+
 from strongroom.crypto.segments import VersionKeys
 from strongroom.formats import gguf, safetensors
 from strongroom.formats.bundle import KeyBundle
-from strongroom.formats.layout import FileEntry
-from strongroom.formats.manifest import Manifest
+from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.mark import Marker
-from strongroom.storage.blobs import Blobs
 from strongroom.storage.image import SealedImage
 from strongroom.storage.reader import ImageReader
 from strongroom.vault.record import VersionRecord
@@ -30,31 +30,28 @@ class Placed(NamedTuple):
 class Originals:
     """The unmarked image of one version, any range of it: the midpoint of both variants, which is exact. Thread-safe.
 
-    Reading raises what `ImageReader` raises.
+    `image` is the custodian's own. Reading raises what `ImageReader` raises.
     """
 
-    def __init__(self, blobs: Blobs, record: VersionRecord, manifest: Manifest, signer: bytes) -> None:
-        self._keys = VersionKeys.of(record.version_key, manifest.positions)
-        size = -(-manifest.positions // 8)
-        rest = manifest.positions % 8
-        last = (1 << rest) - 1 if rest else 0xFF
-        ones = b"\xff" * (size - 1) + bytes([last]) if size else b""
-        bundles = [self._bundle(record, manifest, signer, word) for word in (bytes(size), ones)]
-        self._reader = ImageReader(blobs, bundles[0])
-        self._b = bundles[1]
-        self._sealed = SealedImage.open(blobs, bundles[1])
-        self.layout = self._reader.layout
+    def __init__(self, image: SealedImage, record: VersionRecord) -> None:
+        self._sealed, self._keys = image, VersionKeys.of(record.version_key, image.manifest.positions)
+        a, self._b = (self._bundle(record, variant) for variant in (0, 1))
+        self._reader = ImageReader(image.blobs, a, sealed=image)
+        self.layout = image.layout
         self.marker = Marker(record.mark_key, self.layout)
 
-    def _bundle(self, record: VersionRecord, manifest: Manifest, signer: bytes, word: bytes) -> KeyBundle:
-        """What opens the variants that `word` names; it is nobody's."""
+    def _bundle(self, record: VersionRecord, variant: int) -> KeyBundle:
+        """What opens the same variant everywhere; it is nobody's."""
+        manifest = self._sealed.manifest
+        bits = np.full(manifest.positions, variant, np.uint8)
+        word = np.packbits(bits, bitorder="little").tobytes()
         return KeyBundle(
             suite=manifest.suite,
             room=manifest.room,
             version=manifest.version,
             revision=manifest.revision,
             manifest_digest=manifest.digest(),
-            signer=signer,
+            signer=b"",
             holder="",
             ref=f"{record.name}@{record.number}",
             common_key=self._keys.common,
@@ -101,11 +98,25 @@ class Originals:
     def marked(self, number: int) -> memoryview:
         """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""
         position, count = int(self.layout.first_positions[number]), self.layout.stripes[number]
+        if not count:
+            return memoryview(b"")
         scratch = self._sealed.scratch()
         both = [memoryview(bytearray(count * self.layout.marked)) for _ in (0, 1)]
         for bundle, out in zip((self._reader.bundle, self._b), both, strict=True):
             self._sealed.read_stripe(position, bundle, out, scratch)
         return self.marker.original(position, *both)
+
+    def segments(self) -> Iterator[tuple[Segment, memoryview]]:
+        """Every segment with its unmarked bytes, in the order of the image, as it is read."""
+        scratch = self._sealed.scratch()
+        for number in range(len(self.layout.stripes)):
+            segment = self.layout.common_segment(number)
+            plain = memoryview(bytearray(segment.bytes))
+            self._sealed.read_common(number, plain, scratch)
+            yield segment, plain
+            stripe, size = self.marked(number), self.layout.marked
+            for k, marked in enumerate(self.layout.stripe(number)):
+                yield marked, stripe[k * size : (k + 1) * size]
 
     def tensors(self) -> Iterator[Placed]:
         """The tensors of all weights files, in the order of the image."""

@@ -141,7 +141,7 @@ def trace(
     result = Trace(described)
     compared = []
     for record in _records(vault, weights):
-        originals = Originals(vault.blobs, record, vault.manifest(record), vault.keys.signer.public_key)
+        originals = Originals(vault.image(record), record)
         compared.append((record, originals, Comparison(originals, suspect)))
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)

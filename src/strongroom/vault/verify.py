@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from strongroom.crypto.segments import VersionKeys
 from strongroom.errors import IntegrityError, NotFound, Rollback, StrongroomError, Truncated
 from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.manifest import MARKED, TAG_BYTES, PackEntry
 from strongroom.formats.pack import trailer_bytes
-from strongroom.marking.mark import Marker
 from strongroom.storage.image import SealedImage, sealed_segments
+from strongroom.vault.originals import Originals
 from strongroom.vault.record import VersionRecord
 
 Progress = Callable[[int, int], None]
@@ -173,36 +172,17 @@ def _segment(image: SealedImage, kind: int, number: int) -> Segment:
     return image.layout.common_segment(number)
 
 
-def originals(image: SealedImage, record: VersionRecord) -> Iterator[tuple[Segment, bytes | memoryview]]:
-    """The unmarked image, segment by segment, in order: common segments, and the midpoint of both variants."""
-    layout = image.layout
-    keys = VersionKeys.of(record.version_key, layout.positions)
-    marker = Marker(record.mark_key, layout)
-    scratch = image.scratch()
-    for number in range(len(layout.stripes)):
-        segment = layout.common_segment(number)
-        plain = memoryview(bytearray(segment.bytes))
-        image.read_common(number, plain, scratch)
-        yield segment, plain
-        for marked in layout.stripe(number):
-            a, b = (memoryview(bytearray(layout.marked)) for _ in (0, 1))
-            for variant, out in ((0, a), (1, b)):
-                key = keys.variant_key(marked.index, variant)
-                image.read_marked(marked.index, variant, key, out, scratch)
-            yield marked, marker.original(marked.index, a, b)
-
-
 def _compare(image: SealedImage, record: VersionRecord) -> list[Problem]:
     """Decrypt everything and compare the SHA-256 of each original file with the one recorded when it was put."""
     problems: list[Problem] = []
     files = list(zip(image.layout.files, image.index.sha256, strict=True))
     hashes = [hashlib.sha256() for _ in files]
     try:
-        for segment, plain in originals(image, record):
+        for segment, plain in Originals(image, record).segments():
             for k, (entry, _) in enumerate(files):
                 begin, end = _overlap(entry, segment)
                 if begin < end:
-                    hashes[k].update(memoryview(plain)[begin - segment.start : end - segment.start])
+                    hashes[k].update(plain[begin - segment.start : end - segment.start])
     except StrongroomError as error:
         if not isinstance(error, IntegrityError):
             raise

@@ -204,15 +204,7 @@ class Consents:
         body = entry.body
         if body["holder"] != entry.by or not self._versions.get(entry.ref):
             return "it is not to who asked for it, or of no version"
-        if body["lease"] is None:
-            return ""
-        lease = self._leases.get(body["lease"])
-        if lease is None or entry.at >= lease.expires_at:
-            return "its lease is none, or has ended"
-        asked = lease.request
-        if (asked.holder, asked.action, asked.ref) != (entry.by, body["action"], entry.ref):
-            return "its lease is for something else"
-        return "its lease is used up" if asked.uses is not None and lease.used >= asked.uses else ""
+        return self._under(entry, body["action"])
 
     def _trace(self, entry: Entry) -> str:
         body = entry.body
@@ -220,13 +212,18 @@ class Consents:
             return "it is of no version"
         if not set(body["accused"]) <= self.people.keys():
             return "it accuses somebody whom the log does not know"
-        if body["lease"] is None:
+        return self._under(entry, "trace")
+
+    def _under(self, entry: Entry, action: str) -> str:
+        """What is wrong with the lease that an entry names for an action of its author's; nothing if it names none."""
+        name = entry.body["lease"]
+        if name is None:
             return ""
-        lease = self._leases.get(body["lease"])
+        lease = self._leases.get(name)
         if lease is None or entry.at >= lease.expires_at:
             return "its lease is none, or has ended"
         asked = lease.request
-        if (asked.holder, asked.action, asked.ref) != (entry.by, "trace", entry.ref):
+        if (asked.holder, asked.action, asked.ref) != (entry.by, action, entry.ref):
             return "its lease is for something else"
         return "its lease is used up" if asked.uses is not None and lease.used >= asked.uses else ""
 

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,13 @@ class ServedRoom:
         self.clock = unix
         self._principal = principal
         self._session = Session(card)
+        self._copied: ServedBlobs | None = None  # where the copy that is being taken comes from
         self.custodian = ServedCustodian(self)
 
     def close(self) -> None:
         self._session.close()
+        if self._copied is not None:
+            self._copied.close()
 
     def principal(self, path: str | None) -> str:
         """Who to act as; the server says whether that is somebody."""
@@ -158,8 +160,12 @@ class ServedRoom:
         return open_blobs(url)
 
     def read_copy(self, store: str, name: str) -> bytes:
-        with closing(ServedBlobs(store)) as blobs:
-            return blobs.read_at_once(name)
+        # One connection for all pieces of a copy, each of which would else begin with a handshake.
+        if self._copied is None or self._copied.url != store:
+            if self._copied is not None:
+                self._copied.close()
+            self._copied = ServedBlobs(store)
+        return self._copied.read_at_once(name)
 
     # -- requests ------------------------------------------------------------------------------------------------
 

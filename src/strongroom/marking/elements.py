@@ -28,6 +28,12 @@ class Step(NamedTuple):
         kept: NDArray[Any] = bits & self.integer.type(self.sign_bit - 1)
         return kept
 
+    def markable(self, bits: NDArray[Any]) -> NDArray[np.bool_]:
+        """Bool of the same shape: which elements can move by a step and stay normal numbers."""
+        number, magnitude = self.integer.type, self.magnitudes(bits)
+        can: NDArray[np.bool_] = (magnitude >= number(self.least + self.q)) & (magnitude <= number(self.most - self.q))
+        return can
+
 
 STEPS = {
     "BF16": Step(np.dtype("<u2"), 1, 0x0080, 0x7F7F),

@@ -86,12 +86,7 @@ class Estimator:
         if bits.shape[1] < _LEAST:
             return
         original = values(bits, dtype)
-        magnitude = STEPS[dtype].magnitudes(bits)
-        step = STEPS[dtype]
-        can = (magnitude >= step.integer.type(step.least + step.q)) & (
-            magnitude <= step.integer.type(step.most - step.q)
-        )
-        d = np.where(can, np.copysign(ulps(original), original), np.float32(0))
+        d = np.where(STEPS[dtype].markable(bits), np.copysign(ulps(original), original), np.float32(0))
         d[signs == 0] *= -1
         x = residual(original, leak)
         n, power, n_unit, information = (np.zeros(len(x)) for _ in range(4))

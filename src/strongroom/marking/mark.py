@@ -43,9 +43,7 @@ class Marker:
     def _deltas(bits: NDArray[Any], signs: NDArray[np.uint8], step: Step) -> NDArray[Any]:
         """q, −q (modulo the integer's size) or 0 for each element; never carries into the sign bit or out of range."""
         integer = step.integer.type
-        sign_bit = integer(1 << (8 * step.integer.itemsize - 1))
-        magnitude = bits & ~sign_bit
-        can = (magnitude >= integer(step.least + step.q)) & (magnitude <= integer(step.most - step.q))
+        can = step.markable(bits)
         minus = integer((1 << (8 * step.integer.itemsize)) - step.q)
         deltas: NDArray[Any] = np.where(can, np.where(signs.astype(bool), integer(step.q), minus), integer(0))
         return deltas.astype(step.integer)

@@ -13,7 +13,7 @@ import numpy as np
 from strongroom.errors import NotFound
 from strongroom.formats.entry import Entry
 from strongroom.marking.code import Code
-from strongroom.marking.decode import Decoding, Score, marked_bound
+from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import bound
 from strongroom.marking.stamp import Stamp
 from strongroom.vault.comparison import Comparison, Gathered, Progress
@@ -31,6 +31,7 @@ _PART = 0.9
 _EXPLAINED = 0.9  # of the suspect's elements
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
+_PASSES = 6
 _PASSED_ON = 4096
 _FEW = 32  # whose stamps are scored in full
 _SAMPLE = 1 << 17  # elements by which more are screened
@@ -254,50 +255,37 @@ def candidates(vault: Vault) -> list[Candidate]:
 def _name(result: Trace, decoding: Decoding, versions: int) -> None:
     """Accuse, pass after pass, everybody whose bound times all that was tried is under `FALSE_ACCUSATION`."""
     people = result.candidates
+    limit = math.log10(FALSE_ACCUSATION)
     named: list[int] = []
     among: list[int] | None = None
-    passes = 0
-    while True:
-        passes += 1
-        scores: Sequence[Score] = decoding.scores(named, among)
+    for number in range(1, _PASSES + 1):
+        scores = {score.candidate: score for score in decoding.scores(named, among)}
         # Who is nowhere near it alone will not be named by what is known of others: looking no further leaves people
         # out, and touches no bound.
-        among = [each.candidate for each in sorted(scores, key=lambda each: -each.sigma)[:_PASSED_ON]]
-        ways = len(decoding.decoders(len(named)))
+        among = sorted(scores, key=lambda candidate: -scores[candidate].sigma)[:_PASSED_ON]
+        ways = math.log10(len(decoding.decoders(len(named))))
         # Of the passes the first has half of what may go wrong, the next a quarter, and so on: they never add up to
         # more than all.
-        tried = versions * len(people) * _LAYERS * _LOOKS * 2**passes
+        tried = math.log10(versions * len(people) * _LAYERS * _LOOKS * 2**number)
+        if number == 1:
+            result.ways, result.threshold = len(decoding.decoders(0)), limit - tried - ways
         fresh = []
-        for score in scores:
-            each = people[score.candidate]
-            if score.candidate in named:
+        for candidate, each in enumerate(people):
+            if candidate in named:
                 continue
-            if passes == 1 or score.log10_p < each.log10_p:
-                each.sigma, each.log10_p = score.sigma, score.log10_p
-                each.decoder = f"{score.decoder.colluders} by {score.decoder.model}"
-            odds = min(score.log10_p + math.log10(tried * ways), each.stamp_log10_p + math.log10(tried))
-            if odds <= math.log10(FALSE_ACCUSATION):
+            odds = each.stamp_log10_p + tried
+            if (score := scores.get(candidate)) is not None:
+                if number == 1 or score.log10_p < each.log10_p:
+                    each.sigma, each.log10_p = score.sigma, score.log10_p
+                    each.decoder = f"{score.decoder.colluders} by {score.decoder.model}"
+                odds = min(odds, score.log10_p + tried + ways)
+            if odds <= limit:
                 each.false_accusation = 10.0 ** max(odds, -300)
-                fresh.append(score.candidate)
-        if passes == 1:
-            result.ways = ways
-            result.threshold = math.log10(FALSE_ACCUSATION) - math.log10(tried * max(1, ways))
-            if not scores:  # nothing of layer 1 was to be seen: the stamps alone
-                fresh = _by_stamp(people, tried)
+                fresh.append(candidate)
         named += fresh
-        if not fresh or passes >= 6:
+        if not fresh:
             break
     result.accused = sorted((people[k] for k in named), key=lambda each: each.best)
-
-
-def _by_stamp(people: Sequence[Candidate], tried: int) -> list[int]:
-    found = []
-    for k, each in enumerate(people):
-        odds = each.stamp_log10_p + math.log10(tried)
-        if odds <= math.log10(FALSE_ACCUSATION):
-            each.false_accusation = 10.0 ** max(odds, -300)
-            found.append(k)
-    return found
 
 
 def _transformations(comparison: Comparison) -> list[str]:

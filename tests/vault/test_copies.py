@@ -209,6 +209,14 @@ def test_a_rotation_ends_it(taken):
         hall.vault.copies.forget()
 
 
+def test_a_shred_lets_go_of_what_is_kept_opened(taken):
+    hall, received = taken  # noqa: F811
+    hall.vault.copies.read(f"copies/{received.index}/0")
+    assert hall.vault.copies._open
+    hall.vault.shred(REF, confirm=REF, by="user/olga")
+    assert not hall.vault.copies._open
+
+
 def test_a_load_is_no_copy(hall):  # noqa: F811
     with hall.room("user/ana") as room:
         received = receive(hall.vault, room._say, "user/ana", REF, "load")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -71,30 +71,40 @@ class Copy:
         return copy
 
 
+class _Opened(NamedTuple):
+    """A copy that is being taken: secret, all of it."""
+
+    copy: Copy
+    record: VersionRecord
+    entry: Entry
+    leaf: bytes
+    key: bytes
+
+
 class Copies:
     """The copies that the log's releases allow, piece by piece, to whoever has their key."""
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[Copy, CopyCipher, Entry]] = {}
+        self._open: dict[int, _Opened] = {}
 
     def bundle(self, entry: bytes, index: int) -> CopyBundle:
         """What the holder of the release `entry` needs to take the copy."""
-        copy, _, found = self._opened(index, entry)
-        record = self._record(found)
+        found = self._opened(index, entry)
+        record = found.record
         return CopyBundle(
             room=self._vault.id,
             version=record.version,
             revision=record.revision,
             manifest_digest=record.manifest_digest,
             signer=self._vault.keys.signer.public_key,
-            ref=found.ref,
-            holder=found.body["holder"],
-            key=copying_key(self._vault.keys.copy_key, leaf_hash(entry), PIECE),
+            ref=found.entry.ref,
+            holder=found.entry.body["holder"],
+            key=found.key,
             piece=PIECE,
-            image=copy.image,
-            files=copy.files,
+            image=found.copy.image,
+            files=found.copy.files,
         )
 
     def read(self, name: str) -> bytes:
@@ -107,8 +117,9 @@ class Copies:
         if matched is None:
             raise NotFound("copy.missing", f"there is no copy {name!r:.80}")
         index, number = int(matched[1]), int(matched[2])
-        copy, cipher, entry = self._opened(index)
-        self._check(entry)
+        found = self._opened(index)
+        self._check(found.entry)
+        copy, cipher = found.copy, CopyCipher(found.key, found.leaf, found.copy.image)
         if number * PIECE >= copy.image:
             raise NotFound("copy.missing", f"the copy of entry {index} has no piece {number}")
         return cipher.seal(number, copy.read(number * PIECE, min((number + 1) * PIECE, copy.image)))
@@ -123,7 +134,7 @@ class Copies:
         with self._lock:
             self._open.clear()
 
-    def _opened(self, index: int, entry: bytes | None = None) -> tuple[Copy, CopyCipher, Entry]:
+    def _opened(self, index: int, entry: bytes | None = None) -> _Opened:
         with self._lock:
             if index in self._open:
                 return self._open[index]
@@ -135,15 +146,14 @@ class Copies:
         found = Entry.decode(entry)
         if found.type != "release" or found.body["action"] != "copy":
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
-        record = self._record(found)
+        record, leaf = self._record(found), leaf_hash(entry)
         copy = Copy(Originals(self._vault.image(record), record), record, found.body["holder"])
-        leaf = leaf_hash(entry)
-        cipher = CopyCipher(copying_key(self._vault.keys.copy_key, leaf, PIECE), leaf, copy.image)
+        opened = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
         with self._lock:
             if len(self._open) >= _OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[index] = (copy, cipher, found)
-        return copy, cipher, found
+            self._open[index] = opened
+        return opened
 
     def _record(self, entry: Entry) -> VersionRecord:
         record = self._vault.record(self._vault.find(entry.ref))

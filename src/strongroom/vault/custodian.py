@@ -398,6 +398,7 @@ class Custodian:
     def forget(self, ref: str) -> None:
         """Drop the secrets of a version that are kept opened: they must not outlive a shred in this process."""
         self._opened.pop(ref, None)
+        self._vault.copies.forget()
 
     @contextlib.contextmanager
     def _heard(self, statement: Statement, action: str, ref: str = "") -> Iterator[None]:

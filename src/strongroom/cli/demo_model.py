@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import UsageError
+from strongroom.formats.gguf import LLAMA_NAMES
 
 if TYPE_CHECKING:
     import torch
@@ -140,30 +141,13 @@ def _write_weights(file: Path, header: GgufHeader, target: Path) -> None:
     save_file(tensors, target, metadata={"format": "pt"})
 
 
-_PARTS = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_WHOLE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-
-
 def _name(name: str) -> tuple[str, str]:
     """A tensor's name in transformers, and which part of a layer it is."""
-    if name in _WHOLE:
-        return _WHOLE[name], ""
-    _, layer, part, _ = name.split(".")  # blk.3.attn_q.weight
-    return f"model.layers.{layer}.{_PARTS[part]}.weight", part
+    first, *rest = name.split(".")
+    if first != "blk":
+        return f"{'' if first == 'output' else 'model.'}{LLAMA_NAMES[first]}.weight", ""
+    layer, part, _ = rest  # blk.3.attn_q.weight
+    return f"model.layers.{layer}.{LLAMA_NAMES[part]}.weight", part
 
 
 def _write_tokenizer(facts: Any, folder: Path) -> None:

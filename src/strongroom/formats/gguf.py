@@ -71,6 +71,23 @@ GGML_TYPES: Mapping[int, Dtype] = MappingProxyType(
         41: Dtype("Q1_0", 128, 18),
     }
 )
+# What llama.cpp calls tensors of LLaMA-shaped models, and what transformers does; of a layer, or of the whole model.
+LLAMA_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "token_embd": "embed_tokens",
+        "output": "lm_head",
+        "output_norm": "norm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+)
 # Value type number: struct code. 7 is BOOL, 8 STRING, 9 ARRAY.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.formats.gguf import LLAMA_NAMES
+
 Matrix = NDArray[np.float32]
 Index = NDArray[np.int64]
 
@@ -233,27 +235,10 @@ def normalised(name: str) -> str:
     name = name.replace(".base_layer.", ".")
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) >= 3:
-        parts = ["layers", parts[1], *_GGUF.get(parts[2], parts[2]).split("."), *parts[3:]]
-    elif parts[0] in _GGUF:
-        parts[0] = _GGUF[parts[0]]
+        parts = ["layers", parts[1], *LLAMA_NAMES.get(parts[2], parts[2]).split("."), *parts[3:]]
+    elif parts[0] in LLAMA_NAMES:
+        parts[0] = LLAMA_NAMES[parts[0]]
     return ".".join(parts)
-
-
-# What llama.cpp calls the matrices of LLaMA-shaped models.
-_GGUF = {
-    "token_embd": "embed_tokens",
-    "output": "lm_head",
-    "output_norm": "norm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
 
 
 def as_matrix(flat: NDArray[np.float32], shape: Sequence[int]) -> Matrix:

@@ -19,6 +19,11 @@ from strongroom.marking.stamp import BLOCK, Stamp, stamp_blocks, stampable
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
 _SHORT, _ROW = 64, 2048
 _CUT = 4.0
+_TINY = 1e-30
+_OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
+_CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
+_QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
+_FEW = 8  # moved elements of a row that its own power is worth
 _MANY = 256  # stamps that a thread screens at a time
 
 
@@ -112,19 +117,52 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     """float32, flat: r of the page, from rows of the original's integers and of the leak."""
     original = values(bits, dtype)
     u = ulps(original) * np.sign(original)
+    with np.errstate(all="ignore"):
+        moved = np.count_nonzero(leak != original, axis=1)[:, None]
     x = residual(original, leak, u)
-    n = max(1, x.shape[1])
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
     scale = np.maximum(np.abs(u).max(axis=1, keepdims=True), np.float32(1e-35))
     u, x = u / scale, x / scale
-    deviation = np.sqrt(np.einsum("ij,ij->i", x, x) / n)[:, None] * np.float32(_CUT)
-    np.clip(x, -deviation, deviation, out=x)
-    power = np.einsum("ij,ij->i", x, x)[:, None] / n
-    v = np.maximum(power - 2 * np.einsum("ij,ij->i", u, u)[:, None] / n, power / 10)
     with np.errstate(all="ignore"):
-        r = x * u / (v + 2 * u * u)
+        r = _of_few(x, u, moved) if 2 * moved.sum() < x.size else _of_all(x, u)
     r[~np.isfinite(r) | ~stampable(bits, dtype)] = 0
     return np.asarray(r, np.float32).reshape(-1)
+
+
+def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What is left of elements that have all been moved, weighed: their r."""
+    squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]))
+    if np.count_nonzero(x) < x.size:  # where the leak says nothing
+        squares *= x != 0
+        count = np.maximum(np.count_nonzero(x, axis=1), 1)[:, None]
+    mean = np.maximum(squares.sum(axis=1, keepdims=True) / count, np.float32(_TINY))
+    power = np.maximum(np.einsum("ij,ij->i", x, x)[:, None] / count, _QUIET * mean)
+    squares /= mean
+    seen = np.minimum(x * x / power, np.float32(_OUTLIER))
+    power = np.maximum(power * seen.sum(axis=1, keepdims=True) / count, _QUIET * mean)
+    # How much of it grows with the element: what the stamp itself leaves does, and the noise of floats, and what other
+    # stamps leave; a quantiser's does not. By least squares over all rows, as one is too few.
+    spread = float(np.einsum("ij,ij->", squares, squares) - squares.sum())
+    slope = float(np.einsum("ij,ij->", seen, squares) - seen.sum()) / max(spread, _TINY)
+    grows = np.clip(np.maximum(slope, 2 * mean / power), 0, 1 - _CONSTANT).astype(np.float32)
+    v = power.astype(np.float32) * (1 - grows + grows * squares)
+    deviation = np.sqrt(v) * np.float32(_CUT)
+    found: NDArray[np.float32] = np.clip(x, -deviation, deviation) * u / v
+    return found
+
+
+def _of_few(x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The same where most elements are as the original's: `moved` of each row are those that a chip has moved across
+    the border of two levels. How far they went says nothing, and they are so few that a row's power is taken with that
+    of the others."""
+    n = max(1, x.shape[1])
+    deviation = np.sqrt(np.einsum("ij,ij->i", x, x) / n)[:, None] * np.float32(_CUT)
+    x = np.clip(x, -deviation, deviation)
+    mean = np.maximum(np.einsum("ij,ij->i", u, u)[:, None] / n, np.float32(_TINY))
+    power = np.einsum("ij,ij->i", x, x)[:, None] / n / mean
+    v = (moved * power + _FEW * np.median(power)) / (moved + _FEW) * mean
+    found: NDArray[np.float32] = (x * np.sign(u) * np.sqrt(mean) / v).astype(np.float32)
+    return found
 
 
 def _rows(flat: NDArray[Any], width: int) -> NDArray[Any]:

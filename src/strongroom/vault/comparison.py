@@ -20,6 +20,7 @@ from strongroom.marking.disguise import Turn, Undone
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
+from strongroom.marking.requantise import unrounded
 from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
@@ -294,6 +295,7 @@ class Comparison:
             bits = np.frombuffer(self._originals.marked(number)[low - start : high - start], integer)
             if factor is not None:
                 leak = leak / factor[np.arange(first, end) % width]
+            leak = unrounded(values(bits, dtype), leak, first)
             found.estimator.add(low, dtype, bits, leak)
             if each.info.elements >= LEAST_ELEMENTS:
                 found.matched.add(tag, first, dtype, bits, leak)
@@ -316,6 +318,7 @@ class Comparison:
             bits = np.frombuffer(self._originals.read(begin, begin + count * integer.itemsize), integer)
             bits = bits.reshape(-1, width)
             seen, _ = rescaled(values(bits, dtype), leak.reshape(-1, width))
+            seen = unrounded(values(bits.reshape(-1), dtype), seen.reshape(-1), first).reshape(-1, width)
             found.estimator.add(begin, dtype, bits.reshape(-1), seen.reshape(-1))
             if size >= LEAST_ELEMENTS:
                 found.matched.add(tag, first, dtype, bits, seen)

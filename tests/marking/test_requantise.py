@@ -1,0 +1,83 @@
+"""A quantiser's rounding is taken out of a leak, and nothing else is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from strongroom.marking.requantise import unrounded
+
+Array = NDArray[np.float32]
+
+
+def weights(size: int = 1 << 16, seed: int = 1) -> Array:
+    return (np.random.default_rng(seed).standard_normal(size) * 0.02).astype(np.float32)
+
+
+def rounded(a: Array, group: int, bits: int = 4) -> Array:
+    parts = a.reshape(-1, group)
+    top = 2 ** (bits - 1) - 1
+    scale = np.abs(parts).max(axis=1, keepdims=True) / np.float32(top)
+    return (np.round(parts / scale) * scale).reshape(-1).astype(np.float32)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("first", [0, 96, 1000])
+def test_rounding_alone_leaves_nothing(group: int, first: int) -> None:
+    w = weights()
+    leak = rounded(w, group)
+    found = unrounded(w[first:], leak[first:], first)
+    edge = -first % 128
+    inside = slice(edge, edge + (w.size - first - edge) // 128 * 128)
+    assert np.allclose(found[inside], w[first:][inside], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_what_was_moved_across_a_border_is_left(group: int) -> None:
+    w, chips = weights(), np.random.default_rng(2).integers(-4, 5, 1 << 16)
+    moved = (w * (1 + chips / 256)).astype(np.float32)
+    found = unrounded(w, rounded(moved, group), 0) - w
+    plain = rounded(moved, group) - w
+    signal = chips * np.abs(w) * np.sign(w)
+    # As correlated with the chips as before, with a fraction of the noise.
+    assert np.count_nonzero(found) < w.size / 10
+    assert np.corrcoef(found, signal)[0, 1] > 1.3 * np.corrcoef(plain, signal)[0, 1]
+
+
+def noisy(w: Array) -> Array:
+    return w + np.random.default_rng(3).standard_normal(w.size).astype(np.float32) * np.float32(1e-4)
+
+
+def marked(w: Array) -> Array:
+    """Few different weights, each a step up or down: the marks of a model that was at four bits before."""
+    return (rounded(w, 32) * (1 + np.random.default_rng(4).choice([-1, 1], w.size) / 256)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        noisy,
+        lambda w: w,
+        lambda w: np.where(np.abs(w) < 0.03, np.float32(0), noisy(w)),
+        lambda w: rounded(w, 128, 8),
+        lambda w: np.full_like(w, np.nan),
+        np.zeros_like,
+    ],
+)
+def test_what_is_no_quantiser_is_left_alone(leak: object) -> None:
+    w = weights()
+    found = leak(w)  # type: ignore[operator]
+    assert unrounded(w, found, 0) is found or np.array_equal(unrounded(w, found, 0), found, equal_nan=True)
+
+
+def test_a_mark_is_not_taken_for_rounding() -> None:
+    w = rounded(weights(), 32)
+    leak = marked(weights())
+    assert np.array_equal(unrounded(w, leak, 0), leak)
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 127])
+def test_what_is_too_short_is_left_alone(size: int) -> None:
+    w = weights(size)
+    assert np.array_equal(unrounded(w, w + 1, 5), w + 1)

@@ -14,7 +14,6 @@ import platform
 import shutil
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.cli import demo_model
+from bench import leaks
+from bench.leaks import Array, Attack
+from strongroom.cli import demo_model, demo_thief
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.elements import STEPS, values
@@ -40,169 +41,10 @@ OUT = Path("docs/reference/tracing.md")
 TEXT = Path(__file__).with_name("text.txt")
 OWNER = "user/owner"
 INNOCENT = 100_000
+TRAINED = "all weights trained"
 STAMPS = 32  # innocent stamps that are scored in full beside the guilty ones
 CODE = 4 * 2 * 2  # as in spec/mark.md, section 8: layers, looks and the first pass; times candidates and ways
-Array = NDArray[np.float32]
 Tensors = dict[str, Array]
-
-
-# -- what a leaker does ----------------------------------------------------------------------------------------------
-
-
-def int_(bits: int, group: int) -> Callable[[str, Array], Array]:
-    """Round to nearest, a scale for each group of neighbours."""
-
-    def attack(_: str, a: Array) -> Array:
-        if a.ndim < 2:
-            return a
-        flat = a.reshape(-1)
-        whole = flat.size // group * group
-        parts = flat[:whole].reshape(-1, group)
-        top = 2 ** (bits - 1) - 1
-        scale = np.maximum(np.abs(parts).max(axis=1, keepdims=True) / top, 1e-12)
-        rounded = (np.clip(np.round(parts / scale), -top - 1, top) * scale).reshape(-1)
-        return np.concatenate([rounded, flat[whole:]]).reshape(a.shape).astype(np.float32)
-
-    return attack
-
-
-def ggml(kind: str) -> Callable[[str, Array], Array]:
-    """Through ggml's own blocks and back."""
-
-    def attack(_: str, a: Array) -> Array:
-        import gguf
-        from gguf import quants
-
-        if a.ndim < 2 or a.shape[-1] % 32:
-            return a
-        type_ = gguf.GGMLQuantizationType[kind]
-        found: Array = quants.dequantize(quants.quantize(a, type_), type_).astype(np.float32)
-        return found
-
-    return attack
-
-
-def cast(dtype: str) -> Callable[[str, Array], Array]:
-    """To another float type and back; float8 with one scale a tensor."""
-
-    def attack(_: str, a: Array) -> Array:
-        if dtype == "fp16":
-            return a.astype(np.float16).astype(np.float32)
-        import ml_dtypes
-
-        scale = np.float32(np.abs(a).max() / 448 or 1)
-        return ((a / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale).astype(np.float32)
-
-    return attack
-
-
-def noise(share: float) -> Callable[[str, Array], Array]:
-    def attack(name: str, a: Array) -> Array:
-        rng = np.random.default_rng(zlib.crc32(f"{name} {share}".encode()))
-        return a + (share * a.std() * rng.standard_normal(a.shape, np.float32) if a.ndim > 1 else 0)
-
-    return attack
-
-
-def prune(share: float) -> Callable[[str, Array], Array]:
-    def attack(_: str, a: Array) -> Array:
-        if a.ndim < 2:
-            return a
-        cut = np.quantile(np.abs(a).reshape(-1)[:: max(1, a.size // 100_000)], share)
-        return np.where(np.abs(a) < cut, np.float32(0), a)
-
-    return attack
-
-
-def adapter(size: float) -> Callable[[str, Array], Array]:
-    def attack(name: str, a: Array) -> Array:
-        if a.ndim < 2 or "embed" in name:
-            return a
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        update = rng.standard_normal((a.shape[0], 16), np.float32) @ rng.standard_normal((16, a.shape[1]), np.float32)
-        return a + update * np.float32(size * a.std() / update.std())
-
-    return attack
-
-
-def moved(tensors: Mapping[str, tuple[int, ...]], seed: int = 3) -> Callable[[str, Array], Array]:
-    """Hidden units in another order; the model computes the same."""
-    rng = np.random.default_rng(seed)
-    orders: dict[str, NDArray[np.int64]] = {}
-
-    def attack(name: str, a: Array) -> Array:
-        stem, _, last = name.rpartition(".mlp.") if ".mlp." in name else ("", "", "")
-        if not stem:
-            return a
-        into = not last.startswith("down")
-        order = orders.setdefault(stem, rng.permutation(a.shape[0] if into else a.shape[1]))
-        return a[order] if into else a[:, order]
-
-    del tensors
-    return attack
-
-
-def then(*attacks: Callable[[str, Array], Array]) -> Callable[[str, Array], Array]:
-    def attack(name: str, a: Array) -> Array:
-        for each in attacks:
-            a = each(name, a)
-        return a
-
-    return attack
-
-
-def only(part: str) -> Callable[[str, Array], Array | None]:
-    return lambda name, a: a if part in name else None
-
-
-def rows(share: float) -> Callable[[str, Array], Array | None]:
-    """The same share of the rows of every matrix."""
-    return lambda _, a: a[len(a) // 3 :][: max(4, int(len(a) * share))] if a.ndim > 1 else None
-
-
-def alone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[str, Array], Array | None]]:
-    """By name, what one leaker does."""
-    middle = sorted(name for name, shape in shapes.items() if len(shape) == 2 and "layer" in name)
-    return {
-        "none": lambda _, a: a,
-        "fp16": cast("fp16"),
-        "fp8 (e4m3)": cast("fp8"),
-        "int8, groups of 128": int_(8, 128),
-        "int4, groups of 128": int_(4, 128),
-        "int3, groups of 128": int_(3, 128),
-        "GGUF Q8_0": ggml("Q8_0"),
-        "GGUF Q4_0": ggml("Q4_0"),
-        "noise 0.03": noise(0.03),
-        "noise 0.1": noise(0.1),
-        "noise 0.3": noise(0.3),
-        "noise 1.0": noise(1.0),
-        "pruned 50 %": prune(0.5),
-        "pruned 90 %": prune(0.9),
-        "LoRA of rank 16 merged, 0.1 of the weights": adapter(0.1),
-        "int4, pruned 50 %, noise 0.1": then(int_(4, 128), prune(0.5), noise(0.1)),
-        "hidden units permuted, int4": then(moved(shapes), int_(4, 128)),
-        "one matrix of one layer": only(middle[len(middle) // 2]),
-        "one per cent of the rows": rows(0.01),
-    }
-
-
-def together(stack: NDArray[np.float32], how: str, rng: np.random.Generator, segment: int) -> Array:
-    """One tensor out of those of several holders."""
-    count, size = stack.shape
-    match how:
-        case "mean" | "median" | "min" | "max":
-            found: Array = getattr(np, how)(stack, axis=0).astype(np.float32)
-            return found
-        case "elements":
-            return np.take_along_axis(stack, rng.integers(0, count, size)[None], axis=0)[0]
-        case "tensors":
-            return stack[rng.integers(count)]
-        case _:
-            picks = np.repeat(rng.integers(0, count, -(-size // segment)), segment)[:size]
-            return np.take_along_axis(stack, picks[None], axis=0)[0]
-
-
-WAYS = ("mean", "median", "min", "max", "elements", "segments", "tensors")
 
 
 # -- the bench -------------------------------------------------------------------------------------------------------
@@ -232,6 +74,7 @@ class Model:
     kind: str
     folder: Path
     vault: Vault
+    people: int = INNOCENT
     holders: list[str] = field(default_factory=lambda: [f"user/h{k}" for k in range(32)])
 
     def __post_init__(self) -> None:
@@ -241,13 +84,29 @@ class Model:
         self.placed = list(self.originals.tensors())
         self.code = Code(self.record.code_key, self.originals.layout.positions, self.record.colluders)
         self.p = self.code.biases / 65536
-        names = [*self.holders, *(f"user/innocent-{k}" for k in range(INNOCENT))]
+        names = [*self.holders, *(f"user/innocent-{k}" for k in range(self.people))]
         self.words = np.empty((len(names), self.code.positions), np.uint8)
         for k, name in enumerate(names):
             word = np.frombuffer(self.code.word(name), np.uint8)
             self.words[k] = np.unpackbits(word, bitorder="little")[: self.code.positions]
         self.dtype = next(each.info.dtype.name for each in self.placed if each.marked)
         self.shapes = {each.info.name: each.info.shape for each in self.placed}
+        starts, length = self.originals.layout.marked_starts, self.originals.layout.marked
+        self.where: dict[str, NDArray[np.bool_]] = {}
+        for each in (each for each in self.placed if each.marked):
+            at = each.begin + np.arange(each.info.elements) * (each.info.size // each.info.elements)
+            number = np.searchsorted(starts, at, "right") - 1
+            self.where[each.info.name] = (number >= 0) & (at < starts[np.maximum(number, 0)] + length)
+
+    def plain(self) -> Iterator[tuple[str, Array]]:
+        """Name and elements of each float tensor as the owner has it."""
+        for each in self.placed:
+            dtype = each.info.dtype.name
+            if dtype in STEPS:
+                yield (
+                    each.info.name,
+                    values(np.frombuffer(self.originals.read(each.begin, each.end), STEPS[dtype].integer), dtype),
+                )
 
     def given(self, holder: str, *, copies: bool) -> Callable[[int, int], memoryview]:
         """How the image reads that left: a plaintext copy, or what was loaded."""
@@ -298,8 +157,8 @@ class Model:
             copies,
             guilty,
             quality,
-            (float(scores[:guilty].max()), float(scores[:guilty].min())),
-            (float(z[:guilty].min()), float(z[:guilty].max())),
+            (float(scores[:guilty].max(initial=-math.inf)), float(scores[:guilty].min(initial=0))),
+            (float(z[:guilty].min(initial=math.inf)), float(z[:guilty].max(initial=0))),
             float(scores[guilty:].min()),
             float(z[guilty:].max()),
             marked_bound(estimates),
@@ -363,42 +222,117 @@ def write(tensors: Mapping[str, Array], path: Path, dtype: str) -> Path:
     return path
 
 
-def single(model: Model, quality: Quality, names: Sequence[str] | None) -> Iterator[Row]:
+def single(model: Model, quality: Quality, sister: Tensors, names: Sequence[str] | None) -> Iterator[Row]:
     """One leaker, alone: what was loaded, then a copy."""
-    dtype = model.dtype
     path = model.folder / "leak.safetensors"
     for copies in (False, True):
         own = {name: stack[0].reshape(shape) for name, shape, stack in model.tensors(model.holders[:1], copies=copies)}
-        for attack, change in alone(model.shapes).items():
-            if names and attack not in names:
-                continue
-            leaked = {name: changed for name, a in own.items() if (changed := change(name, a)) is not None}
+        attacks = leaks.alone(model.shapes, model.where, sister)
+        for attack in names or (*attacks, TRAINED, f"{TRAINED}, int4"):
+            if attack.startswith(TRAINED):
+                leaked = trained(model, own)
+                if attack != TRAINED:
+                    leaked = {name: leaks.int_(4, 128)(name, a) for name, a in leaked.items()}
+            else:
+                change = attacks[attack]
+                leaked = {name: changed for name, a in own.items() if (changed := change(name, a)) is not None}
             whole = len(leaked) == len(own) and all(leaked[name].shape == own[name].shape for name in own)
             cost = quality.of(leaked) if whole else "in part"
-            row = model.trace(write(leaked, path, dtype), 1, attack, cost, copies=copies)
+            row = model.trace(write(leaked, path, model.dtype), 1, attack, cost, copies=copies)
             print(row, flush=True)
             yield row
 
 
-def several(model: Model, quality: Quality, counts: Sequence[int]) -> Iterator[Row]:
-    """Colluders, in each way; the mean once more at four bits."""
-    dtype = model.dtype
-    segment = model.originals.layout.marked // STEPS[dtype].integer.itemsize
+def trained(model: Model, own: Tensors) -> Tensors:
+    """The same after a real, short training run of all weights."""
+    folder = model.folder / "trained"
+    shutil.copytree(model.folder / "model", folder, dirs_exist_ok=True)
+    write(own, folder / "model.safetensors", model.dtype)
+    found, _, _ = demo_thief.trained(model.kind, folder)
+    shutil.rmtree(folder)
+    return {name: np.asarray(value, np.float32) for name, value in found.items() if name in own}
+
+
+def several(model: Model, quality: Quality, counts: Sequence[int], *, whole: bool) -> Iterator[Row]:
+    """Colluders, in each way; the mean, or with `whole` every way, once more after what else a leaker does."""
+    segment = model.originals.layout.marked // STEPS[model.dtype].integer.itemsize
+    path = model.folder / "leak.safetensors"
+    after: dict[str, Attack] = {"": lambda _, a: a, "int4": leaks.int_(4, 128)}
+    more: dict[str, Attack] = {
+        "int8": leaks.int_(8, 128),
+        "noise 0.03": leaks.noise(0.03),
+        "pruned 50 %": leaks.prune(0.5),
+    }
     for copies in (False, True):
         for count in counts:
-            mixed: dict[str, Tensors] = {way: {} for way in WAYS}
-            rng = np.random.default_rng(count)
-            for name, shape, stack in model.tensors(model.holders[:count], copies=copies):
-                for way in WAYS:
-                    mixed[way][name] = together(stack, way, rng, segment).reshape(shape)
-            for way in (*WAYS, "mean, then int4"):
-                leaked = mixed.get(way)
-                if leaked is None:
-                    leaked = {name: int_(4, 128)(name, a) for name, a in mixed["mean"].items()}
-                path = write(leaked, model.folder / "leak.safetensors", dtype)
-                row = model.trace(path, count, way, quality.of(leaked), copies=copies)
-                print(row, flush=True)
-                yield row
+            for way in leaks.WAYS:
+                rng = np.random.default_rng(count)
+                mixed = {
+                    name: leaks.together(stack, way, rng, segment).reshape(shape)
+                    for name, shape, stack in model.tensors(model.holders[:count], copies=copies)
+                }
+                then = {**after, **more} if whole else after if way == "mean" else {"": after[""]}
+                for what, change in then.items():
+                    leaked = {name: changed for name, a in mixed.items() if (changed := change(name, a)) is not None}
+                    attack = f"{way}, then {what}" if what else way
+                    row = model.trace(
+                        write(leaked, path, model.dtype), count, attack, quality.of(leaked), copies=copies
+                    )
+                    print(row, flush=True)
+                    yield row
+
+
+@dataclass
+class Unaccused:
+    """Files that never left the room: how many were traced, and the best score that anybody reached by chance."""
+
+    what: str
+    count: int = 0
+    log10: float = 0.0
+    z: float = 0.0
+    marked: float = 0.0
+
+
+def innocent(model: Model, seeds: int) -> Iterator[Unaccused]:
+    """What comes from elsewhere: other weights, unmarked ones that were changed, and copies out of another room."""
+    own = {name: stack[0] for name, stack in model.plain()}
+    path = model.folder / "leak.safetensors"
+    elsewhere, _ = Vault.init(model.folder / "other", owner=OWNER, custody="solo")
+    elsewhere.put(ModelSource.scan(model.folder / "model"), "bench", by=OWNER)
+    other = Model(model.kind, model.folder, elsewhere, people=0)
+    changes: list[Attack] = [
+        lambda _, a: a,
+        leaks.noise(0.03),
+        leaks.noise(0.3),
+        leaks.int_(4, 128),
+        leaks.ggml("Q8_0"),
+        leaks.prune(0.5),
+        leaks.adapter(0.1),
+        leaks.moved(),
+    ]
+    for what in ("independent weights", "unmarked weights, changed", "copies out of another room"):
+        found = Unaccused(what)
+        for seed in range(seeds):
+            rng = np.random.default_rng(seed)
+            leaked: Tensors = {}
+            if what.startswith("independent"):
+                for name, a in own.items():
+                    leaked[name] = rng.normal(0, max(float(a.std()), 1e-4), model.shapes[name]).astype(np.float32)
+            elif what.startswith("unmarked"):
+                change = changes[seed % len(changes)]
+                for name, a in own.items():
+                    nudged = a * (1 + rng.normal(0, 1e-3 * (seed // len(changes)), a.shape).astype(np.float32))
+                    if (changed := change(name, nudged.reshape(model.shapes[name]))) is not None:
+                        leaked[name] = changed
+            else:
+                holder = [f"user/elsewhere-{seed}"]
+                leaked = {name: stack[0].reshape(shape) for name, shape, stack in other.tensors(holder, copies=True)}
+            row = model.trace(write(leaked, path, model.dtype), 0, what, "", copies=True)
+            found.count += 1
+            found.log10, found.z = min(found.log10, row.innocent), max(found.z, row.innocent_z)
+            found.marked = min(found.marked, row.marked)
+        print(found, flush=True)
+        yield found
 
 
 def table(found: Sequence[Row]) -> str:
@@ -424,12 +358,11 @@ TITLES = {
 }
 
 
-def report(found: Mapping[str, tuple[Model, list[Row], list[Row]]]) -> str:
+def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccused: Sequence[Unaccused]) -> str:
     parts = [
         "# Tracing: what it withstands",
         "",
-        "Written by `python -m bench.tracing` (`make bench-tracing`); every figure is of one run on one machine: "
-        f"{_machine()}.",
+        f"Written by `python -m bench.tracing` (`make bench-tracing`) on one machine: {_machine()}.",
         "",
         f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on "
         "an innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; columns have the "
@@ -438,19 +371,31 @@ def report(found: Mapping[str, tuple[Model, list[Row], list[Row]]]) -> str:
         "defaults (share 1/8).",
         "",
         "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, which is undone "
-        "(`tests/vault/test_disguised.py`), and fine-tuning of all weights by a real training run, which is in "
-        "`make demo`.",
+        "(`tests/vault/test_disguised.py`).",
         "",
     ]
-    for kind, (model, one, many) in found.items():
+    for kind, rows in found.items():
         title, cost = TITLES[kind]
-        layout = model.originals.layout
-        parts += [f"## {title}", "", f"{layout.positions:,} positions of {layout.marked:,} bytes. Cost: {cost}.", ""]
+        parts += [f"## {title}", "", f"{shapes[kind]} Cost: {cost}.", ""]
         for copies, what in ((False, "Loaded (code word alone)"), (True, "A plaintext copy (code word and stamp)")):
-            for rows_, who in ((one, "one leaker"), (many, "several")):
-                chosen = [row for row in rows_ if row.copies == copies]
+            for alone, who in ((True, "one leaker"), (False, "several")):
+                chosen = [row for row in rows if row.copies == copies and (row.colluders == 1) == alone]
                 if chosen:
                     parts += [f"### {what}, {who}", "", table(chosen), ""]
+    if unaccused:
+        parts += [
+            "## What never left the room",
+            "",
+            "Two layers of MiniLM (3.5 million weights), traced as above. Nobody was named.",
+            "",
+            "| what | files | best innocent: log10, z | marks of the room, log10 of the bound |",
+            "|---|---:|---:|---:|",
+            *(
+                f"| {each.what} | {each.count} | {each.log10:.1f}, {each.z:.1f} | {each.marked:.1f} |"
+                for each in unaccused
+            ),
+            "",
+        ]
     return "\n".join(parts)
 
 
@@ -458,34 +403,80 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
 
 
+def _room(kind: str, folder: Path, model: Path) -> Model:
+    vault, _ = Vault.init(folder / "room", owner=OWNER, custody="solo")
+    vault.put(ModelSource.scan(model), "bench", by=OWNER)
+    return Model(kind, folder, vault)
+
+
+def _part(original: Path, folder: Path) -> Path:
+    """Two layers of a model, as a model."""
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True)
+    shutil.copy(original / "config.json", folder)
+    tensors = load_file(original / "model.safetensors")
+    chosen = {
+        name: tensor.float().numpy() for name, tensor in tensors.items() if ".layer.0." in name or ".layer.1." in name
+    }
+    write(chosen, folder / "model.safetensors", "F32")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["smollm2", "minilm"])
     parser.add_argument("--colluders", nargs="*", type=int, default=[2, 4, 8, 16, 32])
     parser.add_argument("--attacks", nargs="*", help="of one leaker; default: all")
+    parser.add_argument("--whole", action="store_true", help="every way of colluding, each with all that follows it")
+    parser.add_argument("--seeds", type=int, default=100, help="files of each kind that never left the room")
     parser.add_argument("--work", type=Path, help="a folder with some gigabytes of room")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument(
+        "--rows", type=Path, help="a file of rows: those of earlier runs are kept, those of this one added"
+    )
     given = parser.parse_args()
-    found: dict[str, tuple[Model, list[Row], list[Row]]] = {}
     work = Path(tempfile.mkdtemp(prefix="strongroom-tracing-", dir=given.work))
+    kept = (
+        json.loads(given.rows.read_text())
+        if given.rows and given.rows.exists()
+        else {"shapes": {}, "rows": {}, "unaccused": []}
+    )
+
+    def keep() -> None:
+        if given.rows:
+            given.rows.write_text(json.dumps(kept, indent=1))
+
     try:
         for kind in given.models:
             with demo_model.original(kind) as original:
-                folder = work / kind
-                vault, _ = Vault.init(folder / "room", owner=OWNER, custody="solo")
-                vault.put(ModelSource.scan(original.folder), "bench", by=OWNER)
-                model, quality = Model(kind, folder, vault), Quality(kind, original.folder)
-                one = list(single(model, quality, given.attacks))
-                many = list(several(model, quality, given.colluders)) if given.colluders else []
-                found[kind] = (model, one, many)
+                model = _room(kind, work / kind, original.folder)
+                shutil.copytree(original.folder, model.folder / "model")
+                layout = model.originals.layout
+                kept["shapes"][kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
+                quality = Quality(kind, original.folder)
+                sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
+                for row in (
+                    *(() if given.attacks == [] else single(model, quality, sister, given.attacks)),
+                    *several(model, quality, given.colluders, whole=given.whole),
+                ):
+                    key = (row.attack, row.copies, row.colluders)
+                    rows = [
+                        each
+                        for each in kept["rows"].get(kind, [])
+                        if (each["attack"], each["copies"], each["colluders"]) != key
+                    ]
+                    kept["rows"][kind] = [*rows, vars(row)]
+                    keep()
+        if given.seeds:
+            with demo_model.original("minilm") as original:
+                part = _part(original.folder, work / "part" / "model")
+                kept["unaccused"] = [vars(each) for each in innocent(_room("minilm", work / "part", part), given.seeds)]
+                keep()
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if given.json:
-        rows_ = {kind: [vars(row) for row in (*one, *many)] for kind, (_, one, many) in found.items()}
-        given.json.write_text(json.dumps(rows_, indent=1))
-    if not given.attacks:
-        OUT.write_text(report(found), encoding="utf-8")
-        print(OUT)
+    found = {kind: [Row(**each) for each in rows] for kind, rows in kept["rows"].items()}
+    OUT.write_text(report(found, kept["shapes"], [Unaccused(**each) for each in kept["unaccused"]]), encoding="utf-8")
+    print(OUT)
 
 
 if __name__ == "__main__":

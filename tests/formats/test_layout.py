@@ -147,7 +147,7 @@ json_values = st.recursive(
 )
 
 
-@pytest.mark.parametrize("number", [2, 10**6])
+@pytest.mark.parametrize("number", [3, 10**6])
 def test_another_format_is_not_called_tampered(number):
     with pytest.raises(CannotVerify, match="upgrade"):
         Layout.from_json({"format": number, "whatever": "it has"})

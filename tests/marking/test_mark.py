@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from strongroom.crypto.keys import keystream
 from strongroom.formats.layout import Layout, Run
-from strongroom.marking.mark import STEPS, Marker
+from strongroom.marking.elements import STEPS
+from strongroom.marking.mark import Marker
 
 KEY = bytes(range(32))
 SIZE = 64 * 1024

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from strongroom.core import canonical
 from strongroom.core.limits import KIB, LIMITS, MIB
 from strongroom.errors import LimitExceeded, Tampered
+from strongroom.formats.items import ITEMS
 from strongroom.formats.suites import FORMAT, Suite, check_format
 
 ALIGNMENT = 64
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
+BLOCKS_FORMAT = 2  # of a layout with runs of ggml's blocks, which older readers refuse by it
 KINDS = ("safetensors", "gguf", "opaque")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a fixed list: what Unicode calls printable changes
 _MAX_SEGMENT = 1 * MIB
@@ -114,7 +115,7 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": self.format,
             "image": self.image,
             "files": [entry._asdict() for entry in self.files],
             "runs": [list(run) for run in self.runs],
@@ -133,13 +134,15 @@ class Layout:
     def from_json(cls, value: Any) -> Layout:
         """Check everything that section 8 asks for; Tampered otherwise."""
         try:
-            check_format(value["format"], "the layout")
+            check_format(value["format"], "the layout", newest=BLOCKS_FORMAT)
             if set(value) != {"format", "image", "files", "runs", "common", "marked", "stripes"}:
                 raise ValueError("unexpected members")
             files = tuple(FileEntry(**item) for item in value["files"])
             runs = tuple(Run(*item) for item in value["runs"])
             layout = cls(value["image"], files, runs, value["common"], value["marked"], tuple(value["stripes"]))
             layout._check()
+            if value["format"] != layout.format:
+                raise ValueError("its format is not that of its runs")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Tampered("layout.malformed", f"the layout in the index does not hold together: {error}") from None
         return layout
@@ -181,9 +184,10 @@ class Layout:
     def _check_runs(self) -> None:
         end, ends = 0, [entry.end for entry in self.files]
         for run in self.runs:
-            item = ITEM_BYTES[run.dtype]
+            item = ITEMS[run.dtype]
             file = bisect_right(ends, run.begin)
-            if run.begin < end or run.end <= run.begin or (run.end - run.begin) % item or run.begin % item:
+            part = (run.end - run.begin) % item.bytes or run.begin % item.alignment
+            if run.begin < end or run.end <= run.begin or part:
                 raise ValueError("markable runs overlap or hold a part of an element")
             if file >= len(ends) or run.begin < self.files[file].offset or run.end > ends[file]:
                 raise ValueError("a markable run is not inside one file")
@@ -201,6 +205,11 @@ class Layout:
             raise ValueError("a marked segment is not inside the markable runs")
 
     # -- asking --------------------------------------------------------------------------------------------------
+
+    @property
+    def format(self) -> int:
+        """2 if a run is of ggml's blocks, else 1."""
+        return BLOCKS_FORMAT if any(ITEMS[run.dtype].is_block for run in self.runs) else FORMAT
 
     @cached_property
     def positions(self) -> int:
@@ -260,6 +269,15 @@ class Layout:
             found.append(self.common_segment(index))
             found += self.stripe(index)
         return [segment for segment in found if segment.start < end and segment.end > begin]
+
+    def markable(self, begin: int, end: int) -> bool:
+        """Whether a run holds all of bytes `begin` to `end` of the image."""
+        k = bisect_right(self._run_begins, begin) - 1
+        return k >= 0 and begin < end <= self.runs[k].end
+
+    @cached_property
+    def _run_begins(self) -> list[int]:
+        return [run.begin for run in self.runs]
 
     def files_of(self, segment: Segment) -> list[str]:
         """The paths of the files that a segment holds bytes of, for reports."""

@@ -15,14 +15,14 @@ FORMAT = 1
 DIGEST_BYTES = 32
 
 
-def check_format(number: object, what: str) -> None:
+def check_format(number: object, what: str, *, newest: int = FORMAT) -> None:
     """CannotVerify for a format that this release does not know; ValueError for what is no number of a format."""
     if type(number) is not int or number < 1:
         raise ValueError(f"format {number!r}")
-    if number != FORMAT:
+    if number > newest:
         raise CannotVerify(
             "format.unknown",
-            f"{what} is of format {number}; this release reads format {FORMAT}",
+            f"{what} is of format {number}; this release reads format {newest}",
             hint="upgrade strongroom",
         )
 

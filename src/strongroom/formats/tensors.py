@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from strongroom.formats.items import ITEMS
+
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
@@ -52,7 +54,6 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType(
         )
     }
 )
-MARKABLE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
@@ -81,18 +82,23 @@ class TensorInfo:
 
     @property
     def markable(self) -> bool:
-        """Whether its elements may carry a mark: F64, F32, F16 or BF16 in two or more dimensions."""
-        return self.dtype.name in MARKABLE_DTYPES and len(self.shape) >= 2
+        """Whether its elements may carry a mark: F64, F32, F16, BF16 or a block type of `ITEMS`, in two or more
+        dimensions."""
+        return self.dtype.name in ITEMS and len(self.shape) >= 2
 
     def aligned(self, data_start: int) -> bool:
-        """Whether it lies a whole number of its elements behind `data_start`, the file's first tensor byte.
+        """Whether it lies a whole number of its elements behind `data_start`, the file's first tensor byte; of 4 bytes
+        if it is of a block type of `ITEMS`.
 
         Only then can its bytes be viewed as elements in place (spec/container.md, section 3).
         """
+        if (item := ITEMS.get(self.dtype.name)) is not None:
+            return (self.begin - data_start) % item.alignment == 0
         return self.dtype.block == 1 and (self.begin - data_start) % self.dtype.block_bytes == 0
 
     def unmarked_reason(self, data_start: int) -> str | None:
-        """Why it carries no mark, or None: quantised, integer, float8, complex, one-dimensional, unaligned."""
+        """Why it carries no mark, or None: quantised (in a way that has no scale to mark), integer, float8, complex,
+        one-dimensional, unaligned."""
         name = self.dtype.name
         if name in _INTEGERS:
             return "integer"
@@ -100,7 +106,7 @@ class TensorInfo:
             return "float8"
         if name == "C64":
             return "complex"
-        if name not in MARKABLE_DTYPES:  # F4 and F6 carry shared scales beside them, as ggml's blocks do
+        if name not in ITEMS:  # F4 and F6 carry their scales beside them, in tensors of their own
             return "quantised"
         if len(self.shape) < 2:
             return "one-dimensional"

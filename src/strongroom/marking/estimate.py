@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.formats.items import ITEMS
 from strongroom.formats.layout import Layout
-from strongroom.marking.elements import STEPS, ulps, values
+from strongroom.marking.elements import step_of, ulps, values
 from strongroom.marking.mark import Marker
 
 _BATCH = 64  # positions at a time: what is worked on stays in the cache
 _LEAST = 64  # elements of a position in one tensor: fewer say nothing after a fit of two numbers
+_LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more
 _PRUNED = 0.02
 _TINY = 1e-60
 
@@ -46,15 +48,16 @@ class Estimator:
 
     def add(self, begin: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
         """Take in one tensor: the image's byte where it begins, its type, the original's integers, and the leak's
-        aligned values; both flat and of one length. An element that is absent from the leak is NaN."""
-        item = bits.dtype.itemsize
-        end, length = begin + bits.size * item, self._layout.marked
+        aligned values; both flat and of one length. An element that is absent from the leak is NaN. Of blocks, both are
+        what `scales` makes of them."""
+        item, length = ITEMS[dtype], self._layout.marked
+        end = begin + bits.size * item.bytes
         starts = self._layout.marked_starts
         whole = range(int(np.searchsorted(starts, begin)), int(np.searchsorted(starts + length, end, "right")))
-        size = length // item
+        size = length // item.bytes  # of blocks some positions have one more, which is left out
         for first in range(whole.start, whole.stop, _BATCH):
             count = min(_BATCH, whole.stop - first)
-            at = (starts[first : first + count] - begin) // item
+            at = -((begin + item.at - starts[first : first + count]) // item.bytes)
             index = at[:, None] + np.arange(size)
             signs = self._marker.signs(first, count)[:, :size]
             self._take(slice(first, first + count), dtype, bits[index], leak[index], signs)
@@ -62,8 +65,8 @@ class Estimator:
             start = int(starts[position])
             low, high = max(start, begin), min(start + length, end)
             # The signs of a position are counted from its first element on, which another tensor may hold.
-            cut = slice((low - begin) // item, (high - begin) // item)
-            signs = self._marker.signs(position, 1)[:, skipped : skipped + (high - low) // item]
+            cut = slice(*item.within(low - begin, high - begin))
+            signs = self._marker.signs(position, 1)[:, skipped : skipped + cut.stop - cut.start]
             self._take(slice(position, position + 1), dtype, bits[None, cut], leak[None, cut], signs)
 
     def _crossing(self, begin: int, end: int, whole: range) -> Iterator[tuple[int, int]]:
@@ -83,10 +86,10 @@ class Estimator:
         leak: NDArray[np.float32],
         signs: NDArray[np.uint8],
     ) -> None:
-        if bits.shape[1] < _LEAST:
+        if bits.shape[1] < (_LEAST_BLOCKS if ITEMS[dtype].is_block else _LEAST):
             return
         original = values(bits, dtype)
-        d = np.where(STEPS[dtype].markable(bits), np.copysign(ulps(original), original), np.float32(0))
+        d = np.where(step_of(dtype).markable(bits), np.copysign(ulps(original), original), np.float32(0))
         d[signs == 0] *= -1
         x = residual(original, leak)
         n, power, n_unit, information = (np.zeros(len(x)) for _ in range(4))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strongroom.crypto.keys import derive, keystream, scattered_keystream
-from strongroom.marking.elements import STEPS
+from strongroom.marking.elements import step_of
 
 LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
 BLOCK = 16  # elements whose chips are one block of the cipher
@@ -37,13 +37,7 @@ def stamp_blocks(tag: bytes, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
 
 def stampable(bits: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
     """Bool of the same shape: which original elements (integers of type `dtype`) a stamp moves."""
-    step = STEPS[dtype]
-    # Twice the least normal magnitude, and half an octave below the greatest: a chip and a step of layer 1 together
-    # never carry into the sign, and never leave the normal numbers.
-    octave = step.integer.type(step.least)
-    magnitude = step.magnitudes(bits)
-    can: NDArray[np.bool_] = (magnitude >= 2 * octave) & (magnitude < step.integer.type(step.most + 1) - octave)
-    return can
+    return step_of(dtype).stampable(bits)
 
 
 class Stamp:
@@ -65,11 +59,13 @@ class Stamp:
         return (ones - np.uint8(4)).view(np.int8)
 
     def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:
-        """Stamp `copy` in place: integers of a run of elements of a tensor, from its element `first` on; `original` has
-        the same elements without any mark."""
-        step = STEPS[dtype]
+        """Stamp `copy` in place: integers of a run of elements of a tensor, from its element `first` on, as `integers`
+        gives them; `original` has the same elements without any mark."""
+        step = step_of(dtype)
         chips = self.chips(tag, first, len(copy)).astype(f"<i{step.integer.itemsize}")
-        chips *= step.q
+        if copy.ndim > 1:  # the fields of a block have the chip of the block
+            chips = np.repeat(chips[:, None], copy.shape[1], axis=1)
+        chips *= np.asarray(step.sizes(original)).astype(chips.dtype)
         chips[~stampable(original, dtype)] = 0
         # Magnitudes move, whatever the sign: its bit is never reached.
         copy += chips.view(step.integer)

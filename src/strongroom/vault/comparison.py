@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from strongroom.errors import LimitExceeded, UsageError
+from strongroom.formats.items import ITEMS
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
 from strongroom.marking.disguise import Turn, Undone
-from strongroom.marking.elements import STEPS, values
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.requantise import unrounded
+from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
@@ -279,26 +280,31 @@ class Comparison:
         """Of tensor `k` what lies in marked segments; how many elements that are."""
         each, layout = self._placed[k], self._originals.layout
         dtype, width = each.info.dtype.name, each.info.shape[-1]
-        integer = STEPS[dtype].integer
+        item = ITEMS[dtype]
         aligned = self._aligned(k)
         tag, factor, count = tensor_tag(each.begin), self._factor(k, aligned), 0
         for number in range(*layout.stripes_touched(each.begin, each.end)):
             start = layout.common_segment(number).end
             low = max(each.begin, start)
             high = min(each.end, start + layout.stripes[number] * layout.marked)
-            if low >= high:
+            # A block that lies there in part can't be compared.
+            lead, stop = -((each.begin - low) // item.bytes), (high - each.begin) // item.bytes
+            if lead >= stop:
                 continue
-            first, end = (low - each.begin) // integer.itemsize, (high - each.begin) // integer.itemsize
+            first, end = lead * item.weights, stop * item.weights
             leak = aligned(first, end)
             if leak is None or leak.size < end - first:
                 continue
-            bits = np.frombuffer(self._originals.marked(number)[low - start : high - start], integer)
             if factor is not None:
                 leak = leak / factor[np.arange(first, end) % width]
-            leak = unrounded(values(bits, dtype), leak, first)
+            low, high = each.begin + lead * item.bytes, each.begin + stop * item.bytes
+            data = self._originals.marked(number)[low - start : high - start]
+            if not item.is_block:  # which are a quantiser's levels themselves: a mark would be taken for rounding
+                leak = unrounded(numbers(data, dtype), leak, first)
+            bits, leak = scales(data, dtype, leak)
             found.estimator.add(low, dtype, bits, leak)
             if each.info.elements >= LEAST_ELEMENTS:
-                found.matched.add(tag, first, dtype, bits, leak)
+                found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
         return count
 
@@ -306,7 +312,7 @@ class Comparison:
         """All of tensor `k`, piece by piece; how many elements that are."""
         each = self._placed[k]
         dtype, size, width = each.info.dtype.name, each.info.elements, each.info.shape[-1]
-        integer = STEPS[dtype].integer
+        item = ITEMS[dtype]
         aligned, tag = self._aligned(k), tensor_tag(each.begin)
         step = max(1, _PIECE // width) * width
         for first in range(0, size, step):
@@ -314,14 +320,19 @@ class Comparison:
             leak = aligned(first, first + count)
             if leak is None or leak.size < count:
                 continue
-            begin = each.begin + first * integer.itemsize
-            bits = np.frombuffer(self._originals.read(begin, begin + count * integer.itemsize), integer)
-            bits = bits.reshape(-1, width)
-            seen, _ = rescaled(values(bits, dtype), leak.reshape(-1, width))
-            seen = unrounded(values(bits.reshape(-1), dtype), seen.reshape(-1), first).reshape(-1, width)
-            found.estimator.add(begin, dtype, bits.reshape(-1), seen.reshape(-1))
+            lead = first // item.weights
+            begin = each.begin + lead * item.bytes
+            data = self._originals.read(begin, begin + count // item.weights * item.bytes)
+            w = numbers(data, dtype)
+            seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width))
+            if not item.is_block:
+                seen = unrounded(w, seen.reshape(-1), first)
+            bits, seen = scales(data, dtype, seen.reshape(-1))
+            found.estimator.add(begin, dtype, bits, seen)
             if size >= LEAST_ELEMENTS:
-                found.matched.add(tag, first, dtype, bits, seen)
+                if not item.is_block:
+                    bits, seen = bits.reshape(-1, width), seen.reshape(-1, width)
+                found.matched.add(tag, lead, dtype, bits, seen)
         return size
 
     def _aligned(self, k: int) -> Callable[[int, int], NDArray[np.float32] | None]:
@@ -369,10 +380,12 @@ class Comparison:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _original(self, each: Placed, first: int, count: int) -> NDArray[np.float32]:
-        step = STEPS[each.info.dtype.name]
-        begin = each.begin + first * step.integer.itemsize
-        data = self._originals.read(begin, begin + count * step.integer.itemsize)
-        return values(np.frombuffer(data, step.integer), each.info.dtype.name)
+        item = ITEMS[each.info.dtype.name]
+        lead = first // item.weights
+        begin = each.begin + lead * item.bytes
+        end = each.begin - (-(first + count) // item.weights) * item.bytes
+        found = numbers(self._originals.read(begin, end), each.info.dtype.name)
+        return found[first - lead * item.weights :][:count]
 
     def _read(self, name: str, begin: int, end: int) -> NDArray[np.float32] | None:
         """Elements of a suspect's tensor; None where they can't be read."""

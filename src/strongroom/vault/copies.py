@@ -10,15 +10,14 @@ import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from strongroom.crypto.copying import CopyCipher, copying_key
 from strongroom.errors import Conflict, Denied, NotFound
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
 from strongroom.formats.entry import Entry
+from strongroom.formats.items import ITEMS
 from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
-from strongroom.marking.elements import STEPS
+from strongroom.marking.elements import integers
 from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
 from strongroom.vault.originals import Originals
 
@@ -58,16 +57,10 @@ class Copy:
             if low >= high:
                 continue
             dtype = each.info.dtype.name
-            integer = STEPS[dtype].integer
             # An element may end beyond this range, which a stamp never asks for: pieces end at multiples of 8.
-            here = slice(low - begin, high - begin)
-            self._stamp.apply(
-                dtype,
-                tensor_tag(each.begin),
-                (low - each.begin) // integer.itemsize,
-                np.frombuffer(original[here], integer),
-                np.frombuffer(copy[here], integer),
-            )
+            first, stop = ITEMS[dtype].within(low - each.begin, high - each.begin)
+            here = [integers(dtype, data, each.begin - begin, first, stop) for data in (original, copy)]
+            self._stamp.apply(dtype, tensor_tag(each.begin), first, *here)
         return copy
 
 

@@ -123,8 +123,9 @@ class Originals:
         for file in self.layout.files:
             if file.kind != "opaque":
                 for info in self._infos(file):
-                    marked = info.unmarked_reason(file.data_start) is None and info.elements > 0
-                    yield Placed(info, file.offset + info.begin, file.offset + info.end, marked)
+                    begin, end = file.offset + info.begin, file.offset + info.end
+                    # By what was marked then, which may be less than what this release marks.
+                    yield Placed(info, begin, end, self.layout.markable(begin, end))
 
     def _infos(self, file: FileEntry) -> list[TensorInfo]:
         def read(offset: int, size: int) -> bytes:

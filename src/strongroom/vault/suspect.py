@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +17,7 @@ from strongroom.errors import UsageError
 from strongroom.formats.suspect import FoundFile
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.elements import STEPS, values
+from strongroom.marking.scales import dequantised
 from strongroom.vault.convert import Take, converted_parts, freely, to_convert
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
@@ -153,22 +153,7 @@ def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
         return np.frombuffer(data, getattr(ml_dtypes, _FLOAT8[name])).astype(np.float32)
     if name in _INTEGERS:
         return np.frombuffer(data, _INTEGERS[name]).astype(np.float32)
-    return _dequantised(data, tensor)
-
-
-def _dequantised(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
-    """Ggml's blocks by the gguf package's own arithmetic; UsageError ``suspect.quantised`` where it knows none."""
     try:
-        gguf: Any = importlib.import_module("gguf")
-    except ImportError:
-        raise UsageError(
-            "suspect.no_gguf",
-            f"reading {tensor.info.dtype.name} takes the gguf package",
-            hint="pip install 'strongroom[trace]'",
-        ) from None
-    name = tensor.info.dtype.name
-    try:
-        found = gguf.dequantize(np.frombuffer(data, np.uint8), gguf.GGMLQuantizationType[name])
-    except (KeyError, NotImplementedError, ValueError):
-        raise UsageError("suspect.quantised", f"{tensor.name!r:.100} is {name}, which can't be read") from None
-    return np.asarray(found, np.float32).ravel()
+        return dequantised(data, name)
+    except UsageError as error:
+        raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None

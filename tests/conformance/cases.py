@@ -145,8 +145,18 @@ def valid() -> Iterator[Vector]:
     yield Vector(
         "misaligned", "matrices that begin off the multiples of their element size carry no mark", write(model)
     )
-    model = Version(Identity("gguf"), {"model.gguf": small_gguf()}, share=(1, 1), wanted=4)
-    yield Vector("gguf", "a GGUF file with a data section aligned to 32 bytes and a quantised tensor", write(model))
+    model = Version(Identity("gguf"), {"model.gguf": small_gguf()}, share=(1, 1), wanted=4, blocks=False)
+    yield Vector(
+        "gguf",
+        "a GGUF file with a data section aligned to 32 bytes, from before quantised tensors were marked",
+        write(model),
+    )
+    model = Version(Identity("blocks"), {"model.gguf": quantised_gguf()}, share=(1, 1), wanted=20)
+    yield Vector(
+        "gguf-blocks",
+        "layout of format 2: every block type, scales of any value, and marked segments that cut blocks and cross types",
+        write(model),
+    )
 
     files = {"model.safetensors": four_pages(), "z": b"!"}
     model = Version(Identity("one byte"), files, share=(1, 2), wanted=1)
@@ -173,6 +183,21 @@ def small_gguf() -> bytes:
             "blk.0.ffn_down.weight": (0, [64, 31], weights("F32", [64, 31], "gguf down")),
         }
     )
+
+
+def quantised_gguf() -> bytes:
+    """A tensor of each block type, of any bytes: scales are denormal, infinite and no numbers, too. Between them a
+    matrix of floats, and one of a type that is not marked."""
+    numbers = {name: number for number, name in decoder.GGML_TYPES.items()}
+    tensors: dict[str, tuple[int, list[int], bytes]] = {}
+    for name, (n, size, _, _) in decoder.BLOCKS.items():
+        rows = 16 if n == 256 else 64  # whole multiples of the alignment, so that they touch each other
+        tensors[f"{name}.weight"] = (numbers[name], [n, rows], encoder.drawn("blocks", name, size * rows))
+    tensors["half.weight"] = (1, [64, 40], weights("F16", [64, 40], "blocks half"))
+    tensors["mx.weight"] = (39, [32, 32], encoder.drawn("blocks", "MXFP4", 17 * 32))
+    tensors["one.row"] = (3, [640], encoder.drawn("blocks", "a row", 20 * 20))
+    tensors["again.weight"] = (14, [256, 32], encoder.drawn("blocks", "again", 210 * 32))
+    return gguf_file(tensors)
 
 
 def four_pages() -> bytes:
@@ -408,7 +433,8 @@ def broken_indexes() -> Iterator[Vector]:
     )
     tiny = write(TINY).layout
     begin, end, _ = tiny["runs"][0]
-    yield layout("layout-format", "format 2 in the layout", changed("format", to=2), "layout.format")
+    yield layout("layout-format", "format 3 in the layout", changed("format", to=3), "layout.format")
+    yield layout("layout-format-2", "format 2 in a layout without block types", changed("format", to=2), "layout.runs")
     yield layout("layout-offset", "a file 64 bytes later than section 3 puts it", moved(tiny, 64), "layout.offset")
     yield layout(
         "layout-unfilled", "fewer common segments than fill the image", changed("stripes", to=[0, 1]), "layout.fill"

@@ -174,7 +174,37 @@ TYPES = {
     "F32": (4, 2**16, 0x0080_0000, 0x7F7F_FFFF),
     "F64": (8, 2**45, 0x0010_0000_0000_0000, 0x7FEF_FFFF_FFFF_FFFF),
 }
+# § 3: block type → (weights, bytes, byte of the first scale field, scale fields)
+BLOCKS = {
+    "Q4_0": (32, 18, 0, 1),
+    "Q4_1": (32, 20, 0, 2),
+    "Q5_0": (32, 22, 0, 1),
+    "Q5_1": (32, 24, 0, 2),
+    "Q8_0": (32, 34, 0, 1),
+    "Q2_K": (256, 84, 80, 2),
+    "Q3_K": (256, 110, 108, 1),
+    "Q4_K": (256, 144, 0, 2),
+    "Q5_K": (256, 176, 0, 2),
+    "Q6_K": (256, 210, 208, 1),
+    "IQ2_XXS": (256, 66, 0, 1),
+    "IQ2_XS": (256, 74, 0, 1),
+    "IQ2_S": (256, 82, 0, 1),
+    "IQ3_XXS": (256, 98, 0, 1),
+    "IQ3_S": (256, 110, 0, 1),
+    "IQ1_S": (256, 50, 0, 1),
+    "IQ4_NL": (32, 18, 0, 1),
+    "IQ4_XS": (256, 136, 0, 1),
+    "TQ1_0": (256, 54, 52, 1),
+    "TQ2_0": (256, 66, 64, 1),
+}
+BLOCKS_FORMAT = 2  # of a layout with runs of block types
 Run = tuple[int, int, str]
+Piece = tuple[int, int, str, int]  # a part of a run, and where the run begins
+
+
+def unit(name: str) -> tuple[int, int]:
+    """Of what size a run of this type has a whole number, and at a multiple of what it begins."""
+    return (BLOCKS[name][1], 4) if name in BLOCKS else (TYPES[name][0], TYPES[name][0])
 
 
 @dataclass(frozen=True)
@@ -212,16 +242,17 @@ class Layout:
                 yield MARKED, position, offset, self.marked
                 offset, position = offset + self.marked, position + 1
 
-    def pieces(self, begin: int, end: int) -> list[Run]:
+    def pieces(self, begin: int, end: int) -> list[Piece]:
         """The parts of runs in a range of the image."""
-        cut = [(max(begin, b), min(end, e), name) for b, e, name in self.runs]
-        return [(b, e, name) for b, e, name in cut if b < e]
+        cut = [(max(begin, b), min(end, e), name, b) for b, e, name in self.runs]
+        return [piece for piece in cut if piece[0] < piece[1]]
 
 
 def read_layout(value: Any, hash_of: Callable[[bytes], bytes]) -> Layout:
     names = "format image files runs common marked stripes"
     top = Object(value, names, "layout.malformed")
-    need(top.integer("format", 0, 2**53) == FORMAT, "layout.format")
+    number = top.integer("format", 0, 2**53)
+    need(number in {FORMAT, BLOCKS_FORMAT}, "layout.format")
     image = top.integer("image", 0, MAX_IMAGE)
     need(len(top.list("files")) <= MAX_FILES, "layout.limit")
 
@@ -248,10 +279,12 @@ def read_layout(value: Any, hash_of: Callable[[bytes], bytes]) -> Layout:
 
     runs: list[Run] = []
     for entry in top.list("runs"):
-        need(isinstance(entry, list) and len(entry) == 3 and entry[2] in TYPES, "layout.runs")
+        need(isinstance(entry, list) and len(entry) == 3, "layout.runs")
+        need(isinstance(entry[2], str) and entry[2] in {*TYPES, *BLOCKS}, "layout.runs")
         begin, end = (integer(value, 0, image, "layout.runs") for value in entry[:2])
-        size = TYPES[entry[2]][0]
-        need(begin < end and begin % size == 0 and end % size == 0, "layout.runs", "not a whole number of elements")
+        size, alignment = unit(entry[2])
+        whole = begin < end and begin % alignment == 0 and (end - begin) % size == 0
+        need(whole, "layout.runs", "not a whole number of elements")
         need(not runs or runs[-1][1] <= begin, "layout.runs", "not ascending and disjoint")
         need(
             any(file.offset <= begin and end <= file.offset + file.size for file in files),
@@ -259,6 +292,10 @@ def read_layout(value: Any, hash_of: Callable[[bytes], bytes]) -> Layout:
             "not inside one file",
         )
         runs.append((begin, end, entry[2]))
+
+    # § 8: which of the two formats it is follows from the runs.
+    blocks = any(name in BLOCKS for _, _, name in runs)
+    need(number == (BLOCKS_FORMAT if blocks else FORMAT), "layout.runs", "not those of this format")
 
     common = top.integer("common", 64, MAX_SEGMENT)
     marked = top.integer("marked", MIN_MARKED, MAX_SEGMENT)
@@ -287,8 +324,11 @@ def check_segments(layout: Layout) -> None:
     for kind, index, begin, size in layout.segments():
         if kind == MARKED:
             pieces = layout.pieces(begin, begin + size)
-            need(sum(e - b for b, e, _ in pieces) == size, "layout.fill", f"position {index} leaves the markable runs")
-            whole = all(b % TYPES[name][0] == 0 and e % TYPES[name][0] == 0 for b, e, name in pieces)
+            covered = sum(e - b for b, e, _, _ in pieces)
+            need(covered == size, "layout.fill", f"position {index} leaves the markable runs")
+            # Blocks may be cut, their fields never are: § 3 says why.
+            parts = [(b, e, TYPES[name][0]) for b, e, name, _ in pieces if name in TYPES]
+            whole = all(b % item == 0 and e % item == 0 for b, e, item in parts)
             need(whole, "layout.fill", f"position {index} cuts an element")
 
 
@@ -662,35 +702,56 @@ def signs(mark_key: bytes, i: int, marked: int, count: int) -> list[int]:
     return [1 if keystream[e // 8] >> e % 8 & 1 else -1 for e in range(count)]
 
 
-def elements(plain: bytes, begin: int, pieces: list[Run]) -> list[tuple[int, str]]:
-    """(stored integer, type) of each element of a segment that starts at `begin` of the image."""
+def numbers(begin: int, pieces: list[Piece]) -> list[list[tuple[int, str]]]:
+    """Of each element of a segment that starts at `begin` of the image its numbers: (offset in the segment, type). A
+    block's numbers are its scale fields, of type "scale"."""
     found = []
-    for b, e, name in pieces:
-        size = TYPES[name][0]
-        found += [(int.from_bytes(plain[o - begin : o - begin + size], "little"), name) for o in range(b, e, size)]
+    for b, e, name, origin in pieces:
+        if name in TYPES:
+            found += [[(o - begin, name)] for o in range(b, e, TYPES[name][0])]
+            continue
+        _, size, at, fields = BLOCKS[name]
+        first = origin + at + -(-(b - origin - at) // size) * size
+        found += [[(o - begin + 2 * k, "scale") for k in range(fields)] for o in range(first, e, size)]
     return found
 
 
-def variants(original: bytes, begin: int, pieces: list[Run], mark_key: bytes, i: int) -> tuple[bytes, bytes]:
+def step_of(value: int, name: str) -> int:
+    """By how much a stored integer moves: q, or 0 where it is not marked."""
+    if name == "scale":
+        u = value & 0x7FFF
+        return 8 if 0x0400 <= u <= 0x7BF7 else u >> 7 and 2 ** (u.bit_length() - 8) if u < 0x0400 else 0
+    size, q, low, high = TYPES[name]
+    return q if low + q <= value & ((1 << 8 * size - 1) - 1) <= high - q else 0
+
+
+def width_of(name: str) -> int:
+    return 2 if name == "scale" else TYPES[name][0]
+
+
+def variants(original: bytes, begin: int, pieces: list[Piece], mark_key: bytes, i: int) -> tuple[bytes, bytes]:
     """Variants A and B of position i as section 7 defines them."""
-    values = elements(original, begin, pieces)
-    a, b = bytearray(), bytearray()
-    for (value, name), s in zip(values, signs(mark_key, i, len(original), len(values)), strict=True):
-        size, q, low, high = TYPES[name]
-        u = value & ((1 << 8 * size - 1) - 1)
-        step = s * q if low + q <= u <= high - q else 0
-        a += (value + step).to_bytes(size, "little")
-        b += (value - step).to_bytes(size, "little")
+    found = numbers(begin, pieces)
+    a, b = bytearray(original), bytearray(original)
+    for element, s in zip(found, signs(mark_key, i, len(original), len(found)), strict=True):
+        for at, name in element:
+            here = slice(at, at + width_of(name))
+            value = int.from_bytes(original[here], "little")
+            step = s * step_of(value, name)
+            a[here] = (value + step).to_bytes(width_of(name), "little")
+            b[here] = (value - step).to_bytes(width_of(name), "little")
     return bytes(a), bytes(b)
 
 
-def midpoint(a: bytes, b: bytes, begin: int, pieces: list[Run]) -> bytes:
-    original = bytearray()
-    for (x, name), (y, _) in zip(elements(a, begin, pieces), elements(b, begin, pieces), strict=True):
-        size = TYPES[name][0]
-        sign = 1 << 8 * size - 1
+def midpoint(a: bytes, b: bytes, begin: int, pieces: list[Piece]) -> bytes:
+    original, rest = bytearray(a), bytearray(b)
+    for at, name in [number for element in numbers(begin, pieces) for number in element]:
+        here = slice(at, at + width_of(name))
+        x, y = (int.from_bytes(data[here], "little") for data in (a, b))
+        sign = 1 << 8 * width_of(name) - 1
         need(x & sign == y & sign, "variant.definition", "the variants differ in sign")
-        original += ((x + y) // 2).to_bytes(size, "little")
+        original[here] = rest[here] = ((x + y) // 2).to_bytes(width_of(name), "little")
+    need(original == rest, "variant.definition", "the variants differ where no mark is")
     return bytes(original)
 
 
@@ -766,7 +827,9 @@ def check_contents(layout: Layout, files: dict[str, bytes]) -> None:
         need(data_start == file.data_start, "layout.data-start", file.path)
         base = file.offset + data_start
         for name, dimensions, begin, end in sorted(tensors, key=lambda tensor: tensor[2:]):
-            if name not in TYPES or dimensions < 2 or begin == end or (base + begin) % TYPES[name][0]:
+            # A version from before there were block types has none in its runs.
+            known = name in TYPES or (name in BLOCKS and any(run[2] in BLOCKS for run in layout.runs))
+            if not known or dimensions < 2 or begin == end or (base + begin) % unit(name)[1]:
                 continue
             if runs and runs[-1][1:] == (base + begin, name):
                 runs[-1] = (runs[-1][0], base + end, name)
@@ -784,8 +847,16 @@ def safetensors(data: bytes) -> tuple[int, Tensors]:
     return header, [(e["dtype"], len(e["shape"]), *e["data_offsets"]) for e in entries.values()]
 
 
+# By ggml's numbers; of other types the size does not matter here.
+GGML_TYPES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K"},
+    **{13: "Q5_K", 14: "Q6_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"},
+    **{22: "IQ2_S", 23: "IQ4_XS", 28: "F64", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0"},
+}
+
+
 def gguf(data: bytes) -> tuple[int, Tensors]:
-    """GGUF version 3. Quantised types are none of ours, so their sizes don't matter here."""
+    """GGUF version 3."""
     scalars = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     at = 4
 
@@ -812,9 +883,10 @@ def gguf(data: bytes) -> tuple[int, Tensors]:
     for _ in range(tensor_count):
         text()
         shape = [take("Q") for _ in range(take("I"))]
-        name, size = {0: ("F32", 4), 1: ("F16", 2), 28: ("F64", 8), 30: ("BF16", 2)}.get(take("I"), ("other", 0))
+        name = GGML_TYPES.get(take("I"), "other")
         begin = take("Q")
-        found.append((name, len(shape), begin, begin + size * math.prod(shape)))
+        weights, size = BLOCKS[name][:2] if name in BLOCKS else (1, TYPES[name][0] if name in TYPES else 0)
+        found.append((name, len(shape), begin, begin + math.prod(shape) // weights * size))
     alignment = metadata.get(b"general.alignment", 32)
     return at + -at % alignment, found
 

@@ -64,6 +64,7 @@ class Version:
     share: tuple[int, int] = (1, 8)
     wanted: int = 16384
     geometry: tuple[int, int, list[int]] | None = None  # in the place of the writer's rule
+    blocks: bool = True  # as writers do now; before, no block type was markable
     segments_a_pack: int = 1 << 20
     holder: str = "lab/ada"
     reference: str = "release 7"
@@ -275,8 +276,8 @@ def lay_out(version: Version) -> tuple[bytes, dict[str, Any]]:
         entries.append(entry)
         image += data
         for name, dimensions, begin, end in sorted(tensors, key=lambda tensor: tensor[2]):
-            markable = name in d.TYPES and dimensions >= 2 and (base + begin) % d.TYPES[name][0] == 0
-            if markable and begin < end:
+            known = name in d.TYPES or (name in d.BLOCKS and version.blocks)
+            if known and dimensions >= 2 and (base + begin) % d.unit(name)[1] == 0 and begin < end:
                 runs.append((base + begin, base + end, name))
     joined: list[d.Run] = []
     for run in runs:
@@ -286,7 +287,7 @@ def lay_out(version: Version) -> tuple[bytes, dict[str, Any]]:
             joined.append(run)
     common, marked, stripes = version.geometry or d.writer_geometry(len(image), joined, version.share, version.wanted)
     layout = {
-        "format": 1,
+        "format": 2 if any(name in d.BLOCKS for _, _, name in joined) else 1,
         "image": len(image),
         "files": entries,
         "runs": [list(run) for run in joined],

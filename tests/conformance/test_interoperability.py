@@ -126,6 +126,7 @@ def models():
     yield pytest.param({"m.safetensors": cases.mixed(kinds)}, "1/2", 0, Suite.BLAKE3, id="no-positions")
     yield pytest.param({"m.safetensors": cases.misaligned()}, "1/2", 9, Suite.BLAKE3, id="misaligned")
     yield pytest.param({"m.gguf": cases.small_gguf()}, "1/2", 9, Suite.SHA256, id="gguf")
+    yield pytest.param({"m.gguf": cases.quantised_gguf()}, "1/2", 30, Suite.BLAKE3, id="blocks")
     yield pytest.param({"a": b""}, "1/8", 16384, Suite.BLAKE3, id="only-an-empty-file")
     large = cases.mixed([("BF16", MIB // 64 * 3)])
     yield pytest.param({"m.safetensors": large}, "1/8", 64, Suite.BLAKE3, id="3-MiB")
@@ -223,8 +224,9 @@ def images(draw):
         at = 0
         pieces = []
         for _ in range(draw(st.integers(0, 6))):
-            kind = draw(st.sampled_from(["BF16", "F16", "F32", "F64", None]))
-            size = draw(st.integers(1, draw(st.sampled_from([10, 3000, 200_000])))) * 8
+            kind = draw(st.sampled_from(["BF16", "F16", "F32", "F64", None, "Q4_0", "Q4_1", "Q8_0", "Q6_K", "Q2_K"]))
+            item = 4 * decoder.BLOCKS[kind][1] if kind in decoder.BLOCKS else 8
+            size = -(-draw(st.integers(1, draw(st.sampled_from([10, 3000, 200_000])))) * 8 // item) * item
             pieces.append((at, at + size, kind))
             at += size
         start = draw(st.integers(0, 300))
@@ -270,9 +272,37 @@ def test_variants_are_the_same_for_any_bits(kind, data) -> None:
     layout = Layout(5 * 4096, files, (Run(0, 5 * 4096, kind),), 4096, 4096, (4,))
     at = int(layout.marked_starts[position])
     ours = Marker(key, layout).variants(position, memoryview(plain))
-    pieces = [(at, at + 4096, kind)]
+    pieces = [(at, at + 4096, kind, 0)]
     assert ours == decoder.variants(plain, at, pieces, key, position)
     assert decoder.midpoint(*ours, at, pieces) == plain
+
+
+@given(st.sampled_from(sorted(decoder.BLOCKS)), st.integers(0, 300), st.data())
+def test_variants_of_blocks_are_the_same_wherever_they_are_cut(kind, skipped, data) -> None:
+    """The run begins anywhere before the segments, which belong to it alone, or to it and to floats after it."""
+    _, size, _, _ = decoder.BLOCKS[kind]
+    begin = 4096 - 4 * skipped
+    stop = begin + (5 * 4096 - begin) // size * size
+    if data.draw(st.booleans()):
+        stop = begin + data.draw(st.integers(1, (5 * 4096 - begin) // size)) * size
+    runs = [(begin, stop, kind), (stop + stop % 2, 5 * 4096, "F16")][: 1 + (stop < 5 * 4096)]
+    files = (FileEntry("m", "gguf", 0, 5 * 4096, 0),)
+    layout = Layout(5 * 4096, files, tuple(Run(*run) for run in runs), 4096, 4096, (4,))
+    key = data.draw(st.binary(min_size=32, max_size=32))
+    seed = data.draw(st.binary(min_size=1, max_size=300))
+    plain = (seed * (4 * 4096 // len(seed) + 1))[: 4 * 4096]
+    first = data.draw(st.integers(0, 3))
+    count = data.draw(st.integers(1, 4 - first))
+    here = plain[first * 4096 : (first + count) * 4096]
+    a, b = (bytes(each) for each in Marker(key, layout).variants(first, memoryview(here)))
+    assert bytes(Marker(key, layout).original(first, memoryview(a), memoryview(b))) == here
+    for position in range(first, first + count):
+        at = 4096 * (position + 1)
+        cut = slice((position - first) * 4096, (position - first + 1) * 4096)
+        pieces = [(max(at, low), min(at + 4096, high), name, low) for low, high, name in runs]
+        pieces = [piece for piece in pieces if piece[0] < piece[1]]
+        assert (a[cut], b[cut]) == decoder.variants(here[cut], at, pieces, key, position)
+        assert decoder.midpoint(a[cut], b[cut], at, pieces) == here[cut]
 
 
 @given(st.binary(min_size=32, max_size=32), st.text(), st.integers(0, 300), st.integers(1, 64))

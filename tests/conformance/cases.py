@@ -154,7 +154,7 @@ def valid() -> Iterator[Vector]:
     model = Version(Identity("blocks"), {"model.gguf": quantised_gguf()}, share=(1, 1), wanted=20)
     yield Vector(
         "gguf-blocks",
-        "layout of format 2: every block type, scales of any value, and marked segments that cut blocks and cross types",
+        "layout of format 2: every block type, scales of any value, marked segments that cut blocks and cross types",
         write(model),
     )
 

@@ -848,14 +848,32 @@ def safetensors(data: bytes) -> tuple[int, Tensors]:
 
 
 # By ggml's numbers; of other types the size does not matter here.
-GGML_TYPES = dict(
-    zip(
-        [0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 16, 17, 18, 19, 20, 21, 22, 23, 28, 30, 34, 35],
-        "F32 F16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S "
-        "IQ2_S IQ4_XS F64 BF16 TQ1_0 TQ2_0".split(),
-        strict=True,
-    )
-)
+GGML_TYPES = {
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    28: "F64",
+    30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+}
 
 
 def gguf(data: bytes) -> tuple[int, Tensors]:

@@ -106,7 +106,7 @@ def test_reads_what_it_says(version: int) -> None:
         TensorInfo("q", GGML_TYPES[Q4_0], (2, 64), start + 32, start + 32 + 4 * 18),
         TensorInfo("s", GGML_TYPES[F32], (), start + 128, start + 132),
     ]
-    assert [t.markable for t in header.tensors.values()] == [True, False, False]
+    assert [t.markable for t in header.tensors.values()] == [True, True, False]
 
 
 def test_no_tensors_at_all() -> None:

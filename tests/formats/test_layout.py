@@ -147,6 +147,40 @@ json_values = st.recursive(
 )
 
 
+class TestBlocks:
+    """Runs of ggml's blocks: what makes a layout one of format 2."""
+
+    def planned(self, *runs):
+        files = Layout.place([("m.gguf", "gguf", 1 << 20, 64)])
+        return Layout.plan(files, [Run(*run) for run in runs], share=Fraction(1, 8), positions=64)
+
+    def test_the_format_says_whether_there_are_any(self):
+        for dtype, number in (("Q4_1", 2), ("Q6_K", 2), ("F16", 1)):
+            layout = self.planned((64, 64 + 400 * 840, dtype))
+            assert layout.format == layout.to_json()["format"] == number
+            assert Layout.from_json(layout.to_json()) == layout
+            with pytest.raises(Tampered, match="its format"):
+                Layout.from_json({**layout.to_json(), "format": 3 - number})
+
+    @pytest.mark.parametrize(
+        "run",
+        [(64, 64 + 34 * 4000 + 2, "Q8_0"), (66, 66 + 34 * 4000, "Q8_0"), (64, 64 + 16 * 4000, "MXFP4"), (64, 65, 7)],
+    )
+    def test_of_other_runs_is_refused(self, run):
+        good = self.planned((64, 64 + 34 * 4000, "Q8_0")).to_json()
+        with pytest.raises(Tampered):
+            Layout.from_json({**good, "runs": [list(run)]})
+
+    def test_a_tensor_is_marked_if_one_run_holds_all_of_it(self):
+        layout = self.planned((64, 6464, "Q4_1"), (6464, 70_464, "F32"))
+        assert layout.markable(64, 6464)
+        assert layout.markable(84, 6464)
+        assert not layout.markable(64, 6468)
+        assert not layout.markable(60, 6464)
+        assert not layout.markable(64, 64)
+        assert not layout.markable(70_464, 70_468)
+
+
 @pytest.mark.parametrize("number", [3, 10**6])
 def test_another_format_is_not_called_tampered(number):
     with pytest.raises(CannotVerify, match="upgrade"):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.crypto.keys import keystream
+from strongroom.formats.items import ITEMS
 from strongroom.formats.layout import Layout, Run
 from strongroom.marking.elements import STEPS
 from strongroom.marking.mark import Marker
@@ -84,6 +85,85 @@ def test_a_segment_may_cross_from_one_type_into_another():
     a, b = marker.variants(1, memoryview(plain))
     assert a != b
     assert marker.original(1, memoryview(a), memoryview(b)) == plain
+
+
+BLOCKS = sorted(dtype for dtype, item in ITEMS.items() if item.is_block)
+
+
+def blocks(dtype, count, seed=1):
+    """Random blocks whose scales are ordinary numbers of either sign, some of them denormal; uint8 (count, bytes)."""
+    rng, item = np.random.default_rng(seed), ITEMS[dtype]
+    found = rng.integers(0, 256, (count, item.bytes), dtype=np.uint8)
+    scales = rng.choice([-1, 1], (count, item.fields)) * 2.0 ** rng.uniform(-16, -2, (count, item.fields))
+    found[:, item.at : item.at + 2 * item.fields] = scales.astype("<f2").view(np.uint8)
+    return found
+
+
+@pytest.mark.parametrize("dtype", BLOCKS)
+def test_all_weights_of_a_block_move_by_one_step_and_nothing_else_does(dtype):
+    """As ggml's own arithmetic has them: so a scale is where the page says that it is."""
+    gguf = pytest.importorskip("gguf")
+    item = ITEMS[dtype]
+    count = SIZE // 64 * 64 // item.bytes // 32 * 32
+    plain = blocks(dtype, count)
+    marker, layout = marker_for((0, plain.size, dtype), size=plain.size)
+    first = 1
+    start = int(layout.marked_starts[first])
+    image = plain.reshape(-1)
+    here = image[start : start + layout.marked].tobytes()
+    type_ = gguf.GGMLQuantizationType[dtype]
+    original = gguf.dequantize(plain.reshape(-1), type_).reshape(count, item.weights).astype(np.float64)
+    moved = []
+    for variant in marker.variants(first, memoryview(here)):
+        changed = image.copy()
+        changed[start : start + layout.marked] = np.frombuffer(variant, np.uint8)
+        moved.append(gguf.dequantize(changed, type_).reshape(count, item.weights) - original)
+    a, b = moved
+    low, stop = item.within(start, start + layout.marked)
+    assert not a[:low].any()
+    assert not a[stop:].any()
+    norm = np.linalg.norm(original[low:stop], axis=1)
+    there = norm > 0
+    assert there.mean() > 0.9
+    if item.fields == 1:
+        step = np.linalg.norm(a[low:stop], axis=1)[there] / norm[there]
+        assert (step > 2**-8.01).all()
+        assert (step < 2**-6.99).all()
+        # All along the block's own weights: it moves as a whole.
+        along = np.abs(np.einsum("ij,ij->i", a[low:stop], original[low:stop]))[there] / norm[there] ** 2
+        assert np.allclose(along, step, rtol=1e-4)
+    assert (np.abs(a[low:stop]).max(axis=1)[there] > 0).all()
+    positive = np.einsum("ij,ij->i", a[low:stop], original[low:stop]) > 0
+    assert 0.2 < positive.mean() < 0.8
+    # B is the other side, but for where a power of two lies between.
+    assert np.median(np.abs(a + b)[low:stop][there].sum(axis=1) / np.abs(a)[low:stop][there].sum(axis=1)) < 1e-5
+
+
+def test_scales_stay_numbers_of_their_sign():
+    """Of half of all 2^16 values that the field of a block can have, in any order."""
+    item = ITEMS["Q4_0"]
+    plain = np.zeros((1 << 16, item.bytes), np.uint8)
+    values = np.random.default_rng(1).permutation(1 << 16).astype("<u2")
+    plain[:, :2] = values[:, None].view(np.uint8)
+    marker, layout = marker_for((0, plain.size, "Q4_0"), size=plain.size)
+    seen = set()
+    for number, count in enumerate(layout.stripes):
+        if not count:
+            continue
+        first = int(layout.first_positions[number])
+        start, size = int(layout.marked_starts[first]), count * layout.marked
+        low, stop = item.within(start, start + size)
+        for variant in marker.variants(first, memoryview(plain.reshape(-1)[start : start + size].tobytes())):
+            got = np.ndarray((stop - low,), "<u2", variant, low * item.bytes - start, (item.bytes,))
+            was = values[low:stop]
+            u, moved = was & 0x7FFF, got.astype(int) - was
+            q = np.select([u < 0x80, u < 0x100, u < 0x200, u < 0x400, u <= 0x7BF7], [0, 1, 2, 4, 8], 0)
+            assert (np.abs(moved) == q).all()
+            assert ((got ^ was) & 0x8000 == 0).all()
+            assert ((got & 0x7FFF)[u > 0] > 0).all()
+            assert ((got & 0x7FFF)[u < 0x7C00] < 0x7C00).all()
+            seen |= set(np.unique(q))
+    assert seen == {0, 1, 2, 4, 8}
 
 
 def test_positions_have_signs_of_their_own():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strongroom.marking.elements import STEPS, ulps, values
+from strongroom.marking.elements import SCALE, STEPS, integers, ulps, values
 from strongroom.marking.stamp import Stamp, stamp_blocks, stampable, tensor_tag
 
 ROOT = bytes(range(32))
@@ -76,6 +76,29 @@ def test_a_stamp_over_a_variant_stays_within_the_normal_numbers(dtype, data):
         magnitudes = step.magnitudes(copy[can])
         assert (magnitudes >= step.least).all()
         assert (magnitudes <= step.most).all()
+
+
+@given(fields=st.lists(st.integers(0, 2**16 - 1), min_size=64, max_size=64), moved=st.sampled_from([0, 1, -1]))
+def test_a_stamp_over_a_variant_leaves_scales_numbers_of_their_sign(fields, moved):
+    """Of blocks with two fields, which both have the chip of the block."""
+    data = bytearray(20 * 32)
+    original = integers("Q4_1", data, 0, 0, 32)
+    original[:] = np.array(fields, "<u2").reshape(32, 2)
+    q = SCALE.sizes(original).astype(int)
+    can = SCALE.stampable(original)
+    rest = bytes(data)
+    copy = bytearray(data)
+    view = integers("Q4_1", copy, 0, 0, 32)
+    view[can] = (original.astype(int) + moved * q)[can]
+    Stamp(ROOT, "user/ana").apply("Q4_1", TAG, 5, original, view)
+    assert bytes(data) == rest, "the original is only read"
+    change = view.astype(int) - original
+    chips = Stamp(ROOT, "user/ana").chips(TAG, 5, 32).astype(int)[:, None]
+    assert (change == np.where(can, q * (chips + moved), 0)).all()
+    assert ((view ^ original) & 0x8000 == 0).all()
+    assert ((view & 0x7FFF)[can] > 0).all()
+    assert ((view & 0x7FFF)[can] < 0x7C00).all()
+    assert all(copy[20 * k + 4 : 20 * k + 20] == bytes(16) for k in range(32)), "nothing but the scales"
 
 
 @pytest.mark.parametrize("dtype", STEPS)

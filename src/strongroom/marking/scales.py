@@ -44,13 +44,15 @@ def dequantised(data: Any, dtype: str) -> NDArray[np.float32]:
 
 def scales(data: Any, dtype: str, leak: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """What a mark's estimators take of elements in `data` and the same of a leak, flat: the integers (n,), and the
-    leak's values (n,), NaN where it says nothing. Of a block it is its first scale field, and the scale that fits the
-    leak's weights best."""
+    leak's values (n,), NaN where it says nothing. Of a block it is its first scale field (0 if it is no number), and
+    the scale that fits the leak's weights best."""
     item = ITEMS[dtype]
     bits = integers(dtype, data, 0, 0, len(data) // item.bytes)
     if not item.is_block:
         return bits, leak
-    bits = np.ascontiguousarray(bits[:, 0])
+    bits = bits[:, 0].copy()
+    # A scale that is no number carries no mark, and would silence all that are estimated together with it.
+    bits[~np.isfinite(values(bits, dtype))] = 0
     # As float64 nothing overflows: a leak's weights are under 1e9, and the original's are F16 times small integers.
     w = numbers(data, dtype).reshape(-1, item.weights).astype(np.float64)
     seen = leak.reshape(w.shape).astype(np.float64)

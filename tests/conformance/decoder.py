@@ -194,8 +194,6 @@ BLOCKS = {
     "IQ1_S": (256, 50, 0, 1),
     "IQ4_NL": (32, 18, 0, 1),
     "IQ4_XS": (256, 136, 0, 1),
-    "TQ1_0": (256, 54, 52, 1),
-    "TQ2_0": (256, 66, 64, 1),
 }
 BLOCKS_FORMAT = 2  # of a layout with runs of block types
 Run = tuple[int, int, str]
@@ -871,8 +869,6 @@ GGML_TYPES = {
     23: "IQ4_XS",
     28: "F64",
     30: "BF16",
-    34: "TQ1_0",
-    35: "TQ2_0",
 }
 
 

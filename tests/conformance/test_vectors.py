@@ -109,7 +109,7 @@ def test_vectors_show_what_they_say() -> None:
 
     layout, marked, _ = segments(VECTORS / "gguf-blocks")
     assert {kind for _, _, kind in layout.runs} >= set(decoder.BLOCKS)
-    assert {kind for pieces in marked for _, _, kind, _ in pieces} >= {"Q8_0", "Q5_1", "Q4_K", "Q6_K", "TQ1_0"}
+    assert {kind for pieces in marked for _, _, kind, _ in pieces} >= {"Q8_0", "Q5_1", "Q4_K", "Q6_K"}
     cut = {k for pieces in marked for b, _, k, origin in pieces if k in decoder.BLOCKS and b > origin}
     assert len(cut) > 4, "blocks that begin in one segment and end in the next"
     old, _, _ = segments(VECTORS / "gguf")

@@ -36,6 +36,7 @@ def _block(weights: int, size: int, at: int = 0, fields: int = 1) -> Item:
     return Item(size, 2, weights, at, fields)
 
 
+# Not ternary ones, TQ1_0 and TQ2_0: a tensor of them has one scale in all its blocks, so the commonest is the original.
 ITEMS: Mapping[str, Item] = MappingProxyType(
     {
         "BF16": Item(2, 2),
@@ -60,7 +61,5 @@ ITEMS: Mapping[str, Item] = MappingProxyType(
         "IQ1_S": _block(256, 50),
         "IQ4_NL": _block(32, 18),
         "IQ4_XS": _block(256, 136),
-        "TQ1_0": _block(256, 54, 52),
-        "TQ2_0": _block(256, 66, 64),
     }
 )

@@ -90,11 +90,12 @@ def test_a_segment_may_cross_from_one_type_into_another():
 BLOCKS = sorted(dtype for dtype, item in ITEMS.items() if item.is_block)
 
 
-def blocks(dtype, count, seed=1):
-    """Random blocks whose scales are ordinary numbers of either sign, some of them denormal; uint8 (count, bytes)."""
+def blocks(dtype, count, seed=1, low=-16, high=-2):
+    """Random blocks whose scales are numbers of either sign from 2^low to 2^high, those below 2^-14 denormal; uint8
+    (count, bytes)."""
     rng, item = np.random.default_rng(seed), ITEMS[dtype]
     found = rng.integers(0, 256, (count, item.bytes), dtype=np.uint8)
-    scales = rng.choice([-1, 1], (count, item.fields)) * 2.0 ** rng.uniform(-16, -2, (count, item.fields))
+    scales = rng.choice([-1, 1], (count, item.fields)) * 2.0 ** rng.uniform(low, high, (count, item.fields))
     found[:, item.at : item.at + 2 * item.fields] = scales.astype("<f2").view(np.uint8)
     return found
 

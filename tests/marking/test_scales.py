@@ -1,13 +1,20 @@
 """A block for one number: the scale that fits a leak best."""
 
+import sys
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marking.test_mark import BLOCKS, blocks
+from strongroom.errors import UsageError
 from strongroom.formats.items import ITEMS
+from strongroom.formats.layout import Layout, Run
 from strongroom.marking.elements import values
+from strongroom.marking.estimate import Estimator
+from strongroom.marking.mark import Marker
 from strongroom.marking.scales import dequantised, numbers, scales
 
 pytest.importorskip("gguf")
@@ -69,3 +76,42 @@ def test_floats_are_what_they_are():
     bits, seen = scales(np.arange(8, dtype="<u2").tobytes(), "BF16", leak)
     assert seen is leak
     assert bits.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("dtype", BLOCKS)
+@pytest.mark.parametrize(("skipped", "low"), [(0, -11), (4, -11), (1740, -16.5)])
+def test_every_position_says_which_variant_it_is(dtype, skipped, low):
+    """Of a run that begins anywhere, taken in as two tensors and a last block that is not there; also by scales that
+    are denormal."""
+    item = ITEMS[dtype]
+    count = 90_000 // item.bytes
+    data = blocks(dtype, count, seed=3, low=low, high=low + 1.5)
+    size = skipped + data.size
+    image = np.concatenate([np.zeros(skipped, np.uint8), data.reshape(-1), np.zeros(-size % 64, np.uint8)])
+    files = Layout.place([("m", "opaque", image.size, 0)])
+    layout = Layout.plan(files, [Run(skipped, size, dtype)], share=Fraction(1, 2), positions=64)
+    marker = Marker(bytes(range(32)), layout)
+    word = np.random.default_rng(1).integers(0, 2, layout.positions)
+    given = image.copy()
+    for position, start in enumerate(layout.marked_starts):
+        here = slice(int(start), int(start) + layout.marked)
+        given[here] = np.frombuffer(marker.variants(position, memoryview(image[here].tobytes()))[word[position]], "u1")
+    estimator = Estimator(layout, marker)
+    middle = count // 3
+    for first, stop in ((0, middle), (middle, count - 1)):
+        begin, end = (skipped + k * item.bytes for k in (first, stop))
+        bits, leak = scales(image[begin:end].tobytes(), dtype, numbers(given[begin:end].tobytes(), dtype))
+        estimator.add(begin, dtype, bits, leak)
+    found = estimator.done()
+    said = found.information > 0
+    assert found.used >= layout.positions - 2 > 6  # but for those of which no part has enough blocks
+    share = found.n[said] / found.information[said]
+    assert (np.sign(share) == 1 - 2 * word[said]).all()
+    assert np.median(np.abs(share)) > 0.7
+
+
+def test_without_the_package_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UsageError, match=r"Q8_0 takes the gguf package") as caught:
+        dequantised(bytes(34), "Q8_0")
+    assert "strongroom[trace]" in caught.value.hint

@@ -188,7 +188,13 @@ def as_converted(tensors):
     return found
 
 
+def folded(tensors):
+    rng = np.random.default_rng(2)
+    return {name: array * rng.uniform(0.5, 2, array.shape[-1]).astype(np.float32) for name, array in tensors.items()}
+
+
 ATTACKS = {
+    "norms folded in": folded,
     "dequantised": lambda tensors: tensors,
     "to Q8_0": requantised("Q8_0"),
     "to Q4_0": requantised("Q4_0"),
@@ -207,6 +213,8 @@ def test_the_leaked_file_names_its_holder(room, tmp_path, copy):
     assert (found["verdict"], found["weights"], found["marked"]) == ("named", REF, True)
     assert [each["holder"] for each in found["accused"]] == [holder]
     assert found["accused"][0]["false_accusation"] <= found["false_accusation_bound"] == 1e-9
+    # Blocks moved as a whole are few in a row, but no rescaling of rows.
+    assert found["transformations"] == []
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

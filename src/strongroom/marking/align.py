@@ -196,13 +196,13 @@ def _nearest(a: Matrix, b: Matrix) -> Index:
     return nearest
 
 
-def rescaled(original: Matrix, leak: Matrix) -> tuple[Matrix, tuple[str, ...]]:
+def rescaled(original: Matrix, leak: Matrix, grain: int = 1) -> tuple[Matrix, tuple[str, ...]]:
     """`leak` without a factor for each row and for each column, where such factors explain much of what differs; and
-    which were found."""
+    which were found. `grain`: how many neighbours of a row a mark moves together."""
     found: dict[str, None] = {}
     for _ in range(_PASSES):  # either is estimated the better, the better the other is known
         for axis, what in ((0, "columns rescaled"), (1, "rows rescaled")):
-            factor = _factor(original, leak, axis)
+            factor = _factor(original, leak, axis, grain if axis else 1)
             if factor is not None:
                 leak = leak / factor
                 found[what] = None
@@ -211,7 +211,7 @@ def rescaled(original: Matrix, leak: Matrix) -> tuple[Matrix, tuple[str, ...]]:
     return leak, tuple(found)
 
 
-def _factor(original: Matrix, leak: Matrix, axis: int) -> Matrix | None:
+def _factor(original: Matrix, leak: Matrix, axis: int, grain: int) -> Matrix | None:
     """A factor for each column (`axis` 0) or row (1), None where it explains little."""
     silent = ~np.isfinite(leak)
     seen = np.where(silent, np.float32(0), leak)
@@ -223,8 +223,10 @@ def _factor(original: Matrix, leak: Matrix, axis: int) -> Matrix | None:
     shaped = np.asarray(factor[None, :] if axis == 0 else factor[:, None], np.float32)
     before = float(np.square(seen - kept, dtype=np.float64).sum())
     after = float(np.square(seen / shaped - kept, dtype=np.float64).sum())
-    # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling.
-    worth = after < _WORTH * (1 - 1 / leak.shape[axis]) * before and np.abs(factor - 1).max() > 1e-3
+    # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling. Of marked blocks one
+    # for each row takes out a share 1 / blocks of the mark, or by chance twice that: they are few.
+    share = (grain if grain == 1 else 2 * grain) / leak.shape[axis]
+    worth = after < _WORTH * (1 - share) * before and np.abs(factor - 1).max() > 1e-3
     return shaped if worth else None
 
 

@@ -324,7 +324,7 @@ class Comparison:
             begin = each.begin + lead * item.bytes
             data = self._originals.read(begin, begin + count // item.weights * item.bytes)
             w = numbers(data, dtype)
-            seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width))
+            seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width), item.weights)
             if not item.is_block:
                 seen = unrounded(w, seen.reshape(-1), first)
             bits, seen = scales(data, dtype, seen.reshape(-1))
@@ -367,7 +367,7 @@ class Comparison:
         leak = leak.reshape(-1, width)
         if not np.isfinite(leak).any():
             return None
-        seen, found = rescaled(original, leak)
+        seen, found = rescaled(original, leak, ITEMS[each.info.dtype.name].weights)
         self.tensors[k].transformations += sorted(found)
         if "columns rescaled" not in found:
             return None

@@ -4,10 +4,14 @@ for again."""
 from __future__ import annotations
 
 import dataclasses
+import json
+from typing import ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from strongroom.core import canonical
 from strongroom.crypto.copying import CopyCipher, copying_key
@@ -15,6 +19,11 @@ from strongroom.errors import Conflict, Denied, NotFound, StrongroomError, Tampe
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
 from strongroom.load.copy import CopyReader
 from strongroom.load.receive import receive
+from strongroom.marking.code import Code
+from strongroom.vault.copies import Copy
+from strongroom.vault.originals import Originals
+from strongroom.vault.source import ModelSource
+from strongroom.vault.vault import Vault
 from vault.test_release import REF, hall, template  # noqa: F401 - fixtures
 
 BUNDLE = CopyBundle(
@@ -232,3 +241,46 @@ def test_a_copy_is_another_for_each_holder_and_the_same_for_one(taken):
     assert one == two
     with hall.room("user/ana") as room, pytest.raises(Denied):
         receive(hall.vault, room._say, "user/amy", REF, "copy")
+
+
+class TestWhatGivesTheLogits:
+    """It is marked as all else, and not stamped: it would cost as much quality as all of the rest."""
+
+    LLAMA = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    CAUSAL: ClassVar = {"architectures": ["LlamaForCausalLM"]}
+
+    @pytest.mark.parametrize(
+        ("names", "config", "spared"),
+        [
+            (LLAMA, CAUSAL, {"model.embed_tokens.weight"}),
+            ((*LLAMA, "lm_head.weight"), CAUSAL, {"lm_head.weight"}),
+            ((*LLAMA, "lm_head.weight"), None, {"lm_head.weight"}),
+            ((*LLAMA, "language_model.lm_head.weight"), {}, {"language_model.lm_head.weight"}),
+            (LLAMA, None, set()),
+            (LLAMA, [1], set()),
+            (LLAMA, {"architectures": "LlamaForCausalLM"}, set()),
+            (LLAMA, {"architectures": [None, 3]}, set()),
+            (("embeddings.word_embeddings.weight",), {"architectures": ["BertModel"]}, set()),
+            (("transformer.wte.weight",), {"architectures": ["GPT2LMHeadModel"]}, {"transformer.wte.weight"}),
+            (("encoder.layer.0.attention.output.weight", "output.weight"), None, {"output.weight"}),
+        ],
+    )
+    def test_has_no_stamp(self, tmp_path, names, config, spared):
+        model = tmp_path / "model"
+        model.mkdir()
+        tensors = {name: np.random.default_rng(k).random((256, 64), np.float32) for k, name in enumerate(names)}
+        save_file(tensors, model / "model.safetensors")
+        if config is not None:
+            (model / "config.json").write_text(json.dumps(config))
+        vault, _ = Vault.init(tmp_path / "room", owner="user/owner", custody="solo")
+        vault.put(ModelSource.scan(model), "m", by="user/owner")
+        record = vault.record(vault.find("m"))
+        originals = Originals(vault.image(record), record)
+        placed = {each.info.name: each for each in originals.tensors()}
+        assert {name for name in placed if not placed[name].stamped} == spared
+        assert all(each.marked for each in placed.values())
+        copy = Copy(originals, record, "user/ana")
+        word = Code(record.code_key, originals.layout.positions, record.colluders).word("user/ana")
+        for name, each in placed.items():
+            loaded = bytes(originals.read_given(each.begin, each.end, word)[1])
+            assert (bytes(copy.read(each.begin, each.end)) == loaded) == (name in spared)

@@ -22,7 +22,7 @@ from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.requantise import unrounded
 from strongroom.marking.scales import numbers, scales
-from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
+from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.unmasking import Reading, Unmasking
@@ -303,7 +303,7 @@ class Comparison:
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
             found.estimator.add(low, dtype, bits, leak)
-            if each.info.elements >= LEAST_ELEMENTS:
+            if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
         return count
@@ -329,7 +329,7 @@ class Comparison:
                 seen = unrounded(w, seen.reshape(-1), first)
             bits, seen = scales(data, dtype, seen.reshape(-1))
             found.estimator.add(begin, dtype, bits, seen)
-            if size >= LEAST_ELEMENTS:
+            if each.stamped:
                 if not item.is_block:
                     bits, seen = bits.reshape(-1, width), seen.reshape(-1, width)
                 found.matched.add(tag, lead, dtype, bits, seen)

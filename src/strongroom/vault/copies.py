@@ -18,7 +18,7 @@ from strongroom.formats.items import ITEMS
 from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
-from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
+from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.originals import Originals
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Copy:
         self._originals = originals
         self._word = Code(record.code_key, originals.layout.positions, record.colluders).word(holder)
         self._stamp = Stamp(record.stamp_key, holder)
-        self._stamped = [each for each in originals.tensors() if each.marked and each.info.elements >= LEAST_ELEMENTS]
+        self._stamped = [each for each in originals.tensors() if each.stamped]
         self._begins = [each.begin for each in self._stamped]
 
     @property

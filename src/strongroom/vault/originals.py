@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import json
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,18 +16,29 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.mark import Marker
+from strongroom.marking.stamp import LEAST_ELEMENTS
 from strongroom.storage.image import SealedImage
 from strongroom.storage.reader import ImageReader
 from strongroom.vault.record import VersionRecord
 
+_CONFIG = 1 << 20  # bytes: no config.json is larger
+# What multiplies the last hidden state into logits, by the names that the usual libraries give it; and what does so too
+# where a language model has no such tensor: its embedding, whose last tensor of output.* is a norm in GGUF.
+_OUTPUT = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight|output\.weight")
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|token_embd|shared)\.weight")
+_GGUF_NORM = "output_norm.weight"
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
 
 class Placed(NamedTuple):
-    """A tensor, the bytes of the image that hold it, and whether its elements carry marks (container.md, section 3)."""
+    """A tensor, the bytes of the image that hold it, whether its elements carry marks (container.md, section 3), and
+    whether copies have a stamp in it (mark.md, section 2)."""
 
     info: TensorInfo
     begin: int
     end: int
     marked: bool
+    stamped: bool
 
 
 class Originals:
@@ -125,7 +139,37 @@ class Originals:
                 for info in self._infos(file):
                     begin, end = file.offset + info.begin, file.offset + info.end
                     # By what was marked then, which may be less than what this release marks.
-                    yield Placed(info, begin, end, self.layout.markable(begin, end))
+                    marked = self.layout.markable(begin, end)
+                    stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
+                    yield Placed(info, begin, end, marked, stamped)
+
+    @cached_property
+    def _spared(self) -> frozenset[str]:
+        """The tensors that give a language model's logits: a stamp there would go into them unsmoothed, and cost as much
+        quality as all the others together."""
+        names = [info.name for file in self.layout.files if file.kind != "opaque" for info in self._infos(file)]
+        found = [name for name in names if _OUTPUT.fullmatch(name)]
+        if not found and (_GGUF_NORM in names or self._language_model()):
+            found = [name for name in names if _EMBEDDING.fullmatch(name)]
+        return frozenset(found)
+
+    def _language_model(self) -> bool:
+        architectures = self.config().get("architectures")
+        return isinstance(architectures, Sequence) and any(
+            str(each).endswith(_LANGUAGE_MODELS) for each in architectures
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The version's config.json, if it has one that can be read; else nothing."""
+        for file in self.layout.files:
+            if file.kind == "opaque" and file.path.rpartition("/")[2] == "config.json" and file.bytes <= _CONFIG:
+                try:
+                    value = json.loads(bytes(self.read(file.offset, file.end)))
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(value, dict):
+                    return value
+        return {}
 
     def _infos(self, file: FileEntry) -> list[TensorInfo]:
         def read(offset: int, size: int) -> bytes:

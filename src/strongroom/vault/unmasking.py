@@ -6,7 +6,6 @@ The rotation is read from the embedding in pieces, and other tensors are read on
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -28,7 +27,6 @@ _ROWS = 32  # rows of the embedding for each element of the residual stream are 
 _PIECE = 1 << 22  # elements
 _WHOLE = 1 << 28  # elements of a tensor that is read whole
 _TRIED = 6  # partners that a tensor is looked for in
-_CONFIG = 1 << 20  # bytes: no config.json is larger
 _EMBEDDING = re.compile(r"emb|wte")
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
 
@@ -215,13 +213,10 @@ def _apart(a: Array, b: Array) -> float:
 
 def _heads(originals: Originals) -> tuple[int, ...]:
     """How many rows a head has, as the version's config.json says; empty where it does not."""
-    for file in originals.layout.files:
-        if file.kind == "opaque" and file.path.rpartition("/")[2] == "config.json" and file.bytes <= _CONFIG:
-            try:
-                found = json.loads(bytes(originals.read(file.offset, file.end)))
-                width = found.get("hidden_size") or found.get("n_embd")
-                size = found.get("head_dim") or width // (found.get("num_attention_heads") or found["n_head"])
-            except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError):
-                return ()
-            return (size,) if isinstance(size, int) and 2 <= size <= 4096 else ()
-    return ()
+    found = originals.config()
+    try:
+        width = found.get("hidden_size") or found["n_embd"]
+        size = found.get("head_dim") or width // (found.get("num_attention_heads") or found["n_head"])
+    except (KeyError, TypeError, ZeroDivisionError):
+        return ()
+    return (size,) if isinstance(size, int) and 2 <= size <= 4096 else ()

@@ -145,8 +145,8 @@ class Originals:
 
     @cached_property
     def _spared(self) -> frozenset[str]:
-        """The tensors that give a language model's logits: a stamp there would go into them unsmoothed, and cost as much
-        quality as all the others together."""
+        """The tensors that give a language model's logits: a stamp there would go into them unsmoothed, and cost as
+        much quality as all the others together."""
         names = [info.name for file in self.layout.files if file.kind != "opaque" for info in self._infos(file)]
         found = [name for name in names if _OUTPUT.fullmatch(name)]
         if not found and (_GGUF_NORM in names or self._language_model()):

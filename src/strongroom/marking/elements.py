@@ -42,7 +42,8 @@ class Step(NamedTuple):
         # Twice the least normal magnitude, and half an octave below the greatest: a chip and a step of layer 1 together
         # never carry into the sign, and never leave the normal numbers.
         octave, magnitude = self.integer.type(self.least), self.magnitudes(bits)
-        can: NDArray[np.bool_] = (magnitude >= 2 * octave) & (magnitude < self.integer.type(self.most + 1) - octave)
+        magnitude -= 2 * octave  # what is less than that wraps round, and is far too large: one comparison says both
+        can: NDArray[np.bool_] = magnitude < self.integer.type(self.most + 1) - 3 * octave
         return can
 
     def sizes(self, bits: NDArray[Any]) -> NDArray[Any] | Any:  # noqa: ARG002 - the same for all elements

@@ -17,6 +17,7 @@ from strongroom.marking.elements import step_of
 
 LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
 BLOCK = 16  # elements whose chips are one block of the cipher
+_CACHED = 1 << 15  # elements at a time: what is worked on stays in the cache
 
 
 def tensor_tag(begin: int) -> bytes:
@@ -51,21 +52,31 @@ class Stamp:
         skip = first % 16
         stream = keystream(self._key, skip + count, offset=first - skip, nonce=tag)
         ones = np.bitwise_count(np.frombuffer(stream, np.uint8, offset=skip))
-        return (ones - np.uint8(4)).view(np.int8)
+        ones -= np.uint8(4)
+        return ones.view(np.int8)
 
     def chips_of(self, blocks: bytes) -> NDArray[np.int8]:
         """int8 (16 n,): the chips of the n blocks of 16 elements that `stamp_blocks` has named, wherever they are."""
         ones = np.bitwise_count(np.frombuffer(scattered_keystream(self._key, blocks), np.uint8))
-        return (ones - np.uint8(4)).view(np.int8)
+        ones -= np.uint8(4)
+        return ones.view(np.int8)
 
     def apply(self, dtype: str, tag: bytes, first: int, original: NDArray[Any], copy: NDArray[Any]) -> None:
         """Stamp `copy` in place: integers of a run of elements of a tensor, from its element `first` on, as `integers`
-        gives them; `original` has the same elements without any mark."""
+        gives them; `original` has the same elements without any mark, and is `copy` itself where that has none."""
         step = step_of(dtype)
-        chips = self.chips(tag, first, len(copy)).astype(f"<i{step.integer.itemsize}")
-        if copy.ndim > 1:  # the fields of a block have the chip of the block
-            chips = np.repeat(chips[:, None], copy.shape[1], axis=1)
-        chips *= np.asarray(step.sizes(original)).astype(chips.dtype)
-        chips[~stampable(original, dtype)] = 0
-        # Magnitudes move, whatever the sign: its bit is never reached.
-        copy += chips.view(step.integer)
+        signed = f"<i{step.integer.itemsize}"
+        at = 0
+        while at < len(copy):
+            # Up to a multiple of BLOCK, so that only the first block of chips is drawn in part.
+            end = min(len(copy), at + _CACHED - (first + at) % BLOCK)
+            chips, here = self.chips(tag, first + at, end - at), original[at:end]
+            if copy.ndim > 1:  # the fields of a block have the chip of the block
+                chips = np.repeat(chips[:, None], copy.shape[1], axis=1)
+            chips *= stampable(here, dtype).view(np.int8)
+            moves = chips.astype(signed)
+            if step.q > 1:
+                moves *= np.asarray(step.sizes(here)).astype(signed)
+            # Magnitudes move, whatever the sign: its bit is never reached.
+            copy[at:end] += moves.view(step.integer)
+            at = end

@@ -11,7 +11,7 @@ import contextlib
 import hmac
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -224,28 +224,31 @@ class SealedImage:
         check_commitment(key, commit, position)
         self.cipher.open_into(AESGCM(key), pack.id[:12], VARIANT_A + variant, position, sealed, digest, out)
 
-    def read_stripe(self, first: int, bundle: KeyBundle, out: memoryview, scratch: memoryview) -> None:
-        """Step 6 for the marked segments from position `first` that fill `out`, as `bundle` opens them.
+    def read_stripe(self, first: int, wanted: Sequence[tuple[KeyBundle, memoryview]], scratch: memoryview) -> None:
+        """Step 6 for the marked segments from position `first` that fill each memory of `wanted`, all of one size, as
+        the bundle beside it opens them.
 
         Both variants of neighbouring positions are fetched in one read: on a disk that costs less than many small ones,
         on an object store far less.
         """
         size, sealed_size = self.layout.marked, self._sealed_marked
-        position, end = first, first + len(out) // size
+        position, end = first, first + len(wanted[0][1]) // size
         while position < end:
             pack = self.pack_of(MARKED, position)
             trailer, count = self.trailer(pack), min(end, pack.end, position + self._batch) - position
             sealed = scratch[: 2 * count * sealed_size]
             self._fetch(pack, 2 * (position - pack.first) * sealed_size, sealed)
-            self.cipher.open_variants(
-                position,
-                [bundle.variant(k) for k in range(position, position + count)],
-                [bundle.variant_key(k) for k in range(position, position + count)],
-                trailer.marked_records(position, count),
-                pack.id[:12],
-                sealed,
-                out[(position - first) * size : (position - first + count) * size],
-            )
+            records = trailer.marked_records(position, count)
+            for bundle, out in wanted:
+                self.cipher.open_variants(
+                    position,
+                    [bundle.variant(k) for k in range(position, position + count)],
+                    [bundle.variant_key(k) for k in range(position, position + count)],
+                    records,
+                    pack.id[:12],
+                    sealed,
+                    out[(position - first) * size : (position - first + count) * size],
+                )
             position += count
 
     def _fetch(self, pack: PackEntry, offset: int, sealed: memoryview) -> None:

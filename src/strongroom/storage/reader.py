@@ -133,7 +133,7 @@ class ImageReader:
         end = start + count * layout.marked
         if window.begin <= start and end <= window.end:
             stripe = window.out[start - window.begin : end - window.begin]
-            self._sealed.read_stripe(int(layout.first_positions[number]), bundle, stripe, scratch)
+            self._sealed.read_stripe(int(layout.first_positions[number]), [(bundle, stripe)], scratch)
             return
         for segment in layout.stripe(number):
             target = window.target(segment)

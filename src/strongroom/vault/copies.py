@@ -49,19 +49,26 @@ class Copy:
 
     def read(self, begin: int, end: int) -> memoryview:
         """Bytes `begin` to `end` of the image, marked and stamped. `begin` is a multiple of 8: no element is cut."""
-        original, copy = self._originals.read_given(begin, end, self._word)
-        for each in self._stamped[max(0, bisect_right(self._begins, begin) - 1) :]:
+        copy = memoryview(bytearray(end - begin))
+        # Stretch by stretch: each is stamped while the cache still has it.
+        for start, given, original in self._originals.read_given(begin, end, self._word, copy):
+            self._apply(start, given, original)
+        return copy
+
+    def _apply(self, start: int, given: memoryview, original: memoryview) -> None:
+        """Stamp what is `given` from byte `start` of the image on."""
+        end = start + len(given)
+        for each in self._stamped[max(0, bisect_right(self._begins, start) - 1) :]:
             if each.begin >= end:
                 break
-            low, high = max(each.begin, begin), min(each.end, end)
+            low, high = max(each.begin, start), min(each.end, end)
             if low >= high:
                 continue
             dtype = each.info.dtype.name
-            # An element may end beyond this range, which a stamp never asks for: pieces end at multiples of 8.
+            # What is marked of an element is never cut: neither by a piece nor by a segment.
             first, stop = ITEMS[dtype].within(low - each.begin, high - each.begin)
-            here = [integers(dtype, data, each.begin - begin, first, stop) for data in (original, copy)]
+            here = [integers(dtype, data, each.begin - start, first, stop) for data in (original, given)]
             self._stamp.apply(dtype, tensor_tag(each.begin), first, *here)
-        return copy
 
 
 class _Opened(NamedTuple):

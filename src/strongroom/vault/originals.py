@@ -18,7 +18,6 @@ from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.mark import Marker
 from strongroom.marking.stamp import LEAST_ELEMENTS
 from strongroom.storage.image import SealedImage
-from strongroom.storage.reader import ImageReader
 from strongroom.vault.record import VersionRecord
 
 _CONFIG = 1 << 20  # bytes: no config.json is larger
@@ -44,13 +43,12 @@ class Placed(NamedTuple):
 class Originals:
     """The unmarked image of one version, any range of it: the midpoint of both variants, which is exact. Thread-safe.
 
-    `image` is the custodian's own. Reading raises what `ImageReader` raises.
+    `image` is the custodian's own. Reading raises what `SealedImage` raises.
     """
 
     def __init__(self, image: SealedImage, record: VersionRecord) -> None:
         self._sealed, self._keys = image, VersionKeys.of(record.version_key, image.manifest.positions)
-        a, self._b = (self._bundle(record, variant) for variant in (0, 1))
-        self._reader = ImageReader(image.blobs, a, sealed=image)
+        self._a, self._b = (self._bundle(record, variant) for variant in (0, 1))
         self.layout = image.layout
         self.marker = Marker(record.mark_key, self.layout)
 
@@ -75,50 +73,62 @@ class Originals:
 
     def read(self, begin: int, end: int) -> memoryview:
         """The unmarked bytes `begin` to `end` of the image, in fresh memory."""
-        original, _, low = self._whole(begin, end)
-        return original[begin - low : end - low]
+        out = memoryview(bytearray(end - begin))
+        for _, there, original in self.read_given(begin, end, None, out):
+            if there is not original:
+                there[:] = original
+        return out
 
-    def read_given(self, begin: int, end: int, word: bytes) -> tuple[memoryview, memoryview]:
-        """The unmarked bytes, and the same as the holder of `word` was given them (layer 1)."""
-        original, given, low = self._whole(begin, end, word)
-        return original[begin - low : end - low], given[begin - low : end - low]
+    def read_given(
+        self, begin: int, end: int, word: bytes | None, out: memoryview
+    ) -> Iterator[tuple[int, memoryview, memoryview]]:
+        """Bytes `begin` to `end` of the image, into `out`, as the holder of `word` was given them (layer 1); without a
+        word `out` stays as it is where there are marked segments.
 
-    def _whole(self, begin: int, end: int, word: bytes | None = None) -> tuple[memoryview, memoryview, int]:
-        """Both, and where they begin: from the first common segment that is touched on."""
-        layout = self.layout
-        first, stop = layout.stripes_touched(begin, end)
-        if first >= stop:
-            return memoryview(b""), memoryview(b""), begin
-        low = int(layout.common_starts[first])
-        high = layout.common_segment(stop - 1).end + layout.stripes[stop - 1] * layout.marked
-        given = self._reader.read(low, high)
-        original = memoryview(bytearray(given)) if word is not None else given
-        scratch = self._sealed.scratch()
-        for number in range(first, stop):
-            count = layout.stripes[number]
-            if not count:
-                continue
-            at, position = layout.common_segment(number).end - low, int(layout.first_positions[number])
-            size = count * layout.marked
-            b = memoryview(bytearray(size))
-            self._sealed.read_stripe(position, self._b, b, scratch)
-            original[at : at + size] = self.marker.original(position, given[at : at + size], b)
-            for k in range(count) if word is not None else ():
-                if word is not None and word[(position + k) >> 3] >> ((position + k) & 7) & 1:
-                    piece = slice(at + k * layout.marked, at + (k + 1) * layout.marked)
-                    given[piece] = b[k * layout.marked : (k + 1) * layout.marked]
-        return original, given, low
+        Yields, as they are read, where a stretch begins in the image, its place in `out`, and its unmarked bytes, which
+        are the same memory where no mark is."""
+        layout, scratch = self.layout, self._sealed.scratch()
+        for number in range(*layout.stripes_touched(begin, end)):
+            segment = layout.common_segment(number)
+            low, high = max(begin, segment.start), min(end, segment.end)
+            if low < high:
+                there = out[low - begin : high - begin]
+                if high - low == segment.bytes:
+                    self._sealed.read_common(number, there, scratch)
+                else:
+                    whole = memoryview(bytearray(segment.bytes))
+                    self._sealed.read_common(number, whole, scratch)
+                    there[:] = whole[low - segment.start : high - segment.start]
+                yield low, there, there
+            size, start = layout.stripes[number] * layout.marked, segment.end
+            low, high = max(begin, start), min(end, start + size)
+            if low < high:
+                a, b = self._variants(number, scratch)
+                position, there = int(layout.first_positions[number]), out[low - begin : high - begin]
+                if word is not None:
+                    there[:] = self._chosen(position, word, a, b)[low - start : high - start]
+                yield low, there, self.marker.original(position, a, b)[low - start : high - start]
+
+    def _variants(self, number: int, scratch: memoryview) -> tuple[memoryview, memoryview]:
+        """Variants A and B of the marked segments behind common segment `number`."""
+        size = self.layout.stripes[number] * self.layout.marked
+        a, b = (memoryview(bytearray(size)) for _ in range(2))
+        self._sealed.read_stripe(int(self.layout.first_positions[number]), [(self._a, a), (self._b, b)], scratch)
+        return a, b
+
+    def _chosen(self, first: int, word: bytes, a: memoryview, b: memoryview) -> memoryview:
+        """Of the marked segments from position `first` the variants that `word` names."""
+        count = len(a) // self.layout.marked
+        bits = np.unpackbits(np.frombuffer(word, np.uint8), bitorder="little")[first : first + count]
+        zero, one = (np.frombuffer(each, np.uint64).reshape(count, -1) for each in (a, b))  # multiples of 64 bytes
+        return memoryview(np.where(bits[:, None] == 1, one, zero).reshape(-1)).cast("B")
 
     def marked(self, number: int) -> memoryview:
         """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""
-        position, count = int(self.layout.first_positions[number]), self.layout.stripes[number]
-        if not count:
+        if not self.layout.stripes[number]:
             return memoryview(b"")
-        scratch = self._sealed.scratch()
-        both = [memoryview(bytearray(count * self.layout.marked)) for _ in (0, 1)]
-        for bundle, out in zip((self._reader.bundle, self._b), both, strict=True):
-            self._sealed.read_stripe(position, bundle, out, scratch)
-        return self.marker.original(position, *both)
+        a, b = self._variants(number, self._sealed.scratch())
+        return self.marker.original(int(self.layout.first_positions[number]), a, b)
 
     def segments(self) -> Iterator[tuple[Segment, memoryview]]:
         """Every segment with its unmarked bytes, in the order of the image, as it is read."""

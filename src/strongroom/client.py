@@ -232,7 +232,8 @@ class Room:
         found = receive(self._vault, self._say, self.principal, ref, "copy")
         bundle = found.bundle
         assert isinstance(bundle, CopyBundle)  # noqa: S101 - `receive` has asked for one
-        written = write_copy(CopyReader(self._vault, found, bundle), folder, progress=progress)
+        with CopyReader(self._vault, found, bundle) as reader:
+            written = write_copy(reader, folder, progress=progress)
         size = sum(count for _, count in written)
         body = {"ref": bundle.ref, "holder": to, "release": found.index, "files": len(written), "bytes": size}
         entry = self._act("copy", body)["entry"]

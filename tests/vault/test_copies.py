@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from typing import ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from strongroom.core import canonical
 from strongroom.crypto.copying import CopyCipher, copying_key
 from strongroom.errors import Conflict, Denied, NotFound, StrongroomError, Tampered, Truncated
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
+from strongroom.load.ahead import Ahead
 from strongroom.load.copy import CopyReader
 from strongroom.load.receive import receive
 from strongroom.marking.code import Code
@@ -282,5 +284,77 @@ class TestWhatGivesTheLogits:
         copy = Copy(originals, record, "user/ana")
         word = Code(record.code_key, originals.layout.positions, record.colluders).word("user/ana")
         for name, each in placed.items():
-            loaded = bytes(originals.read_given(each.begin, each.end, word)[1])
+            loaded = bytearray(each.end - each.begin)
+            assert list(originals.read_given(each.begin, each.end, word, memoryview(loaded)))
             assert (bytes(copy.read(each.begin, each.end)) == loaded) == (name in spared)
+
+
+class TestAhead:
+    """What is fetched while something else is done with what came before."""
+
+    def test_comes_in_order_and_never_more_than_two_pieces_early(self):
+        begun, allowed = [], threading.Semaphore(0)
+
+        def fetch(number):
+            begun.append(number)
+            allowed.acquire()
+            return b"%d" % number
+
+        with Ahead(fetch, 9) as ahead:
+            for number in range(9):
+                allowed.release()
+                allowed.release()
+                assert ahead.take(number) == b"%d" % number
+                assert max(begun) <= number + 2
+        assert sorted(begun) == list(range(9))
+
+    def test_two_are_under_way_at_once(self):
+        both = threading.Barrier(2, timeout=30)
+
+        def fetch(number):
+            if number < 2:
+                both.wait()  # neither comes back unless both were asked for
+            return bytes([number])
+
+        with Ahead(fetch, 2) as ahead:
+            assert [ahead.take(0), ahead.take(1)] == [b"\0", b"\1"]
+
+    def test_an_error_is_raised_where_its_piece_is_taken(self):
+        def fetch(number):
+            if number == 2:
+                raise Truncated("copy.truncated", "piece 2 did not come whole")
+            return bytes([number])
+
+        with Ahead(fetch, 9) as ahead:
+            assert ahead.take(0) + ahead.take(1) == b"\0\1"
+            with pytest.raises(Truncated):
+                ahead.take(2)
+
+    def test_nothing_is_fetched_once_nobody_wants_more(self):
+        begun = []
+
+        def fetch(number):
+            begun.append(number)
+            return bytes([number])
+
+        def stopped():
+            with Ahead(fetch, 99) as ahead:
+                ahead.take(0)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+        assert max(begun) <= 2
+        assert not [each for each in threading.enumerate() if each.name == "strongroom-ahead"]
+
+    def test_going_back_fetches_again(self):
+        with Ahead(lambda number: bytes([number]), 9) as ahead:
+            assert [ahead.take(number) for number in (5, 0, 8, 7)] == [b"\5", b"\0", b"\x08", b"\x07"]
+        assert Ahead(lambda number: bytes([number]), 9).take(3) == b"\3"  # without threads, too
+
+
+def test_a_copy_that_is_fetched_ahead_is_the_same(taken):
+    hall, received = taken  # noqa: F811
+    alone = CopyReader(hall.vault, received, dataclasses.replace(received.bundle))
+    with CopyReader(hall.vault, received, received.bundle) as reader:
+        assert reader.read(0, received.bundle.image) == alone.read(0, received.bundle.image)

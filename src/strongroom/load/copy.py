@@ -9,12 +9,13 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, Self
 
 from strongroom.core.limits import MIB
 from strongroom.crypto.copying import TAG_BYTES, CopyCipher
 from strongroom.errors import BackendError, Tampered, Truncated, UsageError
 from strongroom.formats.copybundle import CopiedFile, CopyBundle
+from strongroom.load.ahead import Ahead
 from strongroom.load.receive import Received
 from strongroom.load.room import AnyRoom
 
@@ -37,12 +38,20 @@ def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
 
 class CopyReader:
     """The image of one plaintext copy, fetched from the custodian piece by piece; each is checked before it is handed
-    out."""
+    out. As a context the next pieces are fetched while those before them are used. For one thread."""
 
     def __init__(self, room: AnyRoom, received: Received, bundle: CopyBundle) -> None:
         self._room, self._received, self._bundle = room, received, bundle
         self._cipher = CopyCipher(bundle.key, received.leaf, bundle.image)
+        self._ahead = Ahead(self._fetch, -(-bundle.image // bundle.piece))
         self._last: tuple[int, bytes] = (-1, b"")
+
+    def __enter__(self) -> Self:
+        self._ahead.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._ahead.__exit__(*raised)
 
     @property
     def files(self) -> tuple[CopiedFile, ...]:
@@ -59,12 +68,15 @@ class CopyReader:
 
     def _piece(self, number: int) -> bytes:
         if self._last[0] != number:
-            sealed = self._room.read_copy(self._received.store, f"copies/{self._received.index}/{number}")
-            expected = min(self._bundle.piece, self._bundle.image - number * self._bundle.piece)
-            if len(sealed) != expected + TAG_BYTES:
-                raise Truncated("copy.truncated", f"piece {number} of the copy did not come whole")
-            self._last = (number, self._cipher.open(number, sealed))
+            self._last = (number, self._ahead.take(number))
         return self._last[1]
+
+    def _fetch(self, number: int) -> bytes:
+        sealed = self._room.read_copy(self._received.store, f"copies/{self._received.index}/{number}")
+        expected = min(self._bundle.piece, self._bundle.image - number * self._bundle.piece)
+        if len(sealed) != expected + TAG_BYTES:
+            raise Truncated("copy.truncated", f"piece {number} of the copy did not come whole")
+        return self._cipher.open(number, sealed)
 
 
 class Copied(Protocol):
@@ -96,9 +108,12 @@ def write_copy(
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with path.open("xb") as out:
                 os.fchmod(out.fileno(), 0o600)
-                for begin in range(file.offset, file.offset + file.bytes, _PIECE):
-                    piece = reader.read(begin, min(begin + _PIECE, file.offset + file.bytes))
+                begin, end = file.offset, file.offset + file.bytes
+                while begin < end:
+                    # Cut where the image's pieces are: each is then written as it is.
+                    piece = reader.read(begin, min(end, (begin // _PIECE + 1) * _PIECE))
                     out.write(piece)
+                    begin += len(piece)
                     done += len(piece)
                     progress(done, total)
                 out.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ class ServedRoom:
         self.clock = unix
         self._principal = principal
         self._session = Session(card)
+        self._lock = threading.Lock()
         self._copied: ServedBlobs | None = None  # where the copy that is being taken comes from
         self.custodian = ServedCustodian(self)
 
@@ -160,12 +162,14 @@ class ServedRoom:
         return open_blobs(url)
 
     def read_copy(self, store: str, name: str) -> bytes:
-        # One connection for all pieces of a copy, each of which would else begin with a handshake.
-        if self._copied is None or self._copied.url != store:
-            if self._copied is not None:
-                self._copied.close()
-            self._copied = ServedBlobs(store)
-        return self._copied.read_at_once(name)
+        # One connection of each thread for all pieces of a copy, each of which would else begin with a handshake.
+        with self._lock:
+            if self._copied is None or self._copied.url != store:
+                if self._copied is not None:
+                    self._copied.close()
+                self._copied = ServedBlobs(store)
+            copied = self._copied
+        return copied.read_at_once(name)
 
     # -- requests ------------------------------------------------------------------------------------------------
 

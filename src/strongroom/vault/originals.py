@@ -121,7 +121,7 @@ class Originals:
         count = len(a) // self.layout.marked
         bits = np.unpackbits(np.frombuffer(word, np.uint8), bitorder="little")[first : first + count]
         zero, one = (np.frombuffer(each, np.uint64).reshape(count, -1) for each in (a, b))  # multiples of 64 bytes
-        return memoryview(np.where(bits[:, None] == 1, one, zero).reshape(-1)).cast("B")
+        return np.where(bits[:, None] == 1, one, zero).reshape(-1).view(np.uint8).data
 
     def marked(self, number: int) -> memoryview:
         """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""

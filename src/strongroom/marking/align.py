@@ -213,21 +213,27 @@ def rescaled(original: Matrix, leak: Matrix, grain: int = 1) -> tuple[Matrix, tu
 
 def _factor(original: Matrix, leak: Matrix, axis: int, grain: int) -> Matrix | None:
     """A factor for each column (`axis` 0) or row (1), None where it explains little."""
-    silent = ~np.isfinite(leak)
-    seen = np.where(silent, np.float32(0), leak)
-    kept = np.where(silent, np.float32(0), original)
+    seen, kept = leak, original
+    if not np.isfinite(leak).all():
+        silent = ~np.isfinite(leak)
+        seen = np.where(silent, np.float32(0), leak)
+        kept = np.where(silent, np.float32(0), original)
     over = "ij,ij->j" if axis == 0 else "ij,ij->i"
-    along = np.einsum(over, seen, kept, dtype=np.float64)
-    size = np.einsum(over, kept, kept, dtype=np.float64)
+    along = np.einsum(over, seen, kept).astype(np.float64)
+    size = np.einsum(over, kept, kept).astype(np.float64)
     factor = np.maximum(np.divide(along, size, out=np.ones_like(along), where=(size > 0) & (along > 0)), 1e-6)
     shaped = np.asarray(factor[None, :] if axis == 0 else factor[:, None], np.float32)
-    before = float(np.square(seen - kept, dtype=np.float64).sum())
-    after = float(np.square(seen / shaped - kept, dtype=np.float64).sum())
+    before = _energy(seen - kept)
+    after = _energy(seen / shaped - kept)
     # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling. Of marked blocks one
     # for each row takes out a share 1 / blocks of the mark, or by chance twice that: they are few.
     share = (grain if grain == 1 else 2 * grain) / leak.shape[axis]
     worth = after < _WORTH * (1 - share) * before and np.abs(factor - 1).max() > 1e-3
     return shaped if worth else None
+
+
+def _energy(matrix: Matrix) -> float:
+    return float(np.einsum("ij,ij->i", matrix, matrix).sum(dtype=np.float64))
 
 
 def normalised(name: str) -> str:

@@ -23,6 +23,7 @@ _CHUNK = 1 << 25  # bits at a time
 _EXACT = 64
 _TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
 _ROUNDING = 0.05  # nats, more than adding up in single precision may lose of a score
+_SINGLE = 1e-5  # more than single precision may add to a square of a sum of signs, relative to it
 _FLAT = 1e-3  # of a likelihood: no position alone rules anybody out
 _LAMBDAS = np.geomspace(0.02, 40, 56)
 
@@ -41,12 +42,18 @@ class Decoder:
         c = self.colluders
         likelihood = self._likelihoods(estimates)  # (m, c + 1), by how many have a 1
         more = c - named - 1  # of whom nothing is known
-        chance = _binomial(more)[None, :] * p[:, None] ** np.arange(more + 1)
-        chance *= (1 - p)[:, None] ** np.arange(more, -1, -1)
-        rows = np.arange(len(p))[:, None]
-        both = [(chance * likelihood[rows, known[:, None] + np.arange(more + 1) + bit]).sum(axis=1) for bit in (0, 1)]
+        levels, level = np.unique(p, return_inverse=True)  # a code has few
+        chance = _binomial(more)[None, :] * levels[:, None] ** np.arange(more + 1)
+        chance *= (1 - levels)[:, None] ** np.arange(more, -1, -1)
+        chance = chance[level]
+        both = np.empty((2, len(p)))
+        for count in np.unique(known):
+            those = slice(None) if not named else known == count
+            for bit in (0, 1):
+                given = likelihood[those, count + bit : count + bit + more + 1]
+                both[bit, those] = np.einsum("ij,ij->i", chance[those], given)
         without = (1 - p) * both[0] + p * both[1]
-        weights: NDArray[np.float64] = np.log(np.stack(both) / without)
+        weights: NDArray[np.float64] = np.log(both / without)
         return weights
 
     def _likelihoods(self, estimates: Estimates) -> NDArray[np.float64]:
@@ -59,7 +66,9 @@ class Decoder:
         elif self.model == "segments":
             ends = _likelihood(estimates, np.array([0.0, 1.0]))
             return ends[:, :1] * (1 - share) + ends[:, 1:] * share
-        return _likelihood(estimates, share)
+        unlike, which = np.unique(share, return_inverse=True)
+        found = _likelihood(estimates, unlike)
+        return found if len(unlike) == len(share) else found[:, which]
 
 
 def _likelihood(estimates: Estimates, share: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,8 +159,13 @@ def tail(g: NDArray[np.float64], p: NDArray[np.float64], scores: NDArray[np.floa
     Chernoff: of Σ log E exp(λ g_i) − λ s the least over a fixed set of λ. Each λ gives a bound that holds, so their
     least holds, too; a finer set only makes it tighter.
     """
+    steps = g[1] - g[0]
+    base = float(g[0].sum())
+    telling = steps != 0  # a position that says nothing adds its g(0), whatever the bit is
+    steps, p = steps[telling], p[telling]
     with np.errstate(under="ignore"):
-        cumulants = np.array([np.logaddexp(np.log1p(-p) + at * g[0], np.log(p) + at * g[1]).sum() for at in _LAMBDAS])
+        # No ratio of likelihoods is beyond 1 / _FLAT, so that no exponential here overflows.
+        cumulants = np.array([at * base + np.log(1 - p + p * np.exp(at * steps)).sum() for at in _LAMBDAS])
     exponents = (cumulants[:, None] - _LAMBDAS[:, None] * scores[None, :]).min(axis=0)
     bounds: NDArray[np.float64] = np.minimum(exponents, 0.0) / math.log(10)
     return bounds
@@ -161,7 +175,7 @@ def marked_bound(estimates: Estimates) -> float:
     """log10 of a bound on weights that never came out of the room agreeing so well with the version's signs
     (section 8)."""
     m = float(estimates.sums.sum())
-    total = float(estimates.square.sum())
+    total = float(estimates.square.sum()) * (1 - _SINGLE)
     if total <= m:
         return 0.0
     # The least over λ of −(m / 2) log(1 − 2λ) − λ t is at 2λ = 1 − m / t.

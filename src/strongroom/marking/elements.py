@@ -84,6 +84,7 @@ STEPS = {
 }
 SCALE = ScaleStep(np.dtype("<u2"), 8, 0x0080, 0x7BFF)
 _EXPONENT = np.uint32(0x7F80_0000)
+_SIGNED_EXPONENT = np.uint32(0xFF80_0000)
 _ULP = np.float32(2.0**-7)
 
 
@@ -117,4 +118,11 @@ def ulps(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 of the same shape: one bf16 unit in the last place of each number, 0 for those below normal."""
     exponents = (numbers.view(np.uint32) & _EXPONENT).view(np.float32)
     steps: NDArray[np.float32] = exponents * _ULP
+    return steps
+
+
+def signed_ulps(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same with the sign of each number: which way its magnitude grows."""
+    steps: NDArray[np.float32] = (numbers.view(np.uint32) & _SIGNED_EXPONENT).view(np.float32)
+    steps *= _ULP
     return steps

@@ -12,13 +12,15 @@ from numpy.typing import NDArray
 
 from strongroom.formats.items import ITEMS
 from strongroom.formats.layout import Layout
-from strongroom.marking.elements import step_of, ulps, values
+from strongroom.marking.elements import signed_ulps, step_of, values
 from strongroom.marking.mark import Marker
 
-_BATCH = 64  # positions at a time: what is worked on stays in the cache
+_BATCH = 1 << 17  # elements at a time: what is worked on stays in the cache
 _LEAST = 64  # elements of a position in one tensor: fewer say nothing after a fit of two numbers
 _LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more
 _PRUNED = 0.02
+_ONE_THREAD = 8192
+_LEAST_STEP = np.float32(1e-35)
 _TINY = 1e-60
 
 
@@ -55,12 +57,18 @@ class Estimator:
         starts = self._layout.marked_starts
         whole = range(int(np.searchsorted(starts, begin)), int(np.searchsorted(starts + length, end, "right")))
         size = length // item.bytes  # of blocks some positions have one more, which is left out
-        for first in range(whole.start, whole.stop, _BATCH):
-            count = min(_BATCH, whole.stop - first)
+        batch = max(1, _BATCH // size)
+        for first in range(whole.start, whole.stop, batch):
+            count = min(batch, whole.stop - first)
             at = -((begin + item.at - starts[first : first + count]) // item.bytes)
-            index = at[:, None] + np.arange(size)
             signs = self._marker.signs(first, count)[:, :size]
-            self._take(slice(first, first + count), dtype, bits[index], leak[index], signs)
+            if at[-1] - at[0] == (count - 1) * size:  # of one stripe: nothing has to be gathered
+                here = slice(int(at[0]), int(at[0]) + count * size)
+                rows, seen = bits[here].reshape(count, size), leak[here].reshape(count, size)
+            else:
+                index = at[:, None] + np.arange(size)
+                rows, seen = bits[index], leak[index]
+            self._take(slice(first, first + count), dtype, rows, seen, signs)
         for position, skipped in self._crossing(begin, end, whole):
             start = int(starts[position])
             low, high = max(start, begin), min(start + length, end)
@@ -89,17 +97,29 @@ class Estimator:
         if bits.shape[1] < (_LEAST_BLOCKS if ITEMS[dtype].is_block else _LEAST):
             return
         original = values(bits, dtype)
-        d = np.where(step_of(dtype).markable(bits), np.copysign(ulps(original), original), np.float32(0))
-        d[signs == 0] *= -1
+        d = signed_ulps(original)
+        d *= signs.astype(np.float32) * 2 - 1
+        can = step_of(dtype).markable(bits)
+        if not can.all():
+            d[~can] = 0
         x = residual(original, leak)
-        n, power, n_unit, information = (np.zeros(len(x)) for _ in range(4))
-        xd, dd, xx = (np.einsum("ij,ij->i", a, b, dtype=np.float64) for a, b in ((x, d), (d, d), (x, x)))
-        usable = (dd > _TINY) & (xx > _TINY)
+        n, n_unit, information = (np.zeros(len(x)) for _ in range(3))
+        # Steps in the row's own scale, which is a power of two: squares of small weights are below what float32 holds.
+        scale = np.maximum(np.abs(d).max(axis=1, keepdims=True), _LEAST_STEP)
+        with np.errstate(over="ignore", invalid="ignore"):
+            d /= scale
+            x /= scale
+            xd, dd, xx = along(x, d), along(d, d), along(x, x)
+        # A row with an outlier that single precision can't square says nothing.
+        usable = (dd > _TINY) & (xx > _TINY) & np.isfinite(xx) & np.isfinite(xd)
         rho = np.clip(np.divide(xd, dd, out=np.zeros_like(xd), where=usable), -1, 1)
         v = np.maximum(xx - rho**2 * dd, xx / 10) / x.shape[1]
         np.divide(xd, v, out=n, where=usable)
         np.divide(dd, v, out=information, where=usable)
-        power[:] = np.einsum("ij,ij->i", (x * d) ** 2, np.ones_like(x), dtype=np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):
+            x *= d
+            power = along(x, x)
+        usable &= np.isfinite(power)
         np.divide(xd**2, power, out=n_unit, where=usable & (power > 0))
         with self._lock:
             self._n[at] += n
@@ -120,7 +140,7 @@ def residual(
     with np.errstate(all="ignore"):
         x = leak - original
         clean = bool(np.isfinite(x.sum()))
-    if clean and len(more) <= 1 and np.count_nonzero(leak) > (1 - _PRUNED) * leak.size:
+    if clean and len(more) <= 1 and np.count_nonzero(leak == 0) < _PRUNED * leak.size:
         return _fitted(original, x, *more)
     silent = ~np.isfinite(leak) | ~np.isfinite(original)
     zero = leak == 0
@@ -135,11 +155,19 @@ def residual(
         column = np.where(keep, given, np.float32(0))
         column /= np.maximum(np.abs(column).max(axis=1, keepdims=True), np.float32(1e-30))  # so that nothing overflows
         for before in columns:
-            column -= _along(column, before)
+            column -= _projected(column, before)
         columns.append(column)
     for column in columns:
-        x -= _along(x, column)
+        x -= _projected(x, column)
     return x
+
+
+def along(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64 (rows,): the inner products of the rows of two matrices, added up in single precision."""
+    # A longer vector the BLAS would divide among threads of its own.
+    inner = np.vecdot(one, other) if one.shape[1] <= _ONE_THREAD else np.einsum("ij,ij->i", one, other)
+    found: NDArray[np.float64] = inner.astype(np.float64)
+    return found
 
 
 def _fitted(
@@ -148,25 +176,45 @@ def _fitted(
     """The same where nothing is silent, in few passes: least squares of the rows of `x`, in place, for (1, w, u)."""
     columns = [w] if u is None else [w, u]
     n = w.shape[1]
-    means = [each.mean(axis=1, dtype=np.float64) for each in columns]
-    mean = x.mean(axis=1, dtype=np.float64)
-    size = len(columns)
-    gram, along = np.empty((len(w), size, size)), np.empty((len(w), size, 1))
-    for i, one in enumerate(columns):
-        along[:, i, 0] = np.einsum("ij,ij->i", x, one) / n - mean * means[i]
-        for j in range(i + 1):
-            gram[:, i, j] = gram[:, j, i] = np.einsum("ij,ij->i", one, columns[j]) / n - means[i] * means[j]
-    # A ridge so small that it says nothing where a row can be fitted, and keeps one that can't from being infinite.
-    for i in range(size):
-        gram[:, i, i] = gram[:, i, i] * (1 + 1e-6) + 1e-30
-    slopes = np.linalg.solve(gram, along)[:, :, 0]
-    x -= (mean - sum(slopes[:, i] * means[i] for i in range(size)))[:, None].astype(np.float32)
-    for i, one in enumerate(columns):
-        x -= slopes[:, i].astype(np.float32)[:, None] * one
+    sums = [np.einsum("ij->i", each).astype(np.float64) for each in (*columns, x)]
+    gram = [
+        [along(one, other) - sums[i] * sums[j] / n for j, other in enumerate(columns[: i + 1])]
+        for i, one in enumerate(columns)
+    ]
+    slopes = _solved(gram, [along(x, one) - sums[-1] * sums[i] / n for i, one in enumerate(columns)])
+    x -= ((sums[-1] - sum(slope * each for slope, each in zip(slopes, sums, strict=False))) / n)[:, None].astype(
+        np.float32
+    )
+    for slope, one in zip(slopes, columns, strict=True):
+        x -= slope.astype(np.float32)[:, None] * one
     return x
 
 
-def _along(x: NDArray[np.float32], column: NDArray[np.float32]) -> NDArray[np.float32]:
+def _solved(gram: list[list[NDArray[np.float64]]], right_hand: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """The solutions of many small systems, whose matrices are symmetric: the lower halves `gram`, one array an element
+    (Cholesky, without roots)."""
+    size = len(right_hand)
+    for i in range(size):
+        # A ridge so small that it says nothing where a row can be fitted, and keeps one that can't from being infinite.
+        gram[i][i] = gram[i][i] * (1 + 1e-6) + 1e-30
+    lower: list[list[NDArray[np.float64]]] = []
+    pivots: list[NDArray[np.float64]] = []
+    known: list[NDArray[np.float64]] = []
+    for i in range(size):
+        row: list[NDArray[np.float64]] = []
+        for j in range(i):
+            row.append((gram[i][j] - sum(row[k] * lower[j][k] * pivots[k] for k in range(j))) / pivots[j])
+        pivots.append(np.maximum(gram[i][i] - sum(row[k] ** 2 * pivots[k] for k in range(i)), 1e-30))
+        known.append(right_hand[i] - sum(row[k] * known[k] for k in range(i)))
+        lower.append(row)
+    found = [each / pivot for each, pivot in zip(known, pivots, strict=True)]
+    for i in reversed(range(size)):
+        for k in range(i + 1, size):
+            found[i] = found[i] - lower[k][i] * found[k]
+    return found
+
+
+def _projected(x: NDArray[np.float32], column: NDArray[np.float32]) -> NDArray[np.float32]:
     """What of each row of `x` lies along the same row of `column`."""
     size = np.einsum("ij,ij->i", column, column)[:, None]
     part: NDArray[np.float32] = np.einsum("ij,ij->i", x, column)[:, None] / np.maximum(size, np.float32(1e-12))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.marking.elements import ulps, values
-from strongroom.marking.estimate import residual
+from strongroom.marking.elements import signed_ulps, values
+from strongroom.marking.estimate import along, residual
 from strongroom.marking.stamp import BLOCK, Stamp, stamp_blocks, stampable
 
 _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
@@ -59,12 +59,12 @@ class MatchedFilter:
             if not np.isfinite(seen).any():
                 continue
             r = filtered(dtype, _rows(piece, width), _rows(seen, width))
-            along = np.empty(len(self._stamps))
+            sums = np.empty(len(self._stamps))
             for k, stamp in enumerate(self._stamps):
-                along[k] = np.dot(r, stamp.chips(tag, first + at, r.size).astype(np.float32))
+                sums[k] = np.dot(r, stamp.chips(tag, first + at, r.size).astype(np.float32))
             with self._lock:
                 self._power += float(np.dot(r, r))
-                self._along += along
+                self._along += sums
                 if self._wanted:
                     self._keep(tag, first + at, r)
 
@@ -116,39 +116,58 @@ def bound(z: float) -> float:
 def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32, flat: r of the page, from rows of the original's integers and of the leak."""
     original = values(bits, dtype)
-    u = ulps(original) * np.sign(original)
+    u = signed_ulps(original)
     with np.errstate(all="ignore"):
-        moved = np.count_nonzero(leak != original, axis=1)[:, None]
+        moved = leak != original
     x = residual(original, leak, u)
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
     scale = np.maximum(np.abs(u).max(axis=1, keepdims=True), np.float32(1e-35))
-    u, x = u / scale, x / scale
-    with np.errstate(all="ignore"):
-        r = _of_few(x, u, moved) if 2 * moved.sum() < x.size else _of_all(x, u)
-    r[~np.isfinite(r) | ~stampable(bits, dtype)] = 0
+    u /= scale
+    with np.errstate(all="ignore"):  # of an outlier: that row says nothing
+        x /= scale
+        few = 2 * np.count_nonzero(moved) < x.size
+        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None]) if few else _of_all(x, u)
+        whole = np.isfinite(r.sum())
+    can = stampable(bits, dtype)
+    if not whole or not can.all():
+        r[~np.isfinite(r) | ~can] = 0
     return np.asarray(r, np.float32).reshape(-1)
 
 
 def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is left of elements that have all been moved, weighed: their r."""
-    squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]))
-    if np.count_nonzero(x) < x.size:  # where the leak says nothing
-        squares *= x != 0
-        count = np.maximum(np.count_nonzero(x, axis=1), 1)[:, None]
-    mean = np.maximum(squares.sum(axis=1, keepdims=True) / count, np.float32(_TINY))
-    power = np.maximum(np.einsum("ij,ij->i", x, x)[:, None] / count, _QUIET * mean)
-    squares /= mean
-    seen = np.minimum(x * x / power, np.float32(_OUTLIER))
-    power = np.maximum(power * seen.sum(axis=1, keepdims=True) / count, _QUIET * mean)
+    """What is left of elements that have all been moved, weighed: their r. In place of `x`."""
+    squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]), np.float64)
+    silent = x == 0
+    if silent.any():  # where the leak says nothing
+        squares *= ~silent
+        count = np.maximum(x.shape[1] - np.count_nonzero(silent, axis=1), 1)[:, None].astype(np.float64)
+    mean = np.maximum(_sum(squares) / count, _TINY)
+    power = np.maximum(along(x, x)[:, None] / count, _QUIET * mean)
+    squares /= mean.astype(np.float32)
+    seen = x * x
+    seen /= power.astype(np.float32)
+    np.minimum(seen, np.float32(_OUTLIER), out=seen)
+    power = np.maximum(power * _sum(seen) / count, _QUIET * mean)
     # How much of it grows with the element: what the stamp itself leaves does, and the noise of floats, and what other
     # stamps leave; a quantiser's does not. By least squares over all rows, as one is too few.
-    spread = float(np.einsum("ij,ij->", squares, squares) - squares.sum())
-    slope = float(np.einsum("ij,ij->", seen, squares) - seen.sum()) / max(spread, _TINY)
-    grows = np.clip(np.maximum(slope, 2 * mean / power), 0, 1 - _CONSTANT).astype(np.float32)
-    v = power.astype(np.float32) * (1 - grows + grows * squares)
-    deviation = np.sqrt(v) * np.float32(_CUT)
-    found: NDArray[np.float32] = np.clip(x, -deviation, deviation) * u / v
-    return found
+    spread = float(along(squares, squares).sum() - _sum(squares).sum())
+    slope = float(along(seen, squares).sum() - _sum(seen).sum()) / max(spread, _TINY)
+    grows = np.clip(np.maximum(slope, 2 * mean / power), 0, 1 - _CONSTANT)
+    v = squares
+    v *= (power * grows).astype(np.float32)
+    v += (power * (1 - grows)).astype(np.float32)
+    deviation = np.sqrt(v, out=seen)
+    deviation *= np.float32(_CUT)
+    np.minimum(x, deviation, out=x)
+    np.maximum(x, np.negative(deviation, out=deviation), out=x)
+    x *= u
+    x /= v
+    return x
+
+
+def _sum(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64 (rows, 1): the sum of each row."""
+    return np.einsum("ij->i", rows).astype(np.float64)[:, None]
 
 
 def _of_few(x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.int64]) -> NDArray[np.float32]:

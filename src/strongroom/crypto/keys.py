@@ -14,6 +14,7 @@ from strongroom.errors import Tampered
 
 KEY_BYTES = 32
 _LABEL = b"strongroom/1 "
+_ZEROS = memoryview(bytes(1 << 17))
 _COMMITMENT = _LABEL + b"commitment\x00"
 
 
@@ -32,7 +33,8 @@ def keystream(key: bytes, size: int, *, offset: int = 0, nonce: bytes = b"") -> 
 
     `nonce`, at most 8 bytes, is what the counter block begins with: a table of its own under the same key."""
     counter = nonce + (offset // 16).to_bytes(16 - len(nonce), "big")
-    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(bytes(size))
+    zeros = _ZEROS[:size] if size <= len(_ZEROS) else bytes(size)
+    return Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update(zeros)
 
 
 def scattered_keystream(key: bytes, blocks: bytes) -> bytes:

@@ -19,7 +19,7 @@ from strongroom.marking.estimate import Estimates
 
 COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 MODELS = ("mean", "segments", "extremes", "median")
-_CHUNK = 1 << 25  # bits at a time
+_CHUNK = 1 << 22  # bits at a time: as numbers they stay in the cache
 _EXACT = 64
 _TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
 _ROUNDING = 0.05  # nats, more than adding up in single precision may lose of a score
@@ -100,6 +100,7 @@ class Decoding:
 
     def __init__(self, estimates: Estimates, words: NDArray[np.uint8], p: NDArray[np.float64]) -> None:
         self._estimates, self._p, self._words = estimates, p, words
+        self._alone: list[Score] | None = None
 
     @staticmethod
     def decoders(named: int) -> list[Decoder]:
@@ -112,6 +113,13 @@ class Decoding:
         named. A position that says nothing adds nothing to any score."""
         if not self._estimates.used or not len(self._words):
             return []
+        if named or among is not None:
+            return self._scores(named, among)
+        if self._alone is None:
+            self._alone = self._scores((), None)
+        return self._alone
+
+    def _scores(self, named: Sequence[int], among: Sequence[int] | None) -> list[Score]:
         known = self._words[list(named)].sum(axis=0, dtype=np.int64)
         words = self._words if among is None else self._words[list(among)]
         decoders = self.decoders(len(named))
@@ -120,13 +128,18 @@ class Decoding:
         base = np.array([g[0].sum() for g in weights])
         single = steps.astype(np.float32)
         step = max(1, _CHUNK // words.shape[1])
-        chunks = range(0, len(words), step)
-        totals = np.concatenate([words[at : at + step].astype(np.float32) @ single for at in chunks]) + base
+        totals = np.empty((len(words), len(decoders)))
+        buffer = np.empty((min(step, len(words)), words.shape[1]), np.float32)
+        for at in range(0, len(words), step):
+            some = words[at : at + step]
+            np.copyto(buffer[: len(some)], some)
+            totals[at : at + step] = buffer[: len(some)] @ single
+        totals += base
         # Single precision is enough to see who is far from being named. Whoever may be is added up again in double.
-        highest = np.unique(np.argsort(-totals, axis=0)[:_EXACT])
+        highest = np.unique(np.argpartition(-totals, min(_EXACT, len(totals)) - 1, axis=0)[:_EXACT])
         for at in range(0, len(highest), step):
-            some = highest[at : at + step]
-            totals[some] = words[some].astype(np.float64) @ steps + base
+            rows = highest[at : at + step]
+            totals[rows] = words[rows].astype(np.float64) @ steps + base
         means = np.array([((1 - self._p) * g[0] + self._p * g[1]).sum() for g in weights])
         deviations = np.sqrt((self._p * (1 - self._p)) @ steps**2)
         sigmas = (totals - means) / np.maximum(deviations, 1e-30)

@@ -24,23 +24,28 @@ _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken 
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
 _FEW = 8  # moved elements of a row that its own power is worth
+_STAGES = (1 << 15, 1 << 18)  # elements of greatest r² by which all stamps are screened, then those that are left
+_LEFT = 2048  # stamps after the first stage, of those that it speaks for, and of those that code words do
+_MOST_KEPT = 1 << 28  # values of r, of two bytes each
 _MANY = 256  # stamps that a thread screens at a time
 
 
 class MatchedFilter:
     """Scores of some holders' stamps, gathered from one tensor after another. Thread-safe.
 
-    With `sample` it also keeps the most telling elements, that many at most, by which far more stamps than can be
-    scored in full are screened afterwards."""
+    One that is `screening` keeps the most telling elements, by which far more stamps than can be scored in full are
+    screened afterwards; and r of all, as long as that is not too much, so that who is left can be scored at once."""
 
-    def __init__(self, stamps: Sequence[Stamp], *, sample: int = 0) -> None:
+    def __init__(self, stamps: Sequence[Stamp], *, screening: bool = False) -> None:
         self._stamps = list(stamps)
         self._along = np.zeros(len(self._stamps))
         self._power = 0.0
         self._lock = threading.Lock()
-        self._wanted = sample // BLOCK
+        self._wanted = _STAGES[-1] // BLOCK if screening else 0
         self._kept: list[tuple[NDArray[np.uint8], NDArray[np.float32]]] = []
         self._waiting = 0
+        self._all: list[tuple[bytes, int, NDArray[np.uint16]]] | None = [] if screening else None
+        self._elements = 0
 
     def add(self, tag: bytes, first: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
         """Take in elements of the tensor of this tag and type, from `first` on: the original's integers, and the leak's
@@ -59,49 +64,82 @@ class MatchedFilter:
             if not np.isfinite(seen).any():
                 continue
             r = filtered(dtype, _rows(piece, width), _rows(seen, width))
-            sums = np.empty(len(self._stamps))
-            for k, stamp in enumerate(self._stamps):
-                sums[k] = np.dot(r, stamp.chips(tag, first + at, r.size).astype(np.float32))
+            if self._wanted:
+                r = self._keep(tag, first + at, r)
+            sums, power = _sums(self._stamps, tag, first + at, r), float(np.dot(r, r))
             with self._lock:
-                self._power += float(np.dot(r, r))
+                self._power += power
                 self._along += sums
-                if self._wanted:
-                    self._keep(tag, first + at, r)
 
-    def _keep(self, tag: bytes, first: int, r: NDArray[np.float32]) -> None:
-        """Of a run of elements the cipher's blocks of chips that say most."""
+    def _keep(self, tag: bytes, first: int, r: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Of a run of elements the cipher's blocks of chips that say most, and r of all of it: as it is kept, which is
+        to eight bits, so that both looks at it say the same."""
+        halves = (r.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+        r = _widened(halves)
         skip = -first % BLOCK
         blocks = r[skip : skip + (r.size - skip) // BLOCK * BLOCK].reshape(-1, BLOCK)
-        if not len(blocks):
-            return
-        most = np.argsort(-np.einsum("ij,ij->i", blocks, blocks))[: self._wanted]
-        self._kept.append((stamp_blocks(tag, (first + skip) // BLOCK + most), blocks[most]))
-        self._waiting += len(most)
-        if self._waiting > 8 * self._wanted:
-            self._prune()
+        most = _most(blocks, self._wanted)
+        named, telling = stamp_blocks(tag, (first + skip) // BLOCK + most), blocks[most]
+        with self._lock:
+            self._elements += r.size
+            if self._elements > _MOST_KEPT:
+                self._all = None
+            if self._all is not None:
+                self._all.append((tag, first, halves))
+            self._kept.append((named, telling))
+            self._waiting += len(most)
+            if self._waiting > 8 * self._wanted:
+                self._prune()
+        return r
 
     def _prune(self) -> None:
         counters = np.concatenate([each for each, _ in self._kept])
         blocks = np.concatenate([each for _, each in self._kept])
-        most = np.argsort(-np.einsum("ij,ij->i", blocks, blocks))[: self._wanted]
+        most = _most(blocks, self._wanted)
         self._kept, self._waiting = [(counters[most], blocks[most])], len(most)
 
-    def screened(self, stamps: Sequence[Stamp], *, workers: int = 1) -> NDArray[np.float64]:
-        """float64: z of each of `stamps`, by the sample alone."""
+    def screened(self, stamps: Sequence[Stamp], likely: Sequence[int], count: int, *, workers: int = 1) -> list[int]:
+        """Which of `stamps`, at most `count`, the most telling elements speak for. All are scored by few of them, then
+        those by more that these speak for, and the first `_LEFT` of those whom something else makes `likely`."""
         if not self._kept:
-            return np.zeros(len(stamps))
+            return []
         self._prune()
         counters, blocks = self._kept[0]
-        r, found, named = blocks.reshape(-1), np.zeros(len(stamps)), counters.tobytes()
+        left = np.arange(len(stamps))
+        for stage, elements in enumerate(_STAGES):
+            most = _most(blocks, elements // BLOCK)
+            r, named = blocks[most].reshape(-1), counters[most].tobytes()
+            found = np.empty(len(left))
 
-        def score(first: int) -> None:
-            for k in range(first, min(first + _MANY, len(stamps))):
-                found[k] = np.dot(r, stamps[k].chips_of(named).astype(np.float32))
+            def score(
+                first: int, r: NDArray[np.float32] = r, named: bytes = named, left: Any = left, found: Any = found
+            ) -> None:
+                for k in range(first, min(first + _MANY, len(left))):
+                    found[k] = np.dot(r, stamps[left[k]].chips_of(named).astype(np.float32))
+
+            with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
+                list(pool.map(score, range(0, len(left), _MANY)))
+            order = left[np.argsort(-found, kind="stable")]
+            if stage + 1 == len(_STAGES):
+                return [int(k) for k in order[:count]]
+            left = np.unique(np.concatenate([order[:_LEFT], np.asarray(likely[:_LEFT], order.dtype)]))
+        return []
+
+    def among(self, stamps: Sequence[Stamp], *, workers: int = 1) -> MatchedFilter | None:
+        """Other stamps' scores by all that was gathered here; None where that was too much to keep."""
+        if self._all is None:
+            return None
+        found, kept = MatchedFilter(stamps), self._all
+        found._power = self._power
+
+        def score(k: int) -> NDArray[np.float64]:
+            tag, first, halves = kept[k]
+            return _sums(found._stamps, tag, first, _widened(halves))
 
         with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            list(pool.map(score, range(0, len(stamps), _MANY)))
-        power = float(np.dot(r, r))
-        return found / math.sqrt(2 * power) if power > 0 else found
+            for sums in pool.map(score, range(len(kept))):
+                found._along += sums
+        return found
 
     def scores(self) -> NDArray[np.float64]:
         """float64: z of each stamp, in their order."""
@@ -182,6 +220,25 @@ def _of_few(x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.in
     v = (moved * power + _FEW * np.median(power)) / (moved + _FEW) * mean
     found: NDArray[np.float32] = (x * np.sign(u) * np.sqrt(mean) / v).astype(np.float32)
     return found
+
+
+def _sums(stamps: Sequence[Stamp], tag: bytes, first: int, r: NDArray[np.float32]) -> NDArray[np.float64]:
+    """float64: Σ r c for each stamp, of a run of elements."""
+    found = np.empty(len(stamps))
+    for k, stamp in enumerate(stamps):
+        found[k] = np.dot(r, stamp.chips(tag, first, r.size).astype(np.float32))
+    return found
+
+
+def _widened(halves: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _most(blocks: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Which of `blocks`, at most `count`, have the greatest sums of squares."""
+    if len(blocks) <= count:
+        return np.arange(len(blocks))
+    return np.argpartition(-np.einsum("ij,ij->i", blocks, blocks), count - 1)[:count]
 
 
 def _rows(flat: NDArray[Any], width: int) -> NDArray[Any]:

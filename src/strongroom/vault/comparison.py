@@ -55,7 +55,7 @@ class Compared:
 class Gathered:
     """What a suspect says: of each position, and of each stamp; and how many elements were compared for it."""
 
-    estimator: Estimator
+    estimator: Estimator | None
     matched: MatchedFilter
     elements: int = 0
 
@@ -256,13 +256,19 @@ class Comparison:
     # -- what they say -------------------------------------------------------------------------------------------
 
     def gather(
-        self, stamps: Sequence[Stamp], *, everything: bool, workers: int, progress: Progress, sample: int = 0
+        self,
+        stamps: Sequence[Stamp],
+        *,
+        everything: bool,
+        workers: int,
+        progress: Progress,
+        positions: bool = True,
+        screening: bool = False,
     ) -> Gathered:
         """What the marked segments say, which is about the marked share of all; or `everything`, which says more of
-        stamps. `sample`: see `MatchedFilter`."""
-        found = Gathered(
-            Estimator(self._originals.layout, self._originals.marker), MatchedFilter(stamps, sample=sample)
-        )
+        stamps. Of `positions`, or of stamps alone. `screening`: see `MatchedFilter`."""
+        estimator = Estimator(self._originals.layout, self._originals.marker) if positions else None
+        found = Gathered(estimator, MatchedFilter(stamps, screening=screening))
         total = sum(self._placed[k].info.size for k in self._partnered())
         gather = self._all if everything else self._marked
         read = 0
@@ -302,7 +308,8 @@ class Comparison:
             if not item.is_block:  # which are a quantiser's levels themselves: a mark would be taken for rounding
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
-            found.estimator.add(low, dtype, bits, leak)
+            if found.estimator is not None:
+                found.estimator.add(low, dtype, bits, leak)
             if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
@@ -328,7 +335,8 @@ class Comparison:
             if not item.is_block:
                 seen = unrounded(w, seen.reshape(-1), first)
             bits, seen = scales(data, dtype, seen.reshape(-1))
-            found.estimator.add(begin, dtype, bits, seen)
+            if found.estimator is not None:
+                found.estimator.add(begin, dtype, bits, seen)
             if each.stamped:
                 if not item.is_block:
                     bits, seen = bits.reshape(-1, width), seen.reshape(-1, width)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strongroom.errors import NotFound
 from strongroom.formats.entry import Entry
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, marked_bound
-from strongroom.marking.matched import bound
+from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison, Gathered, Progress
+from strongroom.vault.comparison import Comparison, Progress
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 
@@ -34,7 +36,7 @@ _LOOKS = 2  # at the marked share, and at everything
 _PASSES = 6
 _PASSED_ON = 4096
 _FEW = 32  # whose stamps are scored in full
-_SAMPLE = 1 << 17  # elements by which more are screened
+_MANY = 1024  # code words that a thread draws at a time
 _UNUSUAL = 20
 
 
@@ -192,21 +194,20 @@ def _traced(
     ref = f"{record.name}@{record.number}"
     people = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
-    bits = np.empty((len(people), code.positions), np.uint8)
-    for k, each in enumerate(people):
-        bits[k] = code.bits(each.holder)
     gather = partial(comparison.gather, workers=vault.workers, progress=progress)
     few = people if len(people) <= _FEW else []
-    found = gather(_stamps(record, few), everything=False, sample=0 if few else _SAMPLE)
-    estimates = found.estimator.done()
-    decoding = Decoding(estimates, bits, code.biases / 65536)
+    found = gather(_stamps(record, few), everything=False, screening=not few)
+    assert found.estimator is not None  # noqa: S101 - positions were asked for
+    estimates, matched = found.estimator.done(), found.matched
+    decoding = Decoding(estimates, _words(code, people, vault.workers), code.biases / 65536)
     if not few:
         # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
-        screened = found.matched.screened(_stamps(record, people), workers=vault.workers)
-        likely = {score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)[:_FEW]}
-        few = [people[k] for k in sorted(likely | {int(k) for k in np.argsort(-screened)[:_FEW]})]
-        found = gather(_stamps(record, few), everything=False)
-    _stamped(few, found)
+        likely = [score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)]
+        screened = matched.screened(_stamps(record, people), likely, _FEW, workers=vault.workers)
+        few = [people[k] for k in sorted({*likely[:_FEW], *screened})]
+        again = matched.among(_stamps(record, few), workers=vault.workers)
+        matched = again or gather(_stamps(record, few), everything=False, positions=False).matched
+    _stamped(few, matched)
     result = Trace(
         suspect=blank.suspect,
         weights=ref,
@@ -224,9 +225,9 @@ def _traced(
     # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
     hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
     if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
-        found = gather(_stamps(record, few), everything=True)
+        found = gather(_stamps(record, few), everything=True, positions=False)
         result.elements = found.elements
-        _stamped(few, found)
+        _stamped(few, found.matched)
         _name(result, decoding, versions)
     result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     result.verdict = "named" if result.accused else "weights-only"
@@ -238,8 +239,21 @@ def _stamps(record: VersionRecord, people: Sequence[Candidate]) -> list[Stamp]:
     return [Stamp(record.stamp_key, each.holder) for each in people]
 
 
-def _stamped(people: Sequence[Candidate], found: Gathered) -> None:
-    for each, z in zip(people, found.matched.scores(), strict=True):
+def _words(code: Code, people: Sequence[Candidate], workers: int) -> NDArray[np.uint8]:
+    """uint8 (people, positions): the bits of each one's code word."""
+    bits = np.empty((len(people), code.positions), np.uint8)
+
+    def draw(first: int) -> None:
+        for k in range(first, min(first + _MANY, len(people))):
+            bits[k] = code.bits(people[k].holder)
+
+    with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
+        list(pool.map(draw, range(0, len(people), _MANY)))
+    return bits
+
+
+def _stamped(people: Sequence[Candidate], matched: MatchedFilter) -> None:
+    for each, z in zip(people, matched.scores(), strict=True):
         if (log10_p := bound(float(z))) <= each.stamp_log10_p:
             each.z, each.stamp_log10_p = float(z), log10_p
 

@@ -23,11 +23,14 @@ from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.requantise import unrounded
 from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import Stamp, tensor_tag
+from strongroom.vault import effort
+from strongroom.vault.effort import Effort
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
+_SAMPLES = 4096  # of them that are kept
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
@@ -77,6 +80,7 @@ class Comparison:
             self._by_name.setdefault(normalised(name), []).append(name)
             self._by_elements.setdefault(tensor.info.elements, []).append(name)
         self._taken: set[str] = set()
+        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors), suspect.elements)
         self._find()
 
     @property
@@ -91,6 +95,11 @@ class Comparison:
         found = [each for each in self.tensors if each.partner]
         total = sum(each.elements for each in found)
         return sum(each.elements * max(0.0, each.cosine) for each in found) / total if total else 0.0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the budget has ended the search for partners before all was tried."""
+        return self._effort.stopped
 
     # -- which is which ------------------------------------------------------------------------------------------
 
@@ -117,7 +126,7 @@ class Comparison:
         if not self._unclear():
             return
         reading = Reading(self._original, self._read, self._matrix)
-        masks = Unmasking(self._originals, self._placed, self._suspect, reading)
+        masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
         if masks.turned:  # then little can be seen without turning it back
             self._unmask(masks)
         for k, fit in enumerate(self._fits):
@@ -139,11 +148,13 @@ class Comparison:
             each, tensor, fit = self._placed[k], self.tensors[k], self._fits[k]
             names = [tensor.partner] if fit is not None else self._by_name.get(normalised(each.info.name), [])
             free = self._by_elements.get(each.info.elements, []) if fit is None else []
+            if not self._effort.attempt(k, effort.seen(2 * each.info.elements)):
+                continue
             known = self._explained(k)
             if known >= _UNEXPLAINED**2:
                 continue
             found = masks.solve(
-                each,
+                k,
                 [name for name in names if name not in self._taken or name == tensor.partner],
                 [name for name in free if name not in self._taken],
             )
@@ -183,12 +194,14 @@ class Comparison:
         for name in names:
             if name in self._taken:
                 continue
-            if (name, count) not in self._samples:
-                self._samples[name, count] = self._read(name, first, first + count)
-            seen = self._samples[name, count]
+            if not self._effort.look():
+                break
+            seen = self._sampled(name, first, count)
             how = cosine(sample, seen[: sample.size]) if seen is not None else 0.0
             if how > most:
                 best, most = name, how
+            if most >= _UNEXPLAINED:  # none of the others is more alike than by chance
+                break
         if not best:
             return False
         self._taken.add(best)
@@ -196,18 +209,33 @@ class Comparison:
         self._note(k)
         return True
 
+    def _sampled(self, name: str, first: int, count: int) -> NDArray[np.float32] | None:
+        """Elements of a suspect's tensor, which are kept: as often as there are others of its size they are wanted."""
+        if (name, count) in self._samples:
+            return self._samples[name, count]
+        found = self._read(name, first, first + count)
+        if len(self._samples) < _SAMPLES:
+            self._samples[name, count] = found
+        return found
+
     def _solve(self, k: int) -> None:
         """Tensor `k` in one that was transposed, permuted or cut."""
         each = self._placed[k]
         if each.info.elements > _WHOLE:
             return
+        if not self._effort.attempt(k, effort.seen(each.info.elements)):
+            return
         original = as_matrix(self._original(each, 0, each.info.elements), each.info.shape)
         free = [name for name in self._by_elements.get(original.size, []) if name not in self._taken]
         names = list(self._by_name.get(normalised(each.info.name), []))
-        names += self._alike(original, [name for name in free if name not in names])
+        names += self._alike(k, original, [name for name in free if name not in names])
         names += [name for name in self._parts(original) if name not in names]
         for name in names:
-            suspect = self._matrix(name) if name not in self._taken else None
+            if name in self._taken:
+                continue
+            if not self._effort.attempt(k, effort.permuted(original.shape, self._suspect.tensors[name].info.shape)):
+                return
+            suspect = self._matrix(name)
             fit = solve(original, suspect) if suspect is not None else None
             if fit is not None and suspect is not None:
                 how = cosine(original, fit.apply(suspect))
@@ -218,11 +246,15 @@ class Comparison:
                     self.tensors[k].transformations += fit.found
                     return
 
-    def _alike(self, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
+    def _alike(self, k: int, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
         """Of tensors as large as `original` the few whose sorted norms of rows and columns are most like its own."""
         mine = (_norms(original), _norms(original.T))
         found: list[tuple[float, str]] = []
         for name in names:
+            # Its norms are looked at, and all of it the first time.
+            size = sum(original.shape) if name in self._norms else 2 * original.size
+            if not self._effort.attempt(k, effort.seen(size)):
+                break
             if name not in self._norms:
                 matrix = self._matrix(name)
                 if matrix is None:

@@ -308,7 +308,9 @@ def _transformations(comparison: Comparison) -> list[str]:
     for each in comparison.tensors:
         for what in set(each.transformations) if each.partner else {"missing"}:
             counts[what] = counts.get(what, 0) + 1
-    return [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
+    found = [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
+    # Whoever reads that nothing was found is told that not everything was looked for.
+    return [*found, "alignment stopped at its budget"] if comparison.stopped else found
 
 
 def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:

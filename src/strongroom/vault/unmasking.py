@@ -17,6 +17,7 @@ from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.align import cosine, normalised
 from strongroom.marking.disguise import LIKENESS, Turn, Undone, facing, profile, same_rows, turn, undo
 from strongroom.marking.elements import STEPS
+from strongroom.vault.effort import Effort, disguised, seen
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect
 
@@ -43,8 +44,10 @@ class Reading(NamedTuple):
 class Unmasking:
     """What is known of a suspect's disguise, for one version."""
 
-    def __init__(self, originals: Originals, placed: Sequence[Placed], suspect: Suspect, reading: Reading) -> None:
-        self._placed, self._suspect, self._reading = placed, suspect, reading
+    def __init__(
+        self, originals: Originals, placed: Sequence[Placed], suspect: Suspect, reading: Reading, effort: Effort
+    ) -> None:
+        self._placed, self._suspect, self._reading, self._effort = placed, suspect, reading, effort
         self._heads = _heads(originals)
         self._norms = {
             each.info.name: each
@@ -116,15 +119,17 @@ class Unmasking:
 
     # -- its tensors ---------------------------------------------------------------------------------------------
 
-    def solve(self, each: Placed, names: Sequence[str], free: Sequence[str]) -> tuple[str, Undone] | None:
-        """Where an original tensor is in the suspect, and how: looked for in `names`, then in those of `free` that are
-        strong where it is. None where it is not seen."""
+    def solve(self, k: int, names: Sequence[str], free: Sequence[str]) -> tuple[str, Undone] | None:
+        """Where original tensor `k` is in the suspect, and how: looked for in `names`, then in those of `free` that are
+        strong where it is. None where it is not seen, or the effort ends before it is."""
+        each = self._placed[k]
         info = each.info
         if self.turn is None or len(info.shape) < 2 or self.turn.width not in info.shape[-2:]:
             return None
         if _vocabulary(info):
             # An embedding and the head that was made of it are alike: the better is taken.
-            found = [(self._by_rows(each, name), name) for name in dict.fromkeys((*names, *free))]
+            tried = dict.fromkeys((*names, *free))
+            found = [(self._by_rows(each, name), name) for name in tried if self._looked(k, _PIECE, info.shape[1])]
             share, name = max(found, default=(0.0, ""))
             if share >= LIKENESS:
                 return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
@@ -133,15 +138,22 @@ class Unmasking:
         original = self._reading.original(each, 0, info.elements).reshape(info.shape)
         norms = list(self._near(each, self.turn.width))
         tried = dict.fromkeys(names)
-        for name in tried:
-            undone = self._undone(original, norms, name)
-            if undone is not None:
-                return name, undone
-        for name in self._alike(original, norms, [name for name in free if name not in tried]):
+
+        def partners() -> Iterator[str]:
+            yield from tried
+            yield from self._alike(k, original, norms, [name for name in free if name not in tried])
+
+        for name in partners():
+            if not self._effort.attempt(k, disguised(info.shape, self._shape(name))):
+                break
             undone = self._undone(original, norms, name)
             if undone is not None:
                 return name, undone
         return None
+
+    def _looked(self, k: int, elements: int, times: int) -> bool:
+        """Whether there may be a look at elements of two tensors, or of one, each of them so many times."""
+        return self._effort.attempt(k, seen(2 * min(elements, self._placed[k].info.elements)) + elements * times)
 
     def _by_rows(self, each: Placed, name: str) -> float:
         """The share of some rows of a vocabulary that the same rows of the suspect explain, once they are turned back:
@@ -163,7 +175,7 @@ class Unmasking:
             return None
         return undo(original, suspect, self.turn, self._heads, norms)
 
-    def _alike(self, original: Array, norms: Sequence[Array], names: Sequence[str]) -> list[str]:
+    def _alike(self, k: int, original: Array, norms: Sequence[Array], names: Sequence[str]) -> list[str]:
         known = self.turn
         if known is None or not names:
             return []
@@ -175,7 +187,10 @@ class Unmasking:
             shape = self._suspect.tensors[name].info.shape
             if len(shape) < 2 or known.width not in shape[-2:]:
                 continue
-            if (name, False) not in self._profiles and (name, True) not in self._profiles:
+            known_already = (name, False) in self._profiles or (name, True) in self._profiles
+            if not self._looked(k, known.width if known_already else original.size, known.width):
+                break
+            if not known_already:
                 array = self._array(name)
                 for swapped, rows in facing(array, known.width) if array is not None else ():
                     self._profiles[name, swapped] = profile(known.back(rows))

@@ -1,0 +1,73 @@
+"""How much work a suspect may be to align (spec/mark.md, section 4): counted, so that it ends at the same place
+on every machine, and in proportion to the version: whoever made the suspect has no say in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+_OF_EACH = 6  # full attempts at each tensor of the version
+_OF_ALL = 4  # on average over all of them
+_PASSES = 64  # products that one look over an element counts as
+_ROUNDS, _STARTS = 6, 12  # of a permutation that is not found, and of a disguise: times that all rows meet all others
+_COLUMNS = 256  # by which rows are told from one another
+_LOOKS, _LOOKS_OF_EACH = 100_000, 64  # at a few elements of two tensors: however many there are, and for each of them
+
+
+class Effort:
+    """What may be done to find tensors of these shapes in a suspect of so many elements. `stopped`: whether something
+    was left undone."""
+
+    def __init__(self, shapes: Sequence[Sequence[int]], suspects: int, elements: int) -> None:
+        self._full = [full(shape) for shape in shapes]
+        self._each = [_OF_EACH * cost for cost in self._full]
+        # Each of the suspect's tensors is looked over some times, whatever it is compared with.
+        self._all = _OF_ALL * sum(self._full) + 8 * _PASSES * elements
+        self._looks = _LOOKS + _LOOKS_OF_EACH * (len(shapes) + suspects)
+        self.stopped = False
+
+    def look(self) -> bool:
+        """Whether there may be one more look at a few elements of two tensors."""
+        self._looks -= 1
+        return self._enough(self._looks)
+
+    def attempt(self, k: int, cost: int) -> bool:
+        """Whether there may be an attempt at tensor `k` that costs so much."""
+        if self._enough(min(self._each[k], self._all) - cost):
+            self._each[k] -= cost
+            self._all -= cost
+            return True
+        return False
+
+    def _enough(self, left: int) -> bool:
+        self.stopped = self.stopped or left < 0
+        return left >= 0
+
+
+def seen(elements: int) -> int:
+    """The cost of a look over so many elements."""
+    return _PASSES * elements
+
+
+def permuted(original: Sequence[int], suspect: Sequence[int]) -> int:
+    """The cost of looking for a permutation that makes one matrix of the other, or a part of it."""
+    (n, d), (m, _) = _matrix(original), _matrix(suspect)
+    size = seen(prod(original) + prod(suspect))
+    if prod(original) == prod(suspect):
+        return size + _ROUNDS * n * d * max(m, d)
+    return size + (n + d) * m * _COLUMNS
+
+
+def disguised(original: Sequence[int], suspect: Sequence[int]) -> int:
+    """The cost of looking for a disguise of one tensor in the other."""
+    return seen(prod(original) + prod(suspect)) + _STARTS * prod(suspect) * max(_matrix(original))
+
+
+def full(shape: Sequence[int]) -> int:
+    """The cost of one attempt at a tensor, by either way."""
+    return permuted(shape, shape) + disguised(shape, shape)
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    width = shape[-1] if shape else 1
+    return prod(shape) // max(1, width), width

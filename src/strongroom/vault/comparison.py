@@ -80,7 +80,7 @@ class Comparison:
             self._by_name.setdefault(normalised(name), []).append(name)
             self._by_elements.setdefault(tensor.info.elements, []).append(name)
         self._taken: set[str] = set()
-        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors), suspect.elements)
+        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors))
         self._find()
 
     @property
@@ -228,7 +228,7 @@ class Comparison:
         original = as_matrix(self._original(each, 0, each.info.elements), each.info.shape)
         free = [name for name in self._by_elements.get(original.size, []) if name not in self._taken]
         names = list(self._by_name.get(normalised(each.info.name), []))
-        names += self._alike(k, original, [name for name in free if name not in names])
+        names += self._alike(original, [name for name in free if name not in names])
         names += [name for name in self._parts(original) if name not in names]
         for name in names:
             if name in self._taken:
@@ -246,14 +246,12 @@ class Comparison:
                     self.tensors[k].transformations += fit.found
                     return
 
-    def _alike(self, k: int, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
+    def _alike(self, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
         """Of tensors as large as `original` the few whose sorted norms of rows and columns are most like its own."""
         mine = (_norms(original), _norms(original.T))
         found: list[tuple[float, str]] = []
         for name in names:
-            # Its norms are looked at, and all of it the first time.
-            size = sum(original.shape) if name in self._norms else 2 * original.size
-            if not self._effort.attempt(k, effort.seen(size)):
+            if not self._effort.look():
                 break
             if name not in self._norms:
                 matrix = self._matrix(name)

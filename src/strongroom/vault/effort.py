@@ -11,23 +11,22 @@ _OF_ALL = 4  # on average over all of them
 _PASSES = 64  # products that one look over an element counts as
 _ROUNDS, _STARTS = 6, 12  # of a permutation that is not found, and of a disguise: times that all rows meet all others
 _COLUMNS = 256  # by which rows are told from one another
-_LOOKS, _LOOKS_OF_EACH = 100_000, 64  # at a few elements of two tensors: however many there are, and for each of them
+_LOOKS, _LOOKS_OF_EACH = 100_000, 64  # at two tensors: however many there are, and for each of them
 
 
 class Effort:
-    """What may be done to find tensors of these shapes in a suspect of so many elements. `stopped`: whether something
-    was left undone."""
+    """What may be done to find tensors of these shapes among so many of a suspect. `stopped`: whether something was
+    left undone."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]], suspects: int, elements: int) -> None:
-        self._full = [full(shape) for shape in shapes]
-        self._each = [_OF_EACH * cost for cost in self._full]
-        # Each of the suspect's tensors is looked over some times, whatever it is compared with.
-        self._all = _OF_ALL * sum(self._full) + 8 * _PASSES * elements
+    def __init__(self, shapes: Sequence[Sequence[int]], suspects: int) -> None:
+        costs = [full(shape) for shape in shapes]
+        self._each = [_OF_EACH * cost for cost in costs]
+        self._all = _OF_ALL * sum(costs)
         self._looks = _LOOKS + _LOOKS_OF_EACH * (len(shapes) + suspects)
         self.stopped = False
 
     def look(self) -> bool:
-        """Whether there may be one more look at a few elements of two tensors."""
+        """Whether there may be one more look at two tensors: at some elements, or at what is known of all of them."""
         self._looks -= 1
         return self._enough(self._looks)
 

@@ -103,10 +103,6 @@ class Suspect:
     def bytes(self) -> int:
         return sum(tensor.info.size for tensor in self.tensors.values())
 
-    @property
-    def elements(self) -> int:
-        return sum(tensor.info.elements for tensor in self.tensors.values())
-
     def read(self, name: str, begin: int = 0, end: int | None = None) -> NDArray[np.float32]:
         """float32, flat: elements `begin` to `end` (whole blocks, where there are any) of a tensor, row-major. What is
         not finite, or no weight, is NaN."""

@@ -129,7 +129,9 @@ class Unmasking:
         if _vocabulary(info):
             # An embedding and the head that was made of it are alike: the better is taken.
             tried = dict.fromkeys((*names, *free))
-            found = [(self._by_rows(each, name), name) for name in tried if self._looked(k, _PIECE, info.shape[1])]
+            piece = min(_PIECE, info.elements)
+            cost = seen(2 * piece) + piece * info.shape[1]  # a piece of both, of which one is turned back
+            found = [(self._by_rows(each, name), name) for name in tried if self._effort.attempt(k, cost)]
             share, name = max(found, default=(0.0, ""))
             if share >= LIKENESS:
                 return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
@@ -141,7 +143,7 @@ class Unmasking:
 
         def partners() -> Iterator[str]:
             yield from tried
-            yield from self._alike(k, original, norms, [name for name in free if name not in tried])
+            yield from self._alike(original, norms, [name for name in free if name not in tried])
 
         for name in partners():
             if not self._effort.attempt(k, disguised(info.shape, self._shape(name))):
@@ -150,10 +152,6 @@ class Unmasking:
             if undone is not None:
                 return name, undone
         return None
-
-    def _looked(self, k: int, elements: int, times: int) -> bool:
-        """Whether there may be a look at elements of two tensors, or of one, each of them so many times."""
-        return self._effort.attempt(k, seen(2 * min(elements, self._placed[k].info.elements)) + elements * times)
 
     def _by_rows(self, each: Placed, name: str) -> float:
         """The share of some rows of a vocabulary that the same rows of the suspect explain, once they are turned back:
@@ -175,7 +173,7 @@ class Unmasking:
             return None
         return undo(original, suspect, self.turn, self._heads, norms)
 
-    def _alike(self, k: int, original: Array, norms: Sequence[Array], names: Sequence[str]) -> list[str]:
+    def _alike(self, original: Array, norms: Sequence[Array], names: Sequence[str]) -> list[str]:
         known = self.turn
         if known is None or not names:
             return []
@@ -187,10 +185,9 @@ class Unmasking:
             shape = self._suspect.tensors[name].info.shape
             if len(shape) < 2 or known.width not in shape[-2:]:
                 continue
-            known_already = (name, False) in self._profiles or (name, True) in self._profiles
-            if not self._looked(k, known.width if known_already else original.size, known.width):
+            if not self._effort.look():
                 break
-            if not known_already:
+            if (name, False) not in self._profiles and (name, True) not in self._profiles:
                 array = self._array(name)
                 for swapped, rows in facing(array, known.width) if array is not None else ():
                     self._profiles[name, swapped] = profile(known.back(rows))

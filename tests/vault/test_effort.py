@@ -1,0 +1,114 @@
+"""How long a suspect is searched is not for whoever made it to say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from strongroom.vault import comparison, effort
+from strongroom.vault.comparison import Comparison
+from strongroom.vault.effort import Effort
+from strongroom.vault.originals import Originals
+from strongroom.vault.suspect import Suspect
+from vault.test_trace import HOLDERS, REF, given, room, traced, write  # noqa: F401 - fixtures
+
+STOPPED = "alignment stopped at its budget"
+
+
+def decoys(count, shape=(256, 256), seed=3):
+    """Tensors of one size that are nobody's."""
+    rng = np.random.default_rng(seed)
+    return {f"decoy.{k}.weight": rng.normal(0, 0.05, shape).astype(np.float32) for k in range(count)}
+
+
+def worked(house, path, monkeypatch):
+    """Elements of the suspect that were read, and matrices as large as the original that were solved, in aligning it;
+    its elements; and whether that ended at the budget."""
+    read, solved = [], []
+    real_read, real_solve = Suspect.read, comparison.solve
+
+    def counting(self, name, begin=0, end=None):
+        found = real_read(self, name, begin, end)
+        read.append(found.size)
+        return found
+
+    def solving(original, suspect):
+        if original.size == suspect.size:
+            solved.append(original.size)
+        return real_solve(original, suspect)
+
+    monkeypatch.setattr(Suspect, "read", counting)
+    monkeypatch.setattr(comparison, "solve", solving)
+    record = house.vault.record(house.vault.find(REF))
+    with Suspect.opened(path) as suspect:
+        found = Comparison(Originals(house.vault.image(record), record), suspect)
+        found.deepen()
+        return sum(read), len(solved), sum(each.info.elements for each in suspect.tensors.values()), found.stopped
+
+
+def test_tensors_without_end_of_the_size_of_an_original_are_not_all_tried(room, tmp_path, monkeypatch):  # noqa: F811
+    """Nothing of the version is there, and each of three tensors could be any of hundreds."""
+    monkeypatch.setattr(effort, "_OF_EACH", 2)
+    some = worked(room, write(tmp_path / "some.safetensors", decoys(200)), monkeypatch)
+    more = worked(room, write(tmp_path / "more.safetensors", decoys(800)), monkeypatch)
+    assert 0 < some[1] <= 3 * 5  # of the three that are as large
+    assert more[1] == some[1]
+    # What is read grows with what was found, and no faster: not with that times the tensors of the version.
+    assert more[0] - some[0] <= 6 * (more[2] - some[2])
+
+
+def test_looks_at_samples_end_too(room, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(effort, "_LOOKS", 10)
+    monkeypatch.setattr(effort, "_LOOKS_OF_EACH", 1)
+    path = write(tmp_path / "many.safetensors", decoys(40))
+    record = room.vault.record(room.vault.find(REF))
+    with Suspect.opened(path) as suspect:
+        assert Comparison(Originals(room.vault.image(record), record), suspect).stopped
+
+
+def test_a_report_says_that_not_everything_was_tried(room, tmp_path, monkeypatch):  # noqa: F811
+    leak = given(room, HOLDERS[3], copy=True)
+    usual = traced(room, write(tmp_path / "leak.safetensors", leak))
+    assert STOPPED not in usual["transformations"]
+    # What lies as it did is found at once, and names its holder; the rest is what the budget is spent on.
+    monkeypatch.setattr(effort, "_OF_EACH", 1)
+    hidden = [name for name in leak if "q_proj" in name]
+    rows = np.random.default_rng(1).permutation(256)
+    there = {name: array for name, array in leak.items() if name not in hidden}
+    there |= decoys(900) | {"z.weight": leak[hidden[0]][rows][:, rows]}
+    found = traced(room, write(tmp_path / "many.safetensors", there))
+    assert found["transformations"][-1] == STOPPED
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[3]]
+
+
+class TestEffort:
+    SHAPES = ((256, 256), (512, 256))
+
+    def test_of_one_tensor_ends_before_that_of_all(self):
+        found = Effort(self.SHAPES, 5)
+        cost = effort.full((256, 256))
+        assert [found.attempt(0, cost) for _ in range(8)] == [True] * 6 + [False] * 2
+        assert found.stopped
+        assert found.attempt(1, effort.full((512, 256)))
+
+    def test_of_all_is_shared(self):
+        found = Effort(((64, 64),) * 3, 0)
+        done = sum(found.attempt(k, effort.full((64, 64))) for k in range(3) for _ in range(6))
+        assert done == 12
+
+    def test_looks_grow_with_the_tensors_that_there_are(self):
+        found = Effort(((8, 8),), 9)
+        assert sum(found.look() for _ in range(10**6)) == 100_000 + 64 * 10
+
+    def test_says_nothing_as_long_as_there_is_some(self):
+        found = Effort(self.SHAPES, 0)
+        assert found.attempt(0, effort.permuted((256, 256), (256, 256)))
+        assert found.look()
+        assert not found.stopped
+
+    @pytest.mark.parametrize("cost", [effort.permuted, effort.disguised])
+    def test_costs_more_the_larger_they_are(self, cost):
+        shapes = [(8, 8), (64, 8), (64, 64), (512, 64), (2, 256, 64)]
+        costs = [cost(shape, shape) for shape in shapes]
+        assert costs == sorted(costs)
+        assert cost((64, 64), (32, 64)) < cost((64, 64), (64, 64))

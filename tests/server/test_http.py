@@ -26,6 +26,7 @@ CALLS = [
     ("GET", f"/v1/ceilings?ref={REF}"),
     ("GET", "/v1/weights"),
     ("GET", f"/v1/traces/{'0' * 32}"),
+    ("DELETE", f"/v1/traces/{'0' * 32}"),
     ("GET", f"/v1/reach?ref={REF}"),
     ("GET", "/v1/reach?principal=user/ana"),
     ("GET", "/v1/log/checkpoint"),

@@ -65,6 +65,7 @@ MAY = {
     "trace": {"operator", "officer"},
     "check_trace": {"operator", "officer"},
     "show_trace": {"officer"},  # who began it
+    "stop_trace": {"officer"},
     "reach": set(ROLES),
     "review": AUDIT,
     "status": INSIDE,
@@ -79,7 +80,7 @@ MAY = {
 }
 # What concerns others is answered to a guest as if it were not there.
 HIDDEN = {(each, "partner") for each in ("show_request", "show_principal", "approve", "deny", "renew", "revoke")}
-HIDDEN |= {("show_trace", role) for role in {*ROLES} - {"officer"}}
+HIDDEN |= {(each, role) for each in ("show_trace", "stop_trace") for role in {*ROLES} - {"officer"}}
 
 
 def test_the_table_has_every_route():
@@ -246,6 +247,9 @@ class Asker:
         return "/v1/suspects", self._found(who)
 
     def _show_trace(self, _):
+        return f"/v1/traces/{self.search}", b""
+
+    def _stop_trace(self, _):
         return f"/v1/traces/{self.search}", b""
 
     def _show(self, _):

@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from starlette.requests import Request
@@ -25,7 +26,7 @@ from strongroom.client import Room
 from strongroom.core.clock import unix
 from strongroom.core.limits import MIB
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
+from strongroom.errors import AuthRequired, Conflict, LimitExceeded, NotFound, StrongroomError, UsageError
 from strongroom.formats.statement import Voice
 from strongroom.formats.suspect import FoundFile, FoundFiles, suspect_digest
 from strongroom.formats.tlogproof import LogProof
@@ -33,6 +34,7 @@ from strongroom.policy.speaker import speaking
 from strongroom.server.memory import Memory, free_bytes
 from strongroom.server.problem import problem
 from strongroom.server.traces import Traces
+from strongroom.vault.suspect import Suspect
 from vault.rooms import write_model
 
 pytestmark = pytest.mark.server
@@ -379,6 +381,9 @@ class Here:
     def show(self, identifier):
         return self.traces.show(Request({"type": "http", "headers": [], "path_params": {"trace": identifier}}), b"")
 
+    def stop(self, identifier):
+        return self.traces.stop(Request({"type": "http", "headers": [], "path_params": {"trace": identifier}}), b"")
+
     def ended(self, identifier):
         return ended(lambda: self.show(identifier))
 
@@ -405,6 +410,76 @@ def test_a_search_that_nobody_asks_about_is_given_up_and_that_is_recorded(here, 
     found = ended(here.traces._jobs[identifier].as_json)  # which asks nobody
     assert (found["state"], found["error"]["code"], found["report"]) == ("failed", "trace.stopped", None)
     assert here.newest()["body"] == {"action": "trace", "code": "trace.stopped", "rule": ""}
+
+
+def test_a_search_ends_when_whoever_began_it_wants_that(here, monkeypatch):
+    began, stopped = threading.Event(), threading.Event()
+    real = Suspect.read
+
+    def waiting(self, name, begin=0, end=None):
+        began.set()
+        assert stopped.wait(60)
+        return real(self, name, begin, end)
+
+    monkeypatch.setattr(Suspect, "read", waiting)
+    identifier = here.send(here.head())
+    assert began.wait(60)
+    assert here.stop(identifier)["state"] == "running"
+    stopped.set()
+    found = here.ended(identifier)
+    assert (found["state"], found["error"]["code"], found["report"]) == ("failed", "trace.stopped", None)
+    assert here.newest()["body"] == {"action": "trace", "code": "trace.stopped", "rule": ""}
+    assert here.stop(identifier) == found  # once more changes nothing
+    # Its place is free, and its statement in no entry.
+    monkeypatch.setattr(Suspect, "read", real)
+    assert here.ended(here.send(here.head()))["state"] == "done"
+
+
+def test_a_search_that_has_ended_stays_as_it_is(here):
+    identifier = here.send(here.head())
+    found = here.ended(identifier)
+    assert here.stop(identifier) == found
+    assert found["state"] == "done"
+
+
+def test_nobody_else_stops_a_search(here):
+    identifier = here.send(here.head())
+    here.traces._caller = partial(here.caller, path="user/olga")
+    with pytest.raises(NotFound) as caught:
+        here.stop(identifier)
+    assert caught.value.code == "trace.unknown"
+    here.traces._caller = here.caller
+    assert here.ended(identifier)["state"] == "done"
+
+
+def test_of_two_equal_searches_at_once_one_is_had(here):
+    head, refused = here.head(), []
+
+    def again():
+        with pytest.raises(Conflict) as caught:
+            here.send(head)
+        refused.append(caught.value.code)
+
+    def beside():
+        thread = threading.Thread(target=again)
+        thread.start()
+        thread.join(60)
+
+    identifier = here.send(head, before_last=beside)  # while the files of the first are on their way
+    assert refused == ["statement.replayed"]
+    assert here.ended(identifier)["state"] == "done"
+    again()  # and once it is in the log
+    assert not here.traces._coming
+
+
+def test_a_search_whose_files_did_not_come_may_come_again(here):
+    head, whole = here.head(), here.data
+    here.data = whole[:-1] + bytes([whole[-1] ^ 1])
+    with pytest.raises(Conflict) as caught:
+        here.send(head)
+    assert caught.value.code == "source.changed"
+    here.data = whole
+    assert here.ended(here.send(head))["state"] == "done"
 
 
 def test_what_came_of_searches_is_kept_for_a_while_and_only_of_so_many(here):

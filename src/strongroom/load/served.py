@@ -179,6 +179,10 @@ class ServedRoom:
     def get_bytes(self, path: str) -> bytes:
         return self._session.request("GET", path, headers=self._call("GET", path, b""))
 
+    def stop(self, path: str, members: Mapping[str, Kind]) -> dict[str, Any]:
+        """DELETE: end what this principal began."""
+        return answers.parse(self._session.request("DELETE", path, headers=self._call("DELETE", path, b"")), members)
+
     def ask(self, path: str, head: bytes, members: Mapping[str, Kind]) -> dict[str, Any]:
         """Whether what `head` announces would be taken."""
         return answers.parse(self._session.request("POST", path, head, self._call("POST", path, head)), members)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import Ref
-from strongroom.errors import Tampered
+from strongroom.errors import StrongroomError, Tampered
 from strongroom.formats.merkle import verify_inclusion
 from strongroom.formats.suspect import FoundFiles, suspect_digest
 from strongroom.formats.tlogproof import LogProof
@@ -84,17 +85,21 @@ def _body(walk: Walk, announced: FoundFiles, head: bytes, progress: Progress) ->
 
 def _outcome(room: ServedRoom, identifier: str, progress: Progress) -> Any:
     """The report, once there is one; the error of a search that failed."""
-    pause = _SOON
-    while True:
-        found = room.get(f"/v1/traces/{identifier}", answers.TRACE)
-        if found["state"] == "failed":
-            raise error_of(found["error"])
-        if found["state"] == "done":
-            return found["report"]
-        if found["total"]:
-            progress(found["done"], found["total"])
-        time.sleep(pause)
-        pause = min(2 * pause, _LATER)
+    pause, path = _SOON, f"/v1/traces/{identifier}"
+    try:
+        while (found := room.get(path, answers.TRACE))["state"] == "running":
+            if found["total"]:
+                progress(found["done"], found["total"])
+            time.sleep(pause)
+            pause = min(2 * pause, _LATER)
+    except (KeyboardInterrupt, SystemExit):
+        # Nobody waits for it any more: it gives its place to another at once, and not after two minutes.
+        with contextlib.suppress(StrongroomError):
+            room.stop(path, answers.TRACE)
+        raise
+    if found["state"] == "failed":
+        raise error_of(found["error"])
+    return found["report"]
 
 
 def _check_proofs(room: ServedRoom, report: dict[str, Any]) -> None:

@@ -77,6 +77,7 @@ class CustodianApp:
             "trace": self._traces.receive,
             "check_trace": self._traces.check,
             "show_trace": self._traces.show,
+            "stop_trace": self._traces.stop,
             "openapi": lambda *_: Response(self._document, media_type="application/json"),
             "metrics": self._metrics,
             "alive": lambda *_: {"ok": True},

@@ -67,6 +67,7 @@ OPERATIONS = (
     Operation("check_put", "POST", "/v1/uploads", "Would this be taken?", CALL, "UploadTaken", BYTES),
     Operation("trace", "POST", "/v1/traces", "Search found files (section 9)", CALL, "TraceBegun", BYTES, status=202),
     Operation("show_trace", "GET", "/v1/traces/{trace}", "How far a search is", CALL, "TraceShown"),
+    Operation("stop_trace", "DELETE", "/v1/traces/{trace}", "Stop a search", CALL, "TraceShown"),
     Operation("check_trace", "POST", "/v1/suspects", "Would these be searched?", CALL, "UploadTaken", BYTES),
     Operation(
         "reach", "GET", "/v1/reach", "Who can, or what can be reached", CALL, "Reach", query=("ref", "principal")

@@ -18,7 +18,6 @@ from starlette.requests import Request
 
 from strongroom.core.limits import MIB
 from strongroom.errors import Conflict, LimitExceeded, NotFound, StrongroomError
-from strongroom.formats.statement import Statement
 from strongroom.formats.suspect import FoundFile, FoundFiles
 from strongroom.policy.speaker import Speaker
 from strongroom.server.memory import Memory, Take
@@ -52,10 +51,14 @@ class _Job:
         self.report: dict[str, Any] | None = None
         self.error: dict[str, Any] | None = None
         self.asked = clock()
+        self.stopped = False  # by whoever began it
         self.ended: float | None = None  # when it did
 
     def check(self) -> None:
-        """Conflict ``trace.stopped`` once nobody has asked about it for long: that is one who has gone."""
+        """Conflict ``trace.stopped`` once it is to stop, or nobody has asked about it for long: that is one who has
+        gone."""
+        if self.stopped:
+            raise Conflict("trace.stopped", "the search was stopped by whoever began it", hint="trace it again")
         if self._clock() - self.asked > _UNASKED:
             raise Conflict(
                 "trace.stopped",
@@ -64,6 +67,7 @@ class _Job:
             )
 
     def progress(self, done: int, total: int) -> None:
+        self.check()
         self.done, self.total = done, total
 
     def end(self, *, report: dict[str, Any] | None = None, error: dict[str, Any] | None = None) -> None:
@@ -82,6 +86,7 @@ class Traces:
     def __init__(self, vault: Vault, caller: Caller, memory: Memory, *, clock: Clock = time.monotonic) -> None:
         self._vault, self._caller, self._memory, self._clock = vault, caller, memory, clock
         self._jobs: dict[str, _Job] = {}
+        self._coming: set[str] = set()  # the digests of statements whose files are on their way
         self._lock = threading.Lock()
         self._forgetting: threading.Timer | None = None
 
@@ -98,12 +103,27 @@ class Traces:
         head = await stream.head()
         # Nothing more is read before it is known who sends it, and that it will be searched.
         by = await run_in_threadpool(self._caller, request, head)
-        announced, search = await run_in_threadpool(self._begun, by, head, request)
-        job = await run_in_threadpool(self._take, by, announced, search, stream)
+        coming: list[str] = []
+        try:
+            announced, search = await run_in_threadpool(self._begun, by, head, request, coming)
+            job = await run_in_threadpool(self._take, by, announced, search, stream)
+        finally:
+            with self._lock:
+                self._coming.difference_update(coming)
         return {"id": job.id}
 
     def show(self, request: Request, body: bytes) -> dict[str, Any]:
         """How far a search is, for whoever began it; NotFound ``trace.unknown``, also for everybody else."""
+        return self._asked(request, body).as_json()
+
+    def stop(self, request: Request, body: bytes) -> dict[str, Any]:
+        """Have a search end at its next step, for whoever began it; errors and answer as `show`. What has ended already
+        stays as it is."""
+        job = self._asked(request, body)
+        job.stopped = True
+        return job.as_json()
+
+    def _asked(self, request: Request, body: bytes) -> _Job:
         by, identifier = self._caller(request, body), request.path_params["trace"]
         self._forget()
         with self._lock:
@@ -115,35 +135,40 @@ class Traces:
                 hint="trace it again",
             )
         job.asked = self._clock()
-        return job.as_json()
+        return job
 
-    def _begun(self, by: Speaker, head: bytes, request: Request) -> tuple[FoundFiles, Search]:
+    def _begun(self, by: Speaker, head: bytes, request: Request, coming: list[str]) -> tuple[FoundFiles, Search]:
+        """What is announced, which is on its way from now on: its statement is noted in `coming`, and nobody else
+        begins the same."""
         with self._vault.custodian.refusing(by, "trace"):
             announced, search = self._announced(by, head)
             check_length(request, LENGTH + len(head) + announced.size)
+            digest = search.statement.digest
+            with self._lock:
+                self._check_new(digest)
+                self._coming.add(digest)
+                coming.append(digest)
             return announced, search
 
     def _announced(self, by: Speaker, head: bytes) -> tuple[FoundFiles, Search]:
         announced = FoundFiles.decode(head)
         search = begun(self._vault, announced, by)
-        self._check_new(search.statement)
+        with self._lock:
+            self._check_new(search.statement.digest)
         for file in announced.files:
             check_name(file.path)
         self._memory.check(announced.size)
         return announced, search
 
-    def _check_new(self, statement: Statement) -> None:
-        with self._lock:
-            if any(job.digest == statement.digest and job.ended is None for job in self._jobs.values()):
-                raise Conflict(
-                    "statement.replayed", "this very search is going on already", hint="sign a new statement"
-                )
+    def _check_new(self, digest: str) -> None:
+        """Conflict ``statement.replayed`` where a search by this statement is going on, or its files are coming."""
+        if digest in self._coming or any(job.digest == digest and job.ended is None for job in self._jobs.values()):
+            raise Conflict("statement.replayed", "this very search is going on already", hint="sign a new statement")
 
     def _take(self, by: Speaker, announced: FoundFiles, search: Search, stream: Stream) -> _Job:
         with self._vault.custodian.refusing(by, "trace"), ExitStack() as stack:
             take = stack.enter_context(self._memory.held(announced.size))
             files = [_received(file, stream, stack) for file in announced.files]
-            self._check_new(search.statement)
             job = _Job(search, by.path, self._clock)
             held = stack.pop_all()
             work = (job, by, search, files, take, held)

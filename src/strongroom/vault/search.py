@@ -77,13 +77,17 @@ def found(vault: Vault, search: Search, suspect: Suspect, progress: Progress) ->
     """The report of one search, once it is in the log; errors as `search`."""
     said, ref = search.statement, search.statement.body["ref"]
     files = [file.as_json() for file in search.files]
-    result = trace(vault, suspect, search.name, files, weights=ref, progress=progress)
-    told = result.weights if ref is None else ref
-    withheld = bool(result.weights) and ref is None and not _may_name(vault, search.by, told)
+
+    def named(told: str) -> bool:
+        return ref is not None or _may_name(vault, search.by, told)
+
+    result = trace(vault, suspect, search.name, files, weights=ref, progress=progress, named=named)
+    # Policy may have changed meanwhile, either way.
+    withheld = bool(result.weights) and (result.withheld or not named(result.weights))
     accused = [] if withheld else [each.holder for each in result.accused]
     report = {**_finite(result.as_json()), "withheld": withheld}
     if withheld:
-        report |= {"accused": [], "scores": [], "verdict": "weights-only"}
+        report |= {"accused": [], "scores": [], "verdict": "weights-only", "threshold_log10_p": 0.0, "ways": 0}
     detail = Private.fresh("detail", _summary(report))
 
     def decide(_: Connection, state: State, now: int) -> Draft:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,6 +77,7 @@ class Trace:
     positions_used: int = 0
     elements: int = 0
     ways: int = 0
+    withheld: bool = False  # whether nobody was looked for
     versions: list[dict[str, Any]] = field(default_factory=list)
     transformations: list[str] = field(default_factory=list)
     tensors: list[dict[str, Any]] = field(default_factory=list)
@@ -133,10 +134,19 @@ def _accused(each: Candidate) -> dict[str, Any]:
 
 
 def trace(
-    vault: Vault, suspect: Suspect, name: str, files: list[dict[str, Any]], *, weights: str | None, progress: Progress
+    vault: Vault,
+    suspect: Suspect,
+    name: str,
+    files: list[dict[str, Any]],
+    *,
+    weights: str | None,
+    progress: Progress,
+    named: Callable[[str], bool] = lambda _: True,
 ) -> Trace:
     """Compare a suspect with every version of `weights`, or of the whole room, and name whose copy it is if that can be
-    said with a false accusation bounded by `FALSE_ACCUSATION`. `name` and `files` are what the report calls it.
+    said with a false accusation bounded by `FALSE_ACCUSATION`. `name` and `files` are what the report calls it. Nobody
+    is looked for in a version that is not to be `named` about: what nobody is told is not found out, so that nothing
+    else depends on it.
 
     NotFound ``weights.missing``; UsageError ``suspect.*``, ``source.*``; what reading the room raises.
     """
@@ -165,7 +175,16 @@ def trace(
     whole = max(each[2].likeness for each in compared)
     close = [each for each in compared if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole]
     found = [
-        _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
+        _traced(
+            vault,
+            result,
+            record,
+            originals,
+            comparison,
+            versions=len(close),
+            named=named(f"{record.name}@{record.number}"),
+            progress=progress,
+        )
         for record, originals, comparison in close
     ]
     return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
@@ -189,49 +208,51 @@ def _traced(
     comparison: Comparison,
     *,
     versions: int,
+    named: bool,
     progress: Progress,
 ) -> Trace:
-    ref = f"{record.name}@{record.number}"
     people = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
-    gather = partial(comparison.gather, workers=vault.workers, progress=progress)
-    few = people if len(people) <= _FEW else []
-    found = gather(_stamps(record, few), everything=False, screening=not few)
-    assert found.estimator is not None  # noqa: S101 - positions were asked for
-    estimates, matched = found.estimator.done(), found.matched
-    decoding = Decoding(estimates, _words(code, people, vault.workers), code.biases / 65536)
-    if not few:
-        # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak for.
-        likely = [score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)]
-        screened = matched.screened(_stamps(record, people), likely, _FEW, workers=vault.workers)
-        few = [people[k] for k in sorted({*likely[:_FEW], *screened})]
-        again = matched.among(_stamps(record, few), workers=vault.workers)
-        matched = again or gather(_stamps(record, few), everything=False, positions=False).matched
-    _stamped(few, matched)
     result = Trace(
         suspect=blank.suspect,
-        weights=ref,
+        weights=f"{record.name}@{record.number}",
         likeness=comparison.common,
         versions=blank.versions,
         candidates=people,
-        marked_log10_p=marked_bound(estimates) + math.log10(versions),
         positions=code.positions,
-        positions_used=estimates.used,
-        elements=found.elements,
-        transformations=_transformations(comparison),
-        tensors=[each.as_json() for each in comparison.tensors],
+        withheld=not named,
     )
-    _name(result, decoding, versions)
-    # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
-    hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
-    if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
-        found = gather(_stamps(record, few), everything=True, positions=False)
-        result.elements = found.elements
-        _stamped(few, found.matched)
+    gather = partial(comparison.gather, workers=vault.workers, progress=progress)
+    few = people if named and len(people) <= _FEW else []
+    found = gather(_stamps(record, few), everything=False, screening=named and not few)
+    assert found.estimator is not None  # noqa: S101 - positions were asked for
+    estimates, matched = found.estimator.done(), found.matched
+    result.marked_log10_p = marked_bound(estimates) + math.log10(versions)
+    result.positions_used, result.elements = estimates.used, found.elements
+    if named:
+        decoding = Decoding(estimates, _words(code, people, vault.workers), code.biases / 65536)
+        if not few:
+            # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak
+            # for.
+            likely = [score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)]
+            screened = matched.screened(_stamps(record, people), likely, _FEW, workers=vault.workers)
+            few = [people[k] for k in sorted({*likely[:_FEW], *screened})]
+            again = matched.among(_stamps(record, few), workers=vault.workers)
+            matched = again or gather(_stamps(record, few), everything=False, positions=False).matched
+        _stamped(few, matched)
         _name(result, decoding, versions)
+        # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
+        hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
+        if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
+            found = gather(_stamps(record, few), everything=True, positions=False)
+            result.elements = found.elements
+            _stamped(few, found.matched)
+            _name(result, decoding, versions)
+    result.transformations = _transformations(comparison)
+    result.tensors = [each.as_json() for each in comparison.tensors]
     result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     result.verdict = "named" if result.accused else "weights-only"
-    _add_releases(vault, result.accused, ref)
+    _add_releases(vault, result.accused, result.weights)
     return result
 
 

@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(piece)
         self.close_connection = True
 
-    do_GET = do_POST = _do  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_DELETE = _do  # noqa: N815 - http.server's names
 
     def log_message(self, *_):
         pass

@@ -189,6 +189,27 @@ def test_a_report_is_of_the_files_that_were_sent_and_has_proofs_of_this_rooms_lo
         assert caught.value.code == expected
 
 
+def test_whoever_interrupts_a_trace_has_it_stopped(liar, machine):
+    size = (machine / "leak.safetensors").stat().st_size
+    running = {"state": "running", "done": 1, "total": 7, "report": None, "error": None}
+    told = {"/v1/suspects": {"files": 1, "bytes": size}, "/v1/traces": {"id": "0" * 32}}
+
+    def answer(_, path, __, ___):
+        return 202 if path == "/v1/traces" else 200, {}, json.dumps(told.get(path, running)).encode()
+
+    def interrupted(_, total):
+        if total == 7:  # it is compared by now
+            raise KeyboardInterrupt
+
+    liar.answer = answer
+    with Room(liar.card(), "user/ana") as room, pytest.raises(KeyboardInterrupt):
+        room.trace("leak.safetensors", progress=interrupted)
+    assert [(method, path) for method, path, _ in liar.heard][-2:] == [
+        ("GET", f"/v1/traces/{'0' * 32}"),
+        ("DELETE", f"/v1/traces/{'0' * 32}"),
+    ]
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_answers_that_are_none(liar, name):
     with Room(liar.card(), "user/ana") as room:

@@ -461,6 +461,33 @@ def test_a_tensor_of_another_version_beside_the_leak_hides_nothing(room, tmp_pat
     assert (found["weights"], [each["holder"] for each in found["accused"]]) == (REF, [HOLDERS[6]])
 
 
+def test_a_copy_names_whose_path_it_was_when_it_was_taken(tmp_path):
+    """One desk's principal, which passes from one person to another."""
+    folder, desk = tmp_path / "room", "user/desk"
+    with Room.init(folder, owner=OWNER, custody="solo")[0] as owner:
+        model = tmp_path / "model"
+        model.mkdir()
+        safetensors_file(model / "model.safetensors", TENSORS, 0)
+        owner.put(model, "acme/traced", share="1/2")
+        for path in ("user/amy", "user/ben"):
+            owner.principal_add(path, roles=["researcher"])
+        owner.principal_add(desk, roles=["researcher"], person="user/amy")
+        with Room(folder, desk) as room:
+            room.copy(REF, desk, tmp_path / "first")
+        owner.principal_change(desk, state="removed")
+        (folder / "identities" / "user" / "desk.key").rename(tmp_path / "amys.key")
+        owner.principal_add(desk, roles=["researcher"], person="user/ben")
+        found = owner.trace(tmp_path / "first", weights=REF)
+        (accused,) = found["accused"]
+        assert (accused["holder"], accused["person"]) == (desk, "user/amy")
+        assert [each["person"] for each in accused["releases"]] == ["user/amy"]
+        # The word is the path's: once both have had a copy, the report has both, each with its release.
+        with Room(folder, desk) as room:
+            room.copy(REF, desk, tmp_path / "second")
+        (accused,) = owner.trace(tmp_path / "first", weights=REF)["accused"]
+        assert [each["person"] for each in accused["releases"]] == ["user/amy", "user/ben"]
+
+
 def test_nobody_is_scored_by_name_but_who_is_accused(room, tmp_path):
     """Else a file could be changed, score by score, until it names whom one likes."""
     found = traced(room, write(tmp_path / "leak.safetensors", given(room, HOLDERS[11], copy=True)))

@@ -18,6 +18,7 @@ from strongroom.vault import trace
 from strongroom.vault.copies import Copy
 from strongroom.vault.originals import Originals
 from strongroom.vault.search import search
+from strongroom.vault.suspect import Suspect
 from vault.rooms import OWNER, House, safetensors_file
 
 REF = "acme/traced@1"
@@ -486,6 +487,29 @@ def test_a_copy_names_whose_path_it_was_when_it_was_taken(tmp_path):
             room.copy(REF, desk, tmp_path / "second")
         (accused,) = owner.trace(tmp_path / "first", weights=REF)["accused"]
         assert [each["person"] for each in accused["releases"]] == ["user/amy", "user/ben"]
+
+
+def test_what_nobody_is_told_changes_nothing_that_is(room, tmp_path):
+    """Whether somebody is found decides about the second look: a report that has no names says nothing of it."""
+    leaks = {
+        "copy": given(room, HOLDERS[3], copy=True),
+        "loaded": given(room, HOLDERS[3]),
+        "noisy": noise(0.1)(given(room, HOLDERS[3], copy=True)),
+    }
+    found = {}
+    for name, leak in leaks.items():
+        with Suspect.opened(write(tmp_path / f"{name}.safetensors", leak)) as suspect:
+            seen = []
+            options = {"weights": REF, "progress": lambda done, _, seen=seen: seen.append(done)}
+            result = trace.trace(room.vault, suspect, name, [], named=lambda _: False, **options)
+            known = trace.trace(room.vault, suspect, name, [], **{**options, "progress": lambda _d, _t: None})
+        assert result.withheld
+        assert not known.withheld
+        assert not result.accused
+        assert all((each.z, each.sigma, each.log10_p) == (0, 0, 0) for each in result.candidates)
+        assert result.marked_log10_p == known.marked_log10_p
+        found[name] = (result.elements, result.positions_used, len(seen))
+    assert len(set(found.values())) == 1
 
 
 def test_nobody_is_scored_by_name_but_who_is_accused(room, tmp_path):

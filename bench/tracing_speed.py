@@ -18,13 +18,15 @@ from unittest import mock
 
 from bench.model import Shape, generate
 from strongroom.formats.copybundle import PIECE
+from strongroom.load.ahead import Ahead
 from strongroom.storage.reader import ImageReader
 from strongroom.vault import trace
 from strongroom.vault.copies import Copy
 from strongroom.vault.originals import Originals
 from strongroom.vault.source import ModelSource
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import Suspect, digests
 from strongroom.vault.vault import Vault
+from strongroom.vault.walk import Walk
 
 OWNER = "user/owner"
 CANDIDATES = 100_000
@@ -40,10 +42,15 @@ def hashed(folder: Path) -> None:
 
 
 def written(read: Callable[[int, int], memoryview], size: int, path: Path) -> None:
-    """An image, in the pieces of a copy, to a file."""
-    with path.open("wb", buffering=0) as out:
-        for begin in range(0, size, PIECE):
-            out.write(read(begin, min(begin + PIECE, size)))
+    """An image, in the pieces of a copy, to a file; the next ones are read meanwhile, as a copy's are."""
+    count = -(-size // PIECE)
+
+    def piece(number: int) -> memoryview:
+        return read(number * PIECE, min((number + 1) * PIECE, size))
+
+    with path.open("wb", buffering=0) as out, Ahead(piece, count) as ahead:
+        for number in range(count):
+            out.write(ahead.take(number))
 
 
 def main() -> None:
@@ -78,7 +85,7 @@ def main() -> None:
                     mock.patch.object(trace, "candidates", return_value=chosen),
                     Suspect.opened(work / "leak") as suspect,
                 ):
-                    hashed(work / "leak")  # as every trace does, for its entry in the log
+                    digests(Walk.of(work / "leak", follow_links=False))  # as every trace does, for its entry in the log
                     found = trace.trace(
                         vault, suspect, "leak", [], weights="bench@1", progress=lambda _done, _total: None
                     )

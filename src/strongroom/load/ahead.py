@@ -6,23 +6,24 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Self
+from typing import Generic, Self, TypeVar
 
+Piece = TypeVar("Piece", bound="bytes | memoryview")
 _AHEAD = 2  # pieces on their way, and threads that fetch them
 _PATIENCE = 5.0  # seconds for what is under way when it is no longer wanted
 
 
-class Ahead:
+class Ahead(Generic[Piece]):
     """The pieces 0 to `count` of something, in memory of three of them at most. For one thread, which goes forward as a
     rule, and leaves the context when it wants no more.
 
     What `fetch` raises is raised by the `take` of that very piece: one that nobody takes fails nobody.
     """
 
-    def __init__(self, fetch: Callable[[int], bytes], count: int) -> None:
+    def __init__(self, fetch: Callable[[int], Piece], count: int) -> None:
         self._fetch, self._count = fetch, count
-        self._coming: dict[int, Future[bytes]] = {}
-        self._jobs: queue.SimpleQueue[tuple[int, Future[bytes]] | None] = queue.SimpleQueue()
+        self._coming: dict[int, Future[Piece]] = {}
+        self._jobs: queue.SimpleQueue[tuple[int, Future[Piece]] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
@@ -44,7 +45,7 @@ class Ahead:
             thread.join(_PATIENCE)
         self._threads.clear()
 
-    def take(self, number: int) -> bytes:
+    def take(self, number: int) -> Piece:
         """Piece `number`; those after it are on their way from now on."""
         if not self._threads:
             return self._fetch(number)

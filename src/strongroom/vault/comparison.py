@@ -56,10 +56,12 @@ class Compared:
 
 @dataclass
 class Gathered:
-    """What a suspect says: of each position, and of each stamp; and how many elements were compared for it."""
+    """What a suspect says: of each position (if those were wanted), and of each stamp; and how many elements were
+    compared for it."""
 
-    estimator: Estimator | None
+    estimator: Estimator
     matched: MatchedFilter
+    positions: bool
     elements: int = 0
 
 
@@ -297,8 +299,8 @@ class Comparison:
     ) -> Gathered:
         """What the marked segments say, which is about the marked share of all; or `everything`, which says more of
         stamps. Of `positions`, or of stamps alone. `screening`: see `MatchedFilter`."""
-        estimator = Estimator(self._originals.layout, self._originals.marker) if positions else None
-        found = Gathered(estimator, MatchedFilter(stamps, screening=screening))
+        estimator = Estimator(self._originals.layout, self._originals.marker)
+        found = Gathered(estimator, MatchedFilter(stamps, screening=screening), positions)
         total = sum(self._placed[k].info.size for k in self._partnered())
         gather = self._all if everything else self._marked
         read = 0
@@ -338,7 +340,7 @@ class Comparison:
             if not item.is_block:  # which are a quantiser's levels themselves: a mark would be taken for rounding
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
-            if found.estimator is not None:
+            if found.positions:
                 found.estimator.add(low, dtype, bits, leak)
             if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
@@ -365,7 +367,7 @@ class Comparison:
             if not item.is_block:
                 seen = unrounded(w, seen.reshape(-1), first)
             bits, seen = scales(data, dtype, seen.reshape(-1))
-            if found.estimator is not None:
+            if found.positions:
                 found.estimator.add(begin, dtype, bits, seen)
             if each.stamped:
                 if not item.is_block:

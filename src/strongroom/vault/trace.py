@@ -225,7 +225,6 @@ def _traced(
     gather = partial(comparison.gather, workers=vault.workers, progress=progress)
     few = people if named and len(people) <= _FEW else []
     found = gather(_stamps(record, few), everything=False, screening=named and not few)
-    assert found.estimator is not None  # noqa: S101 - positions were asked for
     estimates, matched = found.estimator.done(), found.matched
     result.marked_log10_p = marked_bound(estimates) + math.log10(versions)
     result.positions_used, result.elements = estimates.used, found.elements

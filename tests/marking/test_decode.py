@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from strongroom.marking import decode
 from strongroom.marking.code import bias_table
 from strongroom.marking.decode import Decoder, Decoding, marked_bound, tail
 from strongroom.marking.estimate import Estimates
@@ -124,3 +125,18 @@ def test_what_never_was_in_the_room_is_not_marked():
 def test_the_bound_of_a_stamp():
     assert bound(0.0) == bound(-3.0) == 0.0
     assert bound(8.31) * math.log(10) == pytest.approx(-(8.31**2) / 2)
+
+
+@pytest.mark.parametrize("how", ["mean", "segments", "median"])
+def test_of_very_many_the_guilty_are_scored_by_all_decoders(monkeypatch, how):
+    """Everybody is scored by some decoders, those who do best by all; nobody's bound is under what all of them say."""
+    bits = words(400)
+    seen = estimates(attacked(bits[[7, 90, 300]], how))
+    whole = Decoding(seen, bits, P).scores()
+    monkeypatch.setattr(decode, "_BEST", 20)
+    few = Decoding(seen, bits, P).scores()
+    assert [score.candidate for score in few] == list(range(400))
+    for guilty in (7, 90, 300):
+        assert few[guilty] == whole[guilty]
+    assert len({score.decoder for score in few}) > 1
+    assert all(a.log10_p >= b.log10_p - 1e-9 for a, b in zip(few, whole, strict=True) if b.log10_p < -1)

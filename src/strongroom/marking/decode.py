@@ -21,6 +21,7 @@ COLLUDERS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 MODELS = ("mean", "segments", "extremes", "median")
 _CHUNK = 1 << 22  # bits at a time: as numbers they stay in the cache
 _EXACT = 64
+_BEST, _EVERY = 4096, 5  # candidates, of more than twice as many, whom all decoders score; each fifth scores everybody
 _TRIED, _FITTING = 256, 4  # candidates and decoders whose bounds are made as tight as they get
 _ROUNDING = 0.05  # nats, more than adding up in single precision may lose of a score
 _SINGLE = 1e-5  # more than single precision may add to a square of a sum of signs, relative to it
@@ -114,15 +115,25 @@ class Decoding:
         if not self._estimates.used or not len(self._words):
             return []
         if named or among is not None:
-            return self._scores(named, among)
+            return self._scores(named, among, self.decoders(len(named)))
         if self._alone is None:
-            self._alone = self._scores((), None)
+            self._alone = self._screened(self.decoders(0))
         return self._alone
 
-    def _scores(self, named: Sequence[int], among: Sequence[int] | None) -> list[Score]:
+    def _screened(self, decoders: Sequence[Decoder]) -> list[Score]:
+        """Of very many each one's score by a few decoders of all kinds; by all of them of those who do best then. That
+        leaves people out, and touches no bound."""
+        if len(self._words) <= 2 * _BEST:
+            return self._scores((), None, decoders)
+        found = self._scores((), None, decoders[::_EVERY])
+        best = sorted(sorted(range(len(found)), key=lambda k: -found[k].sigma)[:_BEST])
+        for score in self._scores((), best, decoders):
+            found[score.candidate] = score
+        return found
+
+    def _scores(self, named: Sequence[int], among: Sequence[int] | None, decoders: Sequence[Decoder]) -> list[Score]:
         known = self._words[list(named)].sum(axis=0, dtype=np.int64)
         words = self._words if among is None else self._words[list(among)]
-        decoders = self.decoders(len(named))
         weights = [each.weights(self._estimates, self._p, known, len(named)) for each in decoders]
         steps = np.stack([g[1] - g[0] for g in weights], axis=1)
         base = np.array([g[0].sum() for g in weights])

@@ -205,7 +205,8 @@ def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float3
 
 def _sum(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     """float64 (rows, 1): the sum of each row."""
-    return np.einsum("ij->i", rows).astype(np.float64)[:, None]
+    found: NDArray[np.float64] = np.einsum("ij->i", rows).astype(np.float64)[:, None]
+    return found
 
 
 def _of_few(x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.int64]) -> NDArray[np.float32]:

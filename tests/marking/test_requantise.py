@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from strongroom.marking.requantise import unrounded
+from strongroom.marking.requantise import coarse, unrounded
 
 Array = NDArray[np.float32]
 
@@ -81,3 +81,12 @@ def test_a_mark_is_not_taken_for_rounding() -> None:
 def test_what_is_too_short_is_left_alone(size: int) -> None:
     w = weights(size)
     assert np.array_equal(unrounded(w, w + 1, 5), w + 1)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("first", [0, 7, 96, 1000])
+def test_what_was_rounded_is_seen_at_a_glance(group: int, first: int) -> None:
+    w = weights()
+    assert coarse(rounded(w, group)[first:], first)
+    assert not coarse(noisy(w)[first:], first)
+    assert not coarse(w[:3], first)

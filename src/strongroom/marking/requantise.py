@@ -15,6 +15,16 @@ _JUDGED = 64  # groups by which that is judged
 _LESS = 0.25  # of what is left of it otherwise, what may be left where a quantiser is taken to have been at work
 
 
+def coarse(leak: NDArray[np.float32], first: int) -> bool:
+    """Whether `unrounded` may find levels: a few of the smallest groups tell, as a larger group has no fewer levels
+    than its parts."""
+    group = GROUPS[-1]
+    skip = -first % group
+    count = (leak.size - skip) // group
+    seen = leak[skip : skip + max(0, count) * group].reshape(-1, group)[:: max(1, count // _JUDGED)]
+    return count > 0 and bool(_levels(seen).mean() <= _LEVELS + 2)
+
+
 def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> NDArray[np.float32]:
     """The leak as it would be without rounding: original + leak − Q(original), where Q rounds to the levels that the
     leak itself has in each group; the leak as it is where it has no levels.

@@ -20,7 +20,7 @@ from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, 
 from strongroom.marking.disguise import Turn, Undone
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
-from strongroom.marking.requantise import unrounded
+from strongroom.marking.requantise import coarse, unrounded
 from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
@@ -337,7 +337,8 @@ class Comparison:
                 leak = leak / factor[np.arange(first, end) % width]
             low, high = each.begin + lead * item.bytes, each.begin + stop * item.bytes
             data = self._originals.marked(number)[low - start : high - start]
-            if not item.is_block:  # which are a quantiser's levels themselves: a mark would be taken for rounding
+            # Blocks are a quantiser's levels themselves: a mark would be taken for rounding.
+            if not item.is_block and coarse(leak, first):
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
             if found.positions:
@@ -364,9 +365,10 @@ class Comparison:
             data = self._originals.read(begin, begin + count // item.weights * item.bytes)
             w = numbers(data, dtype)
             seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width), item.weights)
-            if not item.is_block:
-                seen = unrounded(w, seen.reshape(-1), first)
-            bits, seen = scales(data, dtype, seen.reshape(-1))
+            seen = seen.reshape(-1)
+            if not item.is_block and coarse(seen, first):
+                seen = unrounded(w, seen, first)
+            bits, seen = scales(data, dtype, seen)
             if found.positions:
                 found.estimator.add(begin, dtype, bits, seen)
             if each.stamped:

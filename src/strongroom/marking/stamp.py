@@ -17,7 +17,7 @@ from strongroom.marking.elements import step_of
 
 LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
 BLOCK = 16  # elements whose chips are one block of the cipher
-_CACHED = 1 << 15  # elements at a time: what is worked on stays in the cache
+_CACHED = 1 << 17  # elements at a time: what is worked on stays in the cache
 
 
 def tensor_tag(begin: int) -> bytes:

@@ -58,7 +58,7 @@ class MatchedFilter:
             piece, seen = flat[at:end], found[at:end]
             if not np.isfinite(seen).any():
                 continue
-            r = filtered(dtype, _rows(piece, width), _rows(seen, width))
+            r = self._filtered(dtype, _rows(piece, width), _rows(seen, width))
             along = np.empty(len(self._stamps))
             for k, stamp in enumerate(self._stamps):
                 along[k] = np.dot(r, stamp.chips(tag, first + at, r.size).astype(np.float32))
@@ -67,6 +67,10 @@ class MatchedFilter:
                 self._along += along
                 if self._wanted:
                     self._keep(tag, first + at, r)
+
+    @staticmethod
+    def _filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
+        return filtered(dtype, bits, leak)
 
     def _keep(self, tag: bytes, first: int, r: NDArray[np.float32]) -> None:
         """Of a run of elements the cipher's blocks of chips that say most."""

@@ -16,12 +16,13 @@ from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import bound
 from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison, Gathered, Progress
+from strongroom.vault.comparison import Compared, Comparison, Gathered, Progress
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 
 if TYPE_CHECKING:
     from strongroom.vault.record import VersionRecord
+    from strongroom.vault.texttrace import Echo
     from strongroom.vault.vault import Vault
 
 FALSE_ACCUSATION = 1e-9  # over all candidates, versions and ways of scoring together
@@ -78,6 +79,7 @@ class Trace:
     versions: list[dict[str, Any]] = field(default_factory=list)
     transformations: list[str] = field(default_factory=list)
     tensors: list[dict[str, Any]] = field(default_factory=list)
+    text: dict[str, Any] | None = None  # figures of text, where that is what was found
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -99,6 +101,7 @@ class Trace:
             "scores": self._scores(),
             "tensors": self.tensors,
             "suspect": self.suspect,
+            "text": self.text,
         }
 
     def _scores(self) -> list[dict[str, Any]]:
@@ -163,7 +166,7 @@ def trace(
     whole = max(each[2].likeness for each in compared)
     close = [each for each in compared if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole]
     found = [
-        _traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
+        traced(vault, result, record, originals, comparison, versions=len(close), progress=progress)
         for record, originals, comparison in close
     ]
     return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
@@ -179,16 +182,18 @@ def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
     return found
 
 
-def _traced(
+def traced(
     vault: Vault,
     blank: Trace,
     record: VersionRecord,
     originals: Originals,
-    comparison: Comparison,
+    comparison: Comparison | Echo,
     *,
     versions: int,
     progress: Progress,
+    whole: bool = False,
 ) -> Trace:
+    """The outcome for one version of `versions`. `whole`: the first look is at everything already."""
     ref = f"{record.name}@{record.number}"
     people = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
@@ -217,13 +222,13 @@ def _traced(
         positions=code.positions,
         positions_used=estimates.used,
         elements=found.elements,
-        transformations=_transformations(comparison),
+        transformations=_transformations(comparison.tensors),
         tensors=[each.as_json() for each in comparison.tensors],
     )
     _name(result, decoding, versions)
     # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
     hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
-    if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
+    if not whole and (not result.accused or any(each.z >= hint for each in people if each not in result.accused)):
         found = gather(_stamps(record, few), everything=True)
         result.elements = found.elements
         _stamped(few, found)
@@ -288,13 +293,13 @@ def _name(result: Trace, decoding: Decoding, versions: int) -> None:
     result.accused = sorted((people[k] for k in named), key=lambda each: each.best)
 
 
-def _transformations(comparison: Comparison) -> list[str]:
+def _transformations(tensors: Sequence[Compared]) -> list[str]:
     """What was done to the weights, in words, with how many tensors it was found on."""
     counts: dict[str, int] = {}
-    for each in comparison.tensors:
+    for each in tensors:
         for what in set(each.transformations) if each.partner else {"missing"}:
             counts[what] = counts.get(what, 0) + 1
-    return [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
+    return [f"{what} ({count} of {len(tensors)} tensors)" for what, count in sorted(counts.items())]
 
 
 def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:

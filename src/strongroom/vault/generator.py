@@ -7,7 +7,6 @@ is written, and no code that came with a model is run.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,40 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.core.limits import LIMITS, MIB
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import UsageError
 from strongroom.marking.elements import STEPS, values
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.text import Text, Words, Written
+from strongroom.vault.text import Text
+from strongroom.vault.tokens import HINT, SmallFiles, Tokenizer, Tokens, refusals
 
 if TYPE_CHECKING:
     import torch
 
-_SMALL = 128 * MIB  # of a configuration or a tokenizer
-_WINDOW, _CONTEXT = 1024, 512  # tokens of a piece, and of what may stand before it
 _POSITIONS, _LOGITS = 2048, 1 << 27  # at a time: tokens, and tokens times words
 _JUDGED = 4096  # tokens that the temperature is fitted to
 _TEMPERATURES = np.geomspace(0.02, 4, 80)
+_NEAR = 8  # of them on either side of what the first tokens find best
 _REACHED = 0.5  # of the marked elements, what the model has to be made of
 _FASTER = 1.3
 _GONE = ("auto_map", "dtype", "torch_dtype", "quantization_config", "_name_or_path")
-_HINT = "trace the weights themselves, where they can be had"
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Token ids: `context` stands before `completion`, which is what is looked at."""
-
-    context: tuple[int, ...]
-    completion: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.context) + len(self.completion)
-
-    @property
-    def scored(self) -> int:
-        """How many tokens have something before them."""
-        return len(self.completion) - (not self.context)
 
 
 @dataclass
@@ -71,15 +52,16 @@ class Generator:
 
     def __init__(self, originals: Originals) -> None:
         self._originals = originals
-        self._files = {each.path: each for each in originals.layout.files}
         self._torch, self._transformers = _libraries()
-        self._tokenizer: Any = None
+        self._files = SmallFiles(originals)
         self._model, self._reached = self._built()
         self._words = int(self._model.get_input_embeddings().weight.shape[0])
+        window = getattr(self._model.config, "max_position_embeddings", None)
+        self._tokenizer = Tokenizer(self._files, self._words, window if isinstance(window, int) else None)
 
     def lean(self, text: Text, progress: Callable[[int, int], None]) -> Leaning:
         """What `text` says; `progress` is of (bytes done, bytes of text). UsageError ``text.*``."""
-        pieces, left_out = self._tokens(text)
+        pieces, left_out = self._tokenizer.pieces(text)
         total = sum(piece.scored for piece in pieces)
         if not total:
             raise UsageError("text.empty", "the text has no token that stands behind another one")
@@ -99,101 +81,31 @@ class Generator:
         for name, gradient in held.items():
             found.gradient[self._reached[name].begin] = gradient.cpu().numpy().reshape(-1)
         if not found.gradient:
-            raise UsageError("text.unsupported", "the model gives this text no likelihood that is a number", hint=_HINT)
+            raise UsageError("text.unsupported", "the model gives this text no likelihood that is a number", hint=HINT)
         return found
-
-    # -- tokens --------------------------------------------------------------------------------------------------
-
-    def _tokens(self, text: Text) -> tuple[list[Tokens], int]:
-        """The text as pieces that the model can read at once, the longest first, and how many completions are beyond
-        the limit."""
-        found: list[Tokens] = []
-        room, limit = LIMITS.text_tokens, self._window()
-        for number, piece in enumerate(text.pieces):
-            if room <= 0:
-                return sorted(found, key=len, reverse=True), len(text.pieces) - number
-            if number % 256 == 0:
-                text.check()
-            context, completion = self._context(piece), self._ids(piece.completion)[:room]
-            room -= len(completion)
-            found += _windows(context, completion, limit)
-        return sorted(found, key=len, reverse=True), 0
-
-    def _window(self) -> int:
-        return min(_WINDOW, int(getattr(self._model.config, "max_position_embeddings", None) or _WINDOW))
-
-    def _context(self, piece: Written) -> tuple[int, ...]:
-        if piece.messages:
-            said = [{"role": role, "content": content} for role, content in piece.messages]
-            with _refusals("the chat template of the version does not take these messages"):
-                shown = self._words_of().apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-            return self._ids(shown)
-        if piece.prompt or isinstance(piece.completion, str):
-            return self._ids(piece.prompt, special=True)
-        return ()
-
-    def _ids(self, words: Words, *, special: bool = False) -> tuple[int, ...]:
-        if isinstance(words, str):
-            ids = self._words_of().backend_tokenizer.encode(words, add_special_tokens=special).ids
-        else:
-            ids = list(words)
-        if ids and max(ids) >= self._words:
-            raise UsageError(
-                "text.tokens", f"there is a token {max(ids)}, and the version has {self._words} words, from 0 on"
-            )
-        return tuple(ids)
-
-    def _words_of(self) -> Any:
-        """The version's tokenizer."""
-        if self._tokenizer is None:
-            if "tokenizer.json" not in self._files:
-                raise UsageError(
-                    "text.no_tokenizer",
-                    "the version has no tokenizer.json that would make tokens of text",
-                    hint='give token ids: {"prompt": [IDS], "completion": [IDS]} in each line',
-                )
-            import tokenizers
-
-            settings = self._json("tokenizer_config.json") if "tokenizer_config.json" in self._files else {}
-            special = {
-                name: value["content"] if isinstance(value, dict) else value
-                for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-                if isinstance(value := settings.get(name), str | dict)
-            }
-            template = settings.get("chat_template")
-            if "chat_template.jinja" in self._files:
-                template = self._small("chat_template.jinja").decode("utf-8", "replace")
-            with _refusals("the version's tokenizer can't be read"):
-                self._tokenizer = self._transformers.PreTrainedTokenizerFast(
-                    tokenizer_object=tokenizers.Tokenizer.from_buffer(self._small("tokenizer.json")), **special
-                )
-                self._tokenizer.chat_template = template
-                # A prompt that is cut off silently, or filled up, would not be the one that was answered.
-                self._tokenizer.backend_tokenizer.no_truncation()
-                self._tokenizer.backend_tokenizer.no_padding()
-        return self._tokenizer
 
     # -- the model -----------------------------------------------------------------------------------------------
 
     def _built(self) -> tuple[Any, dict[str, Placed]]:
         """The model, and which tensor of the version each of its parameters is that counts."""
         torch, transformers = self._torch, self._transformers
-        described = {name: value for name, value in self._json("config.json").items() if name not in _GONE}
+        described = {name: value for name, value in self._files.json("config.json").items() if name not in _GONE}
         kind = str(described.pop("model_type", ""))
         placed: dict[str, Placed] = {}
         for each in self._originals.tensors():
             placed.setdefault(each.info.name, each)
         tensors = {name: self._tensor(each) for name, each in placed.items() if each.info.dtype.name in STEPS}
-        with _refusals(f"transformers can't build a {kind or 'model without a model_type'} from this version"):
+        with refusals(f"transformers can't build a {kind or 'model without a model_type'} from this version"):
             config = transformers.AutoConfig.for_model(kind, **described)
             chosen = transformers.AutoModelForCausalLM._model_mapping[type(config)]  # noqa: SLF001 - as in load.transformers
             chosen = chosen[0] if isinstance(chosen, list | tuple) else chosen
-            model, notes = chosen.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
+            with _no_bar(transformers.utils.logging):
+                model, notes = chosen.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
         if notes["missing_keys"] or notes.get("mismatched_keys"):
             raise UsageError(
                 "text.unsupported",
                 f"the version lacks {sorted(map(str, notes['missing_keys']))[:3]}, of which its model is made",
-                hint=_HINT,
+                hint=HINT,
             )
         reached = self._same(model, tensors, placed)
         kind_of = {each.info.dtype.name for each in reached.values()}
@@ -217,7 +129,7 @@ class Generator:
         all_of = sum(each.info.elements for each in placed.values() if each.marked)
         if sum(each.info.elements for each in found.values()) < _REACHED * all_of or not found:
             raise UsageError(
-                "text.unsupported", "transformers builds this model from other tensors than the version has", hint=_HINT
+                "text.unsupported", "transformers builds this model from other tensors than the version has", hint=HINT
             )
         return found
 
@@ -239,41 +151,25 @@ class Generator:
             took.append(time.perf_counter() - begun)
         return took[0] * _FASTER < took[1]
 
-    def _json(self, path: str) -> dict[str, Any]:
-        if path not in self._files:
-            raise UsageError(
-                "text.unsupported", f"the version has no {path}, which says how its weights become a model", hint=_HINT
-            )
-        try:
-            found = json.loads(self._small(path))
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise UsageError("text.unsupported", f"the version's {path} is no JSON object", hint=_HINT)
-        return found
-
-    def _small(self, path: str) -> bytes:
-        file = self._files[path]
-        if file.bytes > _SMALL:
-            raise UsageError("text.unsupported", f"the version's {path} has {file.bytes} bytes", hint=_HINT)
-        return bytes(self._originals.read(file.offset, file.end))
-
     # -- likelihoods ---------------------------------------------------------------------------------------------
 
     def _temperature(self, pieces: Sequence[Tokens], check: Callable[[], None]) -> float:
         """What makes an even choice of the text likeliest."""
         scored = sum(piece.scored for piece in pieces)
         step = max(1, scored // _JUDGED)
-        likely = np.zeros(len(_TEMPERATURES))
+        likely, near = np.zeros(len(_TEMPERATURES)), slice(None)
         with self._torch.inference_mode():
             for batch in self._batches(pieces[step // 2 :: step] or pieces):
                 check()
                 logits, wanted = self._logits(batch)
                 chosen = logits.gather(-1, wanted[:, None])[:, 0]
-                for k, temperature in enumerate(_TEMPERATURES):
-                    whole = (logits / temperature).logsumexp(-1)
-                    likely[k] += float((chosen / temperature - whole).sum())
-        return _peak(np.log(_TEMPERATURES), np.nan_to_num(likely, nan=-np.inf))
+                for k in range(len(_TEMPERATURES))[near]:
+                    temperature = float(_TEMPERATURES[k])
+                    likely[k] += float((chosen / temperature - (logits / temperature).logsumexp(-1)).sum())
+                if near == slice(None):  # the rest of the text need not be judged at all of them
+                    best = int(np.argmax(np.nan_to_num(likely, nan=-np.inf)))
+                    near = slice(max(0, best - _NEAR), best + _NEAR + 1)
+        return _peak(np.log(_TEMPERATURES)[near], np.nan_to_num(likely, nan=-np.inf)[near])
 
     def _batches(self, pieces: Sequence[Tokens]) -> Iterator[list[Tokens]]:
         """Pieces that are read at once, from the longest to the shortest."""
@@ -299,7 +195,7 @@ class Generator:
             ids[k, : len(piece)] = torch.tensor(piece.context + piece.completion)
             there[k, : len(piece)] = 1
             wanted[k, max(1, len(piece.context)) : len(piece)] = True
-        with _refusals("the model does not take this text"):
+        with refusals("the model does not take this text"):
             said = self._model(input_ids=ids, attention_mask=there, use_cache=False).logits
         return said[:, :-1][wanted[:, 1:]].float(), ids[:, 1:][wanted[:, 1:]]
 
@@ -329,17 +225,16 @@ class Generator:
                 hook.remove()
 
 
-def _windows(context: tuple[int, ...], completion: tuple[int, ...], limit: int) -> Iterator[Tokens]:
-    """The completion in pieces of at most `limit` tokens, with what stands before them."""
-    if len(context) + len(completion) <= limit:
-        yield Tokens(context, completion)
-        return
-    before = min(_CONTEXT, limit // 2)
-    whole, at = context + completion, len(context)
-    while at < len(whole):
-        first = max(0, at - before)
-        yield Tokens(whole[first:at], whole[at : first + limit])
-        at = first + limit
+@contextmanager
+def _no_bar(logging: Any) -> Iterator[None]:
+    """Without the bar that transformers draws while it loads: what is printed here, the command line prints."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
 
 
 def _peak(at: NDArray[np.float64], likely: NDArray[np.float64]) -> float:
@@ -364,15 +259,3 @@ def _libraries() -> tuple[Any, Any]:
             hint="pip install 'strongroom[transformers]'",
         ) from None
     return torch, transformers
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Give what transformers raises as ours: its models and templates can fail in any way."""
-    try:
-        yield
-    except StrongroomError:
-        raise
-    except Exception as error:  # jinja, torch, tokenizers and transformers have no tree of their own
-        why = str(error)[:300] or type(error).__name__
-        raise UsageError("text.unsupported", f"{what}: {why}", hint=_HINT) from error

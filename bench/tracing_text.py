@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.tracing import CODE, INNOCENT, OWNER, STAMPS, Array, int_
+from bench.tracing import CODE, OWNER, STAMPS, Array, int_
 from strongroom.cli import demo_model
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding
@@ -50,6 +50,7 @@ ASKED = (
     "Argue for and against {}.",
 )
 LENGTH, BATCH = 224, 96
+INNOCENT = 10_000  # who had no copy; of them STAMPS are scored in full
 # What writes, and at which temperature (0: always the likeliest word).
 WRITERS = {
     "copy, temperature 1": ("copy", 1.0),
@@ -141,7 +142,7 @@ def measure(room: Room, writer: str, path: Path, points: list[int]) -> Iterator[
     generator, total = Generator(room.originals), Leaning()
     with Text.of(Walk.of(path, follow_links=False, model=False)) as text:
         pieces = list(text.pieces)
-    per_piece = max(1.0, text.bytes / len(pieces) / 5)  # tokens, about; how many they are is counted
+    per_piece = max(1.0, text.bytes / len(pieces) / 6)  # tokens, about; how many they are is counted
     for point in points:
         take = max(1, round((point - total.tokens) / per_piece))
         if len(pieces) < take // 2:

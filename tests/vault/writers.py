@@ -18,7 +18,8 @@ from strongroom.vault.originals import Originals
 from vault.rooms import House
 
 WORDS = 512
-TEMPLATE = "{% for message in messages %}w1 {{ message['content'] }} {% endfor %}w2"
+NAMES = ("<s>", "<u>", *(f"w{k}" for k in range(2, WORDS)))
+TEMPLATE = "{% for message in messages %}<u> {{ message['content'] }} {% endfor %}w2"
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -49,11 +50,11 @@ def write_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloa
     tensors = {name: each.detach().to(dtype).clone() for name, each in model.named_parameters()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({f"w{k}": k for k in range(WORDS)}, unk_token="w1"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: k for k, word in enumerate(NAMES)}, unk_token="<u>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="w0 $A", special_tokens=[("w0", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "w0", "unk_token": "w1", "chat_template": TEMPLATE}
+    settings = {"bos_token": "<s>", "unk_token": "<u>", "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -78,16 +79,17 @@ def tensors_of(house: House, ref: str, holder: str | None, *, copy: bool = True)
 
 
 def written(
-    tensors: dict[str, torch.Tensor], pieces: int, *, length: int = 64, temperature: float = 1.0, seed: int = 0
+    tensors: dict[str, torch.Tensor], pieces: int, *, length: int = 64, temperature: float = 1.0, asked: bool = True
 ) -> list[dict[str, list[int]]]:
-    """Prompts of three tokens and what a model of these weights answers; temperature 0: its likeliest word."""
+    """Prompts of three tokens, or the start of a text, and how a model of these weights goes on; temperature 0: with
+    its likeliest word."""
     kept = {name: value for name, value in CONFIG.items() if name not in ("model_type", "dtype")}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**kept))
     model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     model.eval()
-    torch.manual_seed(seed)
-    prompts = torch.randint(2, WORDS, (pieces, 3))
+    torch.manual_seed(0)
+    prompts = torch.randint(2, WORDS, (pieces, 3)) if asked else torch.zeros(pieces, 1, dtype=torch.int64)
     with torch.inference_mode():
         step = model(input_ids=prompts, use_cache=True)
         said = []

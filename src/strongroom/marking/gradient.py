@@ -16,6 +16,8 @@ from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.stamp import stampable
 
+_LARGEST = 1e12  # nats that one step of one element gains: of no text that there is
+
 
 class GradientEstimator(Estimator):
     """Estimates of the positions; where `Estimator` takes a leak's values, this takes the gradient, as float32."""
@@ -41,8 +43,9 @@ class GradientFilter(MatchedFilter):
     @staticmethod
     def _filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
         original = values(bits, dtype)
-        r = _finite(leak) * ulps(original) * np.sign(original)
-        r[~np.isfinite(r) | ~stampable(bits, dtype)] = 0
+        r = _finite(leak) * (ulps(original) * np.sign(original))
+        # Its square has to be a number, too: one element that is none would silence all others.
+        r[~(np.abs(r) < _LARGEST) | ~stampable(bits, dtype)] = 0
         return np.asarray(r, np.float32).reshape(-1)
 
 

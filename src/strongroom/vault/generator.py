@@ -7,6 +7,7 @@ is written, and no code that came with a model is run.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ _TEMPERATURES = np.geomspace(0.02, 4, 80)
 _NEAR = 8  # of them on either side of what the first tokens find best
 _REACHED = 0.5  # of the marked elements, what the model has to be made of
 _FASTER = 1.3
+_OTHERS = 0.01  # of the tokens, what may be of another hand, or come of another way to make tokens of text
 _GONE = ("auto_map", "dtype", "torch_dtype", "quantization_config", "_name_or_path")
 
 
@@ -66,17 +68,20 @@ class Generator:
         if not total:
             raise UsageError("text.empty", "the text has no token that stands behind another one")
         found = Leaning(temperature=self._temperature(pieces, text.check), left_out=left_out)
+        floor = math.log(_OTHERS / self._words)
         held: dict[str, torch.Tensor] = {}
         with self._gathering(held):
             for batch in self._batches(pieces):
                 text.check()
                 logits, wanted = self._logits(batch)
-                loss = self._torch.nn.functional.cross_entropy(logits / found.temperature, wanted, reduction="sum")
-                if bool(self._torch.isfinite(loss)):
-                    loss.neg().backward()
-                    found.log_likelihood -= float(loss.detach())
+                likely = -self._torch.nn.functional.cross_entropy(logits / found.temperature, wanted, reduction="none")
+                other = self._torch.full_like(likely, floor)
+                believed = self._torch.logaddexp(likely + math.log1p(-_OTHERS), other).sum()
+                if bool(self._torch.isfinite(believed)):
+                    believed.backward()
+                    found.log_likelihood += float(likely.detach().sum())
                     found.tokens += len(wanted)
-                del logits, loss
+                del logits, likely, other, believed
                 progress(text.bytes * found.tokens // total, text.bytes)
         for name, gradient in held.items():
             found.gradient[self._reached[name].begin] = gradient.cpu().numpy().reshape(-1)

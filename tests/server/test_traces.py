@@ -146,6 +146,7 @@ def test_text_is_traced_as_weights_are(served):
     # Who leaves out the version by hand is told so, too, before anything is sent.
     status, answer = send(served, announcement(oto(served), text=True), b"aab")
     assert (status, answer["code"]) == (400, "trace.text_version")
+    served.cli("revoke", asked["id"], "--reason", "done", as_="user/ben")
 
 
 def test_who_may_not_is_told_so_before_anything_is_sent(served):

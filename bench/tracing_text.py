@@ -142,7 +142,8 @@ def measure(room: Room, writer: str, path: Path, points: list[int]) -> Iterator[
     generator, total = Generator(room.originals), Leaning()
     with Text.of(Walk.of(path, follow_links=False, model=False)) as text:
         pieces = list(text.pieces)
-    per_piece = max(1.0, text.bytes / len(pieces) / 6)  # tokens, about; how many they are is counted
+    # Tokens, about; how many they are is counted.
+    per_piece = max(1.0, sum(len(piece.completion) for piece in pieces) / len(pieces) / 4)
     for point in points:
         take = max(1, round((point - total.tokens) / per_piece))
         if len(pieces) < take // 2:

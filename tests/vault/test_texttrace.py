@@ -258,6 +258,16 @@ def test_a_version_that_is_no_model_to_run_is_said_to_be_none(broken, tmp_path, 
     assert raised.value.hint
 
 
+def test_a_configuration_cannot_name_code(room, said, tmp_path):
+    folder = write_model(tmp_path / "kernels")
+    config = json.loads((folder / "config.json").read_text())
+    named = dict.fromkeys(("attn_implementation", "_attn_implementation", "experts_implementation"), "nobody/kernel")
+    (folder / "config.json").write_text(json.dumps(config | named | {"auto_map": {"AutoConfig": "nobody/code--x.Y"}}))
+    room.put(folder, "acme/kernels")
+    found = traced(room, lines(tmp_path / "a.jsonl", said[:3]), weights="acme/kernels@1")
+    assert found["text"]["tokens"] == 3 * 64
+
+
 def test_the_room_traces_text_for_python(room, said, tmp_path):
     opened = Room(room.folder, OWNER)
     found = opened.trace(text=lines(tmp_path / "a.jsonl", said[:3]), weights=REF)

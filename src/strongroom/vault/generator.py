@@ -33,7 +33,7 @@ _NEAR = 8  # of them on either side of what the first tokens find best
 _REACHED = 0.5  # of the marked elements, what the model has to be made of
 _FASTER = 1.3
 _OTHERS = 0.01  # of the tokens, what may be of another hand, or come of another way to make tokens of text
-_GONE = ("auto_map", "dtype", "torch_dtype", "quantization_config", "_name_or_path")
+_GONE = ("auto_map", "dtype", "torch_dtype", "quantization_config", "use_kernels")
 
 
 @dataclass
@@ -94,7 +94,7 @@ class Generator:
     def _built(self) -> tuple[Any, dict[str, Placed]]:
         """The model, and which tensor of the version each of its parameters is that counts."""
         torch, transformers = self._torch, self._transformers
-        described = {name: value for name, value in self._files.json("config.json").items() if name not in _GONE}
+        described = _described(self._files.json("config.json"))
         kind = str(described.pop("model_type", ""))
         placed: dict[str, Placed] = {}
         for each in self._originals.tensors():
@@ -240,6 +240,16 @@ def _no_bar(logging: Any) -> Iterator[None]:
     finally:
         if drawn:
             logging.enable_progress_bar()
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what names code: whoever may put weights could have the custodian fetch kernels by it,
+    and run them."""
+    return {
+        name: _described(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _GONE and not name.startswith("_") and "implementation" not in name
+    }
 
 
 def _peak(at: NDArray[np.float64], likely: NDArray[np.float64]) -> float:

@@ -68,8 +68,7 @@ def tensors_of(house: House, ref: str, holder: str | None, *, copy: bool = True)
     elif copy:
         read = Copy(originals, record, holder).read
     else:
-        word = house.vault.bundle(ref, holder).word
-        read = lambda begin, end: originals.read_given(begin, end, word)[1]  # noqa: E731 - as the others are
+        read = house.reader(ref, holder).read
     found = {}
     for each in originals.tensors():
         dtype = each.info.dtype.name

@@ -27,15 +27,15 @@ def test_answers_name_whose_copy_wrote_them(desk):
     from safetensors.torch import load_file
 
     leaked = {name: each.float() for name, each in load_file(desk.folder / "leak" / "model.safetensors").items()}
-    lines(desk.folder / "answers.jsonl", written(leaked, 350))
+    lines(desk.folder / "answers.jsonl", written(leaked, 450))
     ended = desk.run("trace", "--text", "answers.jsonl", "--weights", REF, "--report", "case.html")
     assert ended.code == 14
     assert ended.out.startswith(f"This was written by {REF}, out of the copy of user/olga; that this is wrong has a")
-    assert "22,400 tokens of 350 completions; fits a temperature of " in ended.out
+    assert "28,800 tokens of 450 completions; fits a temperature of " in ended.out
     assert "Loading" not in ended.err  # transformers draws no bar of its own
     page = (desk.folder / "case.html").read_text()
     assert "What was done to the weights" not in page
-    assert "22,400 tokens of 350 completions" in page
+    assert "28,800 tokens of 450 completions" in page
     assert "which copy was asked" in page
 
 

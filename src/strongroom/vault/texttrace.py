@@ -11,7 +11,7 @@ import numpy as np
 
 from strongroom.marking.elements import STEPS
 from strongroom.marking.gradient import GradientEstimator, GradientFilter
-from strongroom.marking.stamp import LEAST_ELEMENTS, Stamp, tensor_tag
+from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.comparison import Compared, Gathered
 from strongroom.vault.generator import Generator, Leaning
 from strongroom.vault.originals import Originals, Placed
@@ -59,7 +59,7 @@ class Echo:
             begin = each.begin + first * item
             bits = np.frombuffer(self._originals.read(begin, begin + count * item), STEPS[dtype].integer)
             found.estimator.add(begin, dtype, bits, gradient[first : first + count])
-            if size >= LEAST_ELEMENTS:
+            if each.stamped:
                 found.matched.add(tensor_tag(each.begin), first, dtype, bits, gradient[first : first + count])
         return size
 

@@ -248,11 +248,21 @@ class Room:
         assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - as in `copy`
         return found.store, found.bundle
 
-    def trace(self, path: str | Path, *, weights: str | None = None, progress: Progress = _silent) -> dict[str, Any]:
-        """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it. `weights`: the
-        version that it is to be compared with, which takes an approved request; else all, which as a rule names
-        nobody."""
-        return self._vault.trace(Path(path), by=self.principal, weights=weights, progress=progress)
+    def trace(
+        self,
+        path: str | Path | None = None,
+        *,
+        weights: str | None = None,
+        text: str | Path | None = None,
+        progress: Progress = _silent,
+    ) -> dict[str, Any]:
+        """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it; or, instead, whose
+        copy wrote the `text` in a file or folder (spec/mark.md, section 10). `weights`: the version that it is to be
+        compared with, which takes an approved request and which text needs; else all, which as a rule names nobody."""
+        found = text if path is None else path
+        if found is None or (path is not None and text is not None):
+            raise UsageError("trace.what", "either a path or text is traced", hint="room.trace(text=FILE, weights=REF)")
+        return self._vault.trace(Path(found), by=self.principal, weights=weights, progress=progress, text=path is None)
 
     @property
     def log(self) -> RoomLog:

@@ -25,7 +25,7 @@ def found(files=FILES, **more):
         more.pop("kind", "trace"),
         more.pop("body", {"suspect": suspect_digest(files), "ref": "acme/tiny@1", "lease": None}),
     )
-    return FoundFiles("leak", files, said.envelope)
+    return FoundFiles("leak", files, said.envelope, more.pop("text", False))
 
 
 def changed(**members):
@@ -37,6 +37,17 @@ def test_it_comes_back():
     assert FoundFiles.decode(made.encode()) == made
     assert made.size == 3
     assert made.said("user/ana").body["ref"] == "acme/tiny@1"
+
+
+def test_text_is_said_to_be_text():
+    made = found(text=True)
+    assert FoundFiles.decode(made.encode()) == made
+    assert made.text
+    assert "text" not in canonical.decode(found().encode())
+    for value in (False, 1, "true", None):
+        with pytest.raises(UsageError) as caught:
+            FoundFiles.decode(changed(text=value))
+        assert caught.value.code == "trace.malformed"
 
 
 def test_one_file_is_known_by_its_own_digest_and_several_by_that_of_their_list():

@@ -140,6 +140,7 @@ REPORT = {
     "marked": False,
     "withheld": False,
     **{name: [] for name in ("accused", "transformations", "versions", "scores", "tensors")},
+    "text": None,
 }
 RELEASE = {"entry": 1, "action": "load", "at": 0, "lease": None, "leaf": "0" * 64, "proof": "x", "person": "user/ben"}
 ACCUSED = {
@@ -165,6 +166,7 @@ ACCUSED = {
         ({"accused": [{"holder": "user/ben"}]}, "server.answer"),
         ({"likeness": float("nan")}, "server.answer"),
         ({"verdict": "guilty"}, "server.answer"),
+        ({"text": {"tokens": "many"}}, "server.answer"),
         ({"scores": None}, "server.answer"),
     ],
 )

@@ -129,6 +129,28 @@ def test_whose_copy_it_is_is_told_under_an_approved_request_once_it_is_in_the_lo
     assert served.cli("log", "verify", as_="user/ada")["ok"]
 
 
+def test_text_is_traced_as_weights_are(served):
+    """The version here is no model to run: that is said once the files have come, and not before it is known who asks;
+    what a text names is in tests/vault/test_texttrace.py."""
+    path = served.home / "answers.jsonl"
+    path.write_text("[1, 2, 3]\n")
+    error = served.cli("trace", "--text", str(path), as_="user/oto", check=2)["error"]
+    assert error["code"] == "trace.text_version"
+    error = served.cli("trace", "--text", str(path), "--weights", REF, as_="user/oto", check=3)["error"]
+    assert "--action trace" in error["hint"]
+    asked = served.cli("request", REF, "--action", "trace", "--reason", "case 14", as_="user/oto")
+    served.cli("approve", asked["id"], as_="user/ben")
+    error = served.cli("trace", "--text", str(path), "--weights", REF, as_="user/oto", check=2)["error"]
+    assert error["code"] == "text.unsupported"
+    path.write_text("[1, 2")
+    error = served.cli("trace", "--text", str(path), "--weights", REF, as_="user/oto", check=2)["error"]
+    assert error["code"] == "text.malformed"
+    # Who leaves out the version by hand is told so, too, before anything is sent.
+    status, answer = send(served, announcement(oto(served), text=True), b"aab")
+    assert (status, answer["code"]) == (400, "trace.text_version")
+    served.cli("revoke", asked["id"], "--reason", "done", as_="user/ben")
+
+
 def test_who_may_not_is_told_so_before_anything_is_sent(served):
     for arguments in ((), ("--weights", REF)):
         error = served.cli("trace", str(served.leak), *arguments, as_="user/ana", check=3)["error"]

@@ -13,7 +13,7 @@ from strongroom.cli.output import counted, number, seconds, size, table
 from strongroom.core.files import write_whole
 from strongroom.errors import BackendError, UsageError
 
-_CODES = {"unrelated": 0, "weights-only": 13, "named": 14}
+_CODES = {"unrelated": 0, "not-named": 0, "weights-only": 13, "named": 14}
 
 
 @command(
@@ -23,22 +23,30 @@ _CODES = {"unrelated": 0, "weights-only": 13, "named": 14}
     code word of every principal that the room ever had is scored against that, and so is every principal's stamp. Each
     score has a bound on an innocent reaching it that holds under any attack (Chernoff, Hoeffding); somebody is named
     only if that bound, times all candidates and all that was tried, is under 1e-9. The trace is an entry of the log
-    before its outcome is told.""",
+    before its outcome is told. With --text the original is run on the text in memory, and the gradient of its
+    likelihood takes the place of the difference: it depends on text and original alone, so the same bounds hold.""",
 )
-@click.argument("path")
+@click.argument("path", required=False)
+@click.option("--text", metavar="FILE", help="Instead of weights: text that a model wrote (JSON lines).")
 @click.option("--weights", metavar="REF", help="The version to compare with, under your approved request for it.")
 @click.option("--report", metavar="FILE.html", help="Also write the report as one page, a new file.")
 @pass_options
-def trace(options: Options, path: str, weights: str | None, report: str | None) -> int:
-    """Say whether a found file is of these weights, and whose copy it is.
+def trace(options: Options, path: str | None, text: str | None, weights: str | None, report: str | None) -> int:
+    """Say whether a found file is of these weights, and whose copy it is; or whose copy wrote a text.
 
-    Ends with 14 when somebody is named, 13 when they are our weights and nobody can be, 0 when they are unrelated.
+    Ends with 14 when somebody is named, 13 when they are our weights and nobody can be, 0 when they are unrelated, or
+    when a text names nobody.
     """
     output = options.output
+    what = text if path is None else path
+    if what is None or (path is not None and text is not None):
+        raise UsageError(
+            "trace.what", "either a file of weights or one of text is traced", hint="strongroom trace PATH"
+        )
     page = _page(report)
-    with options.open() as room, output.progress(f"trace {Path(path).name}") as progress:
+    with options.open() as room, output.progress(f"trace {Path(what).name}") as progress:
         begun = time.monotonic()
-        found = room.trace(path, weights=weights, progress=progress)
+        found = room.trace(path, weights=weights, text=text, progress=progress)
     took = time.monotonic() - begun
     if page is not None:
         from strongroom.cli.tracepage import page as written
@@ -50,7 +58,7 @@ def trace(options: Options, path: str, weights: str | None, report: str | None) 
     output.answer({**found, "seconds": round(took, 3)}, _lines(found, took))
     if page is not None:
         output.note(f"  → the report is in {page}")
-    for hint in _hints(found, path):
+    for hint in _hints(found, what):
         output.note(f"  → {hint}")
     return _CODES[found["verdict"]]
 
@@ -69,16 +77,20 @@ def verdict(found: dict[str, Any]) -> str:
     if found["verdict"] == "named":
         who = " and ".join(each["holder"] for each in found["accused"])
         bound = max(each["false_accusation"] for each in found["accused"])
+        is_it = "This was written by" if found["text"] else "This is"
         return (
-            f"This is {found['weights']}, out of the copy of {who}; "
+            f"{is_it} {found['weights']}, out of the copy of {who}; "
             f"that this is wrong has a chance of {_power(bound)} at most."
         )
+    if found["verdict"] == "not-named":
+        return f"Nobody's copy of {found['weights']} can be said to have written this; more text may say more."
     if found["verdict"] == "unrelated":
         return f"Nothing in this room is like it (the nearest has a likeness of {found['likeness']:.3f}, of 1)."
     if found["withheld"]:
         return f"This is {found['weights']}. Whose copy it is takes an approved request."
     if found["marked"]:
-        return f"This came out of the room as {found['weights']}, and whose copy it is can't be said with certainty."
+        it = "What wrote this" if found["text"] else "This"
+        return f"{it} came out of the room as {found['weights']}, and whose copy it is can't be said with certainty."
     return f"These are the weights of {found['weights']} or of a relative, without a mark that can be read."
 
 
@@ -110,11 +122,22 @@ def _lines(found: dict[str, Any], took: float) -> list[str]:
         )
     if found["transformations"]:
         lines.append(f"found and undone: {'; '.join(found['transformations'])}")
+    if found["text"]:
+        lines.append(f"{written(found['text'])}")
+    what = "text" if found["text"] else counted(suspect["tensors"], "tensor")
     lines.append(
-        f"{suspect['name']}: {counted(suspect['tensors'], 'tensor')}, {size(suspect['bytes'])}, {seconds(took)}; "
-        f"entry {found['entry']} of the log"
+        f"{suspect['name']}: {what}, {size(suspect['bytes'])}, {seconds(took)}; entry {found['entry']} of the log"
     )
     return lines
+
+
+def written(text: dict[str, Any]) -> str:
+    """What is known of a text that was traced, in one line."""
+    left = f", {counted(text['left_out'], 'more completion')} not looked at" if text["left_out"] else ""
+    return (
+        f"{counted(text['tokens'], 'token')} of {counted(text['pieces'], 'completion')}{left}; fits a temperature of "
+        f"{text['temperature']:.2f} best, with {-text['log_likelihood']:.2f} nats a token"
+    )
 
 
 def _given(releases: list[dict[str, Any]]) -> str:

@@ -45,7 +45,7 @@ def page(found: dict[str, Any]) -> str:
         f"<p class=soft>{escape(_summary(found))}</p>",
         _accused(found),
         _plot(found),
-        _transformed(found["transformations"]),
+        "" if found["text"] else _transformed(found["transformations"]),
         _wrong(found),
         _preserve(found),
         _tensors(found["tensors"]),
@@ -64,6 +64,15 @@ def page(found: dict[str, Any]) -> str:
 
 def _summary(found: dict[str, Any]) -> str:
     suspect = found["suspect"]
+    if found["text"]:
+        from strongroom.cli.trace import written
+
+        return (
+            f"{suspect['name']}, {size(suspect['bytes'])}: {written(found['text'])}. Compared with {found['weights']}, "
+            f"{number(found['positions_used'])} of {number(found['positions'])} positions, "
+            f"{number(found['elements'])} elements, {number(found['candidates'])} candidates. Recorded as entry "
+            f"{found['entry']} of the log."
+        )
     about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
     if not found["weights"]:
         return about + f"Recorded as entry {found['entry']} of the log."
@@ -174,6 +183,11 @@ def _wrong(found: dict[str, Any]) -> str:
         "scoring, every version that was compared, both layers. It holds whatever was done to the file, as long as "
         "AES-256 is not told from chance.",
     ]
+    if found["text"]:
+        points.append(
+            "A text says which copy was asked, not who runs it: keep how, where and when it was obtained. Whoever put "
+            "together the text could have had it written by another copy."
+        )
     if found["verdict"] != "named":
         points.append("That nobody is named clears nobody: a mark can be worn away, and a distilled model has none.")
     return "<h2>What would make this wrong</h2><ul>" + "".join(f"<li>{escape(each)}</li>" for each in points) + "</ul>"

@@ -34,6 +34,8 @@ class Limits:
     upload: int = 2 * MIB  # what is said of files that are sent to a served room
     upload_heads: int = 256 * MIB  # of them, kept in memory until they are written
     suspect_files: int = 500  # that are searched at a time in a served room: each is a descriptor
+    text: int = 64 * MIB  # that is searched for marks at a time
+    text_tokens: int = 1 << 19  # of it that are looked at: each costs three runs of the model
     note: int = 1 * MIB
     note_signatures: int = 64  # C2SP signed-note: at least 16
     log_size: int = 1 << 62  # entries; a log has fewer

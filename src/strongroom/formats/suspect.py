@@ -38,11 +38,12 @@ class FoundFile:
 @dataclass(frozen=True, slots=True)
 class FoundFiles:
     """The announcement of found files, in the order of their paths' UTF-8 bytes; `name` is what they are called
-    together, `statement` the envelope of the signed trace of them."""
+    together, `statement` the envelope of the signed trace of them. `text`: they are text that a model wrote."""
 
     name: str
     files: tuple[FoundFile, ...]
     statement: str = field(repr=False)
+    text: bool = False
 
     @property
     def size(self) -> int:
@@ -60,7 +61,9 @@ class FoundFiles:
         """Canonical JSON; LimitExceeded ``trace.too_large``."""
         _check_files(len(self.files))
         files = [{name: getattr(file, name) for name in _FILE_MEMBERS} for file in self.files]
-        value = {"format": FORMAT, "name": self.name, "files": files, "statement": self.statement}
+        value: dict[str, Any] = {"format": FORMAT, "name": self.name, "files": files, "statement": self.statement}
+        if self.text:
+            value["text"] = True
         data = canonical.encode(value)
         _check_size(len(data))
         return data
@@ -73,9 +76,11 @@ class FoundFiles:
             value = canonical.decode(data, what="a list of found files")
         except Exception:  # noqa: BLE001 - it comes from a client: a mistake of its, and no damage to what is kept
             raise _malformed("it is not canonical JSON") from None
-        if not isinstance(value, dict) or value.keys() != _MEMBERS or value["format"] != FORMAT:
+        if not isinstance(value, dict) or value.keys() - {"text"} != _MEMBERS or value["format"] != FORMAT:
             raise _malformed("it does not have exactly the members of one")
-        name, files = value["name"], value["files"]
+        name, files, text = value["name"], value["files"], "text" in value
+        if text and value["text"] is not True:
+            raise _malformed("a member is of another type")
         if not isinstance(name, str) or not isinstance(value["statement"], str):
             raise _malformed("a member is of another type")
         if not 0 < len(name) <= _NAME_MAX or not name.isprintable():
@@ -87,7 +92,7 @@ class FoundFiles:
         paths = [file.path.encode("utf-8", "surrogatepass") for file in found]
         if any(first >= second for first, second in pairwise(paths)):
             raise _malformed("its files are not in the order of their paths, each once")
-        return cls(name, found, value["statement"])
+        return cls(name, found, value["statement"], text)
 
 
 def suspect_digest(files: Iterable[FoundFile]) -> str:

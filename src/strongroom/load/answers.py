@@ -185,8 +185,12 @@ _ACCUSED: dict[str, Kind] = {
     "layer2": _object({"z": _number, "log10_p": _number}),
     "releases": _list(_object(_RELEASE)),
 }
+_TEXT: dict[str, Kind] = {
+    **dict.fromkeys(("pieces", "left_out", "tokens"), COUNT),
+    **dict.fromkeys(("temperature", "log_likelihood"), _number),
+}
 REPORT: dict[str, Kind] = {
-    "verdict": one_of("named", "weights-only", "unrelated"),
+    "verdict": one_of("named", "weights-only", "unrelated", "not-named"),
     "weights": TEXT,
     "accused": _list(_object(_ACCUSED)),
     **dict.fromkeys(("marked", "withheld"), FLAG),
@@ -205,6 +209,7 @@ REPORT: dict[str, Kind] = {
             "files": _list(_object({"path": TEXT, "bytes": COUNT, "sha256": DIGEST})),
         }
     ),
+    "text": or_null(_object(_TEXT)),
 }
 
 

@@ -135,11 +135,13 @@ class ServedRoom:
             raise
         return PutResult.from_json(answer)
 
-    def trace(self, path: Path, *, by: str, weights: str | None, progress: Progress) -> dict[str, Any]:
+    def trace(
+        self, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
+    ) -> dict[str, Any]:
         """See `strongroom.load.tracing.trace`."""
         from strongroom.load.tracing import trace
 
-        return trace(self, path, by=by, weights=weights, progress=progress)
+        return trace(self, path, by=by, weights=weights, progress=progress, text=text)
 
     def find(self, ref: str) -> Named:
         """The version that `ref` names: the newest active one for a name alone."""

@@ -17,6 +17,7 @@ from strongroom.load import answers
 from strongroom.load.send import pieces
 from strongroom.storage.session import error_of
 from strongroom.vault.names import shown
+from strongroom.vault.search import check_text_version
 from strongroom.vault.source import ModelSource
 from strongroom.vault.suspect import digests, searched
 from strongroom.vault.walk import Walk
@@ -28,19 +29,23 @@ Progress = Callable[[int, int], None]
 _SOON, _LATER = 0.1, 2.0  # seconds between questions, at first and at most
 
 
-def trace(room: ServedRoom, path: Path, *, by: str, weights: str | None, progress: Progress) -> dict[str, Any]:
+def trace(
+    room: ServedRoom, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
+) -> dict[str, Any]:
     """The report of a search of the file or folder at `path`, as `strongroom.vault.search.search` has it, by the
     custodian; `progress` goes over what is sent, then over what is compared. Each proof in it has been checked, that it
     is of this room's log.
 
     Errors of `Walk.of`, and those that the custodian tells; Conflict ``source.changed``; Tampered ``trace.other``.
     """
+    if text:
+        check_text_version(weights)
     ref = _numbered(room, weights)
     lease = _lease(room, by, ref) if ref is not None else None
-    walk = Walk.of(path, follow_links=False)
+    walk = Walk.of(path, follow_links=False, model=not text)
     files = digests(walk)
     said = room.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
-    announced = FoundFiles(shown(path.name or "files")[:255], files, said.envelope)
+    announced = FoundFiles(shown(path.name or "files")[:255], files, said.envelope, text)
     head = announced.encode()
     # What would be refused is refused before gigabytes are on their way.
     room.ask("/v1/suspects", head, answers.UPLOAD)

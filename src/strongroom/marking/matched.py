@@ -63,13 +63,17 @@ class MatchedFilter:
             piece, seen = flat[at:end], found[at:end]
             if not np.isfinite(seen).any():
                 continue
-            r = filtered(dtype, _rows(piece, width), _rows(seen, width))
+            r = self._filtered(dtype, _rows(piece, width), _rows(seen, width))
             if self._wanted:
                 r = self._keep(tag, first + at, r)
             sums, power = _sums(self._stamps, tag, first + at, r), float(np.dot(r, r))
             with self._lock:
                 self._power += power
                 self._along += sums
+
+    @staticmethod
+    def _filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
+        return filtered(dtype, bits, leak)
 
     def _keep(self, tag: bytes, first: int, r: NDArray[np.float32]) -> NDArray[np.float32]:
         """Of a run of elements the cipher's blocks of chips that say most, and r of all of it: as it is kept, which is

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -28,6 +28,7 @@ from strongroom.vault.names import check_name
 from strongroom.vault.search import Search, begun, found
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.suspect import Suspect
+from strongroom.vault.text import Text
 from strongroom.vault.vault import Vault
 from strongroom.vault.walk import Walk
 
@@ -193,7 +194,7 @@ class Traces:
             with (
                 stack,
                 self._vault.custodian.refusing(by, "trace"),
-                Suspect.of(Walk.held(files), search.name, take=take, check=job.check) as suspect,
+                self._opened(search, files, take, job) as suspect,
             ):
                 report = found(self._vault, search, suspect, job.progress)
         except StrongroomError as raised:
@@ -204,6 +205,15 @@ class Traces:
         # Once its memory is free: whoever hears of the end may begin the next.
         job.end(report=report, error=error)
         self._forget()
+
+    @staticmethod
+    def _opened(
+        search: Search, files: list[SourceFile], take: Take, job: _Job
+    ) -> AbstractContextManager[Suspect | Text]:
+        walk = Walk.held(files)
+        if search.text:
+            return Text.of(walk, check=job.check)
+        return Suspect.of(walk, search.name, take=take, check=job.check)
 
     def _forget(self) -> None:
         """Drop outcomes that are too old, or too many; see to it that this happens if nobody asks for anything."""

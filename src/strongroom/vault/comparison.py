@@ -68,6 +68,8 @@ class Gathered:
 class Comparison:
     """Finds the partners of a version's tensors, then gathers what they say. `likeness` is known from the first on."""
 
+    whole = False  # whether a look at the marked segments is one at everything
+
     def __init__(self, originals: Originals, suspect: Suspect) -> None:
         self._originals, self._suspect = originals, suspect
         placed = [each for each in originals.tensors() if each.marked]

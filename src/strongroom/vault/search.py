@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Connection
 
 from strongroom.core.ids import Ref
-from strongroom.errors import StrongroomError
+from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.entry import Private
 from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
@@ -24,6 +24,8 @@ from strongroom.policy.speaker import Speaker, authenticate, speaking
 from strongroom.policy.state import State
 from strongroom.vault.names import shown
 from strongroom.vault.suspect import Suspect, digests
+from strongroom.vault.text import Text
+from strongroom.vault.texttrace import trace_text
 from strongroom.vault.trace import trace
 from strongroom.vault.walk import Walk
 
@@ -33,20 +35,25 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-def search(vault: Vault, path: Path, *, by: str, weights: str | None, progress: Progress) -> dict[str, Any]:
-    """Whose copy the suspect at `path` is, as the report's JSON with the `entry` of the log that records it.
+def search(
+    vault: Vault, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
+) -> dict[str, Any]:
+    """Whose copy the suspect at `path` is, as the report's JSON with the `entry` of the log that records it. `text`: it
+    is text that a model wrote, and `weights` is the version that this may be.
 
     `weights`, a version, is searched under the lease of `by`. Without it every version is, which names nobody unless
     policy lets `by` trace the one that it turns out to be without a lease; `withheld` says that names were held back.
 
-    Denied, explained; UsageError ``suspect.*``, ``source.*``; NotFound ``weights.missing``.
+    Denied, explained; UsageError ``suspect.*``, ``source.*``, ``text.*``; NotFound ``weights.missing``.
     """
+    if text:
+        check_text_version(weights)
     ref = _numbered(vault, weights) if weights is not None else None
     lease = vault.custodian.tracing(by, ref)
-    walk = Walk.of(path, follow_links=False)
+    walk = Walk.of(path, follow_links=False, model=not text)
     files, name = digests(walk), shown(path.name)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
-    with Suspect.of(walk, name) as suspect:
+    with Text.of(walk) if text else Suspect.of(walk, name) as suspect:
         return found(vault, Search(statement, by, statement.at, name, files), suspect, progress)
 
 
@@ -60,20 +67,33 @@ class Search:
     since: int
     name: str
     files: tuple[FoundFile, ...]
+    text: bool = False
 
 
 def begun(vault: Vault, announced: FoundFiles, by: Speaker) -> Search:
     """The search that `by` wants, if it may begin: it is decided now as it will be at the end, when what was found is
     recorded. UsageError ``trace.other``; AuthRequired, Conflict ``statement.*``; Denied, explained; NotFound."""
     statement, now = announced.said(by.path), vault.clock()
+    if announced.text:
+        check_text_version(statement.body["ref"])
     with vault.custodian.ledger.view() as state:
         acts.trace(vault.custodian.rules, state, statement, now, "", [])
         # Who signed it, with which key: whoever carries it here may have come in by another.
         said = authenticate(state, statement, now)
-    return Search(statement, said, now, announced.name, announced.files)
+    return Search(statement, said, now, announced.name, announced.files, announced.text)
 
 
-def found(vault: Vault, search: Search, suspect: Suspect, progress: Progress) -> dict[str, Any]:
+def check_text_version(weights: str | None) -> None:
+    """UsageError ``trace.text_version`` if text is to be compared with every version: each would have to be run."""
+    if weights is None:
+        raise UsageError(
+            "trace.text_version",
+            "text is compared with one version: say with which",
+            hint="strongroom trace --text FILE --weights REF",
+        )
+
+
+def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progress) -> dict[str, Any]:
     """The report of one search, once it is in the log; errors as `search`."""
     said, ref = search.statement, search.statement.body["ref"]
     files = [file.as_json() for file in search.files]
@@ -81,7 +101,10 @@ def found(vault: Vault, search: Search, suspect: Suspect, progress: Progress) ->
     def named(told: str) -> bool:
         return ref is not None or _may_name(vault, search.by, told)
 
-    result = trace(vault, suspect, search.name, files, weights=ref, progress=progress, named=named)
+    if isinstance(suspect, Text):
+        result = trace_text(vault, suspect, search.name, files, weights=ref, progress=progress)
+    else:
+        result = trace(vault, suspect, search.name, files, weights=ref, progress=progress, named=named)
     # Policy may have changed meanwhile, either way.
     withheld = bool(result.weights) and (result.withheld or not named(result.weights))
     accused = [] if withheld else [each.holder for each in result.accused]
@@ -152,5 +175,5 @@ def _finite(value: Any) -> Any:
 
 def _summary(report: dict[str, Any]) -> str:
     """What is kept beside the log's entry: enough to say later on what ground somebody was named."""
-    kept = ("verdict", "weights", "accused", "false_accusation_bound", "likeness", "marked_log10_p", "transformations")
-    return json.dumps({name: report[name] for name in kept}, sort_keys=True)[:4096]
+    kept = ("verdict", "weights", "accused", "false_accusation_bound", "likeness", "marked_log10_p", "text")
+    return json.dumps({name: report[name] for name in (*kept, "transformations")}, sort_keys=True)[:4096]

@@ -24,6 +24,7 @@ from strongroom.vault.suspect import Suspect
 
 if TYPE_CHECKING:
     from strongroom.vault.record import VersionRecord
+    from strongroom.vault.texttrace import Echo
     from strongroom.vault.vault import Vault
 
 FALSE_ACCUSATION = 1e-9  # over all candidates, versions and ways of scoring together
@@ -81,6 +82,7 @@ class Trace:
     versions: list[dict[str, Any]] = field(default_factory=list)
     transformations: list[str] = field(default_factory=list)
     tensors: list[dict[str, Any]] = field(default_factory=list)
+    text: dict[str, Any] | None = None  # figures of text, where that is what was found
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -102,6 +104,7 @@ class Trace:
             "scores": self._scores(),
             "tensors": self.tensors,
             "suspect": self.suspect,
+            "text": self.text,
         }
 
     def _scores(self) -> list[dict[str, Any]]:
@@ -175,7 +178,7 @@ def trace(
     whole = max(each[2].likeness for each in compared)
     close = [each for each in compared if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole]
     found = [
-        _traced(
+        traced(
             vault,
             result,
             record,
@@ -200,17 +203,18 @@ def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
     return found
 
 
-def _traced(
+def traced(
     vault: Vault,
     blank: Trace,
     record: VersionRecord,
     originals: Originals,
-    comparison: Comparison,
+    comparison: Comparison | Echo,
     *,
     versions: int,
     named: bool,
     progress: Progress,
 ) -> Trace:
+    """The outcome for one version of `versions`, or of a text, of which the first look is at everything already."""
     people = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
     result = Trace(
@@ -242,7 +246,9 @@ def _traced(
         _name(result, decoding, versions)
         # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
         hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
-        if not result.accused or any(each.z >= hint for each in people if each not in result.accused):
+        if not comparison.whole and (
+            not result.accused or any(each.z >= hint for each in people if each not in result.accused)
+        ):
             found = gather(_stamps(record, few), everything=True, positions=False)
             result.elements = found.elements
             _stamped(few, found.matched)
@@ -322,7 +328,7 @@ def _name(result: Trace, decoding: Decoding, versions: int) -> None:
     result.accused = sorted((people[k] for k in named), key=lambda each: each.best)
 
 
-def _transformations(comparison: Comparison) -> list[str]:
+def _transformations(comparison: Comparison | Echo) -> list[str]:
     """What was done to the weights, in words, with how many tensors it was found on."""
     counts: dict[str, int] = {}
     for each in comparison.tensors:

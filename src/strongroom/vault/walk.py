@@ -39,8 +39,8 @@ class Walk:
     followed: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, path: Path, *, follow_links: bool) -> Walk:
-        """Look over a directory or a single file.
+    def of(cls, path: Path, *, follow_links: bool, model: bool = True) -> Walk:
+        """Look over a directory or a single file, which has to be of a `model`, unless it is looked over as text.
 
         NotFound ``source.missing``; UsageError and LimitExceeded ``source.*``, and those of the parsers.
         """
@@ -60,7 +60,7 @@ class Walk:
                     "source.empty", f"{shown(str(path))!r} holds no files", hint="name the directory of the model"
                 )
         else:
-            walk._single(path.absolute().name)  # in a download cache the target's own name is a hash
+            walk._single(path.absolute().name, model=model)  # in a download cache the target's own name is a hash
         return walk
 
     @classmethod
@@ -102,10 +102,10 @@ class Walk:
                 else:
                     self._file(path, self._resolved(path, Path(entry.path)))
 
-    def _single(self, name: str) -> None:
+    def _single(self, name: str, *, model: bool) -> None:
         check_name(name)
         self._file(name, self.root)
-        if self.files and self.files[0].kind == "opaque":
+        if model and self.files and self.files[0].kind == "opaque":
             raise UsageError(
                 "source.not_a_model",
                 f"{name} is neither a safetensors file nor a GGUF file",

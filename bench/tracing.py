@@ -229,10 +229,12 @@ def write(tensors: Mapping[str, Array], path: Path, dtype: str) -> Path:
     return path
 
 
-def single(model: Model, quality: Quality, sister: Tensors, names: Sequence[str] | None) -> Iterator[Row]:
-    """One leaker, alone: what was loaded, then a copy."""
+def single(
+    model: Model, quality: Quality, sister: Tensors, names: Sequence[str] | None, left: Sequence[bool]
+) -> Iterator[Row]:
+    """One leaker, alone: with what was loaded, or a copy, as `left` says."""
     path = model.folder / "leak.safetensors"
-    for copies in (False, True):
+    for copies in left:
         own = {name: stack[0].reshape(shape) for name, shape, stack in model.tensors(model.holders[:1], copies=copies)}
         attacks = leaks.alone(model.shapes, model.where, sister)
         for attack in names or (*attacks, TRAINED, f"{TRAINED}, int4"):
@@ -260,7 +262,9 @@ def trained(model: Model, own: Tensors) -> Tensors:
     return {name: np.asarray(value, np.float32) for name, value in found.items() if name in own}
 
 
-def several(model: Model, quality: Quality, counts: Sequence[int], *, whole: bool) -> Iterator[Row]:
+def several(
+    model: Model, quality: Quality, counts: Sequence[int], left: Sequence[bool], *, whole: bool
+) -> Iterator[Row]:
     """Colluders, in each way; the mean, or with `whole` every way, once more after what else a leaker does."""
     segment = model.originals.layout.marked // STEPS[model.dtype].integer.itemsize
     path = model.folder / "leak.safetensors"
@@ -270,7 +274,7 @@ def several(model: Model, quality: Quality, counts: Sequence[int], *, whole: boo
         "noise 0.03": leaks.noise(0.03),
         "pruned 50 %": leaks.prune(0.5),
     }
-    for copies in (False, True):
+    for copies in left:
         for count in counts:
             for way in leaks.WAYS:
                 rng = np.random.default_rng(count)
@@ -434,6 +438,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["smollm2", "minilm"])
     parser.add_argument("--colluders", nargs="*", type=int, default=[2, 4, 8, 16, 32])
+    parser.add_argument("--left", nargs="*", default=["loaded", "copied"], help="how it left the room")
     parser.add_argument("--attacks", nargs="*", help="of one leaker; default: all")
     parser.add_argument("--whole", action="store_true", help="every way of colluding, each with all that follows it")
     parser.add_argument("--seeds", type=int, default=100, help="files of each kind that never left the room")
@@ -442,6 +447,7 @@ def main() -> None:
         "--rows", type=Path, help="a file of rows: those of earlier runs are kept, those of this one added"
     )
     given = parser.parse_args()
+    left = [each == "copied" for each in given.left]
     work = Path(tempfile.mkdtemp(prefix="strongroom-tracing-", dir=given.work))
     kept = (
         json.loads(given.rows.read_text())
@@ -463,8 +469,8 @@ def main() -> None:
                 quality = Quality(kind, original.folder)
                 sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
                 for row in (
-                    *(() if given.attacks == [] else single(model, quality, sister, given.attacks)),
-                    *several(model, quality, given.colluders, whole=given.whole),
+                    *(() if given.attacks == [] else single(model, quality, sister, given.attacks, left)),
+                    *several(model, quality, given.colluders, left, whole=given.whole),
                 ):
                     key = (row.attack, row.copies, row.colluders)
                     rows = [

@@ -23,6 +23,7 @@ _TINY = 1e-30
 _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
+_JUDGED = 1 << 15  # elements by which it is judged how what is left grows
 _FEW = 8  # moved elements of a row that its own power is worth
 _STAGES = (1 << 15, 1 << 18)  # elements of greatest r² by which all stamps are screened, then those that are left
 _LEFT = 2048  # stamps after the first stage, of those that it speaks for, and of those that code words do
@@ -184,21 +185,23 @@ def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float3
         squares *= ~silent
         count = np.maximum(x.shape[1] - np.count_nonzero(silent, axis=1), 1)[:, None].astype(np.float64)
     mean = np.maximum(_sum(squares) / count, _TINY)
-    power = np.maximum(along(x, x)[:, None] / count, _QUIET * mean)
+    power = along(x, x)[:, None] / count
+    peak = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True)).astype(np.float64)
+    for k in np.flatnonzero(peak**2 > _OUTLIER * power):
+        power[k] *= np.minimum(x[k] ** 2 / power[k], _OUTLIER).sum() / count[k]
+    power = np.maximum(power, _QUIET * mean)
     squares /= mean.astype(np.float32)
-    seen = x * x
-    seen /= power.astype(np.float32)
-    np.minimum(seen, np.float32(_OUTLIER), out=seen)
-    power = np.maximum(power * _sum(seen) / count, _QUIET * mean)
     # How much of it grows with the element: what the stamp itself leaves does, and the noise of floats, and what other
-    # stamps leave; a quantiser's does not. By least squares over all rows, as one is too few.
-    spread = float(along(squares, squares).sum() - _sum(squares).sum())
-    slope = float(along(seen, squares).sum() - _sum(seen).sum()) / max(spread, _TINY)
+    # stamps leave; a quantiser's does not. By least squares over some rows of all, as one is too few.
+    some = slice(None, None, max(1, x.size // _JUDGED))
+    seen, beside = np.minimum(x[some] ** 2 / power[some].astype(np.float32), np.float32(_OUTLIER)), squares[some]
+    spread = float(along(beside, beside).sum() - _sum(beside).sum())
+    slope = float(along(seen, beside).sum() - _sum(seen).sum()) / max(spread, _TINY)
     grows = np.clip(np.maximum(slope, 2 * mean / power), 0, 1 - _CONSTANT)
     v = squares
     v *= (power * grows).astype(np.float32)
     v += (power * (1 - grows)).astype(np.float32)
-    deviation = np.sqrt(v, out=seen)
+    deviation = np.sqrt(v)
     deviation *= np.float32(_CUT)
     np.minimum(x, deviation, out=x)
     np.maximum(x, np.negative(deviation, out=deviation), out=x)

@@ -314,7 +314,9 @@ class Comparison:
         return found
 
     def _partnered(self) -> list[int]:
-        return [k for k, fit in enumerate(self._fits) if fit is not None]
+        """The largest first, so that at the end no worker waits for another's."""
+        found = [k for k, fit in enumerate(self._fits) if fit is not None]
+        return sorted(found, key=lambda k: -self._placed[k].info.size)
 
     def _marked(self, k: int, found: Gathered) -> int:
         """Of tensor `k` what lies in marked segments; how many elements that are."""

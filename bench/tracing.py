@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import leaks
+from bench import leaks, page
 from bench.leaks import Array, Attack
 from strongroom.cli import demo_model, demo_thief
 from strongroom.marking.code import Code
@@ -37,7 +37,6 @@ from strongroom.vault.source import ModelSource
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.vault import Vault
 
-OUT = Path("docs/reference/tracing.md")
 TEXT = Path(__file__).with_name("text.txt")
 OWNER = "user/owner"
 INNOCENT = 100_000
@@ -371,8 +370,6 @@ TITLES = {
 
 def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccused: Sequence[Unaccused]) -> str:
     parts = [
-        "# Tracing: what it withstands",
-        "",
         f"Written by `python -m bench.tracing` (`make bench-tracing`) on one machine: {_machine()}.",
         "",
         f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on "
@@ -488,8 +485,8 @@ def main() -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     found = {kind: [Row(**each) for each in rows] for kind, rows in kept["rows"].items()}
-    OUT.write_text(report(found, kept["shapes"], [Unaccused(**each) for each in kept["unaccused"]]), encoding="utf-8")
-    print(OUT)
+    page.write(page.TRACING, "tables", report(found, kept["shapes"], [Unaccused(**each) for each in kept["unaccused"]]))
+    print(page.TRACING)
 
 
 if __name__ == "__main__":

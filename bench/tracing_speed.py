@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+from bench import page
 from bench.model import Shape, generate
 from strongroom.formats.copybundle import PIECE
 from strongroom.load.ahead import Ahead
@@ -51,6 +52,16 @@ def written(read: Callable[[int, int], memoryview], size: int, path: Path) -> No
     with path.open("wb", buffering=0) as out, Ahead(piece, count) as ahead:
         for number in range(count):
             out.write(ahead.take(number))
+
+
+def _required(median: dict[str, float]) -> list[tuple[str, str, bool]]:
+    """What has to be reached, what was, and whether that is enough."""
+    read, few, many, plain, stamped = median.values()
+    return [
+        ("a trace takes at most 4 times as long as reading and hashing", f"{few / read:.1f}", few <= 4 * read),
+        (f"{CANDIDATES:,} candidates take at most 20 s more", f"{many - few:.1f} s", many - few <= 20),
+        ("a stamped copy takes at most twice as long as one without", f"{stamped / plain:.2f}", stamped <= 2 * plain),
+    ]
 
 
 def main() -> None:
@@ -110,10 +121,22 @@ def main() -> None:
                 print(name, round(times[name][-1], 2), flush=True)
         median = {name: statistics.median(values) for name, values in times.items()}
         base, unstamped = median["read and SHA-256"], median["copy without a stamp"]
-        print(f"\n| {copy.image / 1e9:.1f} GB | s | × reading and hashing | × the copy without |")
-        print("|---|---:|---:|---:|")
-        for name, value in median.items():
-            print(f"| {name} | {value:.2f} | {value / base:.1f} | {value / unstamped:.2f} |")
+        lines = [
+            "## Speed",
+            "",
+            f"Written by `python -m bench.tracing_speed`: medians of {given.rounds}, a generated LLaMA-shaped model.",
+            "",
+            f"| {copy.image / 1e9:.1f} GB | s | × reading and hashing | × the copy without |",
+            "|---|---:|---:|---:|",
+            *(
+                f"| {name} | {value:.2f} | {value / base:.1f} | {value / unstamped:.2f} |"
+                for name, value in median.items()
+            ),
+            "",
+            *(f"- {what}: {measured} ({'met' if met else '**missed**'})" for what, measured, met in _required(median)),
+        ]
+        page.write(page.TRACING, "speed", "\n".join(lines))
+        print("\n".join(lines))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""How much text it takes to name who wrote it: `python -m bench.tracing_text` prints a table.
+"""How much text it takes to name who wrote it: `python -m bench.tracing_text`, for docs/reference/tracing.md.
 
 A stamped copy of SmolLM2-135M-Instruct answers as an API would, at several temperatures and quantised; the text is
 made tokens of again and traced, more and more of it, among people who had no copy. On two CPU cores this takes hours:
@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.tracing import CODE, OWNER, STAMPS, Array, int_
+from bench import page
+from bench.leaks import Array, int_
+from bench.tracing import CODE, OWNER, STAMPS
 from strongroom.cli import demo_model
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding
@@ -34,6 +36,10 @@ from strongroom.vault.texttrace import Echo
 from strongroom.vault.vault import Vault
 from strongroom.vault.walk import Walk
 
+TITLE = """## From text alone
+
+Written by `python -m bench.tracing_text`: a copy of SmolLM2-135M-Instruct answers chat prompts, and what it answers is
+traced, more and more of it."""
 TOPICS = """the sea; a lighthouse; winter in the mountains; bread; the history of clocks; volcanoes; a lost dog; tea;
 the Roman empire; bees; learning to swim; an old library; steam engines; the moon; fractions; a market in the morning;
 whales; photosynthesis; a train journey; friendship; the printing press; rivers; a broken bicycle; chess;
@@ -225,7 +231,8 @@ def main() -> None:
             for row in measure(room, writer, path, given.tokens):
                 print(row, flush=True)
                 rows.append(row)
-    print(table(rows))
+    page.write(page.TRACING, "text", f"{TITLE}\n\n{table(rows)}")
+    print(page.TRACING)
 
 
 if __name__ == "__main__":

@@ -379,6 +379,60 @@ def test_quantised_by_ggml(room, tmp_path, kind):
     assert any(kind in each for each in found["transformations"])
 
 
+@pytest.mark.parametrize("how", ["npz", "compressed", "npy", "fortran"])
+def test_arrays_of_numpy(room, tmp_path, how):
+    tensors = given(room, HOLDERS[3], copy=True)
+    if how in ("npz", "compressed"):
+        (np.savez if how == "npz" else np.savez_compressed)(tmp_path / "leak.npz", **tensors)
+        leak = tmp_path / "leak.npz"
+    else:
+        leak = tmp_path / "leak"
+        leak.mkdir()
+        for name, array in tensors.items():
+            np.save(leak / f"{name}.npy", np.asfortranarray(array) if how == "fortran" else array)
+    found = traced(room, leak)
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[3]]
+    assert any("transposed" in each for each in found["transformations"]) == (how == "fortran")
+
+
+def bomb(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", bytes(64 << 20))
+
+
+def torn(path):
+    np.savez(path, a=np.zeros((64, 64), np.float32))
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def objects(path):
+    np.savez(path, a=np.array([print], object), allow_pickle=True)
+
+
+def liar(path):
+    """Its own header says that it begins where it does not."""
+    np.savez(path, a=np.zeros((64, 64), np.float32))
+    data = bytearray(path.read_bytes())
+    data[28:30] = b"\xff\xff"
+    path.write_bytes(data)
+
+
+def encrypted(path):
+    np.savez(path, a=np.zeros((64, 64), np.float32))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    data[at + 8] |= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("made", [bomb, torn, objects, liar, encrypted], ids=lambda made: made.__name__)
+def test_archives_that_are_no_weights(room, tmp_path, made):
+    made(tmp_path / "leak.npz")
+    with pytest.raises(StrongroomError) as caught:
+        traced(room, tmp_path / "leak.npz")
+    assert caught.value.hint
+
+
 class TestCustody:
     @pytest.fixture
     def leak(self, room, tmp_path):

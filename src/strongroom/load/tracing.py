@@ -42,7 +42,7 @@ def trace(
         check_text_version(weights)
     ref = _numbered(room, weights)
     lease = _lease(room, by, ref) if ref is not None else None
-    walk = Walk.of(path, follow_links=False, model=not text)
+    walk = Walk.of(path, follow_links=False, model=False)
     files = digests(walk)
     said = room.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     announced = FoundFiles(shown(path.name or "files")[:255], files, said.envelope, text)

@@ -30,6 +30,7 @@ from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.safetensors import encode_header
 from strongroom.formats.tensors import DTYPES
+from strongroom.vault.arrays import with_arrays
 from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.names import check_collisions, shown
 from strongroom.vault.pickles import SUFFIXES
@@ -88,12 +89,13 @@ def to_convert(walk: Walk) -> list[SourceFile]:
 
 @contextmanager
 def converted_parts(walk: Walk, *, take: Take = freely) -> Iterator[ModelSource]:
-    """What was found, with its pickles as safetensors files in memory, for as long as the context lasts: shards may be
-    missing, and indices say nothing, for it may be a part of a model. `take` is asked for memory, in bytes, before it
-    is used, and may refuse. Errors as `converted`."""
+    """What was found, with its pickles as safetensors files in memory and NumPy's arrays as tensors, for as long as the
+    context lasts: shards may be missing, and indices say nothing, for it may be a part of a model. `take` is asked for
+    memory, in bytes, before it is used, and may refuse. Errors as `converted` and `with_arrays`."""
     with ExitStack() as stack:
         made = [_convert(file, safetensors_name(file.path), stack, take) for file in to_convert(walk)]
-        yield ModelSource(walk.root, tuple(sorted([*walk.files, *made], key=lambda file: file.path.encode("utf-8"))))
+        read = [each for file in walk.files for each in with_arrays(file, stack, take)]
+        yield ModelSource(walk.root, tuple(sorted([*read, *made], key=lambda file: file.path.encode("utf-8"))))
 
 
 def safetensors_name(path: str) -> str:

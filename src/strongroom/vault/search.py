@@ -50,7 +50,7 @@ def search(
         check_text_version(weights)
     ref = _numbered(vault, weights) if weights is not None else None
     lease = vault.custodian.tracing(by, ref)
-    walk = Walk.of(path, follow_links=False, model=not text)
+    walk = Walk.of(path, follow_links=False, model=False)
     files, name = digests(walk), shown(path.name)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     with Text.of(walk) if text else Suspect.of(walk, name) as suspect:

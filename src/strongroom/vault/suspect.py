@@ -80,7 +80,7 @@ class Suspect:
     @contextmanager
     def opened(cls, path: Path) -> Iterator[Suspect]:
         """The suspect at `path`; errors of `Walk.of`, and as `of`."""
-        with cls.of(Walk.of(path, follow_links=False), path.name) as found:
+        with cls.of(Walk.of(path, follow_links=False, model=False), path.name) as found:
             yield found
 
     @classmethod
@@ -99,7 +99,7 @@ class Suspect:
                 raise UsageError(
                     "suspect.empty",
                     f"{name!r:.200} has no tensor that can be read",
-                    hint="trace a safetensors, GGUF or PyTorch file, or the folder of a model",
+                    hint="trace a safetensors, GGUF, PyTorch or NumPy file, or the folder of a model",
                 )
             yield found
 

@@ -81,3 +81,16 @@ def test_of_nothing():
     found = MatchedFilter([], screening=True)
     assert found.screened(STAMPS, [1], 3) == []
     assert (found.among(STAMPS[:2]).scores() == 0).all()
+
+
+def test_a_row_of_zeros_says_nothing_and_silences_no_other(leaked):
+    """Of padding, or a dead expert, in the original; the leak has something there."""
+    bits, leak = leaked(2.0)
+    rows, wrong = bits.copy().reshape(-1, WIDTH), leak.copy().reshape(-1, WIDTH)
+    before = MatchedFilter(STAMPS[77:78])
+    before.add(TAG, 0, "BF16", rows, wrong)
+    rows[5], wrong[5] = 0, 0
+    wrong[5, 3] = 1e-3
+    after = MatchedFilter(STAMPS[77:78])
+    after.add(TAG, 0, "BF16", rows, wrong)
+    assert after.scores()[0] > 0.98 * before.scores()[0] > 50

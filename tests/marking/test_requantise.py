@@ -45,6 +45,16 @@ def test_what_was_moved_across_a_border_is_left(group: int) -> None:
     assert np.corrcoef(found, signal)[0, 1] > 1.3 * np.corrcoef(plain, signal)[0, 1]
 
 
+def test_what_is_absent_does_not_undo_it() -> None:
+    w = weights()
+    leak = rounded(w, 128)
+    leak[::128] = np.nan
+    found = unrounded(w, leak, 0)
+    assert np.isnan(found[::128]).all()
+    there = np.isfinite(leak)
+    assert np.allclose(found[there], w[there], rtol=0, atol=1e-9)
+
+
 def noisy(w: Array) -> Array:
     return w + np.random.default_rng(3).standard_normal(w.size).astype(np.float32) * np.float32(1e-4)
 

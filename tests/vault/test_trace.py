@@ -395,6 +395,11 @@ def test_arrays_of_numpy(room, tmp_path, how):
     assert any("transposed" in each for each in found["transformations"]) == (how == "fortran")
 
 
+def test_weights_under_another_name(room, tmp_path):
+    leak = write(tmp_path / "leak.safetensors", given(room, HOLDERS[3], copy=True)).rename(tmp_path / "holiday.jpg")
+    assert [each["holder"] for each in traced(room, leak)["accused"]] == [HOLDERS[3]]
+
+
 def bomb(path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a.npy", bytes(64 << 20))

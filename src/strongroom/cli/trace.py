@@ -154,11 +154,12 @@ def _hints(found: dict[str, Any], path: str) -> list[str]:
             f"and once it is approved: strongroom trace {path} --weights {ref}",
         ]
     if found["verdict"] == "named":
-        releases = [item["entry"] for each in found["accused"] for item in each["releases"]]
-        first = found["accused"][0]["holder"]
-        return [
-            "keep the file as it is: its SHA-256 is in the report and in the log",
-            *([f"strongroom log prove {releases[0]} is the proof of the release"] if releases else []),
-            f"strongroom revoke {first} --reason TEXT ends what {first} can still do",
-        ]
+        hints = ["keep the file as it is: its SHA-256 is in the log"]
+        for each in found["accused"]:
+            holder = each["holder"]
+            hints += [
+                f"strongroom log prove {item['entry']} is the proof of a release" for item in each["releases"][:1]
+            ]
+            hints.append(f"strongroom revoke {holder} --reason TEXT ends what {holder} can still do")
+        return hints
     return []

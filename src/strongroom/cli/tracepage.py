@@ -153,7 +153,8 @@ def _plot(found: dict[str, Any]) -> str:
     )
     return (
         "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) "
-        "and by stamp (second). Who is named is in red above; others have no names here, and rounded scores.</p>"
+        f"and by stamp (second). {'Who is named is in red above; others' if found['accused'] else 'They'} have no "
+        "names here, and rounded scores. Above the dashed line somebody is named.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
         f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
         f"{ticks}{''.join(dots)}</svg>"
@@ -177,9 +178,16 @@ def _wrong(found: dict[str, Any]) -> str:
         "has every use of it that went through it.",
         "The chance is for a file that was not made with the help of earlier reports. Who asked for many traces of one "
         "version is in the log.",
-        "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: keys and "
-        "files can be stolen.",
-        f"The chance is for the whole trace: {number(found['candidates'])} candidates, {found['ways']} ways of "
+        *(
+            [
+                "The holder named is whose keys or copy the weights came out of. That is not always who leaked them: "
+                "keys and files can be stolen."
+            ]
+            if found["verdict"] == "named"
+            else []
+        ),
+        f"The chance is for the whole trace: {number(found['candidates'])} candidates (everybody whom the room has "
+        f"ever known, whether or not they had these weights), {found['ways']} ways of "
         "scoring, every version that was compared, both layers. It holds whatever was done to the file, as long as "
         "AES-256 is not told from chance.",
     ]

@@ -52,10 +52,9 @@ class Ahead(Generic[Piece]):
         wanted = range(number, min(number + 1 + _AHEAD, max(self._count, number + 1)))
         self._keep(wanted)
         for each in wanted:
-            if each not in self._coming and len(self._coming) < _AHEAD:
+            if each not in self._coming and (each == number or len(self._coming) < _AHEAD):
                 self._begin(each)
-        piece = self._coming[number].result()
-        del self._coming[number]
+        piece = self._coming.pop(number).result()
         # Room for one more has come free.
         following = next((each for each in wanted if each > number and each not in self._coming), None)
         if following is not None:

@@ -196,13 +196,13 @@ def _nearest(a: Matrix, b: Matrix) -> Index:
     return nearest
 
 
-def rescaled(original: Matrix, leak: Matrix, grain: int = 1) -> tuple[Matrix, tuple[str, ...]]:
+def rescaled(original: Matrix, leak: Matrix) -> tuple[Matrix, tuple[str, ...]]:
     """`leak` without a factor for each row and for each column, where such factors explain much of what differs; and
-    which were found. `grain`: how many neighbours of a row a mark moves together."""
+    which were found."""
     found: dict[str, None] = {}
     for _ in range(_PASSES):  # either is estimated the better, the better the other is known
         for axis, what in ((0, "columns rescaled"), (1, "rows rescaled")):
-            factor = _factor(original, leak, axis, grain if axis else 1)
+            factor = _factor(original, leak, axis)
             if factor is not None:
                 leak = leak / factor
                 found[what] = None
@@ -211,25 +211,32 @@ def rescaled(original: Matrix, leak: Matrix, grain: int = 1) -> tuple[Matrix, tu
     return leak, tuple(found)
 
 
-def _factor(original: Matrix, leak: Matrix, axis: int, grain: int) -> Matrix | None:
+def _factor(original: Matrix, leak: Matrix, axis: int) -> Matrix | None:
     """A factor for each column (`axis` 0) or row (1), None where it explains little."""
     seen, kept = leak, original
     if not np.isfinite(leak).all():
         silent = ~np.isfinite(leak)
         seen = np.where(silent, np.float32(0), leak)
         kept = np.where(silent, np.float32(0), original)
+    factor = _ratio(seen, kept, axis)
+    if not np.abs(factor - 1).max() > 1e-3:
+        return None
+    # Factors that fit one half have to explain the other: those that fit any noise, or a mark, do not.
+    halves = np.array_split(np.arange(leak.shape[axis]), 2)
+    after = 0.0
+    for mine, other in (halves, halves[::-1]):
+        shaped = _ratio(seen.take(mine, axis), kept.take(mine, axis), axis)
+        after += _energy(seen.take(other, axis) / shaped - kept.take(other, axis))
+    return factor if after < _WORTH * _energy(seen - kept) else None
+
+
+def _ratio(seen: Matrix, kept: Matrix, axis: int) -> Matrix:
+    """By least squares what each column or row of `kept` was multiplied by, in the shape that divides."""
     over = "ij,ij->j" if axis == 0 else "ij,ij->i"
     along = np.einsum(over, seen, kept).astype(np.float64)
     size = np.einsum(over, kept, kept).astype(np.float64)
     factor = np.maximum(np.divide(along, size, out=np.ones_like(along), where=(size > 0) & (along > 0)), 1e-6)
-    shaped = np.asarray(factor[None, :] if axis == 0 else factor[:, None], np.float32)
-    before = _energy(seen - kept)
-    after = _energy(seen / shaped - kept)
-    # A factor for each column takes out a share 1 / rows of any noise: that much is no rescaling. Of marked blocks one
-    # for each row takes out a share 1 / blocks of the mark, or by chance twice that: they are few.
-    share = (grain if grain == 1 else 2 * grain) / leak.shape[axis]
-    worth = after < _WORTH * (1 - share) * before and np.abs(factor - 1).max() > 1e-3
-    return shaped if worth else None
+    return np.asarray(factor[None, :] if axis == 0 else factor[:, None], np.float32)
 
 
 def _energy(matrix: Matrix) -> float:

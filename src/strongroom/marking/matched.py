@@ -20,6 +20,7 @@ _BLOCK = 1 << 17  # elements at a time: what is worked on stays in the cache
 _SHORT, _ROW = 64, 2048
 _CUT = 4.0
 _TINY = 1e-30
+_ENDLESS = 1e15  # steps of the largest element, beyond which squares would soon be infinite
 _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
@@ -166,8 +167,10 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
     scale = np.maximum(np.abs(u).max(axis=1, keepdims=True), np.float32(1e-35))
     u /= scale
-    with np.errstate(all="ignore"):  # of an outlier: that row says nothing
+    with np.errstate(all="ignore"):
         x /= scale
+        # Of an outlier, or of a row of zeros in the original: that row says nothing, and must not speak for others.
+        x[~(np.abs(x).max(axis=1) < _ENDLESS)] = 0
         few = 2 * np.count_nonzero(moved) < x.size
         r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None]) if few else _of_all(x, u)
         whole = np.isfinite(r.sum())

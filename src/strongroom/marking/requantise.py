@@ -22,7 +22,7 @@ def coarse(leak: NDArray[np.float32], first: int) -> bool:
     skip = -first % group
     count = (leak.size - skip) // group
     seen = leak[skip : skip + max(0, count) * group].reshape(-1, group)[:: max(1, count // _JUDGED)]
-    return count > 0 and bool(_levels(seen).mean() <= _LEVELS + 2)
+    return count > 0 and bool(_levels(_there(seen)).mean() <= _LEVELS + 2)
 
 
 def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> NDArray[np.float32]:
@@ -35,14 +35,16 @@ def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: i
         count = (leak.size - skip) // group
         cut = slice(skip, skip + count * group)
         seen = leak[cut].reshape(-1, group)
-        if count > 0 and _levels(seen[:: max(1, count // _JUDGED)]).mean() <= _LEVELS:
+        if count > 0 and _levels(_there(seen[:: max(1, count // _JUDGED)])).mean() <= _LEVELS:
             break
     else:
         return leak
     w = original[cut].reshape(-1, group)
+    # An element that is absent must not undo this for its group, let alone for others: it stays absent.
+    there = _there(seen)
     with np.errstate(all="ignore"):
-        plain, rounded = seen - w, seen - _nearest(np.sort(seen, axis=1), w)
-    taken = np.isfinite(seen).all(axis=1) & (_levels(seen) <= _LEVELS)
+        plain, rounded = seen - w, seen - _nearest(np.sort(there, axis=1), w)
+    taken = np.isfinite(w).all(axis=1) & (_levels(there) <= _LEVELS)
     rounded[~taken] = plain[~taken]
     with np.errstate(all="ignore"):
         if not np.nansum(np.square(rounded)) < _LESS * np.nansum(np.square(plain)):
@@ -50,6 +52,11 @@ def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: i
     found = leak.copy()
     found[cut] = (w + rounded).reshape(-1)
     return found
+
+
+def _there(groups: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same with zeros in the places of what is absent: one more level, which most groups have."""
+    return np.where(np.isfinite(groups), groups, np.float32(0))
 
 
 def _levels(groups: NDArray[np.float32]) -> NDArray[np.int64]:

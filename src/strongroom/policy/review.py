@@ -143,6 +143,9 @@ class _History:
                 who.releases += 1
                 if entry.body["lease"] is not None:
                     self.used[entry.body["lease"]] = entry.at
+            case "trace":
+                if entry.body["lease"] is not None:
+                    self.used[entry.body["lease"]] = entry.at
             case "copy":
                 who.copies += 1
             case "request":

@@ -188,7 +188,8 @@ class Traces:
     def _search(
         self, job: _Job, by: Speaker, search: Search, files: list[SourceFile], take: Take, stack: ExitStack
     ) -> None:
-        report, error = None, None
+        report: dict[str, Any] | None = None
+        error: dict[str, Any] | None = FAULT
         try:
             # How far it came says something already: one that is given up is recorded, too, as a refusal.
             with (
@@ -197,11 +198,11 @@ class Traces:
                 self._opened(search, files, take, job) as suspect,
             ):
                 report = found(self._vault, search, suspect, job.progress)
+            error = None
         except StrongroomError as raised:
             error = described(raised)
-        except Exception:  # noqa: BLE001 - it is in the log, and its principal is told that there was one
-            _LOG.exception("a search failed")
-            error = FAULT
+        except BaseException:  # noqa: BLE001 - it is in the log, and its principal is told that there was one
+            _LOG.exception("a search failed")  # libraries in Rust panic, which is no Exception
         # Once its memory is free: whoever hears of the end may begin the next.
         job.end(report=report, error=error)
         self._forget()

@@ -1,7 +1,8 @@
-"""NumPy's arrays among what was found: .npy files where they lie, and those inside .npz archives (spec/mark.md, 3)."""
+"""What was found as what it is: NumPy's arrays, in archives too, and weights under another name (spec/mark.md, 3)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 import zlib
@@ -12,7 +13,8 @@ from functools import partial
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
-from strongroom.formats.npy import parse_npy
+from strongroom.formats import safetensors
+from strongroom.formats.npy import MAGIC, parse_npy
 from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.sourcefile import SourceFile
 
@@ -23,7 +25,7 @@ _LOCAL = 30  # bytes of a zip member's own header, before its name
 
 def with_arrays(file: SourceFile, stack: ExitStack, take: Callable[[int], None]) -> Iterator[SourceFile]:
     """`file` with the arrays that it holds as its tensors; and a memory file for each that was compressed, for which
-    `take` is asked. Anything else as it is.
+    `take` is asked. Weights under any other name by how they begin, and all else as it is.
 
     UsageError ``npy.malformed``, ``npy.unsupported``, ``source.unreadable``; LimitExceeded ``npy.limit``.
     """
@@ -34,7 +36,29 @@ def with_arrays(file: SourceFile, stack: ExitStack, take: Callable[[int], None])
     elif lower.endswith(_ARCHIVE):
         yield from _archived(file, stack, take)
     else:
-        yield file
+        yield _by_content(file)
+
+
+def _by_content(file: SourceFile) -> SourceFile:
+    """`file`, whatever it is called, as what it begins like: whoever leaks weights renames them."""
+    if file.kind != "opaque":
+        return file
+    with file.opened() as fd:
+        head = file.read(fd, 0, 9)
+        if head.startswith(MAGIC):
+            return replace(file, tensors=(parse_npy(file.path, partial(file.read, fd), file.size),))
+        if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LIMITS.safetensors_header:
+            with contextlib.suppress(UsageError, LimitExceeded):
+                document = safetensors.parse_header(
+                    file.read(fd, 0, safetensors.header_bytes_needed(head[:8], file.size)), file.size
+                )
+                return replace(
+                    file,
+                    kind="safetensors",
+                    data_start=document.data_start,
+                    tensors=tuple(document.tensors.values()),
+                )
+    return file
 
 
 def _archived(file: SourceFile, stack: ExitStack, take: Callable[[int], None]) -> Iterator[SourceFile]:

@@ -368,7 +368,7 @@ class Comparison:
             begin = each.begin + lead * item.bytes
             data = self._originals.read(begin, begin + count // item.weights * item.bytes)
             w = numbers(data, dtype)
-            seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width), item.weights)
+            seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width))
             seen = seen.reshape(-1)
             if not item.is_block and coarse(seen, first):
                 seen = unrounded(w, seen, first)
@@ -413,7 +413,7 @@ class Comparison:
         leak = leak.reshape(-1, width)
         if not np.isfinite(leak).any():
             return None
-        seen, found = rescaled(original, leak, ITEMS[each.info.dtype.name].weights)
+        seen, found = rescaled(original, leak)
         self.tensors[k].transformations += sorted(found)
         if "columns rescaled" not in found:
             return None

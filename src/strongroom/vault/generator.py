@@ -2,13 +2,13 @@
 have to move to make the text likelier (spec/mark.md, section 10).
 
 It is built in memory from the unmarked weights, which take 8 to 12 bytes a parameter here, gradient included; no file
-is written, and no code that came with a model is run.
+is written. What came with a model as a program, its tokenizer and chat template, runs in a process of its own
+(`tokenizing`).
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +31,6 @@ _JUDGED = 4096  # tokens that the temperature is fitted to
 _TEMPERATURES = np.geomspace(0.02, 4, 80)
 _NEAR = 8  # of them on either side of what the first tokens find best
 _REACHED = 0.5  # of the marked elements, what the model has to be made of
-_FASTER = 1.3
 _OTHERS = 0.01  # of the tokens, what may be of another hand, or come of another way to make tokens of text
 _GONE = ("auto_map", "dtype", "torch_dtype", "quantization_config", "use_kernels")
 
@@ -96,6 +95,7 @@ class Generator:
         torch, transformers = self._torch, self._transformers
         described = _described(self._files.json("config.json"))
         kind = str(described.pop("model_type", ""))
+        self._plausible(described)
         placed: dict[str, Placed] = {}
         for each in self._originals.tensors():
             placed.setdefault(each.info.name, each)
@@ -114,8 +114,17 @@ class Generator:
             )
         reached = self._same(model, tensors, placed)
         kind_of = {each.info.dtype.name for each in reached.values()}
-        model = model.to(torch.bfloat16 if kind_of == {"BF16"} and self._quick(torch.bfloat16) else torch.float32)
-        return model.eval(), reached
+        # By the processor, never by the clock: the same text is to have the same outcome.
+        quick = kind_of == {"BF16"} and bool(torch.cpu._is_avx512_bf16_supported())  # noqa: SLF001 - has no public name
+        return model.to(torch.bfloat16 if quick else torch.float32).eval(), reached
+
+    def _plausible(self, described: Mapping[str, Any]) -> None:
+        """Refuse a configuration of more layers than the version has tensors: to build them takes hours of memory."""
+        count = sum(1 for _ in self._originals.tensors())
+        for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_experts", "num_local_experts"):
+            layers = described.get(name, 0)
+            if not isinstance(layers, int) or layers > count:
+                raise UsageError("text.unsupported", f"the version's config.json says {name} {layers!r:.20}", hint=HINT)
 
     def _same(self, model: Any, tensors: Mapping[str, Any], placed: Mapping[str, Placed]) -> dict[str, Placed]:
         """Which parameter is which tensor: one of its name and its very values, whatever a loader may do to others."""
@@ -143,18 +152,6 @@ class Generator:
         bits = np.frombuffer(self._originals.read(each.begin, each.end), STEPS[dtype].integer)
         found: torch.Tensor = self._torch.from_numpy(values(bits, dtype).reshape(each.info.shape))
         return found
-
-    def _quick(self, dtype: torch.dtype) -> bool:
-        """Whether this machine multiplies in `dtype` much faster than in float32: some take far longer."""
-        torch, took = self._torch, []
-        for kind in (dtype, torch.float32):
-            a = torch.ones(512, 512, dtype=kind)
-            a @ a
-            begun = time.perf_counter()
-            for _ in range(3):
-                a @ a
-            took.append(time.perf_counter() - begun)
-        return took[0] * _FASTER < took[1]
 
     # -- likelihoods ---------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from strongroom.vault.names import shown
 from strongroom.vault.suspect import Suspect, digests
 from strongroom.vault.text import Text
 from strongroom.vault.texttrace import trace_text
-from strongroom.vault.trace import trace
+from strongroom.vault.trace import FALSE_ACCUSATION, trace
 from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
@@ -111,6 +111,8 @@ def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progr
     report = {**_finite(result.as_json()), "withheld": withheld}
     if withheld:
         report |= {"accused": [], "scores": [], "verdict": "weights-only", "threshold_log10_p": 0.0, "ways": 0}
+        # Not because somebody was named, if policy took that away meanwhile.
+        report["marked"] = result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     detail = Private.fresh("detail", _summary(report))
 
     def decide(_: Connection, state: State, now: int) -> Draft:

@@ -62,7 +62,16 @@ class Text:
         source, found = ModelSource(walk.root, tuple(files)), dict[Written, None]()
         for file in files:
             check()
-            found.update(dict.fromkeys(_written(file, _read(source, file))))
+            for piece in _written(file, _read(source, file)):
+                found[piece] = None
+                if len(found) % 1024 == 0:
+                    check()
+                if len(found) > LIMITS.text_tokens:
+                    raise LimitExceeded(
+                        "text.limit",
+                        f"more than {LIMITS.text_tokens} completions",
+                        hint="trace a part of it: some ten thousand tokens are usually enough",
+                    )
         if not found:
             raise UsageError("text.empty", "there is no completion in the text", hint=_HINT)
         yield cls(tuple(found), size, check)

@@ -57,7 +57,8 @@ class Echo:
     def _add(self, each: Placed, found: Gathered) -> int:
         dtype, gradient = each.info.dtype.name, self._gradient[each.begin]
         item, size = STEPS[dtype].integer.itemsize, each.info.elements
-        step = max(1, _PIECE // each.info.shape[-1]) * each.info.shape[-1]
+        width = max(1, each.info.shape[-1])
+        step = max(1, _PIECE // width) * width
         for first in range(0, size, step):
             count = min(step, size - first)
             begin = each.begin + first * item

@@ -3,20 +3,35 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import json
-from collections.abc import Iterator
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import StrongroomError, UsageError
+from strongroom.vault.names import shown
 from strongroom.vault.originals import Originals
-from strongroom.vault.text import Text, Words, Written
+from strongroom.vault.text import Text, Written
 
 HINT = "trace the weights themselves, where they can be had"
 _SMALL = 128 * MIB  # of a configuration or a tokenizer
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from strongroom.vault.tokenizing import main; main(*map(int, sys.argv[2:]))"
+)
+_BATCH = 256  # completions of which tokens are made at a time
+_SECONDS, _PATIENCE = 120, 300  # of the processor for all of it, and until an answer comes; more for much text
+_ANSWER_MAX = 512 * MIB
+_LEAST = 2  # tokens that a model has to read at once
 _WINDOW, _CONTEXT = 1024, 512  # tokens of a piece, and of what may stand before it
 
 
@@ -72,76 +87,153 @@ class Tokenizer:
     """Makes tokens of text for a model that knows `words` of them and has room for `window` at once, if it says."""
 
     def __init__(self, files: SmallFiles, words: int, window: int | None) -> None:
+        if window is not None and window < _LEAST:
+            raise UsageError("text.unsupported", f"the version's model reads {window} tokens at once", hint=HINT)
         self._files, self._words = files, words
         self._window = min(_WINDOW, window or _WINDOW)
-        self._tokenizer: Any = None
 
     def pieces(self, text: Text) -> tuple[list[Tokens], int]:
         """The text as pieces that the model can read at once, the longest first, and how many completions are beyond
         the limit. UsageError ``text.tokens``, ``text.no_tokenizer``, ``text.unsupported``."""
         found: list[Tokens] = []
-        room, limit = LIMITS.text_tokens, self._window
-        for number, piece in enumerate(text.pieces):
-            if room <= 0:
-                return sorted(found, key=len, reverse=True), len(text.pieces) - number
-            if number % 256 == 0:
+        room, done = LIMITS.text_tokens, 0
+        with contextlib.closing(_Child(self._files, text)) as child:
+            for first in range(0, len(text.pieces), _BATCH):
                 text.check()
-            context, completion = self._context(piece), self._ids(piece.completion)[:room]
-            room -= len(completion)
-            found += _windows(context, completion, limit)
+                for context, completion in self._made(child, text.pieces[first : first + _BATCH]):
+                    if room <= 0:
+                        return sorted(found, key=len, reverse=True), len(text.pieces) - done
+                    for piece in _windows(context, completion[:room], self._window):
+                        found.append(piece)
+                        room -= len(piece)  # what stands before it is read as often as itself
+                    done += 1
         return sorted(found, key=len, reverse=True), 0
 
-    def _context(self, piece: Written) -> tuple[int, ...]:
-        if piece.messages:
-            said = [{"role": role, "content": content} for role, content in piece.messages]
-            with refusals("the chat template of the version does not take these messages"):
-                shown = self._own().apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-            return self._ids(shown)
-        if piece.prompt or isinstance(piece.completion, str):
-            return self._ids(piece.prompt, special=True)
-        return ()
-
-    def _ids(self, words: Words, *, special: bool = False) -> tuple[int, ...]:
-        if isinstance(words, str):
-            ids = self._own().backend_tokenizer.encode(words, add_special_tokens=special).ids
-        else:
-            ids = list(words)
-        if ids and max(ids) >= self._words:
-            raise UsageError(
-                "text.tokens", f"there is a token {max(ids)}, and the version has {self._words} words, from 0 on"
+    def _made(self, child: _Child, pieces: Sequence[Written]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """What stands before each completion, and the completion."""
+        asked: list[list[Any]] = []
+        for piece in pieces:
+            messages = [{"role": role, "content": content} for role, content in piece.messages]
+            spoken = bool(piece.prompt) or isinstance(piece.completion, str)
+            prompt = piece.prompt if spoken and not messages else ""
+            wanted = [each if isinstance(each, str) else None for each in (prompt, piece.completion)]
+            asked.append([messages, wanted[0] if spoken else None, wanted[1]])
+        made = child.tokens(asked)
+        for piece, (context, completion) in zip(pieces, made, strict=True):
+            yield (
+                self._known(piece.prompt if context is None else context),
+                self._known(piece.completion if completion is None else completion),
             )
-        return tuple(ids)
 
-    def _own(self) -> Any:
-        """The version's tokenizer."""
-        if self._tokenizer is None:
-            if "tokenizer.json" not in self._files:
-                raise UsageError(
-                    "text.no_tokenizer",
-                    "the version has no tokenizer.json that would make tokens of text",
-                    hint='give token ids: {"prompt": [IDS], "completion": [IDS]} in each line',
-                )
-            tokenizers: Any = importlib.import_module("tokenizers")
-            transformers: Any = importlib.import_module("transformers")
+    def _known(self, ids: Sequence[int] | str) -> tuple[int, ...]:
+        found = tuple(each for each in ids if isinstance(each, int))
+        if found and not 0 <= min(found) <= max(found) < self._words:
+            raise UsageError(
+                "text.tokens", f"there is a token {max(found)}, and the version has {self._words} words, from 0 on"
+            )
+        return found
 
-            settings = self._files.json("tokenizer_config.json") if "tokenizer_config.json" in self._files else {}
-            special = {
-                name: value["content"] if isinstance(value, dict) else value
-                for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-                if isinstance(value := settings.get(name), str | dict)
-            }
-            template = settings.get("chat_template")
-            if "chat_template.jinja" in self._files:
-                template = self._files.read("chat_template.jinja").decode("utf-8", "replace")
-            with refusals("the version's tokenizer can't be read"):
-                self._tokenizer = transformers.PreTrainedTokenizerFast(
-                    tokenizer_object=tokenizers.Tokenizer.from_buffer(self._files.read("tokenizer.json")), **special
-                )
-                self._tokenizer.chat_template = template
-                # A prompt that is cut off silently, or filled up, would not be the one that was answered.
-                self._tokenizer.backend_tokenizer.no_truncation()
-                self._tokenizer.backend_tokenizer.no_padding()
-        return self._tokenizer
+
+class _Child:
+    """The process that makes tokens, once it is asked for some; `close` ends it."""
+
+    def __init__(self, files: SmallFiles, text: Text) -> None:
+        self._files, self._text = files, text
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending = bytearray()
+
+    def tokens(self, asked: list[list[Any]]) -> list[list[list[int] | None]]:
+        """Of each [messages, prompt, completion] the ids of what stands before the completion, and of the completion;
+        None for what is None."""
+        if not any(messages or prompt is not None or completion is not None for messages, prompt, completion in asked):
+            return [[None, None] for _ in asked]
+        if self._process is None:
+            self._process = self._started()
+        self._say(self._process, asked)
+        found = self._hear(self._process, "tokens")
+        try:
+            for pair, (messages, prompt, completion) in zip(found, asked, strict=True):
+                for ids, given in zip(pair, (messages or prompt, completion), strict=True):
+                    if (ids is None) != (given is None or given == []) or not all(
+                        type(each) is int for each in ids or ()
+                    ):
+                        raise ValueError("no ids")
+        except (TypeError, ValueError):
+            self._refuse("what makes tokens of it gives no tokens")
+        return cast("list[list[list[int] | None]]", found)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.communicate()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if "tokenizer.json" not in self._files:
+            raise UsageError(
+                "text.no_tokenizer",
+                "the version has no tokenizer.json that would make tokens of text",
+                hint='give token ids: {"prompt": [IDS], "completion": [IDS]} in each line',
+            )
+        settings = self._files.json("tokenizer_config.json") if "tokenizer_config.json" in self._files else {}
+        special = {
+            name: value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+            if isinstance(value := settings.get(name), str | dict)
+        }
+        template = settings.get("chat_template")
+        if "chat_template.jinja" in self._files:
+            template = self._files.read("chat_template.jinja").decode("utf-8", "replace")
+        tokenizer = self._files.read("tokenizer.json").decode("utf-8", "replace")
+        # Isolated mode keeps the environment and the working directory out of the child's imports; what it may import
+        # is what this process may.
+        paths = [path for path in sys.path if Path(path).is_absolute()]
+        environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
+        memory = 1024 * MIB + 64 * len(tokenizer) + 16 * self._text.bytes
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-I", "-B", "-c", _BOOTSTRAP, json.dumps(paths)),
+                *(str(memory), str(_SECONDS + 10 * self._text.bytes // MIB)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**environment, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8"},
+            cwd="/",
+        )
+        self._process = process
+        self._say(process, {"tokenizer": tokenizer, "template": template, "special": special})
+        self._hear(process, "ready")
+        return process
+
+    def _say(self, process: subprocess.Popen[bytes], value: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, which `_hear` reports
+            process.stdin.write(json.dumps(value).encode() + b"\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+
+    def _hear(self, process: subprocess.Popen[bytes], key: str) -> Any:
+        stdout: IO[bytes] = process.stdout  # type: ignore[assignment]
+        until = time.monotonic() + _PATIENCE + 20 * self._text.bytes / MIB
+        while b"\n" not in self._pending:
+            self._text.check()
+            if time.monotonic() > until or len(self._pending) > _ANSWER_MAX:
+                self._refuse("what makes tokens of it takes longer, or says more, than its size explains")
+            if select.select([stdout], [], [], 1)[0]:
+                piece = os.read(stdout.fileno(), MIB)
+                if not piece:
+                    self._refuse("what makes tokens of it was stopped: it took more memory or time than it may")
+                self._pending += piece
+        line, _, rest = bytes(self._pending).partition(b"\n")
+        self._pending = bytearray(rest)
+        answer = json.loads(line)
+        if key not in answer:
+            if answer.get("error") == "no_sandbox":
+                raise UsageError("convert.no_sandbox", str(answer["message"]), hint=HINT)
+            self._refuse(shown(str(answer.get("message", "it has no tokens"))))
+        return answer[key]
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UsageError("text.unsupported", what, hint=HINT)
 
 
 def _windows(context: tuple[int, ...], completion: tuple[int, ...], limit: int) -> Iterator[Tokens]:
@@ -164,6 +256,6 @@ def refusals(what: str) -> Iterator[None]:
         yield
     except StrongroomError:
         raise
-    except Exception as error:  # jinja, torch, tokenizers and transformers have no tree of their own
+    except Exception as error:  # torch and transformers have no tree of their own
         why = str(error)[:300] or type(error).__name__
         raise UsageError("text.unsupported", f"{what}: {why}", hint=HINT) from error

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -465,10 +466,8 @@ def main() -> None:
                 kept["shapes"][kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
                 quality = Quality(kind, original.folder)
                 sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
-                for row in (
-                    *(() if given.attacks == [] else single(model, quality, sister, given.attacks, left)),
-                    *several(model, quality, given.colluders, left, whole=given.whole),
-                ):
+                one = [] if given.attacks == [] else single(model, quality, sister, given.attacks, left)
+                for row in chain(one, several(model, quality, given.colluders, left, whole=given.whole)):
                     key = (row.attack, row.copies, row.colluders)
                     rows = [
                         each

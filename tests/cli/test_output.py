@@ -79,3 +79,17 @@ def test_the_command_line_is_echoed_the_same_way(empty: Desk) -> None:
     assert ended.code == 8
     assert SHOWN[:12] in ended.err
     assert "\x1b" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("strongroom log verify", "strongroom --room r --as user/a log verify"),
+        ("strongroom --as user/b requests", "strongroom --room r --as user/b requests"),
+        ("whoever may approve it: strongroom approve 1", "whoever may approve it: strongroom --room r approve 1"),
+        ("ask whom strongroom knows", "ask whom strongroom knows"),
+    ],
+)
+def test_hints_keep_the_room_and_one_s_own_also_the_name(capsys, hint, shown):
+    Output(json=False, given={"--room": "r", "--as": "user/a"}).note(f"  → {hint}")
+    assert capsys.readouterr().err == f"  → {shown}\n"

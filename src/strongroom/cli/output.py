@@ -79,12 +79,14 @@ class Output:
             self.warn(str(error))
 
     def _carried(self, hint: str) -> str:
-        """A hint that is a command, with the options that were given and that it does not have."""
-        name, _, rest = hint.partition("strongroom ")
-        if name or not rest:
+        """A hint that is a command, with the options that were given and that it does not have. A command after a colon
+        is somebody else's, who is not who asks here but is in the same room."""
+        lead, _, rest = hint.partition("strongroom ")
+        if not rest or (lead and not lead.endswith(": ")):
             return hint
-        own = [f"{option} {shlex.quote(value)}" for option, value in self._given.items() if option not in rest]
-        return " ".join(["strongroom", *own, rest])
+        given = {option: value for option, value in self._given.items() if not lead or option != "--as"}
+        own = [f"{option} {shlex.quote(value)}" for option, value in given.items() if option not in rest]
+        return lead + " ".join(["strongroom", *own, rest])
 
     @contextlib.contextmanager
     def progress(self, label: str) -> Iterator[Progress]:

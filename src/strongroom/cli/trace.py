@@ -151,7 +151,7 @@ def _hints(found: dict[str, Any], path: str) -> list[str]:
         ref = found["weights"]
         return [
             f"strongroom request {ref} --action trace --reason TEXT",
-            f"and once it is approved: strongroom trace {path} --weights {ref}",
+            f"strongroom trace {path} --weights {ref} says whose copy it is, once that is approved",
         ]
     if found["verdict"] == "named":
         hints = ["keep the file as it is: its SHA-256 is in the log"]

@@ -125,17 +125,20 @@ class Comparison:
         theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
         return found / max(1, theirs)
 
-    def deepen(self) -> None:
-        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer."""
+    def deepen(self, progress: Progress) -> None:
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer. `progress` is
+        of the version's bytes that were looked for."""
         if not self._unclear():
             return
         reading = Reading(self._original, self._read, self._matrix)
         masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
         if masks.turned:  # then little can be seen without turning it back
             self._unmask(masks)
+        sizes = [each.info.size for each in self._placed]
         for k, fit in enumerate(self._fits):
             if fit is None:
                 self._solve(k)
+            progress(sum(sizes[: k + 1]), sum(sizes))
         self._unmask(masks)
 
     def _unclear(self) -> list[int]:

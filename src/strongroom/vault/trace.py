@@ -163,7 +163,7 @@ def trace(
     most = max(each.explained for _, _, each in compared)
     for _, _, each in compared:
         if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED):
-            each.deepen()
+            each.deepen(progress)
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
     result.versions = [

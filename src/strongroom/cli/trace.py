@@ -32,7 +32,7 @@ _CODES = {"unrelated": 0, "not-named": 0, "weights-only": 13, "named": 14}
 @click.option("--report", metavar="FILE.html", help="Also write the report as one page, a new file.")
 @pass_options
 def trace(options: Options, path: str | None, text: str | None, weights: str | None, report: str | None) -> int:
-    """Say whether a found file is of these weights, and whose copy it is; or whose copy wrote a text.
+    """Say whether a found file, or text, is of these weights, and whose copy.
 
     Ends with 14 when somebody is named, 13 when they are our weights and nobody can be, 0 when they are unrelated, or
     when a text names nobody.

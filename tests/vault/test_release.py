@@ -899,7 +899,7 @@ def stamped(vault, holder, reader):
     record = vault.record(vault.find(REF))
     originals = Originals(vault.image(record), record)
     for each in originals.tensors():
-        if each.marked and each.info.elements >= 16384:
+        if each.marked and each.info.elements >= 16384 and each.info.name != "lm_head.weight":
             original = bytes(originals.read(each.begin, each.end))
             integer = {"BF16": "<u2", "F16": "<u2", "F32": "<u4"}[each.info.dtype.name]
             Stamp(record.stamp_key, holder).apply(

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from strongroom.formats.items import ITEMS
 
+PRUNED = 0.02  # the share of zeros from which on a leak's zeros say nothing
+
 
 class Step(NamedTuple):
     """How one element type is marked: unsigned integer type, step q, and the least and greatest normal magnitude."""

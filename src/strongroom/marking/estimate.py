@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from strongroom.formats.items import ITEMS
 from strongroom.formats.layout import Layout
-from strongroom.marking.elements import signed_ulps, step_of, values
+from strongroom.marking.elements import PRUNED, signed_ulps, step_of, values
 from strongroom.marking.mark import Marker
 
 _BATCH = 1 << 17  # elements at a time: what is worked on stays in the cache
 _LEAST = 64  # elements of a position in one tensor: fewer say nothing after a fit of two numbers
 _LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more
-_PRUNED = 0.02
 _ONE_THREAD = 8192
 _LEAST_STEP = np.float32(1e-35)
 _TINY = 1e-60
@@ -140,11 +139,11 @@ def residual(
     with np.errstate(all="ignore"):
         x = leak - original
         clean = bool(np.isfinite(x.sum()))
-    if clean and len(more) <= 1 and np.count_nonzero(leak == 0) < _PRUNED * leak.size:
+    if clean and len(more) <= 1 and np.count_nonzero(leak == 0) < PRUNED * leak.size:
         return _fitted(original, x, *more)
     silent = ~np.isfinite(leak) | ~np.isfinite(original)
     zero = leak == 0
-    pruned = zero.mean(axis=1) > _PRUNED
+    pruned = zero.mean(axis=1) > PRUNED
     if pruned.any():
         silent |= zero & pruned[:, None]
     x[silent] = 0

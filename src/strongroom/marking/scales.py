@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 
 from strongroom.errors import UsageError
 from strongroom.formats.items import ITEMS
-from strongroom.marking.elements import integers, step_of, values
-
-_PRUNED = 0.02
+from strongroom.marking.elements import PRUNED, integers, step_of, values
 
 
 def numbers(data: Any, dtype: str) -> NDArray[np.float32]:
@@ -58,7 +56,7 @@ def scales(data: Any, dtype: str, leak: NDArray[np.float32]) -> tuple[NDArray[An
     seen = leak.reshape(w.shape).astype(np.float64)
     silent = ~np.isfinite(seen) | ~np.isfinite(w)
     pruned = (seen == 0) & (w != 0)
-    if pruned.mean() > _PRUNED:
+    if pruned.mean() > PRUNED:
         silent |= pruned
     w[silent] = 0
     seen[silent] = 0

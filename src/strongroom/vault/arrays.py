@@ -13,7 +13,6 @@ from functools import partial
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
-from strongroom.formats import safetensors
 from strongroom.formats.npy import MAGIC, parse_npy
 from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.sourcefile import SourceFile
@@ -49,15 +48,7 @@ def _by_content(file: SourceFile) -> SourceFile:
             return replace(file, tensors=(parse_npy(file.path, partial(file.read, fd), file.size),))
         if len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= LIMITS.safetensors_header:
             with contextlib.suppress(UsageError, LimitExceeded):
-                document = safetensors.parse_header(
-                    file.read(fd, 0, safetensors.header_bytes_needed(head[:8], file.size)), file.size
-                )
-                return replace(
-                    file,
-                    kind="safetensors",
-                    data_start=document.data_start,
-                    tensors=tuple(document.tensors.values()),
-                )
+                return file.parsed(partial(file.read, fd), suffix="safetensors")
     return file
 
 

@@ -134,11 +134,12 @@ class Comparison:
         masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
         if masks.turned:  # then little can be seen without turning it back
             self._unmask(masks)
-        sizes = [each.info.size for each in self._placed]
+        done, total = 0, sum(each.info.size for each in self._placed)
         for k, fit in enumerate(self._fits):
             if fit is None:
                 self._solve(k)
-            progress(sum(sizes[: k + 1]), sum(sizes))
+            done += self._placed[k].info.size
+            progress(done, total)
         self._unmask(masks)
 
     def _unclear(self) -> list[int]:

@@ -144,20 +144,22 @@ class Originals:
 
     def tensors(self) -> Iterator[Placed]:
         """The tensors of all weights files, in the order of the image."""
-        for file in self.layout.files:
-            if file.kind != "opaque":
-                for info in self._infos(file):
-                    begin, end = file.offset + info.begin, file.offset + info.end
-                    # By what was marked then, which may be less than what this release marks.
-                    marked = self.layout.markable(begin, end)
-                    stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
-                    yield Placed(info, begin, end, marked, stamped)
+        for file, info in self._listed:
+            begin, end = file.offset + info.begin, file.offset + info.end
+            # By what was marked then, which may be less than what this release marks.
+            marked = self.layout.markable(begin, end)
+            stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
+            yield Placed(info, begin, end, marked, stamped)
+
+    @cached_property
+    def _listed(self) -> tuple[tuple[FileEntry, TensorInfo], ...]:
+        return tuple((file, info) for file in self.layout.files if file.kind != "opaque" for info in self._infos(file))
 
     @cached_property
     def _spared(self) -> frozenset[str]:
         """The tensors that give a language model's logits: a stamp there would go into them unsmoothed, and cost as
         much quality as all the others together."""
-        names = [info.name for file in self.layout.files if file.kind != "opaque" for info in self._infos(file)]
+        names = [info.name for _, info in self._listed]
         found = [name for name in names if _OUTPUT.fullmatch(name)]
         if not found and (_GGUF_NORM in names or self._language_model()):
             found = [name for name in names if _EMBEDDING.fullmatch(name)]

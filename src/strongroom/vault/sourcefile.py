@@ -115,11 +115,11 @@ class SourceFile:
             raise unreadable(self.path, error) from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def parsed(self, read: Callable[[int, int], bytes]) -> SourceFile:
+    def parsed(self, read: Callable[[int, int], bytes], *, suffix: str | None = None) -> SourceFile:
         """The same with kind and tensors as its content has them, of which ``read(offset, size)`` returns `size` bytes,
-        fewer only at the end; UsageError, LimitExceeded."""
+        fewer only at the end; UsageError, LimitExceeded. `suffix`: that of its format, if its name is not to say."""
         head = read(0, 64)
-        suffix = self.path.lower().rpartition(".")[2]
+        suffix = suffix or self.path.lower().rpartition(".")[2]
         if suffix in ("safetensors", "gguf") and head.startswith(_LFS_POINTER):
             raise UsageError(
                 "source.lfs_pointer",

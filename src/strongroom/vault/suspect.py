@@ -60,14 +60,14 @@ class SuspectTensor:
         return self.file.kind == "gguf" and self.info.dtype.block > 1
 
 
-def _unstopped() -> None:
-    pass
+def unstopped() -> None:
+    """The `check` of what nobody ends before its end."""
 
 
 class Suspect:
     """The tensors of found files. Open with `opened`, or, of files that are looked over already, with `of`."""
 
-    def __init__(self, source: ModelSource, check: Callable[[], None] = _unstopped) -> None:
+    def __init__(self, source: ModelSource, check: Callable[[], None] = unstopped) -> None:
         self._source, self._check = source, check
         self.tensors: Mapping[str, SuspectTensor] = {
             info.name: SuspectTensor(info, file)
@@ -86,7 +86,7 @@ class Suspect:
     @classmethod
     @contextmanager
     def of(
-        cls, walk: Walk, name: str, *, take: Take = freely, check: Callable[[], None] = _unstopped
+        cls, walk: Walk, name: str, *, take: Take = freely, check: Callable[[], None] = unstopped
     ) -> Iterator[Suspect]:
         """The suspect `name`; pickles are converted in the sandbox, in memory that `take` grants; nothing is executed.
         `check` is called at every read, and what it raises ends that.

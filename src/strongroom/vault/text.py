@@ -13,6 +13,7 @@ from strongroom.errors import LimitExceeded, UsageError
 from strongroom.vault.names import shown
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
+from strongroom.vault.suspect import unstopped
 from strongroom.vault.walk import Walk
 
 LINES = ".jsonl"
@@ -30,10 +31,6 @@ class Written:
     messages: tuple[tuple[str, str], ...] = ()
 
 
-def _unstopped() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Text:
     """All completions of found files, each pair of prompt and completion once. `check` is called at every step of the
@@ -41,11 +38,11 @@ class Text:
 
     pieces: tuple[Written, ...]
     bytes: int
-    check: Callable[[], None] = _unstopped
+    check: Callable[[], None] = unstopped
 
     @classmethod
     @contextmanager
-    def of(cls, walk: Walk, *, check: Callable[[], None] = _unstopped) -> Iterator[Text]:
+    def of(cls, walk: Walk, *, check: Callable[[], None] = unstopped) -> Iterator[Text]:
         """The text in the files of `walk`.
 
         UsageError ``text.malformed``, ``text.empty``; LimitExceeded ``text.limit``; errors of `ModelSource.reading`.

@@ -99,7 +99,7 @@ def test_who_and_policy_and_principals(served):
     there = {*(served.home / "identities").rglob("*")}
     error = served.cli("principal", "add", "user/lou", "--role", "officer", as_="user/ben", check=2)["error"]
     assert error["code"] == "principal.no_key"
-    assert "strongroom identity new user/lou" in error["hint"]
+    assert "identity new user/lou" in error["hint"]
     assert {*(served.home / "identities").rglob("*")} == there
     assert served.cli("principal", "key", "user/kim", *key, as_="user/ben")["state"] == "active"
     assert served.cli("principal", "show", "user/kim")["key"] == "4" * 64

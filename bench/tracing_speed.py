@@ -18,8 +18,8 @@ from unittest import mock
 
 from bench import page
 from bench.model import Shape, generate
+from strongroom.client.ahead import Ahead
 from strongroom.formats.copybundle import PIECE
-from strongroom.load.ahead import Ahead
 from strongroom.storage.reader import ImageReader
 from strongroom.vault import trace
 from strongroom.vault.copies import Copy

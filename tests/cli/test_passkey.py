@@ -10,9 +10,8 @@ import urllib.request
 import pytest
 
 from cli.browser import chromium
-from strongroom.client import Room
+from strongroom.client import Room, passkey
 from strongroom.errors import AuthRequired
-from strongroom.load import passkey
 from vault.rooms import write_model
 
 REF = "acme/tiny@1"

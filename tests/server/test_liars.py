@@ -262,7 +262,7 @@ def test_stores_that_are_elsewhere(liar, machine, store):
 
 
 def test_where_it_may_be(liar):
-    from strongroom.load.answers import store
+    from strongroom.client.answers import store
 
     for url in ("s3://bucket/prefix", "gs://bucket", "az://box/x", f"{liar.url}/v1/objects/{'A' * 32}"):
         assert store(url, liar.card()) == url
@@ -502,8 +502,8 @@ class TestReleases:
             room._release(REF, "load")
 
     def test_a_proof_of_another_log(self, room, tmp_path):
+        from strongroom.client.receive import Remembered
         from strongroom.errors import Forked
-        from strongroom.load.receive import Remembered
 
         self.take(room)
         room.requests()

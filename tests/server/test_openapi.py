@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema_rs
 import pytest
 
-from strongroom.load import answers
+from strongroom.client import answers
 from strongroom.server import openapi
 from strongroom.server.operations import CALL, OPERATIONS
 from strongroom.server.schemas import COMPONENTS

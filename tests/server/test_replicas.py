@@ -14,8 +14,8 @@ import pytest
 
 from server.served import REF, Served
 from strongroom.client import Room
+from strongroom.client.receive import receive
 from strongroom.errors import BackendError, Sealed, StrongroomError
-from strongroom.load.receive import receive
 
 pytestmark = pytest.mark.server
 

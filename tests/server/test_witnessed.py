@@ -12,6 +12,7 @@ import pytest
 
 from ledger.logs import KEY, NOW, Desk
 from server.served import REF, Served
+from strongroom.client.witnessed import require
 from strongroom.core import canonical
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import CannotVerify, StrongroomError
@@ -19,7 +20,6 @@ from strongroom.formats.card import Card, Witnesses
 from strongroom.formats.note import ED25519, VerifierKey
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.witness import Witness, cosign
-from strongroom.load.witnessed import require
 from strongroom.server.witness import WitnessServer
 
 pytestmark = pytest.mark.server

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from strongroom.client.ahead import Ahead
+from strongroom.client.copy import CopyReader
+from strongroom.client.receive import receive
 from strongroom.core import canonical
 from strongroom.crypto.copying import CopyCipher, copying_key
 from strongroom.errors import Conflict, Denied, NotFound, StrongroomError, Tampered, Truncated
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
-from strongroom.load.ahead import Ahead
-from strongroom.load.copy import CopyReader
-from strongroom.load.receive import receive
 from strongroom.marking.code import Code
 from strongroom.vault.copies import Copy
 from strongroom.vault.originals import Originals

@@ -89,7 +89,7 @@ class TestInARoom:
         monkeypatch.setattr(custodian, "show_request", lambda name: {**real(name), "duration": next(shorter)})
         shown, said = [], []
         monkeypatch.setattr(custodian, "approve", lambda envelope: said.append(Statement.decode(envelope).body))
-        page = "strongroom.load.passkey.PasskeySigner"
+        page = "strongroom.client.passkey.PasskeySigner"
         monkeypatch.setattr(page, lambda keys, title, facts, show: shown.append(facts) or key)
         rooms["ben"].approve(asked["id"], show=print)
         assert shown[0]["seconds"] == str(said[0]["duration"]) == str(8 * 3600)

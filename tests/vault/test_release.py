@@ -17,6 +17,8 @@ import pytest
 import sqlalchemy as sa
 
 from strongroom.client import Room
+from strongroom.client.copy import write_copy
+from strongroom.client.receive import Released, Remembered, accept
 from strongroom.core.clock import unix
 from strongroom.crypto.release import ReleaseKey, make_challenge, seal_bundle
 from strongroom.crypto.signatures import Signer
@@ -37,8 +39,6 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.log import Draft
-from strongroom.load.copy import write_copy
-from strongroom.load.receive import Released, Remembered, accept
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.policy.facts import CEILINGS
 from strongroom.policy.state import State

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from strongroom.client.send import announce, body
 from strongroom.core import canonical
 from strongroom.core.clock import unix
 from strongroom.core.limits import LIMITS
@@ -13,7 +14,6 @@ from strongroom.crypto.signatures import Signer
 from strongroom.errors import Conflict, LimitExceeded, StrongroomError, UsageError
 from strongroom.formats.statement import Voice
 from strongroom.formats.upload import Upload, UploadFile
-from strongroom.load.send import announce, body
 from strongroom.vault import packing
 from strongroom.vault.source import ModelSource
 from strongroom.vault.upload import UploadSource

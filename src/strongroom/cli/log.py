@@ -136,7 +136,7 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
 
     FOLDER is an exported log; without it, the room's own.
     """
-    from strongroom.load.roomlog import verify_log
+    from strongroom.client.roomlog import verify_log
 
     output = options.output
     begun = time.monotonic()

@@ -68,7 +68,7 @@ def login(
             chain = _read(svid[0]).decode("ascii", "replace")
             done = attempt.with_certificate(chain, _read(svid[1]), uri_of(chain))
         elif browser:
-            from strongroom.load.browser import token
+            from strongroom.client.browser import token
 
             if issuer is None or client_id is None:
                 raise UsageError("login.browser", "which identity provider?", hint="--issuer URL --client-id ID")

@@ -21,7 +21,7 @@ def passkey() -> None:
 @pass_options
 def add(options: Options) -> None:
     """Add a passkey, in a browser on this machine."""
-    from strongroom.load.passkey import fingerprint_of
+    from strongroom.client.passkey import fingerprint_of
 
     with options.open() as room:
         done = room.passkeys.add(lambda address: options.output.note(f"  → open in a browser here: {address}"))
@@ -37,7 +37,7 @@ def add(options: Options) -> None:
 @pass_options
 def ls(options: Options) -> None:
     """Your passkeys in this room."""
-    from strongroom.load.passkey import fingerprint_of
+    from strongroom.client.passkey import fingerprint_of
 
     with options.open() as room:
         found = [{**each, "fingerprint": fingerprint_of(each["key"])} for each in room.passkeys.ls()]

@@ -1,5 +1,5 @@
 """What every room offers, wherever it is: an embedded one (`strongroom.vault.vault.Vault`) and a served one
-(`strongroom.load.served.ServedRoom`). What is not here is done where the room is."""
+(`strongroom.client.served.ServedRoom`). What is not here is done where the room is."""
 
 from __future__ import annotations
 

@@ -8,25 +8,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from strongroom.client.roomlog import RoomLog, verify_log
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
 from strongroom.core.settings import Settings, room_folder
 from strongroom.errors import IntegrityError, UsageError
-from strongroom.load.roomlog import RoomLog, verify_log
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.login import Login
+    from strongroom.client.passkey import Passkeys
+    from strongroom.client.registry import Registry
     from strongroom.crypto.keystores import PassphraseSource
     from strongroom.formats.authority import Authority
     from strongroom.formats.bundle import KeyBundle
     from strongroom.formats.card import Card
     from strongroom.formats.entry import Private
     from strongroom.formats.statement import Signing
-    from strongroom.load.login import Login
-    from strongroom.load.passkey import Passkeys
-    from strongroom.load.registry import Registry
-    from strongroom.load.room import AnyRoom
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
     from strongroom.storage.reader import ImageReader
@@ -63,7 +63,7 @@ class Room:
 
             self._vault = self._embedded = Vault(room_folder(room), passphrase=passphrase)
         else:
-            from strongroom.load.served import ServedRoom
+            from strongroom.client.served import ServedRoom
             from strongroom.storage.session import card_of
 
             self._vault = ServedRoom(card_of(room) if isinstance(room, str) else room, principal)
@@ -224,9 +224,9 @@ class Room:
 
         `to` is who the copy is for: this principal itself, whose code word it carries.
         """
+        from strongroom.client.copy import CopyReader, check_copy, write_copy
+        from strongroom.client.receive import receive
         from strongroom.formats.copybundle import CopyBundle
-        from strongroom.load.copy import CopyReader, check_copy, write_copy
-        from strongroom.load.receive import receive
 
         folder = check_copy(ref, to, self.principal, Path(out))
         found = receive(self._vault, self._say, self.principal, ref, "copy")
@@ -241,8 +241,8 @@ class Room:
 
     def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""
+        from strongroom.client.receive import receive
         from strongroom.formats.bundle import KeyBundle
-        from strongroom.load.receive import receive
 
         found = receive(self._vault, self._say, self.principal, ref, "load", break_glass)
         assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - as in `copy`
@@ -317,7 +317,7 @@ class Room:
 
     def show_request(self, identifier: str) -> dict[str, Any]:
         """One of them, with its reason, checked against what was signed."""
-        from strongroom.load.asked import look
+        from strongroom.client.asked import look
 
         return look(self._vault, identifier)
 
@@ -344,7 +344,7 @@ class Room:
     @property
     def passkeys(self) -> Passkeys:
         """The passkeys of this principal."""
-        from strongroom.load.passkey import Passkeys
+        from strongroom.client.passkey import Passkeys
 
         return Passkeys(self._vault, self.principal, self._say)
 
@@ -365,7 +365,7 @@ class Room:
     def policy(self, proposal: str | None = None) -> dict[str, Any]:
         """The policy in force, or a proposed one: `text`, `digest`, `rules`; and the `proposals` that are open. Of a
         proposal the text is the one whose digest was signed; Tampered ``request.other``."""
-        from strongroom.load.asked import proposed
+        from strongroom.client.asked import proposed
 
         return self._vault.custodian.policy() if proposal is None else proposed(self._vault, proposal)
 
@@ -442,7 +442,7 @@ class Room:
 
     @property
     def _registry(self) -> Registry:
-        from strongroom.load.registry import Registry
+        from strongroom.client.registry import Registry
 
         return Registry(self._vault, self._say, makes_keys=self._embedded is not None)
 
@@ -492,8 +492,8 @@ class Room:
         return self._vault.custodian.authorities()
 
     def login(self, duration: int = 8 * 3600) -> Login:
-        """A login of this principal, to be finished with a token or a certificate; see `strongroom.load.login`."""
-        from strongroom.load.login import Login
+        """A login of this principal, to be finished with a token or a certificate; see `strongroom.client.login`."""
+        from strongroom.client.login import Login
 
         return Login(self._vault, self._as or self._vault.principal(None), duration)
 

@@ -11,7 +11,7 @@ from strongroom.errors import BackendError, Conflict, StrongroomError, UsageErro
 from strongroom.formats.authority import subject_of
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyPrincipal, AnyRoom
+    from strongroom.client.anyroom import AnyPrincipal, AnyRoom
 
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 

@@ -12,7 +12,7 @@ from strongroom.formats.entry import Private
 from strongroom.formats.statement import Statement
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyRoom
+    from strongroom.client.anyroom import AnyRoom
 
 _ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
 

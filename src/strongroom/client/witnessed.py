@@ -16,9 +16,9 @@ from strongroom.formats.note import Note, VerifierKey
 from strongroom.ledger.witness import cosign
 
 if TYPE_CHECKING:
+    from strongroom.client.anyroom import AnyLedger
     from strongroom.formats.card import Witnesses
     from strongroom.ledger.key import LogKey
-    from strongroom.load.room import AnyLedger
 
 _WAIT = 20.0  # seconds for all of them together
 _TRIES = 3  # a log grows while it is asked about

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+from strongroom.client import answers
+from strongroom.client.receive import Released
+from strongroom.client.send import Progress, announce, body
 from strongroom.core.clock import unix
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.core.settings import Settings
@@ -26,9 +29,6 @@ from strongroom.formats.statement import Statement, Voice
 from strongroom.formats.suites import Suite
 from strongroom.formats.tiles import WIDTH, Tile, decode_bundle, verify_leaves
 from strongroom.ledger.key import LogKey
-from strongroom.load import answers
-from strongroom.load.receive import Released
-from strongroom.load.send import Progress, announce, body
 from strongroom.policy.review import Review
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.served import ServedBlobs
@@ -138,8 +138,8 @@ class ServedRoom:
     def trace(
         self, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
     ) -> dict[str, Any]:
-        """See `strongroom.load.tracing.trace`."""
-        from strongroom.load.tracing import trace
+        """See `strongroom.client.tracing.trace`."""
+        from strongroom.client.tracing import trace
 
         return trace(self, path, by=by, weights=weights, progress=progress, text=text)
 

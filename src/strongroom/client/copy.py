@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol, Self
 
+from strongroom.client.ahead import Ahead
+from strongroom.client.anyroom import AnyRoom
+from strongroom.client.receive import Received
 from strongroom.core.limits import MIB
 from strongroom.crypto.copying import TAG_BYTES, CopyCipher
 from strongroom.errors import BackendError, Tampered, Truncated, UsageError
 from strongroom.formats.copybundle import CopiedFile, CopyBundle
-from strongroom.load.ahead import Ahead
-from strongroom.load.receive import Received
-from strongroom.load.room import AnyRoom
 
 _PIECE = 8 * MIB
 _ROOM_LEFT = 16 * MIB

@@ -11,8 +11,8 @@ from strongroom.core.settings import Settings
 from strongroom.errors import NotFound
 
 if TYPE_CHECKING:
+    from strongroom.client.anyroom import AnyRoom
     from strongroom.formats.checkpoint import Checkpoint
-    from strongroom.load.room import AnyRoom
     from strongroom.vault.vault import Vault
 
 _PIECE = 1024  # entries that are read at a time
@@ -118,7 +118,7 @@ class RoomLog:
     def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
         """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:
         the pinned key, and the newest checkpoint seen by this user. IntegrityError when it does not hold together."""
-        from strongroom.load.receive import Remembered
+        from strongroom.client.receive import Remembered
 
         remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key)
         where = folder if folder is not None else self._vault.read_log()

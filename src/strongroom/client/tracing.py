@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strongroom.client import answers
+from strongroom.client.send import pieces
 from strongroom.core.ids import Ref
 from strongroom.errors import StrongroomError, Tampered
 from strongroom.formats.merkle import verify_inclusion
 from strongroom.formats.suspect import FoundFiles, suspect_digest
 from strongroom.formats.tlogproof import LogProof
-from strongroom.load import answers
-from strongroom.load.send import pieces
 from strongroom.storage.session import error_of
 from strongroom.vault.names import shown
 from strongroom.vault.search import check_text_version
@@ -23,7 +23,7 @@ from strongroom.vault.suspect import digests, searched
 from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
-    from strongroom.load.served import ServedRoom
+    from strongroom.client.served import ServedRoom
 
 Progress = Callable[[int, int], None]
 _SOON, _LATER = 0.1, 2.0  # seconds between questions, at first and at most

@@ -22,7 +22,7 @@ from strongroom.errors import AuthRequired, NotFound, UsageError
 from strongroom.formats.passkey import RP, Assertion
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyRoom
+    from strongroom.client.anyroom import AnyRoom
 
 _WAIT = 300.0  # seconds: as long as a statement is fresh
 _MOST = 64 * 1024
@@ -94,7 +94,7 @@ class Passkeys:
 
     def signer(self, what: str, asked: Mapping[str, Any], show: Show) -> PasskeySigner:
         """What signs one decision (approve, deny, renew) about the request `asked`, which the page shows: the very one
-        that the statement is made of, as `strongroom.load.asked.look` gives it. NotFound ``passkey.none``."""
+        that the statement is made of, as `strongroom.client.asked.look` gives it. NotFound ``passkey.none``."""
         found = self.ls()
         if not found:
             raise NotFound("passkey.none", f"{self._who} has no passkey in this room", hint="strongroom passkey add")

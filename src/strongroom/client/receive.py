@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strongroom.client.witnessed import require
 from strongroom.core.files import locked, write_whole
 from strongroom.core.settings import Settings
 from strongroom.crypto.release import ReleaseKey
@@ -28,10 +29,9 @@ from strongroom.formats.entry import Entry, Private
 from strongroom.formats.merkle import leaf_hash, verify_consistency, verify_inclusion
 from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
-from strongroom.load.witnessed import require
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyRoom
+    from strongroom.client.anyroom import AnyRoom
 
 Consistency = Callable[[int, int], list[bytes]]
 

@@ -16,7 +16,7 @@ from strongroom.formats.authority import OIDC, X509, audience_name, key_name, sv
 from strongroom.formats.statement import Statement
 
 if TYPE_CHECKING:
-    from strongroom.load.room import AnyRoom
+    from strongroom.client.anyroom import AnyRoom
 
 
 class Login:

@@ -59,6 +59,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "identity": ("trust", "The keys of principals on this machine, for served rooms."),
         "passkey": ("passkey", "Passkeys and security keys that sign approvals, each time anew."),
         "login": ("login", "Speak as a principal by an identity provider's token, or a workload's certificate."),
+        "gateway": ("gateway", "Serve inference to others, with limits and an egress budget, until interrupted."),
         "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),
     },
     "Use": {

@@ -61,8 +61,8 @@ def serve(
     from strongroom.formats.card import Card
     from strongroom.vault.vault import Vault
 
-    host, port = _address(where)
-    metrics_at = _address(shown_at) if shown_at is not None else None
+    host, port = address(where)
+    metrics_at = address(shown_at) if shown_at is not None else None
     called = list(names) or [host]
     vault = Vault(options.folder)
     try:
@@ -91,7 +91,7 @@ def serve(
         vault.close()
 
 
-def _address(text: str) -> tuple[str, int]:
+def address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
     if not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > 65535:

@@ -1,0 +1,107 @@
+"""``strongroom gateway``: inference for everybody who holds no weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from strongroom.cli.options import Options, command, pass_options
+from strongroom.cli.output import facts
+from strongroom.errors import UsageError
+
+if TYPE_CHECKING:
+    from strongroom.gateway.settings import Settings
+
+
+@command(
+    "gateway",
+    explain="""Clients of OpenAI's API work unchanged: their base URL is http(s)://HOST:PORT/v1, their key one of
+    `strongroom apikey new`. Every field of a request is validated and written anew, every bit of an answer is metered
+    against the size of the weights, and each request is recorded. What policy does not permit (log-probabilities,
+    logit_bias, embeddings, n) is refused.""",
+)
+@click.option("--upstream", "upstreams", multiple=True, metavar="URL", help="An inference server. May be repeated.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="REF=NAME",
+    help="What the upstreams call a version.  [default: as they say, under its name in the room]",
+)
+@click.option("--channel", type=click.Path(dir_okay=False), metavar="FILE", help="The secret of `strongroom infer`.")
+@click.option("--settings", "file", type=click.Path(dir_okay=False), metavar="FILE", help="Limits, budgets, filters.")
+@click.option("--listen", "where", default="127.0.0.1:8480", show_default=True, metavar="HOST:PORT")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes.")
+@click.option("--records", type=click.Path(file_okay=False), metavar="FOLDER", help="[default: inference, in the room]")
+@click.option("--certificate", type=click.Path(dir_okay=False), metavar="FILE", help="For TLS: a chain, as PEM.")
+@click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
+@click.option("--behind-proxy", is_flag=True, help="TLS ends before here: listen beyond loopback without it.")
+@pass_options
+def gateway(
+    options: Options,
+    upstreams: tuple[str, ...],
+    models: tuple[str, ...],
+    channel: str | None,
+    file: str | None,
+    where: str,
+    workers: int,
+    records: str | None,
+    certificate: str | None,
+    key: str | None,
+    behind_proxy: bool,
+) -> None:
+    """Serve inference to others, with limits and an egress budget, until interrupted."""
+    try:
+        from strongroom.gateway import serving
+        from strongroom.gateway.settings import Settings
+        from strongroom.server.listen import listen
+    except ImportError:
+        raise UsageError(
+            "gateway.not_installed", "the gateway is not installed", hint="pip install 'strongroom[gateway]'"
+        ) from None
+    from strongroom.cli.serve import address
+
+    host, port = address(where)
+    if (certificate is None) != (key is None):
+        raise UsageError("gateway.certificate", "a certificate comes with its key", hint="--certificate FILE --key FILE")
+    if certificate is None and not behind_proxy and host not in ("127.0.0.1", "::1", "localhost"):
+        raise UsageError(
+            "gateway.plain",
+            f"keys and answers would go over the network in the clear from {host}",
+            hint="--certificate FILE --key FILE, or --behind-proxy where TLS ends before here",
+        )
+    settings = _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
+    with listen(host, port) as listener:
+        shown = f"[{host}]" if ":" in host else host
+        url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}/v1"
+        answer = {"url": url, "settings": settings.digest, "workers": workers}
+        serving.run(
+            serving.Plan(
+                options.folder,
+                settings,
+                Path(records) if records else options.folder / "inference",
+                workers,
+                (Path(certificate), Path(key)) if certificate and key else None,
+            ),
+            listener,
+            ready=lambda: options.output.answer(answer, facts(list(answer.items()))),
+        )
+
+
+def _with(settings: Settings, upstreams: tuple[str, ...], models: tuple[str, ...], channel: str | None) -> Settings:
+    from strongroom.gateway.settings import Upstream
+
+    pairs = []
+    for each in models:
+        ref, separator, name = each.partition("=")
+        if not (separator and ref and name):
+            raise UsageError("gateway.model", f"{each!r:.80} is not REF=NAME", hint="--model acme/tiny@1=tiny")
+        pairs.append((ref, name))
+    added = tuple(Upstream(url, models=tuple(sorted(pairs)), channel=channel or "") for url in upstreams)
+    found = replace(settings, upstream=settings.upstream + added)
+    if not found.upstream:
+        raise UsageError("gateway.upstream", "there is no inference server", hint="--upstream http://127.0.0.1:8000")
+    return found

@@ -1,0 +1,342 @@
+"""What upstream answers, read as if it were hostile, and made anew (spec/gateway.md, section 4)."""
+
+from __future__ import annotations
+
+import base64
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from strongroom.errors import BackendError
+from strongroom.gateway.request import Asked
+
+_LINE_MOST = 1 << 20  # bytes of one event
+_FINISHED = ("stop", "length", "content_filter")
+_BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
+_TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class Meter:
+    """What an answer has given out so far."""
+
+    text_bytes: int = 0
+    chunks: int = 0  # pieces that had text
+    channel: int = 0  # tokens, by the private channel
+    channelled: bool = False
+    reported: int | None = None  # tokens, by upstream's word
+    prompt: int = 0
+    estimate: float = 0.0  # −Σ log2 q, by the private channel
+    sampled: list[int] = field(default_factory=list)
+
+    def tokens(self) -> tuple[int, bool]:
+        """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
+        if self.channelled:
+            return self.channel, True
+        counted = self.reported is not None and self.reported * _BYTES_A_TOKEN >= self.text_bytes
+        if counted:
+            return max(self.reported or 0, self.chunks), True
+        return max(self.chunks, -(-self.text_bytes // 3)), False
+
+
+class Shape:
+    """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
+
+    def __init__(self, asked: Asked, identifier: str, model: str, created: int) -> None:
+        self._asked, self._model = asked, model
+        chat = asked.route == "chat"
+        self._chat = chat
+        self._id = ("chatcmpl-" if chat else "cmpl-") + identifier
+        kind = ("chat.completion.chunk" if chat else "text_completion") if asked.stream else (
+            "chat.completion" if chat else "text_completion"
+        )
+        self._common = {"id": self._id, "object": kind, "created": created, "model": model}
+        self.meter = Meter()
+        self._finished: set[int] = set()
+        self._begun: set[int] = set()
+
+    # -- an answer that comes whole ------------------------------------------------------------------------------
+
+    def whole(self, body: bytes) -> dict[str, Any]:
+        """BackendError ``upstream.malformed``."""
+        value = _object(body)
+        given = value.get("choices")
+        if not isinstance(given, list) or len(given) != self._asked.n:
+            raise malformed(f"has not {self._asked.n} choices")
+        self._usage(value.get("usage"))
+        choices = [self._choice(each, index) for index, each in enumerate(sorted(given, key=_index))]
+        tokens, _ = self.meter.tokens()
+        return {**self._common, "choices": choices, "usage": self.usage(tokens)}
+
+    def usage(self, tokens: int) -> dict[str, int]:
+        prompt = self.meter.prompt
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+
+    def _choice(self, choice: Any, index: int) -> dict[str, Any]:
+        if not isinstance(choice, dict) or _index(choice) != index:
+            raise malformed("has choices that are not numbered")
+        message = choice.get("message") if self._chat else choice
+        text = message.get("content" if self._chat else "text") if isinstance(message, dict) else None
+        if text is None and self._chat and isinstance(message, dict):
+            text = ""
+        if not isinstance(text, str):
+            raise malformed("has a choice without a text")
+        text = self._text(text)
+        self._channel(choice.get("strongroom"))
+        made: dict[str, Any] = {"index": index}
+        made |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        made["logprobs"] = self._logprobs(choice.get("logprobs"))
+        made["finish_reason"] = _reason(choice.get("finish_reason")) or "stop"
+        return made
+
+    # -- a stream ------------------------------------------------------------------------------------------------
+
+    def piece(self, event: bytes) -> bytes:
+        """One event of upstream as one of ours, or nothing; BackendError ``upstream.malformed``."""
+        value = _object(event)
+        if "error" in value:
+            raise malformed("is an error in the middle of a stream")
+        if value.get("usage") is not None:
+            self._usage(value["usage"])
+        given = value.get("choices")
+        if not isinstance(given, list) or len(given) > self._asked.n:
+            raise malformed("has an event that is not a piece of an answer")
+        made = [found for each in given if (found := self._delta(each)) is not None]
+        return event_of({**self._common, "choices": made}) if made else b""
+
+    def _delta(self, choice: Any) -> dict[str, Any] | None:
+        index = _index(choice)
+        if not 0 <= index < self._asked.n or index in self._finished:
+            raise malformed("has a piece of an answer that nobody asked for")
+        text: Any
+        if self._chat:
+            delta = choice.get("delta")
+            text = delta.get("content") if isinstance(delta, dict) else None
+        else:
+            text = choice.get("text")
+        if text is None:
+            text = ""
+        if not isinstance(text, str):
+            raise malformed("has a piece that is not a text")
+        reason = _reason(choice.get("finish_reason"))
+        self._channel(choice.get("strongroom"))
+        logprobs = self._logprobs(choice.get("logprobs"))
+        if not text and not reason and logprobs is None and index in self._begun:
+            return None
+        if text:
+            text = self._text(text)
+            self.meter.chunks += 1
+        if reason:
+            self._finished.add(index)
+        made: dict[str, Any] = {"index": index}
+        if self._chat:
+            first = {} if index in self._begun else {"role": "assistant"}
+            made["delta"] = {**first, "content": text} if text or first else {}
+        else:
+            made["text"] = text
+        self._begun.add(index)
+        if logprobs is not None:
+            made["logprobs"] = logprobs
+        made["finish_reason"] = reason
+        return made
+
+    def end(self) -> bytes:
+        """What closes a stream; BackendError ``upstream.malformed`` where upstream's has no end."""
+        if len(self._finished) != self._asked.n:
+            raise malformed("ends before its answer does")
+        if not self._asked.include_usage:
+            return DONE
+        tokens, _ = self.meter.tokens()
+        return event_of({**self._common, "choices": [], "usage": self.usage(tokens)}) + DONE
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _text(self, text: str) -> str:
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError:
+            raise malformed("has half a character") from None
+        self.meter.text_bytes += size
+        return text
+
+    def _usage(self, usage: Any) -> None:
+        if usage is None:
+            return
+        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+        prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        for each in (tokens, prompt):
+            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each <= 1 << 40:
+                raise malformed("has a usage that is not counted in tokens")
+        self.meter.reported, self.meter.prompt = tokens, prompt or 0
+
+    def _channel(self, value: Any) -> None:
+        """The private channel's part (section 7) goes into the meter and no further."""
+        if value is None:
+            return
+        tokens = value.get("tokens") if isinstance(value, dict) else None
+        logprobs = value.get("logprobs") if isinstance(value, dict) else None
+        if not isinstance(tokens, list) or not isinstance(logprobs, list) or len(tokens) != len(logprobs):
+            raise malformed("has a private channel without tokens")
+        meter = self.meter
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if isinstance(token, bool) or not isinstance(token, int) or not isinstance(logprob, int | float):
+                raise malformed("has a private channel without tokens")
+            meter.estimate -= min(0.0, logprob) / math.log(2) if math.isfinite(logprob) else 0.0
+        meter.channelled = True
+        meter.channel += len(tokens)
+        meter.sampled += tokens
+
+    def _logprobs(self, value: Any) -> dict[str, Any] | None:
+        most = self._asked.logprobs
+        if most is None or value is None:
+            return None
+        if not isinstance(value, dict):
+            raise malformed("has log-probabilities of another form")
+        return _of_chat(value, most) if self._chat else _of_text(value, most)
+
+
+def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:
+    content = value.get("content")
+    if not isinstance(content, list):
+        raise malformed("has log-probabilities of another form")
+    return {"content": [{**_likely(each), "top_logprobs": _beside(each, most)} for each in content]}
+
+
+def _beside(each: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    top = each.get("top_logprobs", [])
+    if not isinstance(top, list):
+        raise malformed("has log-probabilities of another form")
+    return [_likely(other) for other in top[:most]]
+
+
+def _likely(value: Any) -> dict[str, Any]:
+    token = value.get("token") if isinstance(value, dict) else None
+    if not isinstance(token, str) or len(token) > _TOKEN_BYTES:
+        raise malformed("has a log-probability of no token")
+    return {"token": token, "logprob": _rounded(value.get("logprob")), "bytes": [*token.encode(errors="replace")]}
+
+
+def _of_text(value: dict[str, Any], most: int) -> dict[str, Any]:
+    tokens, own, top = value.get("tokens"), value.get("token_logprobs"), value.get("top_logprobs") or []
+    if not isinstance(tokens, list) or not isinstance(own, list) or len(tokens) != len(own) or not isinstance(top, list):
+        raise malformed("has log-probabilities of another form")
+    if not all(isinstance(each, str) and len(each) <= _TOKEN_BYTES for each in tokens):
+        raise malformed("has a log-probability of no token")
+    beside = []
+    for each in top[: len(tokens)] if most else []:
+        if not isinstance(each, dict) or not all(len(token) <= _TOKEN_BYTES for token in each):
+            raise malformed("has log-probabilities of another form")
+        likeliest = sorted(((_rounded(p), token) for token, p in each.items()), reverse=True)[:most]
+        beside.append({token: p for p, token in likeliest})
+    return {
+        "tokens": tokens,
+        "token_logprobs": [None if each is None else _rounded(each) for each in own],
+        "top_logprobs": beside or None,
+        "text_offset": [],
+    }
+
+
+def _rounded(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise malformed("has a log-probability that is not a number")
+    return round(min(0.0, max(-9999.0, float(value))), 2)
+
+
+def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[str, Any], int]:
+    """The answer, and how many numbers it gives out. Each vector is cut, normed, and rounded to 255 steps."""
+    value = _object(body)
+    given = value.get("data")
+    if not isinstance(given, list) or len(given) != asked.inputs:
+        raise malformed(f"has not {asked.inputs} embeddings")
+    data, numbers = [], 0
+    for index, each in enumerate(sorted(given, key=_index)):
+        vector = each.get("embedding")
+        if _index(each) != index or not isinstance(vector, list) or not vector or len(vector) > 1 << 16:
+            raise malformed("has no embedding")
+        steps = _steps(vector[: min(asked.dimensions or most, most)])
+        numbers += len(steps)
+        shown: Any = [step / 127 for step in steps]
+        if asked.base64:
+            shown = base64.b64encode(struct.pack(f"<{len(shown)}f", *shown)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": shown})
+    usage = value.get("usage")
+    prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else 0
+    prompt = prompt if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < 1 << 40 else 0
+    return {
+        "object": "list",
+        "data": data,
+        "model": model,
+        "usage": {"prompt_tokens": prompt, "total_tokens": prompt},
+    }, numbers
+
+
+def _steps(vector: list[Any]) -> list[int]:
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in vector):
+        raise malformed("has an embedding that is not made of numbers")
+    largest = max(abs(float(x)) for x in vector) or 1.0
+    return [round(127 * float(x) / largest) for x in vector]
+
+
+def event_of(value: dict[str, Any]) -> bytes:
+    """One server-sent event. JSON has no line breaks, so no text of a model begins an event of its own."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+class Events:
+    """Server-sent events out of the pieces of a body, as the WHATWG has them: `data` alone; others are passed over."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._data: list[bytes] = []
+        self.ended = False
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """BackendError ``upstream.malformed``."""
+        lines = (self._rest + piece).split(b"\n")
+        self._rest = lines.pop()
+        if len(self._rest) > _LINE_MOST:
+            raise malformed("has an event that is too long")
+        for line in lines:
+            line = line.removesuffix(b"\r")  # noqa: PLW2901 - the same line
+            if line:
+                if line.startswith(b"data:"):
+                    self._data.append(line[5:].removeprefix(b" "))
+                continue
+            if self._data:
+                data, self._data = b"\n".join(self._data) if len(self._data) > 1 else self._data[0], []
+                if data == b"[DONE]":
+                    self.ended = True
+                elif self.ended:
+                    raise malformed("goes on after its end")
+                else:
+                    yield data
+
+
+def malformed(what: str) -> BackendError:
+    return BackendError("upstream.malformed", f"the inference server's answer {what}")
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise malformed("is not JSON") from None
+    if not isinstance(value, dict):
+        raise malformed("is not an object")
+    return value
+
+
+def _index(choice: Any) -> int:
+    index = choice.get("index", 0) if isinstance(choice, dict) else -1
+    return index if isinstance(index, int) and not isinstance(index, bool) else -1
+
+
+def _reason(value: Any) -> str | None:
+    if value is None:
+        return None
+    return value if value in _FINISHED else "stop"

@@ -1,0 +1,364 @@
+"""The gateway as an ASGI application: one request from its first byte to its record (spec/gateway.md).
+
+Raw ASGI: routing is one dictionary, and each check is a call. In order: who calls, what is asked, whether policy allows
+it, limits, content, budget; then upstream, and an answer that is made anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    NotFound,
+    StrongroomError,
+    UsageError,
+)
+from strongroom.gateway import refusal
+from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.door import Door
+from strongroom.gateway.flight import Flight, Flights
+from strongroom.gateway.records import Records
+from strongroom.gateway.request import BODY_MOST, Forms
+from strongroom.gateway.routes import Routes
+from strongroom.gateway.tolls import Tolls
+from strongroom.gateway.upstream import Reply, unexpected
+
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+_PATHS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/embeddings": "embeddings",
+}
+_ALWAYS = [
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"strict-transport-security", b"max-age=31536000"),
+]
+_BODY_TIME = 20.0  # seconds in which a body has to come
+
+
+class GatewayApp:
+    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits and budgets), `records`."""
+
+    def __init__(self, door: Door, forms: Forms, routes: Routes, tolls: Tolls, records: Records) -> None:
+        self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
+        self._flights = Flights(door)
+        self.failure: StrongroomError | None = None  # why it did not start
+        self.counts: dict[tuple[str, str], int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "http":
+            await self._answer(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._door.look()
+            await self._routes.find()
+        except StrongroomError as error:
+            self.failure = error
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        watching = asyncio.create_task(self._door.watch())
+        self._tolls.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        self._routes.close()
+        self._tolls.close()
+        await asyncio.to_thread(self._records.close)
+        self._door.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    # -- one request ---------------------------------------------------------------------------------------------
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        flight: Flight | None = None
+        try:
+            route = _PATHS.get(path)
+            if route is None:
+                await self._other(path, scope, send)
+                return
+            if scope["method"] != "POST":
+                raise UsageError("route.method", f"{path} takes POST")
+            self._door.check()
+            self._records.check()
+            token = _bearer(scope)
+            caller = await self._door.caller(token)
+            flight = Flight(route, caller, token, secrets.token_hex(12), _network(scope))
+            with self._flights.of(flight):
+                await self._infer(flight, scope, receive, send)
+        except StrongroomError as error:
+            await self._refuse(error, flight, send)
+
+    async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _body(scope, receive)
+        asked = flight.asked = self._forms.read(flight.route, body)
+        if flight.route == "embeddings":
+            asked.actions.append("infer_embeddings")
+        flight.ref = await self._door.resolve(asked.model)
+        await self._flights.allow(flight)
+        async with self._tolls.paid(flight):
+            upstream = self._upstream_body(flight)
+            gone = asyncio.ensure_future(_gone(receive))
+            try:
+                async with self._routes.reply(flight, upstream) as reply:
+                    gone.add_done_callback(lambda _: flight.cut(None))
+                    if reply.status != 200:
+                        raise unexpected(reply.status)
+                    if asked.stream:
+                        await self._stream(flight, reply, send)
+                    else:
+                        await self._whole(flight, reply, send)
+            finally:
+                gone.cancel()
+
+    def _upstream_body(self, flight: Flight) -> dict[str, object]:
+        asked = flight.asked
+        assert asked is not None  # noqa: S101 - read before
+        value: dict[str, object] = {**asked.upstream}
+        if flight.route == "embeddings":
+            return value
+        value["max_tokens"] = flight.most
+        if asked.logprobs is not None:
+            value |= (
+                {"logprobs": True, "top_logprobs": asked.logprobs}
+                if flight.route == "chat"
+                else {"logprobs": asked.logprobs}
+            )
+        if asked.stream:
+            value |= {"stream": True, "stream_options": {"include_usage": True}}
+        if self._routes.channelled:
+            # Seeds are the gateway's: a server that draws them itself could hide bits in what it samples.
+            flight.seed = secrets.randbits(63)
+            value["strongroom"] = {"seed": flight.seed, "record": True}
+        return value
+
+    async def _whole(self, flight: Flight, reply: Reply, send: Send) -> None:
+        asked = flight.asked
+        assert asked is not None  # noqa: S101 - read before
+        body = await reply.read()
+        if flight.route == "embeddings":
+            value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
+            flight.meter.prompt = value["usage"]["prompt_tokens"]
+        else:
+            shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
+            flight.meter = shape.meter
+            value = shape.whole(body)
+            _check_size(shape.meter, flight)
+        self._flights.check(flight)
+        self._tolls.settle(flight)
+        await self._recorded(flight, 200, "")
+        await _send(send, 200, orjson.dumps(value), flight.headers)
+
+    async def _stream(self, flight: Flight, reply: Reply, send: Send) -> None:
+        if not reply.content_type.startswith(b"text/event-stream"):
+            raise malformed("is no stream of events")
+        asked = flight.asked
+        assert asked is not None  # noqa: S101 - read before
+        shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
+        flight.meter = shape.meter
+        if self._tolls.durable_before:
+            await self._recorded(flight, 100, "reserved")
+        async for piece in reply.pieces():
+            out = b"".join([shape.piece(event) for event in events.feed(piece)])
+            if not out:
+                continue
+            _check_size(shape.meter, flight)
+            if not flight.begun:
+                flight.begun = True
+                await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
+            await send({"type": "http.response.body", "body": out, "more_body": True})
+        if not events.ended:
+            raise malformed("has no end")
+        out = shape.end()
+        if not flight.begun:
+            flight.begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
+        self._tolls.settle(flight)
+        await self._recorded(flight, 200, "")
+        await send({"type": "http.response.body", "body": out, "more_body": False})
+
+    async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
+        if flight is not None and flight.why is not None:
+            error = flight.why
+        status, code = refusal.wire(error)
+        if flight is None:
+            self._count("", code)
+            await _send(send, status, refusal.body_of(error), refusal.headers_of(error))
+            return
+        gone = error.code == "upstream.aborted"
+        self._tolls.settle(flight)
+        if not flight.recorded:
+            with contextlib.suppress(BackendError):  # then this error says so
+                await self._recorded(flight, 499 if gone else status, "disconnected" if gone else code)
+        if gone:
+            return
+        body = refusal.body_of(error)
+        if flight.begun:  # its status has been sent: an error is an event of the stream, and the last
+            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+        else:
+            await _send(send, status, body, [*refusal.headers_of(error), *flight.headers])
+
+    async def _recorded(self, flight: Flight, status: int, code: str) -> None:
+        self._count(flight.route, code or "ok")
+        tokens, _ = flight.meter.tokens()
+        asked = flight.asked
+        flight.recorded = status != 100
+        self._records.add(
+            {
+                "by": flight.caller.principal,
+                "key": flight.caller.key,
+                "ref": flight.ref,
+                "route": flight.route,
+                "features": asked.actions[1:] if asked is not None else [],
+                "status": status,
+                "code": code,
+                "prompt_tokens": flight.meter.prompt,
+                "tokens": tokens if status != 100 else 0,
+                "bits": flight.bits if status != 100 else 0,
+                "reserved": flight.reserved,
+                "ms": int((time.monotonic() - flight.started) * 1000),
+                "destination": flight.destination,
+                "stream": self._records.stream,
+            }
+        )
+        if self._tolls.durable_before:
+            await self._records.durable()
+
+    def _count(self, route: str, code: str) -> None:
+        key = (route, code)
+        self.counts[key] = self.counts.get(key, 0) + 1
+
+    # -- the rest ------------------------------------------------------------------------------------------------
+
+    async def _other(self, path: str, scope: Scope, send: Send) -> None:
+        if path == "/healthz":
+            await _send(send, 200, b'{"ok":true}', [])
+            return
+        if path == "/readyz":
+            problems = [] if self._door.awake else ["the room's log can't be seen"]
+            if not self._routes.available:
+                problems.append("no inference server answers")
+            try:
+                self._records.check()
+            except BackendError as error:
+                problems.append(error.message)
+            body = orjson.dumps({"ready": not problems, "problems": problems})
+            await _send(send, 503 if problems else 200, body, [])
+            return
+        if path == "/v1/models" or path.startswith("/v1/models/"):
+            if scope["method"] != "GET":
+                raise UsageError("route.method", f"{path} takes GET")
+            self._door.check()
+            caller = await self._door.caller(_bearer(scope))
+            found = [
+                {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
+                for each in await self._door.models(caller)
+                if self._routes.serves(each.ref)
+            ]
+            wanted = path.removeprefix("/v1/models").removeprefix("/")
+            if wanted:
+                one = [each for each in found if each["id"] == wanted]
+                if not one:
+                    raise NotFound("model.not_found", f"there is no model {wanted!r:.80} that you may use")
+                await _send(send, 200, orjson.dumps(one[0]), [])
+                return
+            await _send(send, 200, orjson.dumps({"object": "list", "data": found}), [])
+            return
+        raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_PATHS)}")
+
+
+def _check_size(meter: Meter, flight: Flight) -> None:
+    """An upstream that never ends is ended: what was reserved is all that may come."""
+    tokens, counted = meter.tokens()
+    asked = flight.asked
+    if counted and asked is not None and tokens > flight.most * asked.n:
+        raise malformed("has more tokens than were asked for")
+    if meter.text_bytes > flight.text_most:
+        raise malformed("has more text than the tokens asked for can be")
+
+
+async def _body(scope: Scope, receive: Receive) -> bytes:
+    """The body whole; UsageError ``body.*``."""
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value != b"identity":
+            raise UsageError("body.malformed", "the body is compressed: send it as it is")
+        if name == b"content-length" and len(value) <= 20 and value.isdigit() and int(value) > BODY_MOST:
+            raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        return bytes(message.get("body", b""))
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(_BODY_TIME):
+            while True:
+                if message["type"] != "http.request":
+                    raise BackendError("upstream.aborted", "the client has gone")
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > BODY_MOST:
+                    raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
+                if not message.get("more_body"):
+                    return b"".join(pieces)
+                message = await receive()
+    except TimeoutError:
+        raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _bearer(scope: Scope) -> str:
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(found) == 1 and found[0][:7].lower() == b"bearer ":
+        token = found[0][7:].strip()
+        if 0 < len(token) <= 8192 and token.isascii():
+            return str(token, "ascii")
+    raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
+
+
+def _network(scope: Scope) -> str:
+    """Where an answer goes: the /24 or /48 that the caller is in."""
+    try:
+        address = ipaddress.ip_address((scope.get("client") or ("",))[0])
+    except ValueError:
+        return ""
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    address = mapped or address
+    return str(ipaddress.ip_network((address, 24 if address.version == 4 else 48), strict=False))
+
+
+def _stream_headers(flight: Flight) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"content-type", b"text/event-stream; charset=utf-8"),
+        (b"x-accel-buffering", b"no"),
+        *_ALWAYS,
+        *flight.headers,
+    ]
+
+
+async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *_ALWAYS, *headers]
+    await send({"type": "http.response.start", "status": status, "headers": lines})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,192 @@
+"""Who calls and what each may do: the room's word, remembered for as long as the log does not change it
+(spec/gateway.md, sections 1 and 2)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from strongroom.errors import AuthRequired, Denied, NotFound, Sealed, StrongroomError
+
+T = TypeVar("T")
+_KEPT = 10_000  # answers of each kind that are remembered
+_DECISION = 60.0  # seconds: policy may look at the time of the day
+_LOOK_EVERY = 0.5  # seconds between two looks at the log
+_BLIND = 10.0  # seconds without a look, after which nothing is answered
+_KEY = re.compile(r"sr-[A-Za-z0-9_-]{43}", re.ASCII)
+
+
+class Caller(Protocol):
+    """Whoever asks, as vault/callers.py has it."""
+
+    @property
+    def principal(self) -> str: ...
+    @property
+    def roles(self) -> tuple[str, ...]: ...
+    @property
+    def teams(self) -> tuple[str, ...]: ...
+    @property
+    def key(self) -> str: ...
+
+
+class Model(Protocol):
+    """A version, as vault/callers.py has it."""
+
+    @property
+    def ref(self) -> str: ...
+    @property
+    def created(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+
+
+class Callers(Protocol):
+    """What the gateway uses of a room."""
+
+    def version(self) -> str: ...
+    def by_key(self, digest: str) -> Any: ...
+    def by_token(self, token: str) -> tuple[Any, int]: ...
+    def models(self, caller: Any) -> list[Any]: ...
+    def resolve(self, model: str) -> str: ...
+    def decide(self, caller: Any, action: str, ref: str) -> None: ...
+    def record(self, ref: str, body: dict[str, Any]) -> int: ...
+
+
+class Door:
+    """Answers of a room, remembered. `changed` is called when the log has changed what decides."""
+
+    def __init__(self, callers: Callers, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._callers, self._clock = callers, clock
+        # Few threads: whoever sends keys that don't exist keeps these busy, and nothing else.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="door")
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="look")
+        self._version: str | None = None
+        self._seen = -_BLIND * 2
+        self.epoch = 0
+        self._callers_by_token: OrderedDict[str, tuple[Any, float]] = OrderedDict()
+        self._decisions: OrderedDict[tuple[str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
+        self._refs: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._models: OrderedDict[str, tuple[list[Any], float]] = OrderedDict()
+        self.changed: Callable[[], None] = lambda: None
+
+    async def look(self) -> None:
+        """One look at the log: what it changed is forgotten."""
+        version = await asyncio.get_running_loop().run_in_executor(self._looker, self._callers.version)
+        self._seen = self._clock()
+        if version == self._version:
+            return
+        first, self._version = self._version is None, version
+        self.epoch += 1
+        for kept in (self._callers_by_token, self._decisions, self._refs, self._models):
+            kept.clear()
+        if not first:
+            self.changed()
+
+    async def watch(self) -> None:
+        """Look at the log until cancelled."""
+        while True:
+            with contextlib.suppress(Exception):  # `awake` tells when it fails for long
+                await self.look()
+            await asyncio.sleep(_LOOK_EVERY)
+
+    @property
+    def awake(self) -> bool:
+        return self._clock() - self._seen < _BLIND
+
+    def check(self) -> None:
+        """Sealed ``gateway.blind``: what was decided long ago may have been taken back since."""
+        if not self.awake:
+            raise Sealed("gateway.blind", "the gateway can't see the room's log, and answers nothing meanwhile")
+
+    async def caller(self, token: str) -> Any:
+        """Whoever a bearer token stands for; AuthRequired ``apikey.invalid``, one error for every reason."""
+        digest = hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
+        found = self._remembered(self._callers_by_token, digest)
+        if found is not None:
+            return found
+        epoch = self.epoch
+        caller, until = await self._ask(self._find, token, digest)
+        return self._keep(self._callers_by_token, digest, caller, until, epoch)
+
+    def _find(self, token: str, digest: str) -> tuple[Any, float]:
+        if _KEY.fullmatch(token):
+            caller = self._callers.by_key(digest)
+            if caller is not None:
+                return caller, self._clock() + _DECISION
+        elif token.count(".") == 2:
+            caller, until = self._callers.by_token(token)
+            return caller, self._clock() + min(_DECISION, max(0.0, until - time.time()))
+        raise AuthRequired("apikey.invalid", "the API key is not one that is good here")
+
+    async def resolve(self, model: str) -> str:
+        """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
+        found: str | None = self._remembered(self._refs, model)
+        if found is not None:
+            return found
+        epoch = self.epoch
+        try:
+            ref = await self._ask(self._callers.resolve, model)
+        except NotFound:
+            raise missing(model) from None
+        return str(self._keep(self._refs, model, ref, self._clock() + _DECISION, epoch))
+
+    async def allow(self, caller: Any, actions: list[str], ref: str, model: str) -> None:
+        """Every action, or Denied; NotFound ``model.not_found`` where not even `infer` is allowed, so that nobody
+        learns which models there are."""
+        for action in actions:
+            key = (caller.principal, action, ref)
+            kept = self._decisions.get(key)
+            if kept is None or kept[1] < self._clock():
+                epoch = self.epoch
+                try:
+                    await self._ask(self._callers.decide, caller, action, ref)
+                    denied = None
+                except Denied as error:
+                    denied = error
+                kept = (denied, self._clock() + _DECISION)
+                self._keep(self._decisions, key, *kept, epoch)
+            if kept[0] is not None:
+                if action == "infer" and kept[0].code != "denied.frozen":
+                    raise missing(model)
+                raise kept[0]
+
+    async def models(self, caller: Any) -> list[Any]:
+        found: list[Any] | None = self._remembered(self._models, caller.principal)
+        if found is not None:
+            return found
+        epoch = self.epoch
+        models = await self._ask(self._callers.models, caller)
+        self._keep(self._models, caller.principal, models, self._clock() + _DECISION, epoch)
+        return list(models)
+
+    def _remembered(self, kept: OrderedDict[str, tuple[T, float]], key: str) -> T | None:
+        found = kept.get(key)
+        return found[0] if found is not None and found[1] >= self._clock() else None
+
+    def _keep(self, kept: OrderedDict[Any, tuple[T, float]], key: Hashable, value: T, until: float, epoch: int) -> T:
+        # What was asked before the log changed and is answered after it would be remembered for too long.
+        if epoch == self.epoch:
+            kept[key] = (value, until)
+            if len(kept) > _KEPT:
+                kept.popitem(last=False)
+        return value
+
+    async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, question, *arguments)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._looker.shutdown(cancel_futures=True)
+
+
+def missing(model: str) -> NotFound:
+    return NotFound("model.not_found", f"there is no model {model!r:.80} that you may use", param="model")

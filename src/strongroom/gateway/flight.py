@@ -1,0 +1,110 @@
+"""A request that is under way, and what may end it before its time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from strongroom.errors import BackendError, StrongroomError
+from strongroom.gateway.answer import Meter
+from strongroom.gateway.door import Door
+from strongroom.gateway.request import Asked
+from strongroom.gateway.upstream import Reply
+
+
+@dataclass(eq=False)
+class Flight:
+    """One request of an authenticated caller. `most`: tokens for each of its answers; `bits` are charged, of the
+    `reserved`."""
+
+    route: str
+    caller: Any
+    token: str
+    identifier: str
+    destination: str
+    ref: str = ""
+    asked: Asked | None = None
+    most: int = 0
+    seed: int | None = None
+    meter: Meter = field(default_factory=Meter)
+    numbers: int = 0
+    reserved: int = 0
+    text_most: int = 0
+    bits: int = 0
+    toll: Any = None
+    reply: Reply | None = None
+    begun: bool = False  # its status has been sent
+    recorded: bool = False
+    why: StrongroomError | None = None
+    epoch: int = -1
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.headers.append((b"x-request-id", self.identifier.encode()))
+
+    def cut(self, why: StrongroomError | None) -> None:
+        """End it: upstream's connection is closed, and `why` is what the caller is told; None: it has gone."""
+        self.why = self.why or why or BackendError("upstream.aborted", "the client has gone")
+        if self.reply is not None:
+            self.reply.abort()
+
+
+class Flights:
+    """Those under way: asked about again as soon as the log changes what decides, so that a frozen version, or a key
+    that has ended, gives out nothing more."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._under_way: set[Flight] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        door.changed = self._changed
+
+    @contextmanager
+    def of(self, flight: Flight) -> Iterator[None]:
+        self._under_way.add(flight)
+        try:
+            yield
+        finally:
+            self._under_way.discard(flight)
+
+    async def allow(self, flight: Flight) -> None:
+        """Denied, NotFound; again if the log changes meanwhile."""
+        assert flight.asked is not None  # noqa: S101 - read before
+        while True:
+            epoch = self._door.epoch
+            if flight.epoch >= 0:
+                flight.caller = await self._door.caller(flight.token)
+            await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
+            if epoch == self._door.epoch:
+                flight.epoch = epoch
+                return
+
+    def check(self, flight: Flight) -> None:
+        """Whatever has ended it, before an answer is given."""
+        if flight.why is not None:
+            raise flight.why
+
+    def _changed(self) -> None:
+        for flight in self._under_way:
+            if 0 <= flight.epoch < self._door.epoch:
+                task = asyncio.get_running_loop().create_task(self._again(flight))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _again(self, flight: Flight) -> None:
+        try:
+            await self.allow(flight)
+        except StrongroomError as error:
+            flight.cut(error)
+        except Exception:  # noqa: BLE001 - what can't be asked is not allowed
+            flight.cut(BackendError("gateway.blind", "the room can't be asked"))
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+

@@ -1,0 +1,106 @@
+"""How the gateway listens: uvicorn on uvloop and httptools, with connections that nobody can keep by being slow."""
+
+from __future__ import annotations
+
+import ssl
+from asyncio import TimerHandle, Transport
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from strongroom.errors import BackendError
+
+_HEAD_TIME = 20.0  # seconds in which a request has to begin on a new connection, and its head to have come
+_TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent
+_HEAD_MOST = 64 << 10  # bytes
+_FROM_ONE = 2000  # connections at a time from one address
+
+
+class Connection(HttpToolsProtocol):
+    """A connection that is closed when a head comes slowly or is too long, and when what was sent is not taken."""
+
+    _from: ClassVar[Counter[str]] = Counter()
+    _waiting: TimerHandle | None = None
+    _taking: TimerHandle | None = None
+    _in_head = False
+    _head_size = 0
+    _address = ""
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self._from[self._address] += 1
+        if self._from[self._address] > _FROM_ONE:
+            transport.abort()
+            return
+        self._waiting = self.loop.call_later(_HEAD_TIME, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._from[self._address] -= 1
+        if not self._from[self._address]:
+            del self._from[self._address]
+        for timer in (self._waiting, self._taking):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_size += len(data)
+            if self._head_size > _HEAD_MOST:
+                self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head_size = True, 0
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(_HEAD_TIME, self.transport.abort)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
+        self._taking = self.loop.call_later(_TAKE_TIME, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
+
+
+def configure(app: Any, certificate: tuple[Path, Path] | None = None) -> uvicorn.Config:
+    """How `app` is served; with TLS where there are a certificate and its key. BackendError ``gateway.certificate``."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        loop="uvloop",
+        ws="none",
+        lifespan="on",
+        proxy_headers=False,  # who asks would name another network each time
+        server_header=False,
+        date_header=False,
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=30,
+        ssl_certfile=str(certificate[0]) if certificate else None,
+        ssl_keyfile=str(certificate[1]) if certificate else None,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise BackendError("gateway.certificate", f"can't use the certificate: {error}") from None
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    return config

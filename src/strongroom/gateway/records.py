@@ -1,0 +1,200 @@
+"""What was asked and answered, one line a request, chained by hash and on disk within a second (spec/gateway.md, section 6).
+
+No prompt and no answer is in a record. The log gets the newest hash of the chain each few seconds, so who edits a
+record, or takes one away, contradicts the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from strongroom.core.canonical import decode
+from strongroom.errors import BackendError, StrongroomError, Tampered
+
+_EVERY = 0.25  # seconds between two writes
+_ENTRY_EVERY = 10.0  # seconds between two entries of the log
+_PREFIX = b"strongroom/1 inference\x00"
+FIRST = "0" * 64
+
+Append = Callable[[str, dict[str, Any]], int]
+
+
+@dataclass
+class _Sums:
+    requests: int = 0
+    refused: int = 0
+    tokens: int = 0
+    bits: int = 0
+
+
+@dataclass
+class _Unwritten:
+    lines: list[bytes] = field(default_factory=list)
+    waiting: list[asyncio.Future[None]] = field(default_factory=list)
+
+
+class Records:
+    """The chain of one worker, in ``FOLDER/STREAM.jsonl``. `append` puts an `inference` entry into the log; `settings`
+    is the digest of the settings. BackendError ``records.unwritable``."""
+
+    def __init__(
+        self, folder: Path, append: Append, settings: str, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.stream = secrets.token_hex(16)
+        self.path = folder / f"{self.stream}.jsonl"
+        self._append, self._settings, self._clock = append, settings, clock
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        except OSError as error:
+            raise BackendError(
+                "records.unwritable", f"can't write records in {folder}: {error.strerror}", hint="--records FOLDER"
+            ) from None
+        self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
+        self._unwritten = _Unwritten()
+        self._sums: dict[str, _Sums] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._failure: BackendError | None = None
+        self._closing = False
+        self._entered_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """BackendError ``records.unwritable``: nothing is answered that can't be recorded."""
+        if self._failure is not None:
+            raise self._failure
+
+    def add(self, record: dict[str, Any]) -> None:
+        """The record, without `n`, `at` and `before`, which are put in here. Returns at once."""
+        self.check()
+        with self._lock:
+            whole = {**record, "n": self._count, "at": int(self._clock() * 1000), "before": self._head}
+            line = orjson.dumps(whole, option=orjson.OPT_SORT_KEYS)
+            self._head = digest(line)
+            self._count += 1
+            self._unwritten.lines.append(line)
+            sums = self._sums.setdefault(record["ref"], _Sums())
+            sums.requests += 1
+            sums.refused += record["status"] >= 400
+            sums.tokens += record["tokens"]
+            sums.bits += record["bits"]
+
+    async def durable(self) -> None:
+        """Back when everything that was added is on disk."""
+        waiter = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._unwritten.waiting.append(waiter)
+        self._wake.set()
+        await waiter
+        self.check()
+
+    def close(self) -> None:
+        """Write what is left, and tell the log."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+        os.close(self._file)
+
+    # -- the thread ----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(_EVERY)
+            self._wake.clear()
+            last = self._closing
+            self._write()
+            if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
+                self._enter()
+            if last:
+                return
+
+    def _write(self) -> None:
+        with self._lock:
+            taken, self._unwritten = self._unwritten, _Unwritten()
+            head, count = self._head, self._count
+        if taken.lines and self._failure is None:
+            try:
+                data = memoryview(b"".join([line + b"\n" for line in taken.lines]))
+                while data:
+                    data = data[os.write(self._file, data) :]
+                os.fdatasync(self._file)
+                self._written_head, self._written = head, count
+            except OSError as error:
+                # A line may be there in part: this chain ends here, and nothing more is answered.
+                self._failure = BackendError(
+                    "records.unwritable",
+                    f"can't write {self.path.name}: {error.strerror}",
+                    hint="make room on the disk, then start the gateway again",
+                )
+        for waiter in taken.waiting:
+            with contextlib.suppress(RuntimeError):  # its loop has ended
+                waiter.get_loop().call_soon_threadsafe(_set, waiter)
+
+    def _enter(self) -> None:
+        """An entry for each version. What can't be entered now is entered later, with what comes until then."""
+        with self._lock:
+            taken, self._sums = self._sums, {}
+        for ref, sums in taken.items():
+            body = {
+                "gateway": self.stream,
+                "records": self._written,
+                "head": self._written_head,
+                "settings": self._settings,
+                **vars(sums),
+            }
+            try:
+                self._append(ref, body)
+            except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
+                with self._lock:
+                    now = self._sums.setdefault(ref, _Sums())
+                    for name, value in vars(sums).items():
+                        setattr(now, name, getattr(now, name) + value)
+        self._entered_at = time.monotonic()
+
+
+def _set(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def digest(line: bytes) -> str:
+    """The hash of a record's line, in hexadecimal."""
+    return hashlib.sha256(_PREFIX + line).hexdigest()
+
+
+def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
+    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are.
+
+    Tampered ``records.tampered`` where a record does not follow from the one before, or an entry names another hash.
+    """
+    heads = {FIRST: 0}
+    before, count = FIRST, 0
+    for line in lines:
+        try:
+            record = decode(line, what="record")
+        except StrongroomError as error:
+            raise Tampered("records.tampered", f"record {count} is not a record: {error.message}") from None
+        if not isinstance(record, dict) or record.get("n") != count or record.get("before") != before:
+            raise Tampered("records.tampered", f"record {count} does not follow from the one before")
+        before, count = digest(line), count + 1
+        heads[before] = count
+    for body in entries:
+        if heads.get(body["head"]) != body["records"]:
+            raise Tampered(
+                "records.tampered", f"the log has a chain of {body['records']} records with another end than these"
+            )
+    return count

@@ -1,0 +1,117 @@
+"""Which inference server answers for which version: several for one, in turn by their weight, left alone while they
+fail. What one can't take at once waits, and nobody's requests wait behind all of somebody else's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import orjson
+
+from strongroom.core.ids import Ref
+from strongroom.errors import BackendError, StrongroomError, UsageError
+from strongroom.gateway.flight import Flight
+from strongroom.gateway.queue import FairQueue
+from strongroom.gateway.upstream import Reply, Upstream
+
+_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+
+
+@dataclass
+class Backend:
+    """An inference server. `models`: NAME or NAME@N → what it calls that; empty: it is asked when the gateway starts."""
+
+    upstream: Upstream
+    models: dict[str, str]
+    queue: FairQueue
+    weight: int = 1
+
+
+class Routes:
+    """`channelled`: all of them are ``strongroom infer`` and were given the channel's secret."""
+
+    def __init__(self, backends: Sequence[Backend], *, channelled: bool = False) -> None:
+        self._backends = list(backends)
+        self._turn = itertools.count()
+        self.channelled = channelled
+
+    async def find(self) -> None:
+        """Ask what they serve, where nobody has said. UsageError ``upstream.model`` if that is nothing that can be a
+        version in the room."""
+        for backend in self._backends:
+            if backend.models:
+                continue
+            try:
+                reply = await backend.upstream.get("/v1/models")
+                identifiers = [str(each["id"]) for each in orjson.loads(await reply.read())["data"]]
+            except (ValueError, TypeError, KeyError):
+                raise BackendError(
+                    "upstream.malformed", f"{backend.upstream.url} does not say what it serves"
+                ) from None
+            for identifier in identifiers:
+                try:
+                    backend.models[str(Ref.parse(identifier))] = identifier
+                except UsageError:
+                    continue
+            if not backend.models:
+                raise UsageError(
+                    "upstream.model",
+                    f"{backend.upstream.url} serves nothing under the name of weights in a room",
+                    hint="--model NAME@N=NAME-AT-UPSTREAM says which version a model is",
+                )
+
+    @property
+    def available(self) -> bool:
+        return any(backend.upstream.available for backend in self._backends)
+
+    def serves(self, ref: str) -> bool:
+        return any(_name(backend, ref) is not None for backend in self._backends)
+
+    @asynccontextmanager
+    async def reply(self, flight: Flight, body: dict[str, object]) -> AsyncIterator[Reply]:
+        """The beginning of an answer to `body`, which gets the name that the model has there. Another server is tried
+        only where the first has not begun: nothing is generated twice. BackendError ``upstream.*``."""
+        failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
+        for backend, name in self._in_turn(flight.ref):
+            size = flight.most * (flight.asked.n if flight.asked else 1)
+            async with backend.queue.turn(flight.caller.principal, size):
+                if flight.why is not None:
+                    raise flight.why
+                try:
+                    reply = await backend.upstream.post(_PATHS[flight.route], orjson.dumps({**body, "model": name}))
+                except BackendError as error:
+                    if error.code != "upstream.unavailable":
+                        raise
+                    failure = error
+                    continue
+                flight.reply = reply
+                try:
+                    if flight.why is not None:
+                        raise flight.why
+                    if reply.status in (429, 503):
+                        failure = BackendError("upstream.unavailable", "the inference server has too much to do")
+                        continue
+                    yield reply
+                finally:
+                    reply.abort()
+            return
+        raise failure
+
+    def _in_turn(self, ref: str) -> list[tuple[Backend, str]]:
+        found = [(each, name) for each in self._backends if (name := _name(each, ref)) is not None]
+        weighted = [pair for pair in found for _ in range(pair[0].weight)]
+        if len(found) > 1:
+            begin = next(self._turn) % len(weighted)
+            order = dict.fromkeys(id(pair[0]) for pair in weighted[begin:] + weighted[:begin])
+            found.sort(key=lambda pair: list(order).index(id(pair[0])))
+        return [pair for pair in found if pair[0].upstream.available] or found[:1]
+
+    def close(self) -> None:
+        for backend in self._backends:
+            backend.upstream.close()
+
+
+def _name(backend: Backend, ref: str) -> str | None:
+    return backend.models.get(ref) or backend.models.get(ref.partition("@")[0])

@@ -1,0 +1,86 @@
+"""Running the gateway: one process, or several on one socket."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from strongroom.errors import BackendError
+from strongroom.gateway.listen import configure
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.worker import application
+from strongroom.vault.vault import Vault
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS."""
+
+    room: Path
+    settings: Settings
+    records: Path
+    workers: int = 1
+    certificate: tuple[Path, Path] | None = None
+
+
+class _Server(uvicorn.Server):
+    """A server that says when it has started, and why it has not."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._ready()
+
+
+def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> None:
+    """Serve until interrupted; `ready` is called once, when requests are answered. BackendError ``gateway.start``."""
+    if plan.workers == 1:
+        _serve(plan, listener, ready)
+        return
+    context = multiprocessing.get_context("fork")
+    children: list[Any] = []
+    try:
+        # One after the other: where a key store asks for a passphrase, one asks at a time.
+        for _ in range(plan.workers):
+            started, child = context.Event(), None
+            child = context.Process(target=_serve, args=(plan, listener, started.set))
+            child.start()
+            children.append(child)
+            while not started.wait(0.1):
+                if child.exitcode is not None:
+                    raise BackendError("gateway.start", "a worker of the gateway ended while it started")
+        ready()
+        for child in children:
+            child.join()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
+
+
+def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None]) -> None:
+    vault = Vault(plan.room)
+    try:
+        vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
+        app = application(vault, plan.settings, plan.records, workers=plan.workers)
+        server = _Server(configure(app, plan.certificate), ready)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+        if app.failure is not None:
+            raise app.failure
+    finally:
+        vault.close()

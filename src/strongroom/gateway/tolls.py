@@ -1,0 +1,138 @@
+"""What a request costs its caller: limits, filters, and bits of the budgets, taken before and settled after."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from strongroom.errors import StrongroomError
+from strongroom.gateway.filters import Filter
+from strongroom.gateway.flight import Flight
+from strongroom.gateway.limits import Limits
+from strongroom.gateway.limits_redis import RedisLimits
+from strongroom.gateway.request import invalid
+from strongroom.gateway.settings import Settings
+from strongroom.watch import meter
+from strongroom.watch.budget import Budgets, Reservation
+from strongroom.watch.rules import Spender
+
+DIMENSIONS = 256  # of an embedding
+_TOKEN_BYTES = 16  # of text that a token is at most, on the average
+_SLACK = 256  # bytes of text beyond that: single tokens are longer
+_TEND = 10.0  # seconds between two rounds over budgets that nobody uses
+
+_log = logging.getLogger("strongroom.gateway")
+
+
+class Tolls:
+    """One worker's. `vocabulary` gives the number of tokens that a version knows."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        limits: Limits | RedisLimits,
+        budgets: Budgets,
+        vocabulary: Callable[[str], int],
+        filters: Sequence[Filter],
+    ) -> None:
+        self._settings, self._limits, self._budgets = settings, limits, budgets
+        self._vocabulary, self._filters = vocabulary, tuple(filters)
+        self._tending: asyncio.Task[None] | None = None
+        self.durable_before = settings.records.durable == "before"
+        self.dimensions = DIMENSIONS
+
+    def start(self) -> None:
+        self._tending = asyncio.get_running_loop().create_task(self._tend())
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(_TEND)
+            with suppress(StrongroomError):  # the next round gives it back
+                await asyncio.to_thread(self._budgets.tend)
+
+    def close(self) -> None:
+        if self._tending is not None:
+            self._tending.cancel()
+        with suppress(StrongroomError):  # what can't be given back stays charged
+            self._budgets.close()
+
+    @asynccontextmanager
+    async def paid(self, flight: Flight) -> AsyncIterator[None]:
+        """For the length of a request. LimitExceeded, BudgetExceeded, UsageError ``content.refused``."""
+        asked, caller = flight.asked, flight.caller
+        assert asked is not None  # noqa: S101 - read before
+        most = self._settings.max_tokens(caller.roles)
+        if asked.most is not None and asked.most > most:
+            raise invalid("max_tokens", f"is more than the {most} that you may ask for")
+        flight.most = asked.most or min(most, self._settings.answer.max_tokens_default)
+        tokens = 1 + asked.prompt_bytes // 4
+        if asked.route != "embeddings":
+            tokens += flight.most * asked.n
+        admission: Any = self._limits.admit(caller, flight.ref, tokens)
+        if asyncio.iscoroutine(admission):
+            admission = await admission
+        try:
+            flight.headers += admission.headers
+            for each in self._filters:
+                await each.check(asked.texts, caller)
+            flight.reserved = self._most(flight)
+            flight.toll = await self._reserve(flight)
+            try:
+                yield
+            finally:
+                self.settle(flight)
+        finally:
+            used, _ = flight.meter.tokens()
+            done = admission.done(flight.meter.prompt + used if flight.begun or flight.recorded else 0)
+            if asyncio.iscoroutine(done):
+                await done
+
+    async def _reserve(self, flight: Flight) -> Reservation:
+        caller = flight.caller
+        spender = Spender(caller.principal, flight.destination, caller.teams, caller.key)
+        taken = self._budgets.take(spender, flight.ref, flight.reserved)
+        if taken is None:  # the database is asked, which takes milliseconds
+            taken = await asyncio.to_thread(self._budgets.reserve, spender, flight.ref, flight.reserved)
+        return taken
+
+    def _most(self, flight: Flight) -> int:
+        """E_c of the most that may come."""
+        asked = flight.asked
+        assert asked is not None  # noqa: S101 - read before
+        if asked.route == "embeddings":
+            return meter.embeddings(min(asked.dimensions or DIMENSIONS, DIMENSIONS), count=asked.inputs)
+        flight.text_most = flight.most * asked.n * _TOKEN_BYTES + _SLACK
+        return meter.bound(flight.most * asked.n, self._vocabulary(flight.ref), logprobs=_beside(flight))
+
+    def settle(self, flight: Flight) -> None:
+        """Charge what has been given out; once."""
+        if flight.toll is None:
+            return
+        toll, flight.toll = flight.toll, None
+        if flight.route == "embeddings":
+            flight.bits = meter.embeddings(1, count=flight.numbers)
+        else:
+            tokens, counted = flight.meter.tokens()
+            flight.bits = (
+                meter.bound(tokens, self._vocabulary(flight.ref), logprobs=_beside(flight))
+                if counted
+                else 8 * flight.meter.text_bytes
+            )
+        toll.settle(flight.bits)
+
+
+def _beside(flight: Flight) -> int:
+    """Log-probabilities that come with a token: the sampled one's, too."""
+    asked = flight.asked
+    return 0 if asked is None or asked.logprobs is None else asked.logprobs + 1
+
+
+def told(alarm: Any) -> None:
+    """A budget that passes a part of its limit is in the log of this machine."""
+    _log.warning(
+        "budget of %s %s, %s: %d %% of %d bits used (%s)",
+        alarm.scope, alarm.who, alarm.window, alarm.percent, alarm.limit, alarm.ref,
+    )  # fmt: skip

@@ -1,0 +1,369 @@
+"""One inference server behind the gateway: HTTP/1.1 over plain connections that are kept, read with httptools.
+
+Libraries that do more cost more than all of the gateway's checks (docs/reference/bench-gateway.md). What an upstream
+sends is bounded before it is kept: its head, a body that is read whole, and what of a stream waits to be taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httptools
+
+from strongroom.errors import BackendError, UsageError
+
+_BODY_MOST = 64 << 20  # bytes of an answer, whole or streamed
+_WAITING_MOST = 256 << 10  # bytes of a stream that wait; then the connection is no longer read
+_HEAD_MOST = 64 << 10  # bytes of the head of an answer
+_KEPT = 512  # idle connections
+_IDLE = 30.0  # seconds after which an idle one is not used again: upstreams close theirs without a word
+_FAILURES = 5  # in a row, after which an upstream is left alone
+_LEFT_ALONE = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """Seconds: to connect, until the head of an answer, between two pieces of it, and for the whole."""
+
+    connect: float = 5.0
+    first: float = 120.0
+    between: float = 60.0
+    whole: float = 600.0
+
+
+class Upstream:
+    """Where requests go. `headers`: lines that each request carries, such as the channel's secret."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeouts: Timeouts | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError:
+            host, port, parts = "", 0, urlsplit("")
+        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or parts.username:
+            raise UsageError(
+                "upstream.url", f"{url!r:.80} is no http(s)://HOST:PORT[/PATH]", hint="--upstream http://127.0.0.1:8000"
+            )
+        self.url, self.host, self.port = url, host, port
+        self._tls = parts.scheme == "https"
+        self._path = parts.path.rstrip("/")
+        if self._path.endswith("/v1"):  # base URLs of clients end so
+            self._path = self._path[:-3]
+        self.timeouts = timeouts or Timeouts()
+        lines = [f"host: {parts.netloc}", "content-type: application/json", "accept-encoding: identity"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        self._head = "\r\n".join(lines).encode("latin-1")
+        self._clock = clock
+        self._idle: deque[tuple[_Connection, float]] = deque()
+        self._failures, self._closed_until = 0, 0.0
+
+    @property
+    def available(self) -> bool:
+        """Whether it is worth a try: after several failures in a row an upstream is left alone for a while."""
+        return self._clock() >= self._closed_until
+
+    async def post(self, path: str, body: bytes) -> Reply:
+        """Begin a request; back when the head of the answer is there. BackendError ``upstream.unavailable``,
+        ``upstream.timeout``, ``upstream.malformed``.
+
+        A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
+        request sent again. Nothing is generated twice.
+        """
+        return await self._send(
+            b"POST %s HTTP/1.1\r\n%s\r\ncontent-length: %d\r\n\r\n%s"
+            % ((self._path + path).encode("ascii"), self._head, len(body), body)
+        )
+
+    async def get(self, path: str) -> Reply:
+        """As `post`, without a body."""
+        return await self._send(b"GET %s HTTP/1.1\r\n%s\r\n\r\n" % ((self._path + path).encode("ascii"), self._head))
+
+    async def _send(self, request: bytes) -> Reply:
+        while True:
+            connection = self._kept()
+            fresh = connection is None
+            try:
+                connection = connection or await self._connect()
+                reply = await connection.ask(request, self)
+            except _ClosedEarly:
+                if not fresh:
+                    continue
+                raise self._failed("upstream.unavailable", "closed the connection without an answer") from None
+            except OSError as error:
+                raise self._failed("upstream.unavailable", f"can't be reached: {error.strerror or error}") from None
+            self._failures = 0
+            return reply
+
+    def _kept(self) -> _Connection | None:
+        oldest = self._clock() - _IDLE
+        while self._idle:
+            connection, since = self._idle.pop()
+            if since >= oldest and not connection.closed:
+                return connection
+            connection.abort()
+        return None
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.timeouts.connect):
+                _, connection = await loop.create_connection(
+                    _Connection, self.host, self.port, ssl=True if self._tls else None
+                )
+        except TimeoutError:
+            raise self._failed("upstream.timeout", f"did not connect within {self.timeouts.connect:g} s") from None
+        return connection
+
+    def keep(self, connection: _Connection) -> None:
+        if len(self._idle) < _KEPT:
+            self._idle.append((connection, self._clock()))
+        else:
+            connection.abort()
+
+    def _failed(self, code: str, what: str) -> BackendError:
+        self._failures += 1
+        if self._failures >= _FAILURES:
+            self._closed_until = self._clock() + _LEFT_ALONE
+        return BackendError(code, f"the inference server {what}")
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop()[0].abort()
+
+
+class _ClosedEarly(Exception):  # noqa: N818 - never leaves this module
+    """The connection was closed before the first byte of an answer."""
+
+
+class _Connection(asyncio.Protocol):
+    """One connection: a request, its answer, and again. Callbacks of httptools fill what `Reply` takes."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._transport: asyncio.Transport | None = None
+        self._parser: httptools.HttpResponseParser | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self.status, self.whole, self.begun = 0, False, False
+        self.failure: BackendError | None = None
+        self.pieces: deque[bytes] = deque()
+        self.waiting, self.received, self._head_size = 0, 0, 0
+        self.content_type = b""
+        self._paused, self._again = False, True
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    async def ask(self, request: bytes, upstream: Upstream) -> Reply:
+        assert self._transport is not None  # noqa: S101 - made by create_connection
+        self._fresh()
+        self._transport.write(request)
+        reply = Reply(self, upstream)
+        try:
+            while not self.status and self.failure is None and not self.closed:
+                await self.wait(upstream.timeouts.first)
+        except BaseException:
+            self.abort()
+            raise
+        if self.failure is not None:
+            raise self.failure
+        if not self.status:
+            if not self.begun:
+                raise _ClosedEarly
+            raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
+        return reply
+
+    async def wait(self, seconds: float) -> None:
+        """Until something came, or BackendError ``upstream.timeout``."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(seconds, self._late, seconds)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    def _late(self, seconds: float) -> None:
+        self._fail("upstream.timeout", f"the inference server sent nothing for {seconds:g} s")
+
+    def taken(self, size: int) -> None:
+        self.waiting -= size
+        if self._paused and self.waiting < _WAITING_MOST // 2 and self._transport is not None:
+            self._paused = False
+            self._transport.resume_reading()
+
+    def finish(self, upstream: Upstream) -> None:
+        """The answer has been taken whole."""
+        if self._again and not self.closed and self.failure is None:
+            upstream.keep(self)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        self.closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream socket
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self.whole or self._parser is None:  # something that nobody asked for
+            self.abort()
+            return
+        self.begun = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._fail("upstream.malformed", "the inference server sent what is not HTTP")
+        if not self.status:
+            self._head_size += len(data)
+            if self._head_size > _HEAD_MOST:
+                self._fail("upstream.malformed", "the inference server's answer has a head that is too long")
+        if self.waiting > _WAITING_MOST and not self._paused and not self.whole and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
+        self.closed = True
+        if self.status and not self.whole and self.failure is None:
+            if self._until_closed:
+                self.whole = True
+            else:
+                self.failure = BackendError("upstream.malformed", "the inference server's answer was cut short")
+        self._wake()
+
+    def _fail(self, code: str, what: str) -> None:
+        if self.failure is None:
+            self.failure = BackendError(code, what)
+        self.abort()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- httptools -----------------------------------------------------------------------------------------------
+
+    _until_closed = False
+
+    def on_message_begin(self) -> None:
+        self._length = self._chunked = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lowered = name.lower()
+        if lowered == b"content-type":
+            self.content_type = value.lower()
+        elif lowered == b"content-length":
+            self._length = True
+        elif lowered == b"transfer-encoding":
+            self._chunked = True
+        elif lowered == b"content-encoding" and value.lower() != b"identity":
+            self._fail("upstream.malformed", "the inference server compressed an answer that was to come as it is")
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None  # noqa: S101 - it calls this
+        if self._length and self._chunked:  # two readers would see two ends: smuggling
+            self._fail("upstream.malformed", "the inference server's answer has two lengths")
+            return
+        self._until_closed = not (self._length or self._chunked)
+        self._again = self._parser.should_keep_alive() and not self._until_closed
+        self.status = self._parser.get_status_code()
+
+    def on_body(self, body: bytes) -> None:
+        self.received += len(body)
+        if self.received > _BODY_MOST:
+            self._fail("upstream.malformed", f"the inference server's answer is longer than {_BODY_MOST >> 20} MiB")
+            return
+        self.waiting += len(body)
+        self.pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # 100 Continue and its kind: the answer is still to come
+            self.status = 0
+            return
+        self.whole = True
+
+
+class Reply:
+    """An answer that has begun. Take it with `read` or `pieces`, or `abort` it."""
+
+    def __init__(self, connection: _Connection, upstream: Upstream) -> None:
+        self._connection, self._upstream = connection, upstream
+        self._done = False
+        self._until = asyncio.get_running_loop().time() + upstream.timeouts.whole
+
+    @property
+    def status(self) -> int:
+        return self._connection.status
+
+    @property
+    def content_type(self) -> bytes:
+        return self._connection.content_type
+
+    async def read(self) -> bytes:
+        """The whole body; BackendError ``upstream.*``."""
+        return b"".join([piece async for piece in self.pieces()])
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes; BackendError ``upstream.*``. While nobody takes them, the connection is not read."""
+        connection, timeouts = self._connection, self._upstream.timeouts
+        try:
+            while True:
+                while connection.pieces:
+                    piece = connection.pieces.popleft()
+                    connection.taken(len(piece))
+                    yield piece
+                if connection.failure is not None:
+                    raise connection.failure
+                if connection.whole:
+                    break
+                left = self._until - asyncio.get_running_loop().time()
+                if left <= 0:
+                    raise BackendError(
+                        "upstream.timeout", f"the inference server took longer than {timeouts.whole:g} s"
+                    )
+                await connection.wait(min(timeouts.between, left))
+        except BaseException:
+            self.abort()
+            raise
+        self._done = True
+        connection.finish(self._upstream)
+
+    def abort(self) -> None:
+        """Close the connection: an inference server stops generating for whoever has gone."""
+        if not self._done:
+            self._done = True
+            self._connection.failure = self._connection.failure or BackendError(
+                "upstream.aborted", "the request was given up"
+            )
+            self._connection.abort()
+            self._connection._wake()  # noqa: SLF001 - the two are one
+
+
+def unexpected(status: int) -> Any:
+    """The error for an answer that is not 200."""
+    if status in (429, 503):
+        return BackendError("upstream.unavailable", "the inference server has more to do than it can", retry_after=1)
+    return BackendError("upstream.malformed", f"the inference server answered with status {status}")

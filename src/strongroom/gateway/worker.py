@@ -1,0 +1,91 @@
+"""One worker of the gateway: its parts, made out of a room and the settings."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from strongroom.errors import UsageError
+from strongroom.gateway.app import GatewayApp
+from strongroom.gateway.door import Door
+from strongroom.gateway.filters import Filter, Words
+from strongroom.gateway.limits import Limits
+from strongroom.gateway.limits_redis import RedisLimits
+from strongroom.gateway.records import Records
+from strongroom.gateway.request import Forms
+from strongroom.gateway.queue import FairQueue
+from strongroom.gateway.routes import Backend, Routes
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.settings import Upstream as At
+from strongroom.gateway.tolls import Tolls, told
+from strongroom.gateway.upstream import Timeouts, Upstream
+from strongroom.vault.callers import Callers
+from strongroom.vault.vault import Vault
+from strongroom.watch.budget import Budgets
+from strongroom.watch.effective import effective_bits
+
+_SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
+
+
+def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> GatewayApp:
+    """The application of one of so many workers. `records`: the folder that they are written into."""
+    callers = Callers(vault)
+    clock: Callable[[], float] = time.time
+    budgets = Budgets(
+        vault.db,
+        settings.budgets.rules,
+        lambda ref: effective_bits(
+            callers.model(ref).parameters, settings.budgets.bits_per_parameter, settings.budgets.compression
+        ),
+        clock,
+        alarm=told,
+    )
+    limits = (
+        RedisLimits(settings, workers=workers)
+        if settings.redis.url
+        else Limits(settings, time.monotonic, workers=workers)
+    )
+    backends = [
+        Backend(_upstream(each, settings), dict(each.models), FairQueue(each.concurrency, settings.queue), each.weight)
+        for each in settings.upstream
+    ]
+    channelled = bool(settings.upstream) and all(each.channel for each in settings.upstream)
+    filters: list[Filter] = [Words(settings.requests.words, settings.requests.patterns)]
+    return GatewayApp(
+        Door(callers),
+        Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
+        Routes(backends, channelled=channelled),
+        Tolls(settings, limits, budgets, lambda ref: callers.model(ref).vocabulary, filters),
+        Records(records, callers.record, settings.digest),
+    )
+
+
+def _upstream(at: At, settings: Settings) -> Upstream:
+    headers = []
+    if at.channel:
+        headers.append(("strongroom-channel", _secret(Path(at.channel))))
+    if at.key:
+        headers.append(("authorization", f"Bearer {_line(Path(at.key))}"))
+    times = settings.timeouts
+    return Upstream(
+        at.url, timeouts=Timeouts(first=times.first_byte, between=times.between, whole=times.whole), headers=tuple(headers)
+    )
+
+
+def _secret(path: Path) -> str:
+    text = _line(path)
+    if not _SECRET.fullmatch(text):
+        raise UsageError("gateway.channel", f"{path} has no secret of 64 hexadecimal digits", hint="openssl rand -hex 32")
+    return text
+
+
+def _line(path: Path) -> str:
+    try:
+        text = path.read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError("gateway.secret", f"can't read {path}: {error}") from None
+    if not text or "\n" in text or "\r" in text:
+        raise UsageError("gateway.secret", f"{path} has not one line")
+    return text

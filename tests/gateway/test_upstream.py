@@ -1,0 +1,151 @@
+"""An upstream that lies, hangs, floods, or goes away: the gateway's client against a real server on a socket."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from strongroom.errors import BackendError, UsageError
+from strongroom.gateway.upstream import Timeouts, Upstream
+
+FAST = Timeouts(connect=1, first=0.3, between=0.3, whole=1.0)
+
+
+def asked(answer: bytes | list[bytes], *, take: Callable | None = None, close: bool = True, times: int = 1):
+    """What a client gets of a server that answers each request with these bytes."""
+
+    async def run():
+        served = 0
+
+        async def serve(reader, writer):
+            nonlocal served
+            try:
+                while True:
+                    await reader.readuntil(b"\r\n\r\n")
+                    served += 1
+                    for piece in [answer] if isinstance(answer, bytes) else answer:
+                        writer.write(piece)
+                        await writer.drain()
+                        await asyncio.sleep(0.01)
+                    if close:
+                        break
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+            finally:
+                writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", timeouts=FAST)
+        try:
+            found = None
+            for _ in range(times):
+                reply = await upstream.get("/v1/models")
+                found = await (take(reply) if take else reply.read())
+            return found, served
+        finally:
+            upstream.close()
+            server.close()
+
+    return asyncio.run(run())
+
+
+def code(answer, **more) -> str:
+    with pytest.raises(BackendError) as caught:
+        asked(answer, **more)
+    return caught.value.code
+
+
+def test_an_answer_of_a_known_length():
+    assert asked(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")[0] == b"hello"
+
+
+def test_chunks_in_pieces():
+    pieces = [b"HTTP/1.1 200 OK\r\ntransfer-enc", b"oding: chunked\r\n\r\n5\r\nhel", b"lo\r\n3\r\n wo\r\n", b"0\r\n\r\n"]
+    assert asked(pieces)[0] == b"hello wo"
+
+
+def test_until_the_connection_closes():
+    assert asked(b"HTTP/1.1 200 OK\r\n\r\nhello")[0] == b"hello"
+
+
+def test_a_connection_is_used_again():
+    body, served = asked(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", close=False, times=3)
+    assert (body, served) == (b"ok", 3)
+
+
+def test_one_that_was_closed_meanwhile_is_opened_again():
+    assert asked(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok", close=True, times=3)[0] == b"ok"
+
+
+def test_100_continue_is_passed_over():
+    assert asked(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")[0] == b"ok"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (b"SSH-2.0-OpenSSH\r\n", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 50\r\n\r\nhello", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\nok", "upstream.malformed"),
+        (b"HTTP/1.1 200", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\nx: " + b"a" * (1 << 21) + b"\r\n\r\n", "upstream.malformed"),
+    ],
+)
+def test_what_is_no_answer_is_malformed(answer, expected):
+    assert code(answer) == expected
+
+
+def test_a_server_that_hangs_up_at_once_is_unavailable():
+    assert code(b"") == "upstream.unavailable"
+
+
+def test_a_server_that_says_nothing_is_late():
+    assert code([b"", b""] * 100, close=False) == "upstream.timeout"
+    assert code(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhel", close=False) == "upstream.timeout"
+
+
+def test_a_server_that_never_ends_is_ended():
+    pieces = [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 1000]
+    assert code(pieces) == "upstream.timeout"
+
+
+def test_a_gigabyte_is_not_kept():
+    async def slowly(reply):
+        async for _ in reply.pieces():
+            await asyncio.sleep(0.005)
+            assert reply._connection.waiting < 2 << 20  # what the socket gives at once, and no more
+            if reply._connection.received > 8 << 20:
+                reply.abort()
+                return True
+        return False
+
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n"
+    assert asked([head, *[bytes(1 << 20)] * 64], take=slowly)[0]
+
+
+def test_more_than_64_mebibytes_are_malformed():
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n"
+    assert code([head, *[bytes(4 << 20)] * 17]) == "upstream.malformed"
+
+
+def test_nobody_listens():
+    async def run():
+        upstream = Upstream("http://127.0.0.1:9", timeouts=FAST)
+        for _ in range(5):
+            with pytest.raises(BackendError, match="can't be reached"):
+                await upstream.get("/")
+        assert not upstream.available  # left alone for a while
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "x", "http://", "http://u@h", "http://h?x", "http://h:99999", "http://[x"])
+def test_urls(url):
+    with pytest.raises(UsageError) as caught:
+        Upstream(url)
+    assert caught.value.code == "upstream.url"

@@ -1,0 +1,1 @@
+"""The only door for everybody who holds no lease (spec/gateway.md)."""

@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from strongroom.core.files import sync_folder
 from strongroom.errors import BackendError, Conflict, Tampered, UsageError
 
-SCHEMA = 2
+SCHEMA = 3
 _BUSY_MS = 30_000
 _SEQUENCER = 0x5374726F6E67  # the key of PostgreSQL's advisory lock: one room to a database
 
@@ -153,6 +153,19 @@ documents = sa.Table(
     sa.Column("data", sa.LargeBinary, nullable=False),
 )
 
+# Bits that left (spec/gateway.md, section 5): what each scope has used in each window. `start`: the window's first
+# second, Unix time. The row of scope "clock" has the newest time that any worker has seen, as its `used`.
+egress = sa.Table(
+    "egress",
+    metadata,
+    sa.Column("scope", sa.Text, primary_key=True),
+    sa.Column("period", sa.Text, primary_key=True),
+    sa.Column("start", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("who", sa.Text, primary_key=True),
+    sa.Column("ref", sa.Text, primary_key=True),
+    sa.Column("used", sa.BigInteger, sa.CheckConstraint("used >= 0", name="egress_used"), nullable=False),
+)
+
 
 class Database:
     """One room's database. Thread-safe; every transaction has a connection of its own.
@@ -238,6 +251,17 @@ class Database:
         # Not SERIALIZABLE: its snapshot is taken before the lock is had, and would be outdated once it is.
         with self._session("", isolation_level="READ COMMITTED") as connection:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_SEQUENCER)))
+            yield connection
+
+    @contextmanager
+    def counting(self) -> Iterator[sa.Connection]:
+        """As `transaction`, for counters that many processes move: a row that one has written in it waits for no retry,
+        but for that one's end, and is then seen as it was left. Errors as `transaction`."""
+        if self._engine.dialect.name != "postgresql":
+            with self.transaction() as connection:
+                yield connection
+            return
+        with self._session("", isolation_level="READ COMMITTED") as connection:
             yield connection
 
     @contextmanager

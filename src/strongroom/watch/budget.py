@@ -1,0 +1,331 @@
+"""Budgets: bits are reserved before anything is generated, and settled afterwards (spec/gateway.md, section 5).
+
+The counters are in the room's database, one for each scope and window, and every worker of every replica draws from
+them. So that an answer costs no transaction, a worker draws more than it needs, a *tranche*, and spends it in memory.
+What is drawn is charged: a worker that dies has spent it all. Tranches are a part of what is left, so they shrink as a
+limit comes near; `Budgets.tend` gives back those of callers that are idle, `close` all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from strongroom.core import clock as texts
+from strongroom.errors import BackendError, BudgetExceeded, UsageError
+from strongroom.storage.db import Database
+from strongroom.watch.counters import Change, Counters, Key
+from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
+
+_PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
+_IDLE = 60.0  # seconds after which a caller's tranches are given back
+_REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
+_ALARMS = (50, 80, 100)  # per cent
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A budget has passed `percent` of its limit. It may be told again after bits were given back, and by others."""
+
+    scope: str
+    window: str
+    who: str
+    ref: str
+    percent: int
+    used: int
+    limit: int
+    hard: bool
+
+
+class _Counter:
+    """One counter as this worker has it. `free`: bits that are charged and not spent; below 0 what is still owed."""
+
+    __slots__ = ("ends", "free", "key", "limit", "rule")
+
+    def __init__(self, rule: Rule, key: Key, limit: int, ends: int | None) -> None:
+        self.rule, self.key, self.limit, self.ends = rule, key, limit, ends
+        self.free = 0
+
+
+class _Purse:
+    """The counters that one spender's answers of one version fall under, until the first of their windows ends."""
+
+    __slots__ = ("at", "counters", "out", "refused", "until")
+
+    def __init__(self, counters: tuple[_Counter, ...], at: float) -> None:
+        self.counters = counters
+        self.until = min((each.ends for each in counters if each.ends is not None), default=float("inf"))
+        self.at = at
+        self.out = 0  # reservations that are not settled
+        self.refused: tuple[float, int, BudgetExceeded] | None = None  # until when, from how many bits on, and why
+
+
+class Reservation:
+    """Bits that are charged in every budget of a spender. What is never settled stays charged."""
+
+    __slots__ = ("_budgets", "_purse", "_settled", "bits")
+
+    def __init__(self, budgets: Budgets, purse: _Purse, bits: int) -> None:
+        self._budgets, self._purse, self.bits = budgets, purse, bits
+        self._settled = False
+
+    def settle(self, bits: int) -> None:
+        """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
+        counts, others do nothing.
+
+        UsageError ``budget.bits`` for fewer than none. If the database can't be written the surplus is charged later.
+        """
+        _check(bits)
+        if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
+            self._budgets._pay(self._purse)  # noqa: SLF001
+
+
+class Budgets:
+    """The budgets of one worker. Thread-safe. `sizes` gives W_eff in bits of a version, `clock` Unix time in seconds;
+    `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit."""
+
+    def __init__(
+        self,
+        store: Database,
+        rules: Sequence[Rule],
+        sizes: Callable[[str], int],
+        clock: Callable[[], float],
+        *,
+        alarm: Callable[[Alarm], None] = lambda _: None,
+    ) -> None:
+        self._table = Counters(store)
+        self._rules, self._sizes, self._clock, self._alarm = tuple(rules), sizes, clock, alarm
+        self._memory = threading.Lock()  # held for moments only
+        self._drawing = threading.Lock()  # held during transactions; taken before the other
+        self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
+        self._retired: list[_Purse] = []
+        self._counters: dict[tuple[Key, int], _Counter] = {}
+        self._forgotten = 0
+        if len({(rule.scope, rule.window) for rule in self._rules}) < len(self._rules):
+            raise UsageError("budget.rules", "two budgets are for one scope and window")
+
+    # -- the hot path ----------------------------------------------------------------------------------------------
+
+    def take(self, who: Spender, ref: str, bits: int) -> Reservation | None:
+        """As `reserve`, from memory alone; None where the database must be asked, which takes milliseconds."""
+        _check(bits)
+        with self._memory:
+            purse = self._purses.get((who.principal, who.destination, who.teams, ref))
+            now = self._clock()
+            if purse is None or now >= purse.until:
+                return None
+            for counter in purse.counters:
+                if counter.free < bits:
+                    self._repeat(purse, bits, now)
+                    return None
+            for counter in purse.counters:
+                counter.free -= bits
+            purse.out += 1
+            purse.at = now
+        return Reservation(self, purse, bits)
+
+    def reserve(self, who: Spender, ref: str, bits: int) -> Reservation:
+        """Charge `bits` in every budget that `who` falls under, or none.
+
+        `ref` is a version, NAME@N. BudgetExceeded ``budget.SCOPE``, with scope, window, used, limit, left (bits), and
+        resets_at and retry_after (Unix time, and seconds; null of a lifetime); UsageError ``budget.bits``; errors of
+        the database, which is asked when a tranche is used up: then nothing more is given out.
+        """
+        return self.take(who, ref, bits) or self._draw(who, ref, bits)
+
+    def _repeat(self, purse: _Purse, bits: int, now: float) -> None:
+        """A caller that is refused and asks on costs no transaction each time."""
+        if purse.refused and now < purse.refused[0] and bits >= purse.refused[1]:
+            said = purse.refused[2]
+            raise BudgetExceeded(said.code, said.message, hint=said.hint, **said.evidence)
+
+    def _settle(self, reservation: Reservation, bits: int) -> bool:
+        """Whether something is owed."""
+        purse = reservation._purse  # noqa: SLF001
+        with self._memory:
+            if reservation._settled:  # noqa: SLF001
+                return False
+            reservation._settled = True  # noqa: SLF001
+            back = reservation.bits - bits
+            for counter in purse.counters:
+                counter.free += back
+            purse.out -= 1
+            return back < 0 and any(counter.free < 0 for counter in purse.counters)
+
+    # -- transactions ----------------------------------------------------------------------------------------------
+
+    def _draw(self, who: Spender, ref: str, bits: int) -> Reservation:
+        size = self._sizes(ref)
+        with self._drawing:
+            if drawn := self.take(who, ref, bits):  # by another thread, while this one waited
+                return drawn
+            held: dict[_Counter, int] = {}
+            try:
+                with self._table.changing(int(self._clock())) as change:
+                    purse = self._purse(who, ref, size, change.now)
+                    self._hold(purse, bits, held)
+                    spare, alarms = self._plan(change, purse, bits, held)
+            except BaseException:
+                with self._memory:
+                    for counter, amount in held.items():
+                        counter.free += amount
+                raise
+            # Committed: only now is it ours to spend. A commit whose answer is lost has charged, and gives nothing.
+            with self._memory:
+                for counter, amount in spare.items():
+                    counter.free += amount
+                purse.out += 1
+                purse.at, purse.refused = self._clock(), None
+        for each in alarms:
+            self._alarm(each)
+        return Reservation(self, purse, bits)
+
+    def _purse(self, who: Spender, ref: str, size: int, now: int) -> _Purse:
+        """That of now; one whose window has ended is kept until its last answer is settled."""
+        names = (who.principal, who.destination, who.teams, ref)
+        with self._memory:
+            old = self._purses.get(names)
+            if old is not None and now < old.until:
+                return old
+            counters = []
+            for rule in self._rules:
+                start, ends = window_at(rule.window, now)
+                limit, where = rule.limit(size), counted_ref(rule.scope, ref)
+                for name in dict.fromkeys(who.counted(rule.scope)):
+                    key = Key(rule.scope, rule.window, start, name, where)
+                    # Versions of one name differ in size, and so in the limit of what they share.
+                    fresh = _Counter(rule, key, limit, ends)
+                    counters.append(self._counters.setdefault((key, limit), fresh))
+            if old is not None and old.out:
+                self._retired.append(old)
+            purse = self._purses[names] = _Purse(tuple(counters), self._clock())
+            return purse
+
+    def _hold(self, purse: _Purse, bits: int, held: dict[_Counter, int]) -> None:
+        """Take what there is of `bits` out of memory, so that nobody else spends it; below 0, what is owed."""
+        with self._memory:
+            for counter in purse.counters:
+                held[counter] = min(counter.free, bits)
+                counter.free -= held[counter]
+
+    def _plan(
+        self, change: Change, purse: _Purse, bits: int, held: dict[_Counter, int]
+    ) -> tuple[dict[_Counter, int], list[Alarm]]:
+        """Charge what is missing, and a tranche beyond; what each counter gets beyond, and what to tell."""
+        low = [counter for counter, amount in held.items() if amount < bits or counter.free < bits]
+        used = change.used([counter.key for counter in low])
+        spare: dict[_Counter, int] = {}
+        alarms = []
+        for counter in low:
+            missing, before = bits - held[counter], used[counter.key]
+            left = counter.limit - before
+            if counter.rule.hard and missing > left:
+                raise self._refuse(purse, bits, counter, before - counter.free - max(held[counter], 0), change.now)
+            if counter.rule.hard:
+                spare[counter] = max(left - missing, 0) // _PART
+            else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
+                spare[counter] = max(counter.limit // 64, bits) if left > 0 else 256 * bits
+            alarms += _crossed(counter, before, before + missing + spare[counter])
+        change.add({counter.key: bits - held[counter] + spare[counter] for counter in low})
+        return spare, alarms
+
+    def _refuse(self, purse: _Purse, bits: int, counter: _Counter, used: int, now: int) -> BudgetExceeded:
+        rule, ends = counter.rule, counter.ends
+        left = max(counter.limit - used, 0)
+        refused = BudgetExceeded(
+            f"budget.{rule.scope}",
+            f"the answer may have {bits} bits; of the {counter.limit} that this {rule.scope} has each {rule.window}, "
+            f"{left} are left",
+            hint="ask for fewer tokens" + (f", or after {texts.text(ends)}" if ends else ""),
+            scope=rule.scope,
+            window=rule.window,
+            used=used,
+            limit=counter.limit,
+            left=left,
+            resets_at=ends,
+            retry_after=None if ends is None else max(ends - now, 1),
+        )
+        purse.refused = (self._clock() + _REMEMBERED, bits, refused)
+        return refused
+
+    def _pay(self, purse: _Purse) -> None:
+        with self._drawing:
+            self._write(self._owed(purse.counters))
+
+    def _owed(self, counters: Iterable[_Counter]) -> dict[_Counter, int]:
+        with self._memory:
+            return {counter: -counter.free for counter in counters if counter.free < 0}
+
+    def _write(self, owed: dict[_Counter, int]) -> None:
+        """Charge what was spent beyond what was reserved; while the database fails it stays owed."""
+        if not owed:
+            return
+        with suppress(BackendError):
+            with self._table.changing(int(self._clock())) as change:
+                change.add(_sums(owed))
+            with self._memory:
+                for counter, amount in owed.items():
+                    counter.free += amount
+
+    def tend(self) -> None:
+        """Pay what is owed, give back tranches of callers that are idle, delete counters of long ago. To be called each
+        few seconds, beside the hot path. Errors of the database: what was to be given back then stays charged."""
+        self._give_back(_IDLE)
+
+    def close(self) -> None:
+        """Give back every tranche. Reservations that are not settled stay charged. Errors as `tend`."""
+        self._give_back(0)
+
+    def _give_back(self, idle: float) -> None:
+        with self._drawing:
+            self._write(self._owed(self._counters.values()))
+            with self._memory:
+                now = self._clock()
+                self._retired = [purse for purse in self._retired if purse.out]
+                for names, purse in list(self._purses.items()):
+                    if not idle or (not purse.out and (now >= purse.until or now - purse.at >= idle)):
+                        del self._purses[names]
+                        if purse.out:
+                            self._retired.append(purse)
+                kept = [*self._purses.values(), *self._retired]
+                in_use = {counter for purse in kept for counter in purse.counters}
+                given = {}
+                for name, counter in list(self._counters.items()):
+                    if counter in in_use and idle:
+                        continue
+                    # Not ours from here on, whatever becomes of the transaction: a commit may be done and not told.
+                    if counter.free > 0:
+                        given[counter] = counter.free
+                        counter.free = 0
+                    if counter not in in_use:
+                        del self._counters[name]
+            today = int(now) // 86_400
+            if given or today != self._forgotten:
+                with self._table.changing(int(now)) as change:
+                    change.give_back(_sums(given))
+                    change.forget()
+                self._forgotten = today
+
+
+def _crossed(counter: _Counter, before: int, after: int) -> list[Alarm]:
+    rule, key, limit = counter.rule, counter.key, counter.limit
+    return [
+        Alarm(rule.scope, rule.window, key.who, key.ref, percent, after, limit, rule.hard)
+        for percent in _ALARMS
+        if before * 100 < percent * limit <= after * 100
+    ]
+
+
+def _sums(bits: Mapping[_Counter, int]) -> dict[Key, int]:
+    """By key: in one worker, versions of one name may have a counter each of what they share."""
+    sums: dict[Key, int] = {}
+    for counter, amount in bits.items():
+        sums[counter.key] = sums.get(counter.key, 0) + amount
+    return sums
+
+
+def _check(bits: int) -> None:
+    if bits < 0:
+        raise UsageError("budget.bits", f"{bits} bits: an answer has none or more")

@@ -1,0 +1,32 @@
+"""W_eff, in bits: the smallest artefact worth stealing, which every budget is a share of (spec/gateway.md, section 5).
+
+Sources: 4 bits a parameter is what weights are quantised to with little loss, and the whole model is reckoned to leave
+in (RAND, Securing AI Model Weights, 2024); a thief who compresses what the model says about the weights needs 16 to 100
+times less (arXiv 2601.01296). A private adapter is worth stealing alone, where whoever takes it has the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from strongroom.errors import UsageError
+
+BITS_PER_PARAMETER = 4
+COMPRESSION = 16
+
+
+def effective_bits(
+    parameters: int,
+    *,
+    adapters: Sequence[int] = (),
+    bits_per_parameter: int = BITS_PER_PARAMETER,
+    compression: int = COMPRESSION,
+) -> int:
+    """Bits, at least 1: of the weights, or of the smallest of `adapters` (parameters each) if that is less.
+
+    UsageError ``budget.size`` for numbers below 1.
+    """
+    smallest = min(parameters, *adapters) if adapters else parameters
+    if min(smallest, bits_per_parameter, compression) < 1:
+        raise UsageError("budget.size", "weights have at least one parameter, and each at least one bit")
+    return max(1, smallest * bits_per_parameter // compression)

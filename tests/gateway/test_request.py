@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from strongroom.errors import StrongroomError, UsageError
 from strongroom.gateway.request import NEVER, Forms, parsed
+from strongroom.gateway.settings import Settings
 
-FORMS = Forms()
+TOKENS = Settings().requests.control_tokens
+FORMS = Forms(TOKENS)
 CHAT: dict[str, Any] = {"model": "acme/tiny@1", "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -45,9 +47,9 @@ def test_parts_of_text_are_joined():
 @pytest.mark.parametrize("name", sorted(NEVER))
 def test_what_helps_to_steal_is_refused_under_every_policy(name):
     assert refused(chat(**{name: 1})) == f"parameter.forbidden {name}"
-    assert Forms(drop_unknown=True).read("chat", chat(thing=1)).upstream.keys() == {"messages"}
+    assert Forms(TOKENS, drop_unknown=True).read("chat", chat(thing=1)).upstream.keys() == {"messages"}
     with pytest.raises(UsageError, match="not for callers"):
-        Forms(drop_unknown=True).read("chat", chat(**{name: 1}))
+        Forms(TOKENS, drop_unknown=True).read("chat", chat(**{name: 1}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""What an inference server answers, be it as hostile as it likes, and what of it a caller gets."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strongroom.errors import BackendError, StrongroomError
+from strongroom.gateway.answer import DONE, Events, Shape, embeddings
+from strongroom.gateway.request import Asked
+
+
+def shape(route: str = "chat", **more: Any) -> Shape:
+    return Shape(Asked(route, **more), "0a", "acme/tiny@1", 7)
+
+
+def whole(**more: Any) -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    return json.dumps({"choices": [{**choice, **more.pop("choice", {})}], "usage": usage, **more}).encode()
+
+
+def piece(text: str | None = None, reason: str | None = None, **more: Any) -> bytes:
+    delta = {} if text is None else {"content": text}
+    return json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": reason, **more}]}).encode()
+
+
+def test_an_answer_has_what_the_specification_has_and_nothing_else():
+    more = {"system_fingerprint": "fp", "prompt_logprobs": [1], "kv_transfer_params": {"x": 1}, "id": "theirs"}
+    choice = {"token_ids": [1, 2], "hidden_states": [0.1], "logprobs": {"content": []}}
+    found = shape().whole(whole(choice=choice, **more))
+    assert found == {
+        "id": "chatcmpl-0a",
+        "object": "chat.completion",
+        "created": 7,
+        "model": "acme/tiny@1",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "Hi"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+    }
+
+
+def test_log_probabilities_are_cut_and_rounded():
+    likely = {"token": "a", "logprob": -0.123456, "bytes": [1], "top_logprobs": []}
+    beside = [{"token": str(k), "logprob": -1.23456 - k} for k in range(20)]
+    body = whole(choice={"logprobs": {"content": [{**likely, "top_logprobs": beside, "hidden": 1}]}})
+    found = shape(logprobs=2).whole(body)["choices"][0]["logprobs"]["content"]
+    assert found == [
+        {
+            "token": "a",
+            "logprob": -0.12,
+            "bytes": [97],
+            "top_logprobs": [
+                {"token": "0", "logprob": -1.23, "bytes": [48]},
+                {"token": "1", "logprob": -2.23, "bytes": [49]},
+            ],
+        }
+    ]
+
+
+def test_the_private_channel_is_counted_and_goes_no_further():
+    made = shape()
+    found = made.whole(whole(choice={"strongroom": {"tokens": [5, 6, 7], "logprobs": [-0.6931471805599453] * 3}}))
+    assert "strongroom" not in json.dumps(found)
+    assert made.meter.tokens() == (3, True)
+    assert made.meter.estimate == pytest.approx(3.0)
+    assert made.meter.sampled == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("reported", "text", "expected"),
+    [(2, "Hi", (2, True)), (0, "x" * 100, (34, False)), (1, "x" * 17, (6, False)), (7, "x" * 100, (7, True))],
+)
+def test_an_upstream_that_says_too_little_is_not_believed(reported, text, expected):
+    made = shape()
+    usage = {"prompt_tokens": 1, "completion_tokens": reported}
+    made.whole(whole(choice={"message": {"content": text}}, usage=usage))
+    assert made.meter.tokens() == expected
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"choices":{}}',
+        whole(choice={"index": 1}),
+        whole(choice={"index": True}),
+        whole(choice={"message": None}),
+        whole(choice={"message": {"content": 5}}),
+        whole(choice={"message": {"content": "\ud800"}}),
+        whole(choices=[]),
+        whole(choices=[{}, {}]),
+        whole(usage={"completion_tokens": -1}),
+        whole(usage={"completion_tokens": True, "prompt_tokens": 1}),
+        whole(usage={"completion_tokens": 10**30, "prompt_tokens": 1}),
+        whole(usage=[]),
+        whole(choice={"strongroom": {"tokens": [1], "logprobs": []}}),
+        whole(choice={"strongroom": {"tokens": ["1"], "logprobs": [0.0]}}),
+        whole(choice={"strongroom": 5}),
+    ],
+)
+def test_what_is_no_answer_is_malformed(body):
+    with pytest.raises(BackendError) as caught:
+        shape().whole(body)
+    assert caught.value.code == "upstream.malformed"
+
+
+def test_a_stream():
+    made = shape(stream=True, include_usage=True)
+    out = made.piece(piece("Hel")) + made.piece(piece("lo")) + made.piece(piece(None, "stop"))
+    out += made.piece(b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":2}}') + made.end()
+    events = [line.removeprefix("data: ") for line in out.decode().split("\n\n") if line]
+    assert events.pop() == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert [c["choices"][0]["delta"] for c in chunks[:-1]] == [
+        {"role": "assistant", "content": "Hel"},
+        {"content": "lo"},
+        {},
+    ]
+    assert chunks[-1]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+
+
+def test_no_text_begins_an_event_of_its_own():
+    made = shape(stream=True)
+    out = made.piece(piece('x\n\ndata: {"choices":[]}\n\ndata: [DONE]\n\n\r\n'))
+    assert out.count(b"\n") == 2
+    assert out.endswith(b"\n\n")
+
+
+def test_a_stream_that_does_not_end_is_no_answer():
+    made = shape(stream=True)
+    made.piece(piece("x"))
+    with pytest.raises(BackendError, match="ends before"):
+        made.end()
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"error":{"message":"x"}}',
+        b'{"choices":[{"index":1,"delta":{}}]}',
+        b'{"choices":[{"index":0,"delta":{"content":5}}]}',
+        b'{"choices":[{},{}]}',
+        b'{"choices":5}',
+        b"5",
+    ],
+)
+def test_pieces_that_nobody_asked_for(event):
+    with pytest.raises(BackendError):
+        shape(stream=True).piece(event)
+
+
+def test_nothing_comes_after_the_end():
+    made = shape(stream=True)
+    made.piece(piece("x", "stop"))
+    with pytest.raises(BackendError):
+        made.piece(piece("more"))
+
+
+@given(st.lists(st.binary(max_size=30), max_size=20))
+def test_events_are_the_same_however_the_body_is_cut(pieces):
+    body = b": hello\r\n\r\ndata: {}\n\nevent: x\ndata: [1]\ndata: [2]\n\nid: 5\n\n" + b"".join(pieces)
+    at_once = list(Events().feed(body[:66]))
+    one_by_one = Events()
+    assert [event for k in range(66) for event in one_by_one.feed(body[k : k + 1])] == at_once
+
+
+def test_an_event_that_never_ends():
+    events = Events()
+    with pytest.raises(BackendError, match="too long"):
+        for _ in range(100):
+            list(events.feed(b"data: " + b"x" * 65536))
+
+
+def test_events_end_once():
+    events = Events()
+    assert list(events.feed(b"data: {}\n\n" + DONE)) == [b"{}"]
+    assert events.ended
+    with pytest.raises(BackendError, match="after its end"):
+        list(events.feed(b"data: {}\n\n"))
+
+
+def test_embeddings_are_cut_and_rounded():
+    asked = Asked("embeddings", dimensions=3)
+    body = json.dumps({"data": [{"index": 0, "embedding": [0.5, -1.0, 0.123456, 9.0]}]}).encode()
+    found, numbers = embeddings(asked, body, "acme/tiny@1", 256)
+    assert numbers == 3
+    assert found["data"][0]["embedding"] == [64 / 127, -1.0, 16 / 127]
+    assert all(round(127 * x) / 127 == x for x in found["data"][0]["embedding"])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["index", "delta", "content", "tokens"]), x),
+)
+CHOICE = st.fixed_dictionaries(
+    {}, optional={k: JSON for k in ("index", "delta", "message", "text", "finish_reason", "strongroom", "logprobs")}
+)
+ANSWER = st.fixed_dictionaries({}, optional={"choices": st.lists(CHOICE, max_size=2) | JSON, "usage": JSON, "data": JSON})
+
+
+@given(ANSWER, st.sampled_from(["chat", "completions"]))
+def test_any_answer_is_made_anew_or_refused(value, route):
+    body = json.dumps(value).encode()
+    for asked in (Asked(route, logprobs=5), Asked(route, stream=True)):
+        made = Shape(asked, "0a", "m@1", 7)
+        try:
+            made.piece(body) if asked.stream else made.whole(body)
+        except StrongroomError:
+            continue
+        tokens, _ = made.meter.tokens()
+        assert tokens >= 0
+    try:
+        embeddings(Asked("embeddings"), body, "m@1", 256)
+    except StrongroomError:
+        pass

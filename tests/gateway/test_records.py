@@ -1,0 +1,132 @@
+"""Records: chained, durable, in the log, and no word can be taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+
+import pytest
+
+from strongroom.errors import BackendError, Tampered
+from strongroom.gateway.records import FIRST, Records, digest, verify
+
+RECORD = {"by": "user/ana", "ref": "acme/tiny@1", "status": 200, "tokens": 5, "bits": 80}
+
+
+def made(folder, entered, count: int = 3, **more) -> Records:
+    records = Records(folder, lambda ref, body: entered.append((ref, body)) or len(entered), "5" * 64)
+    for k in range(count):
+        records.add({**RECORD, "tokens": k, **more})
+    return records
+
+
+def test_a_chain_that_the_log_knows(tmp_path):
+    entered = []
+    records = made(tmp_path, entered)
+    records.close()
+    lines = records.path.read_bytes().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [0, 1, 2]
+    assert json.loads(lines[0])["before"] == FIRST
+    assert json.loads(lines[2])["before"] == digest(lines[1])
+    ((ref, body),) = entered
+    assert ref == "acme/tiny@1"
+    assert body == {
+        "gateway": records.stream,
+        "records": 3,
+        "head": digest(lines[2]),
+        "settings": "5" * 64,
+        "requests": 3,
+        "refused": 0,
+        "tokens": 3,
+        "bits": 240,
+    }
+    assert verify(lines, [body]) == 3
+    assert oct(records.path.stat().st_mode & 0o777) == "0o600"
+
+
+def test_whoever_edits_a_record_contradicts_the_log(tmp_path):
+    entered = []
+    records = made(tmp_path, entered)
+    records.close()
+    lines = records.path.read_bytes().splitlines()
+    body = entered[0][1]
+    for changed in (
+        [lines[0], lines[1].replace(b'"tokens":1', b'"tokens":0'), lines[2]],
+        [lines[0], lines[2]],
+        lines[:2],
+        [lines[1], lines[0], lines[2]],
+        [*lines[:2], lines[2].replace(b'"tokens":2', b'"tokens":0')],
+        [b"{}", *lines[1:]],
+        [b"\xff", *lines[1:]],
+    ):
+        with pytest.raises(Tampered):
+            verify(changed, [body])
+
+
+def test_durable_means_on_disk(tmp_path):
+    records = made(tmp_path, [], 0)
+
+    async def one():
+        records.add(RECORD)
+        await records.durable()
+        return records.path.read_bytes().count(b"\n")
+
+    assert asyncio.run(one()) == 1
+    records.close()
+
+
+def test_refusals_are_counted(tmp_path):
+    entered = []
+    records = made(tmp_path, entered, 2, status=429)
+    records.close()
+    assert entered[0][1]["refused"] == 2
+
+
+def test_a_log_that_fails_gets_it_later(tmp_path):
+    entered = []
+    fails = [True]
+
+    def append(ref, body):
+        if fails[0]:
+            raise BackendError("database.down", "not now")
+        entered.append(body)
+        return 1
+
+    records = Records(tmp_path, append, "5" * 64)
+    records.add({**RECORD})
+    records._enter()
+    assert not entered
+    fails[0] = False
+    records.add({**RECORD})
+    records.close()
+    assert [(body["requests"], body["tokens"]) for body in entered] == [(2, 10)]
+
+
+def test_a_full_disk_ends_all_answers(tmp_path, monkeypatch):
+    records = made(tmp_path, [], 0)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdatasync", full)
+
+    async def one():
+        records.add(RECORD)
+        with pytest.raises(BackendError, match="No space left"):
+            await records.durable()
+
+    asyncio.run(one())
+    with pytest.raises(BackendError) as caught:
+        records.check()
+    assert caught.value.code == "records.unwritable"
+    with pytest.raises(BackendError):
+        records.add(RECORD)
+    records.close()
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError) as caught:
+        Records(tmp_path / "file", lambda *_: 0, "5" * 64)
+    assert caught.value.code == "records.unwritable"

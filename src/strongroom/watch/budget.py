@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from strongroom.core import clock as texts
 from strongroom.errors import BackendError, BudgetExceeded, UsageError
 from strongroom.storage.db import Database
 from strongroom.watch.counters import Change, Counters, Key
+from strongroom.watch.report import Used, report
 from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
 
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
@@ -84,7 +86,8 @@ class Reservation:
 
 class Budgets:
     """The budgets of one worker. Thread-safe. `sizes` gives W_eff in bits of a version, `clock` Unix time in seconds;
-    `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit."""
+    `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit; `uses` are the
+    releases and copies that the log knows of."""
 
     def __init__(
         self,
@@ -94,9 +97,11 @@ class Budgets:
         clock: Callable[[], float],
         *,
         alarm: Callable[[Alarm], None] = lambda _: None,
+        uses: Callable[[], Iterable[Used]] = tuple,
     ) -> None:
         self._table = Counters(store)
-        self._rules, self._sizes, self._clock, self._alarm = tuple(rules), sizes, clock, alarm
+        self._rules, self._sizes, self._clock = tuple(rules), sizes, clock
+        self._alarm, self._uses = alarm, uses
         self._memory = threading.Lock()  # held for moments only
         self._drawing = threading.Lock()  # held during transactions; taken before the other
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
@@ -268,6 +273,12 @@ class Budgets:
             with self._memory:
                 for counter, amount in owed.items():
                     counter.free += amount
+
+    def report(self, ref: str) -> dict[str, Any]:
+        """What is used and left of the budgets of `ref` (NAME@N), and how long its weights would take to leave: see
+        `watch.report`. Errors of the database."""
+        now, rows = self._table.look(int(self._clock()), {ref, *(counted_ref(rule.scope, ref) for rule in self._rules)})
+        return report(self._rules, rows, self._uses(), ref, self._sizes(ref), now)
 
     def tend(self) -> None:
         """Pay what is owed, give back tranches of callers that are idle, delete counters of long ago. To be called each

@@ -6,7 +6,7 @@ lock, on PostgreSQL by the lock on that row. What is checked then can't be outda
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,10 +44,11 @@ class Counters:
         with self._store.counting() as tx:
             yield Change(tx, now)
 
-    def look(self, now: int) -> tuple[int, list[tuple[Key, int]]]:
-        """What time it is, and every counter."""
+    def look(self, now: int, refs: Collection[str]) -> tuple[int, list[tuple[Key, int]]]:
+        """What time it is, and every counter of `refs`."""
+        wanted = sa.select(*_COLUMNS, egress.c.used).where(egress.c.ref.in_([*refs, _CLOCK["ref"]]))
         with self._store.reading() as tx:
-            rows = [(Key(*row[:5]), row[5]) for row in tx.execute(sa.select(*_COLUMNS, egress.c.used))]
+            rows = [(Key(*row[:5]), row[5]) for row in tx.execute(wanted)]
         clock = next((used for key, used in rows if key.scope == "clock"), 0)
         return _checked(max(clock, now)), [row for row in rows if row[0].scope != "clock"]
 

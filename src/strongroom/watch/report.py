@@ -1,0 +1,107 @@
+"""How much of one version's budgets is used, and how long its weights would take to leave that way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from strongroom.watch.counters import Key
+from strongroom.watch.rules import SECONDS, Rule, counted_ref, window_at
+
+_SHOWN = 100  # spenders of a scope and window, those that used most
+_SHARED = ("model", "everybody")  # scopes with one budget for all callers
+
+
+class Used(Protocol):
+    """What one holder has had of one version: releases (loads), and plaintext copies."""
+
+    @property
+    def holder(self) -> str: ...
+    @property
+    def ref(self) -> str: ...
+    @property
+    def last(self) -> int: ...
+    @property
+    def releases(self) -> int: ...
+    @property
+    def copies(self) -> int: ...
+
+
+def report(
+    rules: Sequence[Rule], rows: Sequence[tuple[Key, int]], uses: Iterable[Used], ref: str, size: int, now: int
+) -> dict[str, Any]:
+    """Of `ref`, whose W_eff is `size` bits, at `now` (Unix time).
+
+    ``budgets``: scope, window, who (empty: all callers), used, limit, left (bits), hard, resets_at (Unix time, or
+    None); used is what workers have drawn, up to a 16th of what was left each more than has left. ``exfiltration``:
+    seconds that `size` bits would take: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given
+    the weights themselves; each time was one whole artefact.
+    """
+    used = dict(rows)
+    budgets = []
+    for rule in rules:
+        start, ends = window_at(rule.window, now)
+        where, limit = counted_ref(rule.scope, ref), rule.limit(size)
+        shared = Key(rule.scope, rule.window, start, "", where)
+        found = {shared: used.get(shared, 0)} if rule.scope in _SHARED else {}
+        found |= {key: bits for key, bits in rows if key[:3] == shared[:3] and key.ref == where}
+        for key, bits in sorted(found.items(), key=lambda item: (-item[1], item[0].who))[:_SHOWN]:
+            budgets.append(
+                {
+                    "scope": rule.scope,
+                    "window": rule.window,
+                    "who": key.who,
+                    "used": bits,
+                    "limit": limit,
+                    "left": max(limit - bits, 0),
+                    "hard": rule.hard,
+                    "resets_at": ends,
+                }
+            )
+    together = [rule for rule in rules if rule.scope in _SHARED]
+    hard = [rule for rule in together if rule.hard]
+    rate = _rate(used, ref, now)
+    artefacts = [
+        {"holder": use.holder, "releases": use.releases, "copies": use.copies, "last": use.last}
+        for use in uses
+        if use.ref == ref
+    ]
+    return {
+        "ref": ref,
+        "effective_bits": size,
+        "at": now,
+        "gone_bits": used.get(Key("model", "lifetime", 0, "", ref), 0),
+        "bits_a_day": math.ceil(rate * SECONDS["day"]),
+        "budgets": budgets,
+        "exfiltration": {
+            "current_seconds": math.ceil(size / rate) if rate else None,
+            "caller_seconds": _time([rule for rule in rules if rule.hard], size),
+            "together_seconds": _time(hard, size),
+            "alarm_seconds": _time(together, size),
+        },
+        "releases": sum(each["releases"] for each in artefacts),
+        "copies": sum(each["copies"] for each in artefacts),
+        "artefacts": sorted(artefacts, key=lambda each: (-each["copies"], -each["releases"], each["holder"])),
+    }
+
+
+def _rate(used: dict[Key, int], ref: str, now: int) -> float:
+    """Bits a second of all callers: of yesterday, or of today if that is more."""
+    start, _ = window_at("day", now)
+    today = used.get(Key("model", "day", start, "", ref), 0)
+    before = used.get(Key("model", "day", start - SECONDS["day"], "", ref), 0)
+    return max(today / max(now - start, SECONDS["hour"]), before / SECONDS["day"])
+
+
+def _time(rules: Sequence[Rule], size: int) -> int | None:
+    """Seconds that whoever stays within all of `rules` takes for `size` bits; None if never, 0 without rules."""
+    slowest = 0
+    for rule in rules:
+        limit = rule.limit(size)
+        if limit >= size:  # at once
+            continue
+        if not limit or rule.window == "lifetime":
+            return None
+        slowest = max(slowest, -(-size * SECONDS[rule.window] // limit))
+    return slowest

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +66,7 @@ http {
   uwsgi_temp_path FOLDER/t4; scgi_temp_path FOLDER/t5; keepalive_requests 100000000;
   upstream server { server 127.0.0.1:UPSTREAM; keepalive 512; keepalive_requests 100000000; }
   server {
-    listen 127.0.0.1:PORT backlog=2048; 
+    listen 127.0.0.1:PORT backlog=2048;
     location / {
       proxy_pass http://server; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_buffering off;
     }
@@ -111,9 +110,7 @@ class Peer:
     def load(self, kind: str, concurrency: int, seconds: float, most: int = 0) -> dict[str, Any]:
         before = self.cpu()
         command = [sys.executable, "-m", "bench.gateway_ends", "load", self.url, self.key, self.model, kind]
-        done = subprocess.run(
-            [*command, str(concurrency), str(seconds), str(most)], stdout=subprocess.PIPE, check=True
-        )
+        done = subprocess.run([*command, str(concurrency), str(seconds), str(most)], stdout=subprocess.PIPE, check=True)
         found: dict[str, Any] = json.loads(done.stdout)
         found["cpu"] = self.cpu() - before
         if found["failed"]:
@@ -162,7 +159,9 @@ def room(work: Path) -> tuple[Path, str]:
     folder = work / "room"
     strongroom = [str(BIN / "strongroom"), "--room", str(folder), "--json"]
     subprocess.run([*strongroom, "init"], check=True, stdout=subprocess.DEVNULL)
-    model = generate(work / "model", Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=4, vocabulary=49_152))
+    model = generate(
+        work / "model", Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=4, vocabulary=49_152)
+    )
     with Room(folder) as opened:
         opened.put(model, "acme/tiny")
     made = subprocess.run([*strongroom, "apikey", "new"], check=True, stdout=subprocess.PIPE)
@@ -230,9 +229,7 @@ def measure(found: list[Peer], rounds: int, seconds: float) -> None:
 def charged(folder: Path) -> tuple[int, int, int]:
     """Requests, tokens and bits of all records that a room's gateways have written."""
     records = [
-        json.loads(line)
-        for path in (folder / "inference").glob("*.jsonl")
-        for line in path.read_text().splitlines()
+        json.loads(line) for path in (folder / "inference").glob("*.jsonl") for line in path.read_text().splitlines()
     ]
     return len(records), sum(r["tokens"] for r in records), sum(r["bits"] for r in records)
 
@@ -244,10 +241,10 @@ def report(found: list[Peer], extra: dict[str, Any]) -> str:
         "# Benchmark: the gateway",
         "",
         "Written by `python -m bench.gateway` (`make bench-gateway`); every figure is of one run on one machine: "
-        f"{os.cpu_count()} cores for clients, the server in the middle and the inference server (which computes nothing), "
+        f"{os.cpu_count()} cores for clients, the server in the middle and the inference server, which computes nothing; "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}. Compare ratios and CPU.",
         "",
-        "| | requests/s at 16 | CPU µs a request | chunks/s at 16 streams | CPU µs a chunk | p50 ms at 8 | p99 ms at 8 |",
+        "| | requests/s, 16 clients | CPU µs each | chunks/s, 16 streams | CPU µs each | p50 ms, 8 clients | p99 ms |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for peer in found:
@@ -260,7 +257,7 @@ def report(found: list[Peer], extra: dict[str, Any]) -> str:
         )
     lines += ["", "| required | measured | |", "|---|---:|---|"]
 
-    def line(what: str, value: float, met: bool, form: str = ",.2f") -> None:
+    def line(what: str, value: float, met: bool, form: str = ",.2f") -> None:  # noqa: FBT001
         lines.append(f"| {what} | {value:{form}} | {'met' if met else '**missed**'} |")
 
     if (peer := by.get("LiteLLM")) is not None:

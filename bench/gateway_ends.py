@@ -30,7 +30,12 @@ def _whole() -> bytes:
             "created": 1_700_000_000,
             "model": MODEL,
             "choices": [
-                {"index": 0, "message": {"role": "assistant", "content": TEXT}, "logprobs": None, "finish_reason": "stop"}
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": TEXT},
+                    "logprobs": None,
+                    "finish_reason": "stop",
+                }
             ],
             "usage": {"prompt_tokens": 12, "completion_tokens": 60, "total_tokens": 72},
         }
@@ -123,7 +128,7 @@ async def serve(port: int, delay: float) -> None:
     await server.serve_forever()
 
 
-async def load(url: str, key: str, model: str, streams: bool, concurrency: int, seconds: float, most: int) -> None:
+async def load(url: str, key: str, model: str, kind: str, concurrency: int, seconds: float, most: int) -> None:
     """Ask for `seconds`, or `most` times if that is not 0, and print what came of it as JSON."""
     upstream = Upstream(
         url, headers=(("authorization", f"Bearer {key}"),), timeouts=Timeouts(first=60, between=60, whole=600)
@@ -134,7 +139,7 @@ async def load(url: str, key: str, model: str, streams: bool, concurrency: int, 
             "messages": [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "Who are you?"}],
             "max_tokens": 256,
             "temperature": 0.7,
-            "stream": streams,
+            "stream": kind == "stream",
         }
     )
     begun = time.perf_counter()
@@ -154,7 +159,7 @@ async def load(url: str, key: str, model: str, streams: bool, concurrency: int, 
             except StrongroomError as error:
                 failed[error.code] = failed.get(error.code, 0) + 1
                 continue
-            good = reply.status == 200 and (not streams or data.endswith(b"data: [DONE]\n\n"))
+            good = reply.status == 200 and (kind == "whole" or data.endswith(b"data: [DONE]\n\n"))
             if good:
                 times.append(time.perf_counter() - asked)
                 pieces += data.count(b'" token"')
@@ -187,7 +192,7 @@ def main() -> None:
             asyncio.run(serve(int(sys.argv[2]), float(sys.argv[3])))
         else:
             url, key, model, kind, concurrency, seconds, most = sys.argv[2:9]
-            asyncio.run(load(url, key, model, kind == "stream", int(concurrency), float(seconds), int(most)))
+            asyncio.run(load(url, key, model, kind, int(concurrency), float(seconds), int(most)))
 
 
 if __name__ == "__main__":

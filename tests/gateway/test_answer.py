@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -181,9 +182,10 @@ def test_events_are_the_same_however_the_body_is_cut(pieces):
 
 def test_an_event_that_never_ends():
     events = Events()
+    for _ in range(16):
+        list(events.feed(b"x" * 65536))
     with pytest.raises(BackendError, match="too long"):
-        for _ in range(100):
-            list(events.feed(b"data: " + b"x" * 65536))
+        list(events.feed(b"x"))
 
 
 def test_events_end_once():
@@ -208,9 +210,11 @@ JSON = st.recursive(
     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(["index", "delta", "content", "tokens"]), x),
 )
 CHOICE = st.fixed_dictionaries(
-    {}, optional={k: JSON for k in ("index", "delta", "message", "text", "finish_reason", "strongroom", "logprobs")}
+    {}, optional=dict.fromkeys(("index", "delta", "message", "text", "finish_reason", "strongroom", "logprobs"), JSON)
 )
-ANSWER = st.fixed_dictionaries({}, optional={"choices": st.lists(CHOICE, max_size=2) | JSON, "usage": JSON, "data": JSON})
+ANSWER = st.fixed_dictionaries(
+    {}, optional={"choices": st.lists(CHOICE, max_size=2) | JSON, "usage": JSON, "data": JSON}
+)
 
 
 @given(ANSWER, st.sampled_from(["chat", "completions"]))
@@ -224,7 +228,5 @@ def test_any_answer_is_made_anew_or_refused(value, route):
             continue
         tokens, _ = made.meter.tokens()
         assert tokens >= 0
-    try:
+    with contextlib.suppress(StrongroomError):
         embeddings(Asked("embeddings"), body, "m@1", 256)
-    except StrongroomError:
-        pass

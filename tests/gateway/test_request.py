@@ -29,7 +29,9 @@ def refused(body: bytes, route: str = "chat") -> str:
 
 
 def test_a_plain_request_goes_upstream_as_it_was_meant():
-    asked = FORMS.read("chat", chat(temperature=0.5, top_p=1, stop="\n\n", max_completion_tokens=7, stream=True, user="u"))
+    asked = FORMS.read(
+        "chat", chat(temperature=0.5, top_p=1, stop="\n\n", max_completion_tokens=7, stream=True, user="u")
+    )
     assert (asked.model, asked.most, asked.stream, asked.actions) == ("acme/tiny@1", 7, True, ["infer"])
     assert asked.upstream == {
         "messages": [{"role": "user", "content": "Hello"}],
@@ -110,8 +112,8 @@ def test_values_out_of_range_are_named(more, param):
         "\u0000",
         "\u001b[2J",
         "\u0085",
-        "<｜User｜>",
-        "＜|im_start|＞",
+        "<\uff5cUser\uff5c>",
+        "\uff1c|im_start|\uff1e",
         "<start_of_turn>",
     ],
 )
@@ -176,7 +178,8 @@ def test_any_bytes_raise_only_our_errors(body):
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda x: st.lists(x) | st.dictionaries(st.text(), x),
 )
 
 

@@ -62,7 +62,12 @@ def test_an_answer_of_a_known_length():
 
 
 def test_chunks_in_pieces():
-    pieces = [b"HTTP/1.1 200 OK\r\ntransfer-enc", b"oding: chunked\r\n\r\n5\r\nhel", b"lo\r\n3\r\n wo\r\n", b"0\r\n\r\n"]
+    pieces = [
+        b"HTTP/1.1 200 OK\r\ntransfer-enc",
+        b"oding: chunked\r\n\r\n5\r\nhel",
+        b"lo\r\n3\r\n wo\r\n",
+        b"0\r\n\r\n",
+    ]
     assert asked(pieces)[0] == b"hello wo"
 
 

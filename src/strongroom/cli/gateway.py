@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
 @click.option("--behind-proxy", is_flag=True, help="TLS ends before here: listen beyond loopback without it.")
 @pass_options
-def gateway(
+def gateway(  # noqa: PLR0917 - one for each option
     options: Options,
     upstreams: tuple[str, ...],
     models: tuple[str, ...],
@@ -66,7 +66,9 @@ def gateway(
 
     host, port = address(where)
     if (certificate is None) != (key is None):
-        raise UsageError("gateway.certificate", "a certificate comes with its key", hint="--certificate FILE --key FILE")
+        raise UsageError(
+            "gateway.certificate", "a certificate comes with its key", hint="--certificate FILE --key FILE"
+        )
     if certificate is None and not behind_proxy and host not in ("127.0.0.1", "::1", "localhost"):
         raise UsageError(
             "gateway.plain",

@@ -92,6 +92,7 @@ def serve(
 
 
 def address(text: str) -> tuple[str, int]:
+    """HOST and PORT; UsageError ``serve.listen``."""
     host, _, port = text.rpartition(":")
     host = host.strip("[]")
     if not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > 65535:

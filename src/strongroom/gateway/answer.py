@@ -52,8 +52,10 @@ class Shape:
         chat = asked.route == "chat"
         self._chat = chat
         self._id = ("chatcmpl-" if chat else "cmpl-") + identifier
-        kind = ("chat.completion.chunk" if chat else "text_completion") if asked.stream else (
-            "chat.completion" if chat else "text_completion"
+        kind = (
+            ("chat.completion.chunk" if chat else "text_completion")
+            if asked.stream
+            else ("chat.completion" if chat else "text_completion")
         )
         self._common = {"id": self._id, "object": kind, "created": created, "model": model}
         self.meter = Meter()
@@ -223,7 +225,12 @@ def _likely(value: Any) -> dict[str, Any]:
 
 def _of_text(value: dict[str, Any], most: int) -> dict[str, Any]:
     tokens, own, top = value.get("tokens"), value.get("token_logprobs"), value.get("top_logprobs") or []
-    if not isinstance(tokens, list) or not isinstance(own, list) or len(tokens) != len(own) or not isinstance(top, list):
+    if (
+        not isinstance(tokens, list)
+        or not isinstance(own, list)
+        or len(tokens) != len(own)
+        or not isinstance(top, list)
+    ):
         raise malformed("has log-probabilities of another form")
     if not all(isinstance(each, str) and len(each) <= _TOKEN_BYTES for each in tokens):
         raise malformed("has a log-probability of no token")
@@ -318,6 +325,7 @@ class Events:
 
 
 def malformed(what: str) -> BackendError:
+    """The error for an answer that is none."""
     return BackendError("upstream.malformed", f"the inference server's answer {what}")
 
 

@@ -50,7 +50,7 @@ _BODY_TIME = 20.0  # seconds in which a body has to come
 
 
 class GatewayApp:
-    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits and budgets), `records`."""
+    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits, budgets), `records`."""
 
     def __init__(self, door: Door, forms: Forms, routes: Routes, tolls: Tolls, records: Records) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records

@@ -189,4 +189,5 @@ class Door:
 
 
 def missing(model: str) -> NotFound:
+    """One error for what is not there and for what is not the caller's to know of."""
     return NotFound("model.not_found", f"there is no model {model!r:.80} that you may use", param="model")

@@ -106,5 +106,3 @@ class Flights:
 
     def __len__(self) -> int:
         return len(self._under_way)
-
-

@@ -1,4 +1,5 @@
-"""What was asked and answered, one line a request, chained by hash and on disk within a second (spec/gateway.md, section 6).
+"""What was asked and answered, one line a request, chained by hash and on disk within a second (spec/gateway.md,
+section 6).
 
 No prompt and no answer is in a record. The log gets the newest hash of the chain each few seconds, so who edits a
 record, or takes one away, contradicts the log.
@@ -49,9 +50,7 @@ class Records:
     """The chain of one worker, in ``FOLDER/STREAM.jsonl``. `append` puts an `inference` entry into the log; `settings`
     is the digest of the settings. BackendError ``records.unwritable``."""
 
-    def __init__(
-        self, folder: Path, append: Append, settings: str, *, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, folder: Path, append: Append, settings: str, *, clock: Callable[[], float] = time.time) -> None:
         self.stream = secrets.token_hex(16)
         self.path = folder / f"{self.stream}.jsonl"
         self._append, self._settings, self._clock = append, settings, clock

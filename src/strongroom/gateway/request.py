@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from strongroom.core.ids import Ref
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import UsageError
 
 BODY_MOST = 1 << 20  # bytes
 _DEPTH = 32
@@ -125,7 +125,11 @@ def parsed(body: bytes) -> dict[str, Any]:
         raise UsageError("body.malformed", f"the body is nested deeper than {_DEPTH}")
     try:
         value = json.loads(
-            body.decode(), object_pairs_hook=_members, parse_constant=_no_constant, parse_int=_integer, parse_float=_real
+            body.decode(),
+            object_pairs_hook=_members,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_real,
         )
     except UsageError:
         raise
@@ -173,10 +177,12 @@ def _real(digits: str) -> float:
 
 
 def invalid(param: str, why: str) -> UsageError:
+    """The error for a value that a parameter can't have."""
     return UsageError("parameter.invalid", f"{param!r:.80} {why}", param=param)
 
 
-def forbidden(param: str, why: str = "is not for callers of this gateway") -> StrongroomError:
+def forbidden(param: str, why: str = "is not for callers of this gateway") -> UsageError:
+    """The error for what no policy allows."""
     return UsageError("parameter.forbidden", f"the parameter {param!r:.80} {why}", param=param)
 
 
@@ -187,8 +193,11 @@ Take = Callable[[Asked, Any], None]
 
 def _number(name: str, least: float, most: float, *, above: bool = False) -> Take:
     def take(asked: Asked, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most or (
-            above and value == least
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not least <= value <= most
+            or (above and value == least)
         ):
             raise invalid(name, f"is not a number {'above' if above else 'from'} {least:g} to {most:g}")
         asked.upstream[name] = value

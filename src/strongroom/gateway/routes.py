@@ -21,7 +21,7 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "emb
 
 @dataclass
 class Backend:
-    """An inference server. `models`: NAME or NAME@N → what it calls that; empty: it is asked when the gateway starts."""
+    """An inference server. `models`: NAME or NAME@N → what it calls that; empty: it is asked at the start."""
 
     upstream: Upstream
     models: dict[str, str]
@@ -76,7 +76,7 @@ class Routes:
         failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
         for backend, name in self._in_turn(flight.ref):
             size = flight.most * (flight.asked.n if flight.asked else 1)
-            async with backend.queue.turn(flight.caller.principal, size):
+            with await backend.queue.enter(flight.caller.principal, size):
                 if flight.why is not None:
                     raise flight.why
                 try:

@@ -59,9 +59,7 @@ class Upstream:
             )
         self.url, self.host, self.port = url, host, port
         self._tls = parts.scheme == "https"
-        self._path = parts.path.rstrip("/")
-        if self._path.endswith("/v1"):  # base URLs of clients end so
-            self._path = self._path[:-3]
+        self._path = parts.path.rstrip("/").removesuffix("/v1")  # base URLs of clients end so
         self.timeouts = timeouts or Timeouts()
         lines = [f"host: {parts.netloc}", "content-type: application/json", "accept-encoding: identity"]
         lines += [f"{name}: {value}" for name, value in headers]
@@ -144,7 +142,7 @@ class Upstream:
             self._idle.pop()[0].abort()
 
 
-class _ClosedEarly(Exception):  # noqa: N818 - never leaves this module
+class _ClosedEarly(Exception):
     """The connection was closed before the first byte of an answer."""
 
 
@@ -240,7 +238,7 @@ class _Connection(asyncio.Protocol):
             self._head_size += len(data)
             if self._head_size > _HEAD_MOST:
                 self._fail("upstream.malformed", "the inference server's answer has a head that is too long")
-        if self.waiting > _WAITING_MOST and not self._paused and not self.whole and self._transport is not None:
+        if self.waiting > _WAITING_MOST and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
         self._wake()

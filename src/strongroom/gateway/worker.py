@@ -13,9 +13,9 @@ from strongroom.gateway.door import Door
 from strongroom.gateway.filters import Filter, Words
 from strongroom.gateway.limits import Limits
 from strongroom.gateway.limits_redis import RedisLimits
+from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import Forms
-from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
@@ -37,18 +37,25 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         vault.db,
         settings.budgets.rules,
         lambda ref: effective_bits(
-            callers.model(ref).parameters, settings.budgets.bits_per_parameter, settings.budgets.compression
+            callers.model(ref).parameters,
+            bits_per_parameter=settings.budgets.bits_per_parameter,
+            compression=settings.budgets.compression,
         ),
         clock,
         alarm=told,
     )
     limits = (
-        RedisLimits(settings, workers=workers)
+        RedisLimits(settings, time.monotonic, name=vault.id.hex())
         if settings.redis.url
-        else Limits(settings, time.monotonic, workers=workers)
+        else Limits(settings, time.monotonic, scale=1 / workers)
     )
     backends = [
-        Backend(_upstream(each, settings), dict(each.models), FairQueue(each.concurrency, settings.queue), each.weight)
+        Backend(
+            _upstream(each, settings),
+            dict(each.models),
+            FairQueue(max(1, each.concurrency // workers), settings.queue),
+            each.weight,
+        )
         for each in settings.upstream
     ]
     channelled = bool(settings.upstream) and all(each.channel for each in settings.upstream)
@@ -70,14 +77,18 @@ def _upstream(at: At, settings: Settings) -> Upstream:
         headers.append(("authorization", f"Bearer {_line(Path(at.key))}"))
     times = settings.timeouts
     return Upstream(
-        at.url, timeouts=Timeouts(first=times.first_byte, between=times.between, whole=times.whole), headers=tuple(headers)
+        at.url,
+        timeouts=Timeouts(first=times.first_byte, between=times.between, whole=times.whole),
+        headers=tuple(headers),
     )
 
 
 def _secret(path: Path) -> str:
     text = _line(path)
     if not _SECRET.fullmatch(text):
-        raise UsageError("gateway.channel", f"{path} has no secret of 64 hexadecimal digits", hint="openssl rand -hex 32")
+        raise UsageError(
+            "gateway.channel", f"{path} has no secret of 64 hexadecimal digits", hint="openssl rand -hex 32"
+        )
     return text
 
 

@@ -1,0 +1,289 @@
+"""The server's HTTP side: raw ASGI, OpenAI's routes, no checks that a gateway makes. Never let strangers reach it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
+from strongroom.infer.answers import Answer
+from strongroom.infer.embed import Embedder
+from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
+from strongroom.infer.fields import Fields, Reader, Wanted
+from strongroom.infer.text import Spelling
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_BODY = 16 << 20
+_INPUTS = 4096
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served: `names` are those that requests may use, the first is said."""
+
+    names: tuple[str, ...]
+    engine: Engine
+    reader: Reader
+    spelling: Spelling
+    embedder: Embedder | None
+    created: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A request; `private`: it came over the channel."""
+
+    body: dict[str, Any]
+    private: bool
+    receive: Receive
+    send: Send
+
+
+class InferApp:
+    """The ASGI application. `channel`: the secret without which nobody is answered (None: everybody is)."""
+
+    def __init__(self, model: Model, channel: str | None, *, together: int = 1024) -> None:
+        self._model, self._together = model, together
+        self._channel = channel.encode() if channel is not None else None
+        self._under_way = 0
+        self._routes: dict[tuple[str, str], Callable[[_Call], Awaitable[None]]] = {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._completions,
+            ("POST", "/v1/embeddings"): self._embeddings,
+            ("GET", "/v1/models"): self._models,
+        }
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError("this server speaks HTTP only")
+        try:
+            await self._answer(scope, receive, send)
+        except StrongroomError as error:
+            await _whole(send, error.http_status, _error(error))
+
+    async def _answer(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        if path in ("/healthz", "/readyz"):
+            well = self._model.engine.alive
+            await _whole(send, 200 if well else 503, orjson.dumps({"ok": well}))
+            return
+        private = self._private(scope)
+        handler = self._routes.get((method, path))
+        if handler is None:
+            raise NotFound("infer.route", f"there is no {method} {path} here", hint="GET /v1/models")
+        body: dict[str, Any] = {}
+        if method == "POST":
+            body = _object(await _body(receive))
+            if body.get("model") not in self._model.names:
+                raise NotFound("infer.model", f"this server has {self._model.names[0]}")
+            if "strongroom" in body and not private:
+                raise UsageError("infer.field", "strongroom is for who has the channel's secret", param="strongroom")
+        if self._under_way >= self._together:
+            raise LimitExceeded("infer.busy", f"{self._together} requests are under way already", hint="try later")
+        self._under_way += 1
+        try:
+            await handler(_Call(body, private, receive, send))
+        finally:
+            self._under_way -= 1
+
+    def _private(self, scope: MutableMapping[str, Any]) -> bool:
+        """Whether the channel's secret was said; AuthRequired if there is one and it was not."""
+        if self._channel is None:
+            return False
+        said = [value for name, value in scope["headers"] if name == b"strongroom-channel"]
+        # In constant time: how long it takes must not tell how much of a guess is right.
+        if len(said) != 1 or not hmac.compare_digest(said[0], self._channel):
+            raise AuthRequired("infer.channel", "this server answers on its private channel only")
+        return True
+
+    async def _models(self, call: _Call) -> None:
+        model = {"object": "model", "created": self._model.created, "owned_by": "strongroom"}
+        data = [{"id": name, **model} for name in self._model.names]
+        await _whole(call.send, 200, orjson.dumps({"object": "list", "data": data}))
+
+    async def _chat(self, call: _Call) -> None:
+        wanted = await asyncio.to_thread(self._model.reader.chat, call.body, private=call.private)
+        await self._generate(wanted, call.receive, call.send)
+
+    async def _completions(self, call: _Call) -> None:
+        wanted = await asyncio.to_thread(self._model.reader.completion, call.body, private=call.private)
+        await self._generate(wanted, call.receive, call.send)
+
+    async def _generate(self, wanted: Wanted, receive: Receive, send: Send) -> None:
+        events: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
+        loop, jobs = asyncio.get_running_loop(), list[Job]()
+        answer = Answer(self._model.names[0], wanted, self._model.spelling)
+
+        def telling(prompt: int) -> Callable[[list[Event]], None]:
+            def tell(news: list[Event]) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (prompt, news))
+
+            return tell
+
+        gone = asyncio.ensure_future(_disconnected(receive))
+        begun = False
+        try:
+            for number, ask in enumerate(wanted.asks):
+                jobs.append(self._model.engine.submit(ask, telling(number)))
+            heard = _Heard(answer, wanted)
+            while not answer.complete:
+                news = asyncio.ensure_future(events.get())
+                await asyncio.wait({news, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():  # nobody reads it: the rows are for others
+                    news.cancel()
+                    return
+                grown = heard.take(*news.result())
+                if wanted.stream:
+                    if not begun:
+                        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                        begun = True
+                    for choice in grown:
+                        await _more(send, answer.event(choice))
+            if wanted.stream:
+                for event in answer.ending():
+                    await _more(send, event)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await _whole(send, 200, await asyncio.to_thread(answer.whole))
+        except StrongroomError as error:
+            if not wanted.stream or not begun:
+                raise
+            await _more(send, b"data: " + _error(error) + b"\n\n")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            gone.cancel()
+            for job in jobs:
+                self._model.engine.abandon(job)
+
+    async def _embeddings(self, call: _Call) -> None:
+        embedder = self._model.embedder
+        if embedder is None:
+            raise UsageError("infer.no_embeddings", "this model makes no embeddings")
+        fields = Fields(call.body)
+        size = fields.whole("dimensions", embedder.width, 1, embedder.width)
+        encoding = fields["encoding_format"] or "float"
+        prompts = await asyncio.to_thread(self._model.reader.inputs, call.body)
+        if encoding not in ("float", "base64") or len(prompts) > _INPUTS:
+            raise UsageError("infer.field", f"float or base64, of at most {_INPUTS} inputs", param="encoding_format")
+        self._model.reader.check_inputs(prompts)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+
+        def work(why: StrongroomError | None) -> None:
+            found = embedder.vectors(prompts) if why is None else None
+            loop.call_soon_threadsafe(settle, found, why)
+
+        def settle(found: NDArray[np.float32] | None, why: StrongroomError | None) -> None:
+            if done.done():
+                return  # whoever asked has gone
+            if found is None:
+                done.set_exception(why or LimitExceeded("infer.busy", "no embeddings were made"))
+            else:
+                done.set_result(found)
+
+        self._model.engine.call(work)
+        vectors = (await done)[:, :size]
+        data = [
+            {
+                "object": "embedding",
+                "index": number,
+                "embedding": base64.b64encode(row.astype("<f4").tobytes()).decode()
+                if encoding == "base64"
+                else row.tolist(),
+            }
+            for number, row in enumerate(vectors)
+        ]
+        count = sum(map(len, prompts))
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        answer = {"object": "list", "data": data, "model": self._model.names[0], "usage": usage}
+        await _whole(call.send, 200, orjson.dumps(answer))
+
+
+class _Heard:
+    """What the engine says, put into the answer; of prompts first what comes of them."""
+
+    def __init__(self, answer: Answer, wanted: Wanted) -> None:
+        self._answer, self._wanted = answer, wanted
+        self._begun: set[int] = set()
+
+    def take(self, prompt: int, news: list[Event]) -> list[Any]:
+        """The choices that have grown."""
+        grown: dict[int, Any] = {}
+        for event in news:
+            if isinstance(event, StrongroomError):
+                raise event
+            if prompt not in self._begun:
+                self._begun.add(prompt)
+                heard = event if isinstance(event, PromptLogprobs) else None
+                for number in range(self._wanted.asks[prompt].choices):
+                    self._answer.of(prompt, number).begin(heard)
+            if isinstance(event, Token):
+                choice = self._answer.of(prompt, event.choice)
+                choice.add(event)
+                grown[choice.index] = choice
+        return list(grown.values())
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _body(receive: Receive) -> bytes:
+    parts, size = list[bytes](), 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise UsageError("infer.body", "the body did not come")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > _BODY:
+            raise LimitExceeded("infer.body", f"a body has at most {_BODY} bytes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(data)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError("infer.body", "the body is to be a JSON object")
+    return found
+
+
+def _error(error: StrongroomError) -> bytes:
+    kind = _TYPES.get(error.http_status, "rate_limit_error" if error.http_status == 429 else "server_error")
+    told = {"message": error.message, "type": kind, "param": error.evidence.get("param"), "code": error.code}
+    return orjson.dumps({"error": told})
+
+
+async def _whole(send: Send, status: int, body: bytes) -> None:
+    headers = [*_JSON, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _more(send: Send, data: bytes) -> None:
+    if data:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+def now() -> int:
+    """The time that a model is said to be from: when it was loaded."""
+    return int(time.time())

@@ -8,7 +8,7 @@ import contextlib
 import json
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import orjson
@@ -78,8 +78,7 @@ class Server(asyncio.Protocol):
     delay = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)
         self._parser = httptools.HttpRequestParser(self)
         self._writable = asyncio.Event()
         self._writable.set()

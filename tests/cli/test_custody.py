@@ -330,12 +330,17 @@ def test_what_was_redacted_is_said_to_be(team):
     assert team.run("log", "show", str(index), "--as", "user/ada", "--json").json["redacted"] == done
 
 
-def test_what_nothing_serves_yet_is_said_to_be_the_policys_word(team):
-    assert "infer" not in team.run("who", REF).err
+def test_what_nothing_serves_yet_is_said_to_be_the_policys_word(team, tmp_path):
+    said = "no command of this release does it yet"
     team.run("principal", "add", "user/pat", "--role", "partner", "--as", "user/olga")
     ended = team.run("who", REF)
     assert "user/pat" in ended.out
-    assert "no command of this release does it yet" in ended.err
+    assert said not in ended.err  # inference is served
+    alone = desk_in(tmp_path)
+    write_model(alone.model)
+    alone.run("init", "--custody", "solo", "--owner", "user/olga")
+    alone.run("put", "model", "acme/tiny")
+    assert f"adapt: that is what the policy says; {said}" in alone.run("who", REF).err
 
 
 def test_review_names_everybody_who_may_and_explains_its_exit_codes(team):

@@ -77,6 +77,24 @@ WHOLE = {
     "ceiling": {"holders": 100, "copies": 5, "copiers": 3, "statement": "said"},
     "thaw": {"statement": "said"},
     "reinstate": {"principal": "user/ana", "key": "", "role": "officer", "statement": "said"},
+    "apikey": {
+        "key": DIGEST,
+        "principal": "user/ana",
+        "name": "ci",
+        "expires_at": 9,
+        "state": "active",
+        "statement": "said",
+    },
+    "inference": {
+        "gateway": ID,
+        "records": 3,
+        "head": DIGEST,
+        "requests": 3,
+        "refused": 1,
+        "tokens": 40,
+        "bits": 680,
+        "settings": DIGEST,
+    },
 }
 PRIVATE = {
     "principal": ["oidc", "spiffe", "contact"],

@@ -69,6 +69,7 @@ WHOLE = {
     "redact": {"entry": 7},
     "review": {"size": 7, "findings": 2, "removed": 1},
     "keystore": {"operation": "rotate", "epoch": 2},
+    "apikey": {"key": DIGEST, "principal": "user/ana", "name": "ci", "expires_at": 9, "state": "active"},
 }
 SAME = ("rotate", "shred")  # say the same of what they are about
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, True]

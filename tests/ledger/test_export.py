@@ -37,7 +37,8 @@ _COUNTS = (
     "epoch",
 )
 _VALUES |= dict.fromkeys((*_COUNTS, "findings", "removed", "entry", "holders", "copies", "copiers", "size"), 5)
-_DIGESTS = ("signer", "policy", "digest", "manifest", "key", "public_key", "challenge")
+_VALUES |= {"gateway": "0" * 32} | dict.fromkeys(("records", "requests", "tokens", "bits"), 5)
+_DIGESTS = ("head", "settings", "signer", "policy", "digest", "manifest", "key", "public_key", "challenge")
 _VALUES |= dict.fromkeys(_DIGESTS, "0" * 64)
 _HOSTILE = "a|b=c\\d\ne\r\u202e"
 
@@ -59,6 +60,8 @@ def one_of_each():
             body |= {"key": "", "role": "officer"}
         if kind == "passkey":
             body |= {"key": "30" * 91, "state": "active"}
+        if kind == "inference":
+            body["refused"] = 5
         private = {"detail": _NOTE.commitment} if kind == "refused" else {}
         yield Entry(kind, NOW, "user/ana", "acme/tiny@1", body, private).encode()
 

@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 
 from policy.cases import TINY, someone
 from strongroom.policy.engine import ACTIONS, Policies, Resource, Situation
+from strongroom.policy.query import FEATURES
 from strongroom.policy.reach import reach, who
 
 TEAM = Policies.shipped("team")
@@ -89,4 +91,22 @@ def test_who_asks_for_each_subject():
 
 def test_in_a_room_of_one_the_owner_reaches_everything_without_anybody():
     access = found("operator", "officer", "researcher", policies=Policies.shipped("solo"))
-    assert {each.state for each in access.values()} == {"now"}
+    assert {each.state for name, each in access.items() if name not in FEATURES} == {"now"}
+
+
+def test_what_helps_to_steal_is_reached_by_a_rule_that_names_it_and_where_inference_is():
+    solo = Policies.shipped("solo")
+    access = found("operator", "officer", "researcher", policies=solo)
+    assert {access[name].state for name in FEATURES} == {"never"}
+    named = Policies.parse(
+        solo.text + '@id("logprobs") permit (principal in Strongroom::Role::"researcher", '
+        'action == Strongroom::Action::"infer_logprobs", resource);'
+    )
+    access = found("researcher", policies=named)
+    assert (access["infer_logprobs"].state, access["infer_logprobs"].path) == (
+        "now",
+        ("user/ana", "role/researcher", "logprobs"),
+    )
+    assert access["infer_many"].state == "never"
+    frozen = found("researcher", policies=named, resource=replace(TINY, frozen=True))
+    assert (frozen["infer_logprobs"].state, frozen["infer_logprobs"].path) == ("never", ("user/ana", "frozen"))

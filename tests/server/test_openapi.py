@@ -50,6 +50,8 @@ RELIED_ON = {
     "Principal": answers.PRINCIPAL,
     "Principals": answers.PRINCIPALS,
     "Login": answers.LOGIN,
+    "ApiKeys": answers.APIKEYS,
+    "ApiKeyChanged": answers.CHANGED_APIKEY,
     "Authorities": answers.AUTHORITIES,
     "AuthorityChanged": answers.CHANGED_AUTHORITY,
     "PasskeyChanged": answers.CHANGED_PASSKEY,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import secrets
 import time
 
 import pytest
@@ -53,6 +54,8 @@ MAY = {
     "authorities": INSIDE,
     "authority": {"officer", "executive"},
     "passkey": set(ROLES),
+    "apikey": set(ROLES),
+    "apikeys": set(ROLES),  # one's own, but for those who may audit or grant
     "policy": INSIDE,
     "propose": {"officer"},
     "enact": {"officer"},
@@ -191,6 +194,10 @@ class Asker:
         key = Authenticator()
         body = {"key": key.key.hex(), "credential": key.credential, "state": "active"}
         return "/v1/passkeys", self._statement("passkey", body, who)
+
+    def _apikey(self, who):
+        body = {"key": secrets.token_hex(32), "principal": who, "name": "ci", "expires_at": int(time.time()) + 60}
+        return "/v1/apikeys", self._statement("apikey", {**body, "state": "active"}, who)
 
     def _authority(self, who):
         name = f"https://{who[5:]}.example"

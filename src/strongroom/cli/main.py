@@ -58,6 +58,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "trust": ("trust", "Trust the card of a served room."),
         "identity": ("trust", "The keys of principals on this machine, for served rooms."),
         "passkey": ("passkey", "Passkeys and security keys that sign approvals, each time anew."),
+        "apikey": ("apikey", "API keys, with which programs call the room's gateway."),
         "login": ("login", "Speak as a principal by an identity provider's token, or a workload's certificate."),
         "gateway": ("gateway", "Serve inference to others, with limits and an egress budget, until interrupted."),
         "witness": ("witness", "Cosign checkpoints of other people's logs, until interrupted."),

@@ -94,6 +94,7 @@ def show(options: Options, path: str) -> None:
     """Everything about one principal."""
     with options.open() as room:
         found = room.principal_show(path)
+    keys = ", ".join(f"{item['id']} ({item['name']})" for item in found["apikeys"]) or "none"
     leases = ", ".join(f"{item['action']} {item['ref']}" for item in found["leases"]) or "none"
     lines = facts(
         [
@@ -106,6 +107,7 @@ def show(options: Options, path: str) -> None:
             ("bound to", found["subject"] or "nothing"),
             ("since", found["since"]),
             ("leases", leases),
+            ("API keys", keys),
         ]
     )
     options.output.answer(found, lines)

@@ -15,7 +15,7 @@ rule."""
 
 
 # What policies speak of, and nothing serves yet.
-_NOT_YET = {"infer", "adapt"}
+_NOT_YET = {"adapt"}
 
 
 @command("who", explain=_EXPLAIN)

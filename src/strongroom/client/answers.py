@@ -138,18 +138,25 @@ REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
 REVOKED: dict[str, Kind] = {"target": TEXT, "ref": TEXT, "state": TEXT, "entry": COUNT}
 CHANGED: dict[str, Kind] = {"principal": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT}
 _PASSKEY: dict[str, Kind] = {"key": TEXT, "credential": TEXT}
+_APIKEY: dict[str, Kind] = {
+    **dict.fromkeys(("id", "principal", "name"), TEXT),
+    **dict.fromkeys(("expires_at", "entry"), COUNT),
+}
 PRINCIPAL = _WHO | {
     "key": TEXT,
     "subject": TEXT,
     "entry": COUNT,
     "leases": _list(_object(_LEASE)),
     "passkeys": _list(_object(_PASSKEY)),
+    "apikeys": _list(_object(_APIKEY)),
 }
 PRINCIPALS: dict[str, Kind] = {"principals": _list(_object(_WHO))}
 LOGIN: dict[str, Kind] = {"principal": TEXT, "expires_at": COUNT, "entry": COUNT}
 _AUTHORITY: dict[str, Kind] = dict.fromkeys(("kind", "name", "audience", "binding"), TEXT) | {"algorithms": _TEXTS}
 AUTHORITIES: dict[str, Kind] = {"authorities": _list(_object(_AUTHORITY))}
 CHANGED_PASSKEY: dict[str, Kind] = {"principal": TEXT, "state": TEXT, "entry": COUNT}
+APIKEYS: dict[str, Kind] = {"apikeys": _list(_object(_APIKEY | {"key": DIGEST}))}
+CHANGED_APIKEY = _APIKEY | {"state": TEXT}
 CHANGED_AUTHORITY: dict[str, Kind] = {"authority": TEXT, "state": TEXT, "entry": COUNT}
 ACCESS: dict[str, Kind] = {"access": _list(_object(_ACCESS))}
 VERSIONS: dict[str, Kind] = {"versions": _list(_object(_VERSION))}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.apikeys import ApiKeys
     from strongroom.client.login import Login
     from strongroom.client.passkey import Passkeys
     from strongroom.client.registry import Registry
@@ -348,6 +349,13 @@ class Room:
 
         return Passkeys(self._vault, self.principal, self._say)
 
+    @property
+    def apikeys(self) -> ApiKeys:
+        """The API keys with which this principal calls the room's gateway."""
+        from strongroom.client.apikeys import ApiKeys
+
+        return ApiKeys(self._vault, self.principal, self._say)
+
     def revoke(self, target: str, *, reason: str) -> dict[str, Any]:
         """End a lease, suspend a principal, or freeze a version; in force at once."""
         note = self._private("reason", reason)
@@ -403,21 +411,9 @@ class Room:
         """Who has what, who used it when, and what to look at, ranked. With `apply` what the findings call unused or
         left over is revoked, by statements of this principal, and the review is recorded; `left`: the entries of
         emergencies that somebody else has to review."""
-        custodian = self._vault.custodian
-        if not apply:
-            custodian.authorise(self.principal, "audit", "administer")
-            return custodian.review().as_json()
-        custodian.authorise(self.principal, "administer")
-        found = custodian.review()
-        removed = sorted({each.removes for each in found.findings if each.removes and each.removes != self.principal})
-        for target in removed:
-            self.revoke(target, reason="review: unused or left over")
-        # What has come after it was made, nobody has looked at.
-        body = {"size": found.size, "findings": len(found.findings), "removed": len(removed)}
-        entry = self._act("review", body)["entry"]
-        left = custodian.review().emergencies if found.emergencies else []
-        reviewed = [each for each in found.emergencies if each not in left]
-        return {**found.as_json(), "removed": removed, "reviewed": reviewed, "left": left, "entry": entry}
+        from strongroom.client.reviewing import review
+
+        return review(self._vault.custodian, self.principal, self.revoke, self._act, apply=apply)
 
     def _private(self, name: str, value: str) -> Private:
         from strongroom.formats.entry import Private

@@ -224,6 +224,7 @@ class ServedCustodian:
     def __init__(self, room: ServedRoom) -> None:
         self._room = room
         self.ledger = self
+        self.apikeys = ServedApiKeys(room)
 
     def authorise(self, by: str, *actions: str, ref: str = "", recorded: bool = True) -> None:
         """Nothing is decided here: the custodian asks its policy at every call."""
@@ -351,6 +352,20 @@ class ServedCustodian:
     ) -> dict[str, Any]:
         value = {"statement": envelope, "reason": _reason(reason), **more}
         return self._room.post(path, members, value)
+
+
+class ServedApiKeys:
+    """`strongroom.vault.apikeys.ApiKeys`, over HTTP."""
+
+    def __init__(self, room: ServedRoom) -> None:
+        self._room = room
+
+    def change(self, envelope: str) -> dict[str, Any]:
+        return self._room.post("/v1/apikeys", answers.CHANGED_APIKEY, {"statement": envelope})
+
+    def ls(self, _: str, principal: str | None = None) -> list[dict[str, Any]]:
+        query = f"?{urlencode({'principal': principal})}" if principal else ""
+        return list(self._room.get(f"/v1/apikeys{query}", answers.APIKEYS)["apikeys"])
 
 
 class _Tiles:

@@ -152,6 +152,17 @@ def audience_name(room: bytes, public_key: bytes) -> str:
     return f"strongroom:{key_name(room, public_key)}"
 
 
+def gateway_audience(room: bytes) -> str:
+    """The audience of a token for the gateway of `room` (16 bytes), where the audience says what it is for: no login's,
+    which names a key."""
+    return f"strongroom-gateway:{room.hex()}"
+
+
+def gateway_nonce(room: bytes) -> str:
+    """The nonce of such a token, where the nonce says it: shorter than the name of any key."""
+    return f"gateway-{room.hex()}"
+
+
 def svid_message(room: bytes, statement: str) -> bytes:
     """What a workload signs with its certificate's key; `statement` is the digest of its login in hexadecimal."""
     return _SVID + room + bytes.fromhex(statement)

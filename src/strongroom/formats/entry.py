@@ -93,6 +93,7 @@ KEY = _key  # a passkey's public key, in hexadecimal: longer than an Ed25519 key
 METHOD = one_of("oidc", "x509")
 LEASED = one_of("load", "copy", "trace")
 KEYSTORE = one_of("rotate", "recover")
+KEPT = one_of("active", "ended")  # of an API key
 GRANTING = one_of("officer", "executive")  # roles that let others in
 _LEASE = _object(id=SHORT, holder=TEXT, action=LEASED, ref=TEXT, expires_at=COUNT, uses=or_null(_count))
 
@@ -172,6 +173,24 @@ BODIES: dict[str, dict[str, Kind]] = {
     "keystore": {"operation": KEYSTORE, "epoch": COUNT, "statement": TEXT},
     "redact": {"entry": COUNT, "statement": TEXT},
     "reinstate": {"principal": TEXT, "key": or_empty(DIGEST), "role": GRANTING, "statement": TEXT},
+    "apikey": {
+        "key": DIGEST,
+        "principal": TEXT,
+        "name": TEXT,
+        "expires_at": COUNT,
+        "state": KEPT,
+        "statement": TEXT,
+    },
+    "inference": {
+        "gateway": ID,
+        "records": COUNT,
+        "head": DIGEST,
+        "requests": COUNT,
+        "refused": COUNT,
+        "tokens": COUNT,
+        "bits": COUNT,
+        "settings": DIGEST,
+    },
 }
 # What it may have beside: absent, and not empty, where there is none.
 OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}, "genesis": {"recovery": DIGEST}}

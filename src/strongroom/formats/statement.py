@@ -19,6 +19,7 @@ from strongroom.formats.entry import (
     FLAG,
     GRANTING,
     ID,
+    KEPT,
     KEY,
     LEASED,
     METHOD,
@@ -100,6 +101,7 @@ BODIES: dict[str, dict[str, Kind]] = {
     "review": {"size": COUNT, "findings": COUNT, "removed": COUNT},
     "keystore": {"operation": one_of("rotate"), "epoch": COUNT},
     "reinstate": {"principal": TEXT, "key": or_empty(DIGEST), "role": GRANTING, "reason": DIGEST},
+    "apikey": {"key": DIGEST, "principal": TEXT, "name": TEXT, "expires_at": COUNT, "state": KEPT},
 }
 
 

@@ -90,6 +90,10 @@ class Consents:
         """The person behind a principal."""
         return self.people[path].person if path in self.people else path
 
+    def knows(self, ref: str) -> bool:
+        """Whether there is, or was, this version."""
+        return ref in self._versions
+
     def granted(self, identifier: str) -> Grant | None:
         """What waits under that identifier for a second person, if it is a change of a principal or an authority."""
         return self._grants.get(identifier)

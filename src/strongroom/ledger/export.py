@@ -45,6 +45,8 @@ _KINDS: dict[str, tuple[int, int, str]] = {
     "keystore": (_UPDATE, 5, "Key store used"),
     "reinstate": (_UPDATE, 9, "Principal reinstated by recovery shares"),
     "redact": (_DELETE, 5, "Personal data redacted"),
+    "apikey": (_UPDATE, 4, "API key changed"),
+    "inference": (_READ, 1, "Inference accounted for"),
 }
 _BREAK_GLASS = 9
 _VERSION = version("strongroom")

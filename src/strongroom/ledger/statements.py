@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Tampered
 from strongroom.formats.authority import LONGEST, Authority
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
 from strongroom.formats.principal import reinstated
 from strongroom.formats.statement import Statement
 from strongroom.ledger.consents import Consents
+from strongroom.ledger.gateways import Gateways
 
 Verify = Callable[[bytes, bytes, bytes], None]
 
@@ -29,7 +31,7 @@ class Statements:
     def __init__(self, origin: str, verify: Verify) -> None:
         self._origin, self._verify = origin, verify
         self._room, self._recovery = "", ""
-        self._consents = Consents()
+        self._consents, self._gateways = Consents(), Gateways()
         self._authorities: dict[str, Authority] = {}  # in force
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
@@ -54,6 +56,8 @@ class Statements:
             self._consents.check(index, entry, said)
         elif not self._by_itself(entry):
             raise Tampered("statement.missing", f"the entry {entry.type} rests on a statement, and has none")
+        elif entry.type == "inference" and (wrong := self._gateways.inference(entry, self._consents.knows)):
+            raise Tampered("log.unfounded", f"the entry inference does not follow from the log: {wrong}")
         self.apply(index, entry)
 
     def _by_itself(self, entry: Entry) -> bool:
@@ -64,7 +68,7 @@ class Statements:
             return entry.by == UNKNOWN or entry.by in self._consents.people
         if entry.by != CUSTODIAN:
             return False
-        if entry.type == "genesis":
+        if entry.type in ("genesis", "inference"):
             return True
         if entry.type == "keystore":
             return bool(entry.body["operation"] == "recover")
@@ -96,8 +100,13 @@ class Statements:
                 self._trust(said)
             case "revoke":
                 self._end(1, body["target"])
+                self._gateways.end(lambda each: each.principal == body["target"])
             case "clock":
                 self._sessions.clear()
+                self._gateways.end(lambda each: bool(each.session))
+            case "apikey" | "inference":
+                signer = said.key_id if said is not None else ""
+                self._gateways.apply(entry, signer if signer in self._sessions else "")
             case "approve" if grant := self._consents.granted(body["id"]):
                 if grant.record:
                     self._install(grant.record)
@@ -110,6 +119,8 @@ class Statements:
         before = self._consents.people.get(path)
         if body["state"] == "removed" or before is None or before.key != body["key"]:
             self._passkeys = {name: each for name, each in self._passkeys.items() if each[1] != path}
+        if body["state"] != "active" or before is None or before.key != body["key"]:
+            self._gateways.end(lambda each: each.principal == path)
         self._end(1, path)
 
     def _trust(self, said: Statement) -> None:
@@ -122,6 +133,7 @@ class Statements:
     def _end(self, place: int, name: str) -> None:
         """No key that a login introduced speaks for this principal (1), or on this authority's word (2), any more."""
         self._sessions = {key_id: each for key_id, each in self._sessions.items() if each[place] != name}
+        self._gateways.end(lambda each: bool(each.session) and each.session not in self._sessions)
 
     # -- what it rests on ----------------------------------------------------------------------------------------
 
@@ -172,6 +184,15 @@ class Statements:
         if entry.body["state"] == "active" and (whose or signed_with != self._consents.people[entry.by].key):
             raise Tampered("statement.foreign", f"the passkey is not added with {entry.by}'s own key, or not new")
 
+    def _check_apikey(self, entry: Entry, statement: Statement, signed_with: str) -> None:
+        """Else a custodian that lies could make a key for somebody, or of a login that was borrowed once one that
+        stays."""
+        own = signed_with == self._consents.people[entry.by].key
+        session = self._sessions.get(statement.key_id)
+        until = MAX_INTEGER if own else session[3] if session is not None else None
+        if wrong := self._gateways.key(entry, statement, max(entry.at, self._latest), until):
+            raise Tampered("log.unfounded", f"the entry apikey does not follow from the log: {wrong}")
+
     def _check_statement(self, entry: Entry, statement: Statement) -> None:
         key = self._key(entry, statement)
         if not key or statement.by != entry.by or statement.room != self._room:
@@ -198,6 +219,8 @@ class Statements:
             raise Tampered(
                 "statement.differs", f"the entry does not say what {entry.by} signed: {', '.join(differing)}"
             )
+        if entry.type == "apikey":
+            self._check_apikey(entry, statement, key)
         self.count += 1
 
 
@@ -212,7 +235,8 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
         shared = {"principal"}
     differing = {name for name in shared if said[name] != wrote[name]}
     name = entry.ref.partition("@")[0]
-    if (said.get("ref", entry.ref) or "") != entry.ref or said.get("name", name) != name:
+    named = said.get("name", name) if entry.type != "apikey" else name  # which has a name of its own
+    if (said.get("ref", entry.ref) or "") != entry.ref or named != name:
         differing.add("ref")
     # What is private is signed as the commitment to it.
     private = {"reason"} | ({"files"} if entry.type == "put" else set())

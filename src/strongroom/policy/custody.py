@@ -41,10 +41,10 @@ class Facts:
 
 
 class Custody:
-    """The rules, over the policies that `policies` finds by their digest."""
+    """The rules, over what `policies` finds by a digest."""
 
     def __init__(self, policies: Callable[[str], Policies]) -> None:
-        self._policies = policies
+        self.policies = self._policies = policies
 
     def may(
         self,

@@ -21,7 +21,18 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import UsageError
-from strongroom.policy.query import ACTIONS, ON_WEIGHTS, RELEASES, ROLES, ROOM, Query, Resource, Situation, Subject
+from strongroom.policy.query import (
+    ACTIONS,
+    FEATURES,
+    ON_WEIGHTS,
+    RELEASES,
+    ROLES,
+    ROOM,
+    Query,
+    Resource,
+    Situation,
+    Subject,
+)
 from strongroom.policy.text import Statement, invalid, statements
 
 if TYPE_CHECKING:
@@ -114,7 +125,7 @@ class Policies:
         digest = hashlib.sha256(text.encode()).hexdigest()
         roles = tuple(sorted(_role_names(structure)))
         scoped = {
-            names[f"policy{number}"]: (statement, _actions(structure["staticPolicies"][f"policy{number}"]["action"]))
+            names[f"policy{number}"]: (statement, _actions(structure["staticPolicies"][f"policy{number}"]))
             for number, statement in enumerate(found)
         }
         return cls(text, digest, MappingProxyType(rules), roles, MappingProxyType(scoped), {})
@@ -129,6 +140,10 @@ class Policies:
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(self.rules)
+
+    def permits(self, action: str) -> bool:
+        """Whether there is a rule that could permit this action, to anybody, under whatever circumstances."""
+        return any(action in named and self.rules[name].effect == "permit" for name, (_, named) in self._scoped.items())
 
     def decide(self, query: Query) -> Decision:
         """Allow or deny; it never raises, and never allows when anything is unclear."""
@@ -226,10 +241,12 @@ def _rules(structure: dict[str, Any], found: list[Statement]) -> tuple[dict[str,
     return names, rules
 
 
-def _actions(scope: Mapping[str, Any]) -> frozenset[str]:
-    """The actions of a policy's scope. The schema has no groups of actions: `in` is one of a list."""
+def _actions(policy: Mapping[str, Any]) -> frozenset[str]:
+    """The actions of a policy's scope. The schema has no groups of actions: `in` is one of a list. Who permitted
+    everything did not mean what did not exist then: the features of inference have to be named."""
+    scope = policy["action"]
     if scope["op"] == "All":
-        return frozenset(ACTIONS)
+        return frozenset(ACTIONS) - (frozenset(FEATURES) if policy["effect"] == "permit" else frozenset())
     return frozenset(entity["id"] for entity in scope.get("entities", [scope.get("entity")]))
 
 

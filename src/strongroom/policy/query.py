@@ -15,12 +15,21 @@ from typing import Any
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import UsageError
 
-ACTIONS = ("put", "load", "copy", "infer", "adapt", "trace", "approve", "grant", "audit", "administer")
-ON_WEIGHTS = ("load", "copy", "infer", "adapt")  # never about the room as a whole
+# What a request for inference may have besides (spec/gateway.md, section 2), each asked after `infer`. They help to
+# steal a model, so a rule permits one only by its name: one for every action, maybe older than these, permits none.
+FEATURES = ("infer_logprobs", "infer_embeddings", "infer_steering", "infer_many")
+ACTIONS = ("put", "load", "copy", "infer", *FEATURES, "adapt", "trace", "approve", "grant", "audit", "administer")
+ON_WEIGHTS = ("load", "copy", "infer", *FEATURES, "adapt")  # never about the room as a whole
 RELEASES = ("load", "copy")  # decided twice: in stage "grant" and in stage "release"
 LEASED = (*RELEASES, "trace")  # what a lease may be for
 STAGES = ("grant", "release", "direct")
-AUTHENTICATIONS = ("key", "passkey", "oidc", "x509")  # what the one who speaks has shown; policy/speaker.py finds it
+AUTHENTICATIONS = (
+    "key",
+    "passkey",
+    "oidc",
+    "x509",
+    "apikey",
+)  # what the one who speaks has shown; policy/speaker.py finds it
 ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
 ROOM = "room"  # as a `ref`: the room as a whole. Of weights that have this very name, only versions can be named.
 

@@ -16,10 +16,14 @@ from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
 from strongroom.formats.principal import grants, reinstated, resolved
 from strongroom.formats.statement import Statement
+from strongroom.policy import apikeys, usage
+from strongroom.policy.apikeys import ApiKey
 from strongroom.policy.speaker import TOLERANCE, key_of
+from strongroom.policy.usage import Usage
 
 _REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
 _FOR_EVER = MAX_INTEGER
+_NO_MATTER = ("inference", "refused")  # entries that change nothing that decides
 
 
 @dataclass
@@ -186,7 +190,7 @@ class State:
     others, of which there are not so many, are kept for ever: after the clock was set back they would be young again.
     """
 
-    FOLD: ClassVar[int] = 3  # raised with every change of what an entry does here: snapshots of before are void
+    FOLD: ClassVar[int] = 4  # raised with every change of what an entry does here: snapshots of before are void
 
     room: str = ""
     signer: str = ""
@@ -196,6 +200,7 @@ class State:
     policy_since: int = 0
     latest: int = 0
     era: int = 0
+    decided: int = 0  # the index of the newest entry that may change a decision
     most_granters: int = 0  # people who were officers or executives at one time; never less
     principals: dict[str, Principal] = field(default_factory=dict)
     versions: dict[str, Version] = field(default_factory=dict)
@@ -207,6 +212,8 @@ class State:
     authorities: dict[str, str] = field(default_factory=dict)  # by name: the text that formats/authority.py reads
     passkeys: dict[str, Passkey] = field(default_factory=dict)  # by the identifier of the key
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
+    apikeys: dict[str, ApiKey] = field(default_factory=dict)  # by digest; those that have ended, too
+    usage: dict[str, dict[str, Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:
     # the index of the entry, as text, and the person.
@@ -240,6 +247,8 @@ class State:
             raise Tampered("log.malformed", f"entry {index} is {entry.type}: the first entry, and only it, is genesis")
         # `clock` is how an administrator sets the room's time back; every other entry only moves it on.
         self.latest = entry.at if entry.type == "clock" else max(self.latest, entry.at)
+        if entry.type not in _NO_MATTER:
+            self.decided = index
         if statement := entry.body.get("statement"):
             until = entry.at + _REMEMBERED if entry.type == "release" else _FOR_EVER
             said = Statement.decode(statement)
@@ -303,6 +312,8 @@ class State:
         if body["state"] == "removed" or before is None or before.key != body["key"]:
             # What another key has added may have been added by whoever had stolen that.
             self.passkeys = {name: each for name, each in self.passkeys.items() if each.principal != path}
+        if body["state"] != "active" or before is None or before.key != body["key"]:
+            self._end_apikeys(lambda each: each.principal == path)
         self.most_granters = max(self.most_granters, len(self.granters()))
         if body["state"] != "active" or (
             before and (before.key, before.subject) != (body["key"], body.get("subject", ""))
@@ -354,8 +365,19 @@ class State:
         else:
             self.passkeys.pop(name, None)
 
+    def _apikey(self, index: int, entry: Entry) -> None:
+        apikeys.apply(self, index, entry, Statement.decode(entry.body["statement"]))
+
+    def _inference(self, _: int, entry: Entry) -> None:
+        usage.apply(self, entry)
+
     def _end_sessions(self, which: Callable[[Session], bool]) -> None:
         self.sessions = {name: each for name, each in self.sessions.items() if not which(each)}
+        self._end_apikeys(lambda each: bool(each.session) and each.session not in self.sessions)
+
+    def _end_apikeys(self, which: Callable[[ApiKey], bool]) -> None:
+        for each in self.apikeys.values():
+            each.ended = each.ended or which(each)
 
     def _proposal(self, _: int, entry: Entry) -> None:
         body = entry.body
@@ -482,6 +504,7 @@ class State:
                 self.principals[target].state = "suspended"
             self.principals[target].entry = index
             self._end_sessions(lambda session: session.principal == target)
+            self._end_apikeys(lambda each: each.principal == target)
             self._end_leases(lambda lease: lease.holder == target, why)
         else:
             self.versions[target].frozen = True
@@ -489,7 +512,7 @@ class State:
 
     def _clock(self, index: int, _: Entry) -> None:
         self.era = index
-        self.sessions.clear()
+        self._end_sessions(lambda _: True)
         self._end_leases(lambda _: True, f"the clock was set back in entry {index}")
 
     def _method(self, entry: Entry, said: Statement) -> str:
@@ -524,6 +547,10 @@ class State:
                     "grants": {key: Grant(**item) for key, item in value["grants"].items()},
                     "passkeys": {key: Passkey(**item) for key, item in value["passkeys"].items()},
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
+                    "apikeys": {key: ApiKey(**item) for key, item in value["apikeys"].items()},
+                    "usage": {
+                        day: {ref: Usage(**item) for ref, item in sums.items()} for day, sums in value["usage"].items()
+                    },
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
             )
@@ -543,6 +570,8 @@ _APPLY: dict[str, Callable[[State, int, Entry], None]] = {
     "authority": State._authority,
     "passkey": State._passkey,
     "session": State._session,
+    "apikey": State._apikey,
+    "inference": State._inference,
     "proposal": State._proposal,
     "policy": State._policy,
     "put": State._put,

@@ -61,14 +61,15 @@ class CustodianApp:
 
     def _handlers(self) -> dict[str, Handler]:
         reading = Reading(self._vault, self._calls)
-        said = ("request", "approve", "deny", "renew", "revoke", "propose", "principal", "authority", "passkey")
+        said = ("request", "approve", "deny", "renew", "revoke", "propose")
+        also = ("principal", "authority", "passkey", "apikey")
         read = ("requests", "show_request", "leases", "principals", "show_principal", "policy", "weights", "show")
         more = ("authorities", "reach", "review", "status", "checkpoint", "consistency", "tile", "object", "ceilings")
         return {
             "challenge": self._challenge,
             "release": self._release,
-            **{kind: partial(self._say, kind) for kind in said},
-            **{name: getattr(reading, name) for name in (*read, *more)},
+            **{kind: partial(self._say, kind) for kind in (*said, *also)},
+            **{name: getattr(reading, name) for name in (*read, *more, "apikeys")},
             "login": self._login,
             "enact": partial(self._act, ("enact",)),
             "act": partial(self._act, _ACTS),
@@ -170,6 +171,7 @@ class CustodianApp:
             "principal": custodian.change_principal,
             "authority": custodian.change_authority,
             "passkey": custodian.change_passkey,
+            "apikey": custodian.apikeys.change,
         }[kind](envelope)
 
     def _act(self, kinds: tuple[str, ...], request: Request, body: bytes) -> dict[str, Any]:

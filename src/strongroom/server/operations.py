@@ -53,6 +53,8 @@ OPERATIONS = (
     Operation("login", "POST", "/v1/logins", "A key speaks for a principal for a while", STATEMENT, "Login", "Proven"),
     Operation("authorities", "GET", "/v1/authorities", "Whose word is taken for who somebody is", CALL, "Authorities"),
     Operation("passkey", "POST", "/v1/passkeys", "Add a passkey, or remove it", STATEMENT, "PasskeyChanged", "Said"),
+    Operation("apikeys", "GET", "/v1/apikeys", "API keys of the gateway", CALL, "ApiKeys", query=("principal",)),
+    Operation("apikey", "POST", "/v1/apikeys", "Make an API key, or end it", STATEMENT, "ApiKeyChanged", "Said"),
     Operation("authority", "POST", "/v1/authorities", "Take, or no more", STATEMENT, "AuthorityChanged", "Said"),
     Operation("policy", "GET", "/v1/policies", "A policy, and what is proposed", CALL, "Policy", query=("digest",)),
     Operation("propose", "POST", "/v1/policies", "Propose a policy", STATEMENT, "PolicyProposed", "Proposed"),

@@ -65,6 +65,10 @@ class Reading:
             )
         return self._custodian.show_principal(path)
 
+    def apikeys(self, request: Request, body: bytes) -> dict[str, Any]:
+        who, path = self._calls.caller(request, body), request.query_params.get("principal")
+        return {"apikeys": self._custodian.apikeys.ls(who, path)}
+
     def authorities(self, request: Request, body: bytes) -> dict[str, Any]:
         self._no_guest(request, body, "authorities")
         return {"authorities": self._custodian.authorities()}

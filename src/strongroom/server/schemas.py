@@ -73,6 +73,7 @@ _VERSION: dict[str, Schema] = {
     "shredded_at": _or_null(TEXT),
 }
 _HELD: dict[str, Schema] = {"id": ID, **_all("holder", "action", "ref"), **_counts("expires_at", "used")}
+_APIKEY: dict[str, Schema] = {"id": ID, "key": DIGEST, **_all("principal", "name"), **_counts("expires_at", "entry")}
 
 # What is sent.
 _SAID: dict[str, Schema] = {"statement": {"type": "string", "maxLength": LIMITS.entry}}
@@ -110,6 +111,7 @@ COMPONENTS: dict[str, Schema] = {
             "entry": COUNT,
             "leases": _list(_object({"id": ID, **_all("action", "ref"), "expires_at": COUNT})),
             "passkeys": _list(_object({**_all("key", "credential"), "entry": COUNT})),
+            "apikeys": _list(_object(_APIKEY)),
         }
     ),
     "Principals": _object({"principals": _list(_object(_WHO))}),
@@ -132,6 +134,8 @@ COMPONENTS: dict[str, Schema] = {
         }
     ),
     "PasskeyChanged": _object({**_all("principal", "state"), "entry": COUNT}),
+    "ApiKeys": _object({"apikeys": _list(_object(_APIKEY))}),
+    "ApiKeyChanged": _object({"id": ID, **_all("principal", "name", "state"), **_counts("expires_at", "entry")}),
     "AuthorityChanged": _object({**_all("authority", "state"), "id": ID, "entry": COUNT}, optional=("id",)),
     "Policy": _object(
         {

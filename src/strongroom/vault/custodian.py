@@ -39,6 +39,7 @@ from strongroom.policy.reach import Access, reach
 from strongroom.policy.review import Review, review
 from strongroom.policy.speaker import Speaker, assumed, authenticate, check_clock, speaking
 from strongroom.policy.state import Principal, State
+from strongroom.vault.apikeys import ApiKeys
 from strongroom.vault.documents import Documents
 from strongroom.vault.founding import Founding
 from strongroom.vault.logins import Logins
@@ -80,6 +81,7 @@ class Custodian:
         self._refusals = Refusals(ledger)
         self._logins = Logins()
         self.rules = Custody(self._documents.policies)
+        self.apikeys = ApiKeys(self, self._append, self._now)
         self._upkeep = Upkeep(self.rules, self._once, vault.db)
         self.founding = Founding(vault.id, ledger, self._documents, self._now)
 
@@ -113,11 +115,12 @@ class Custodian:
                 for each in state.passkeys.values()
                 if each.principal == path
             ]
-        return {**vars(who), "since": text(who.since), "leases": leases, "passkeys": passkeys}
+        more = {"leases": leases, "passkeys": passkeys, "apikeys": self.apikeys.of(path)}
+        return {**vars(who), "since": text(who.since), **more}
 
     def change_principal(self, envelope: str) -> dict[str, Any]:
         """Register somebody, or change roles, key or state: a statement of the kind ``principal``."""
-        statement = self._statement(envelope, "principal")
+        statement = self.statement(envelope, "principal")
         receipt = self._append(statement, lambda state, now: Draft(self.rules.principal(state, statement, now)))
         body = receipt.entry.body
         if receipt.entry.type == "grant":
@@ -130,7 +133,7 @@ class Custodian:
 
     def change_authority(self, envelope: str) -> dict[str, Any]:
         """Whose word is taken for who somebody is: a statement of the kind ``authority``."""
-        statement = self._statement(envelope, "authority")
+        statement = self.statement(envelope, "authority")
         with self._heard(statement, "authority"):
             if text := statement.body["text"]:
                 check_authority(Authority.decode(text))
@@ -142,7 +145,7 @@ class Custodian:
 
     def change_passkey(self, envelope: str) -> dict[str, Any]:
         """A principal adds a passkey, or takes one away: a statement of the kind ``passkey``."""
-        statement = self._statement(envelope, "passkey")
+        statement = self.statement(envelope, "passkey")
         receipt = self._append(statement, lambda state, now: Draft(entrance.passkey(state, statement, now)))
         return {"principal": statement.by, "state": statement.body["state"], "entry": receipt.index}
 
@@ -154,7 +157,7 @@ class Custodian:
 
     def login(self, envelope: str, proof: Mapping[str, Any]) -> dict[str, Any]:
         """A key speaks for a principal, by the word of an authority (spec/ledger.md, section 9)."""
-        statement = self._statement(envelope, "login")
+        statement = self.statement(envelope, "login")
         found, authority = None, None
         with self._refusals.recorded(UNKNOWN, "login"):
             # Before anything is looked up, or asked of anybody: steps 1 to 3.
@@ -169,7 +172,7 @@ class Custodian:
 
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         """A new policy, as a proposal."""
-        statement = self._statement(envelope, "propose")
+        statement = self.statement(envelope, "propose")
         with self._heard(statement, "administer"):
             # Before the text is looked at: parsing takes seconds of whatever is sent.
             try:
@@ -193,7 +196,7 @@ class Custodian:
 
     def request(self, envelope: str, reason: Private) -> dict[str, Any]:
         """Ask for a lease."""
-        statement = self._statement(envelope, "request")
+        statement = self.statement(envelope, "request")
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.request(state, statement, reason.commitment, now), [reason]),
@@ -203,13 +206,13 @@ class Custodian:
 
     def approve(self, envelope: str) -> dict[str, Any]:
         """One more approval of a request or a proposal."""
-        statement = self._statement(envelope, "approve")
+        statement = self.statement(envelope, "approve")
         receipt = self._append(statement, lambda state, now: Draft(self.rules.approve(state, statement, now)))
         return self.show_request(receipt.entry.body["id"]) | {"entry": receipt.index}
 
     def deny(self, envelope: str, reason: Private) -> dict[str, Any]:
         """A no."""
-        statement = self._statement(envelope, "deny")
+        statement = self.statement(envelope, "deny")
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.deny(state, statement, reason.commitment, now), [reason]),
@@ -219,7 +222,7 @@ class Custodian:
 
     def revoke(self, envelope: str, reason: Private) -> dict[str, Any]:
         """End a lease or request, suspend a principal, freeze a version."""
-        statement = self._statement(envelope, "revoke")
+        statement = self.statement(envelope, "revoke")
         receipt = self._append(
             statement,
             lambda state, now: Draft(self.rules.revoke(state, statement, reason.commitment, now), [reason]),
@@ -230,7 +233,7 @@ class Custodian:
 
     def renew(self, envelope: str) -> dict[str, Any]:
         """Extend a lease."""
-        statement = self._statement(envelope, "renew")
+        statement = self.statement(envelope, "renew")
         receipt = self._append(statement, lambda state, now: Draft(self.rules.renew(state, statement, now)))
         return self.show_request(statement.body["lease"]) | {"entry": receipt.index}
 
@@ -280,12 +283,17 @@ class Custodian:
 
     # -- who can what --------------------------------------------------------------------------------------------
 
+    def may(self, by: str | Speaker, *actions: str) -> bool:
+        """Whether policy lets `by` do one of `actions` in the room; nothing is recorded."""
+        with self.ledger.view() as state:
+            who = speaking(state, by)
+            return any(self.rules.allowed(state, who, action, self._now()) for action in actions)
+
     def may_know_why(self, found: Mapping[str, Any], who: Speaker) -> bool:
         """Whether `who` is told the reason of a request: who asked, whom it is for, who could approve, who audits."""
         if who.path in (found["by"], found["for"]) or set(RANKS) & set(who.roles):
             return True
-        with self.ledger.view() as state:
-            return any(self.rules.allowed(state, who, action, self._now()) for action in ("audit", "administer"))
+        return self.may(who, "audit", "administer")
 
     def who(self, ref: str) -> list[dict[str, Any]]:
         """Every principal's access to one version, by the policy in force, with the counts and leases of now."""
@@ -368,7 +376,7 @@ class Custodian:
 
     def release(self, envelope: str, reason: Private | None = None) -> Answer:
         """Record a release, and only then seal the key bundle to the key that asked for it."""
-        statement = self._statement(envelope, "release")
+        statement = self.statement(envelope, "release")
         body = statement.body
         # Before anything is looked up: how long that takes would tell a stranger what there is.
         with self._refusals.recorded(statement.by, body["action"], body["ref"]):
@@ -570,7 +578,8 @@ class Custodian:
 
         return self.ledger.append(within, writes=writes)
 
-    def _statement(self, envelope: str, kind: str) -> Statement:
+    def statement(self, envelope: str, kind: str) -> Statement:
+        """The statement in `envelope`, which has to be of that kind; UsageError ``statement.kind``."""
         statement = Statement.decode(envelope)
         if statement.kind != kind:
             raise UsageError("statement.kind", f"this takes a statement of the kind {kind}, not {statement.kind}")

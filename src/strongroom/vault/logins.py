@@ -24,6 +24,8 @@ from strongroom.formats.authority import (
     Authority,
     audience_name,
     check_proof,
+    gateway_audience,
+    gateway_nonce,
     key_name,
     subject,
     svid_message,
@@ -75,8 +77,27 @@ class Logins:
 
     # -- OpenID Connect ------------------------------------------------------------------------------------------
 
+    def bearer(self, authority: Authority, token: str, room: bytes, now: int) -> tuple[str, int]:
+        """Whom an ID token for the gateway of `room` names, as in a principal's record, and until when it is good
+        (spec/ledger.md, section 12). Errors as `verify`."""
+        payload = self._signed(authority, token)
+        _check_claims(authority, payload, now, once=False)
+        _check_purpose(authority, payload, gateway_audience(room), gateway_nonce(room))
+        until = int(min(payload["exp"], payload["iat"] + authority.longest))
+        if now >= until:
+            raise refused("the token has expired", "get a new one")
+        return subject(authority.kind, authority.name, str(payload["sub"])), until
+
     def _token(self, authority: Authority, token: str, room: bytes, key: bytes, now: int) -> str:
-        """The subject of an ID token (OpenID Connect Core, section 3.1.3.7; RFC 8725)."""
+        """The subject of an ID token that introduces a key."""
+        payload = self._signed(authority, token)
+        _check_claims(authority, payload, now)
+        # 4d: it was made for this key and this room.
+        _check_purpose(authority, payload, audience_name(room, key), key_name(room, key))
+        return str(payload["sub"])
+
+    def _signed(self, authority: Authority, token: str) -> dict[str, Any]:
+        """What an ID token says that the issuer has signed (OpenID Connect Core, section 3.1.3.7; RFC 8725)."""
         try:
             from joserfc import jws
             from joserfc.errors import SecurityWarning
@@ -102,20 +123,7 @@ class Logins:
             jws.deserialize_compact(token, import_key(signer), algorithms=[str(algorithm)])
         except Exception:  # noqa: BLE001 - whatever it is: this is not what the issuer has signed
             raise refused("the token is not signed with the issuer's key") from None
-        # 4c: what it says.
-        _check_claims(authority, payload, now)
-        # 4d: it was made for this key and this room.
-        if authority.binding == NONCE:
-            audience, nonce = authority.audience, key_name(room, key)
-            if payload.get("nonce") != nonce:
-                raise refused("the token was not made for this key: its nonce is another")
-        else:
-            audience = audience_name(room, key)
-        if payload.get("aud") not in (audience, [audience]):
-            raise refused("the token was made for somebody else, or not for this key: its audience is another")
-        if payload.get("azp", audience) != audience and authority.binding != AUDIENCE:
-            raise refused("the token was given to somebody else")
-        return str(payload["sub"])
+        return payload
 
     def _key(self, authority: Authority, key_id: str, algorithm: str) -> dict[str, Any]:
         found = [each for each in self._jwks(authority, fresh=False) if each.get("kid") == key_id]
@@ -184,7 +192,28 @@ def keys_of(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int) -> None:
+def issuer_of(token: str) -> str:
+    """Whose token this says to be; not checked. AuthRequired ``login.refused``."""
+    issuer = _parts(token)[1].get("iss")
+    if not isinstance(issuer, str):
+        raise refused("the token does not say whose it is")
+    return issuer
+
+
+def _check_purpose(authority: Authority, claims: Mapping[str, Any], audience: str, nonce: str) -> None:
+    """That it was made for what is asked: by its audience, or by its nonce."""
+    if authority.binding == NONCE:
+        audience = authority.audience
+        if claims.get("nonce") != nonce:
+            raise refused("the token was not made for this key, or for this: its nonce is another")
+    if claims.get("aud") not in (audience, [audience]):
+        raise refused("the token was made for somebody else, or not for this key: its audience is another")
+    if claims.get("azp", audience) != audience and authority.binding != AUDIENCE:
+        raise refused("the token was given to somebody else")
+
+
+def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int, *, once: bool = True) -> None:
+    """Step 4c. `once`: it was made to be used now, and never again."""
     if claims.get("iss") != authority.name:
         raise refused(f"the token is by {claims.get('iss')!r:.200}, letter by letter not {authority.name!r:.200}")
     if not isinstance(claims.get("sub"), str) or not 0 < len(claims["sub"]) <= 255:
@@ -196,7 +225,7 @@ def _check_claims(authority: Authority, claims: Mapping[str, Any], now: int) -> 
         raise refused("the token has expired", "get a new one, and run strongroom login at once")
     if now < max(times["iat"], times["nbf"]) - _LEEWAY:
         raise refused("the token is not good yet: the issuer's clock and the custodian's differ")
-    if now - times["iat"] > _YOUNG + _LEEWAY:
+    if once and now - times["iat"] > _YOUNG + _LEEWAY:
         raise refused(f"the token is older than {_YOUNG} seconds", "get a new one, and run strongroom login at once")
 
 

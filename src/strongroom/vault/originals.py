@@ -25,6 +25,7 @@ _CONFIG = 1 << 20  # bytes: no config.json is larger
 # where a language model has no such tensor: its embedding, whose last tensor of output.* is a norm in GGUF.
 _OUTPUT = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight|output\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|token_embd|shared)\.weight")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # of the language part of a model of several
 _GGUF_NORM = "output_norm.weight"
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -183,6 +184,20 @@ class Originals:
                     return value
         return {}
 
+    def logits(self) -> tuple[int, int]:
+        """How many tokens a language model knows, and the size of the hidden state that gives their logits: as its
+        config.json says, else as the tensor that makes logits of it is shaped; 0 for what neither says."""
+        config = self.config()
+        nested = [value for name in _TEXT_CONFIGS if isinstance(value := config.get(name), dict)]
+        rows = sorted(info.shape for _, info in self._listed if _is_output(info))
+        shape = rows[-1] if rows else (0, 0)
+
+        def said(name: str, otherwise: int) -> int:
+            found = [value for each in (config, *nested) if type(value := each.get(name)) is int and value > 0]
+            return found[0] if found else otherwise
+
+        return said("vocab_size", shape[0]), said("hidden_size", shape[1])
+
     def _infos(self, file: FileEntry) -> list[TensorInfo]:
         def read(offset: int, size: int) -> bytes:
             return bytes(self.read(file.offset + offset, min(file.offset + offset + size, file.end)))
@@ -190,3 +205,7 @@ class Originals:
         if file.kind == "safetensors":
             return list(safetensors.parse_header(read(0, file.data_start), file.bytes).tensors.values())
         return list(gguf.parse_header(read, file.bytes).tensors.values())
+
+
+def _is_output(info: TensorInfo) -> bool:
+    return len(info.shape) == 2 and bool(_OUTPUT.fullmatch(info.name) or _EMBEDDING.fullmatch(info.name))

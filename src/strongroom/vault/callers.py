@@ -1,0 +1,240 @@
+"""Who calls at the gateway, and what each may have: all that a gateway sees of a room (spec/gateway.md, sections 1, 2
+and 6). Thread-safe."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from strongroom.core.ids import Ref
+from strongroom.errors import AuthRequired, Denied, IntegrityError, NotFound, Tampered, UsageError
+from strongroom.formats.authority import OIDC, Authority
+from strongroom.formats.entry import CUSTODIAN, Entry
+from strongroom.ledger.log import Draft
+from strongroom.policy import apikeys, usage
+from strongroom.policy.apikeys import APIKEY
+from strongroom.policy.custody import usable
+from strongroom.policy.explain import explain
+from strongroom.policy.facts import resource, situation, subject
+from strongroom.policy.query import FEATURES, Query
+from strongroom.policy.speaker import Speaker, active
+from strongroom.vault.logins import Logins, issuer_of
+from strongroom.vault.originals import Originals
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import Connection
+
+    from strongroom.policy.state import State
+    from strongroom.policy.usage import Usage
+    from strongroom.vault.vault import Vault
+
+_ACTIONS = ("infer", *FEATURES)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A principal that calls. `key`: the first 16 digits of the API key's digest, empty for a token; `method`: what it
+    has shown, one of `query.AUTHENTICATIONS`."""
+
+    principal: str
+    roles: tuple[str, ...]
+    teams: tuple[str, ...]
+    person: str
+    key: str
+    method: str = APIKEY
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A version. `created`: seconds; `parameters`: elements of its tensors; `vocabulary` and `hidden`: tokens, and the
+    size of a hidden state, 0 where neither config.json nor its tensors say; `bytes`: of its files."""
+
+    ref: str
+    created: int
+    parameters: int
+    vocabulary: int
+    hidden: int
+    bytes: int
+
+
+class Callers:
+    """The callers of one room. Everything here may raise what a log or a database that fails raises: Sealed,
+    BackendError, IntegrityError."""
+
+    def __init__(self, vault: Vault, logins: Logins | None = None) -> None:
+        self._vault, self._custodian = vault, vault.custodian
+        self._ledger = vault.custodian.ledger
+        self._logins = logins or Logins()
+        self._models: dict[str, ModelInfo] = {}  # by the version's identifier: what it has in it does not change
+        self._lock = threading.Lock()
+
+    def version(self) -> str:
+        """Another text whenever a decision may be another one: of the log's entries all count but those about inference
+        and refusals. What ends by time alone, a key or a token, changes nothing here."""
+        with self._ledger.view() as state:
+            return str(state.decided)
+
+    # -- who calls -----------------------------------------------------------------------------------------------
+
+    def by_key(self, digest: str) -> Caller | None:
+        """Who shows the API key with this SHA-256 (64 hexadecimal digits), if it is good now."""
+        now = self._vault.clock()
+        with self._ledger.view() as state:
+            key = state.apikeys.get(digest)
+            if key is None or not apikeys.good(state, key, now):
+                return None
+            return _caller(Speaker(state.principals[key.principal], key.method), key.id)
+
+    def by_token(self, token: str) -> tuple[Caller, int]:
+        """Who shows this ID token, and until when it is good, in seconds; AuthRequired, in the same words for everybody
+        who is not known."""
+        now, name = self._vault.clock(), issuer_of(token)
+        with self._ledger.view() as state:
+            text, today = state.authorities.get(name), max(now, state.latest)
+        authority = Authority.decode(text) if text is not None else None
+        if authority is None or authority.kind != OIDC:
+            raise _nobody()
+        # Without the state, which others wait for: it may ask the issuer for its keys.
+        named, until = self._logins.bearer(authority, token, self._vault.id, today)
+        with self._ledger.view() as state:
+            found = [each for each in state.principals.values() if each.subject == named and each.active]
+            # It was judged by the terms that were in force then.
+            if state.authorities.get(name) != text or len(found) != 1 or found[0].path.startswith("team/"):
+                raise _nobody()
+            return _caller(Speaker(found[0], OIDC), ""), until
+
+    # -- what they may have --------------------------------------------------------------------------------------
+
+    def models(self, caller: Caller) -> list[ModelInfo]:
+        """The versions that `caller` may infer on, by name and number; without those that are frozen, and those whose
+        bytes fail their checks, of which `strongroom verify` says more."""
+        now = self._vault.clock()
+        with self._ledger.view() as state:
+            speaker = Speaker(active(state, caller.principal), caller.method)
+            there = [each for each in state.versions.values() if not each.shredded and not each.frozen]
+            policies = self._custodian.rules.policies(state.policy)
+            asked = [(each.ref, _query(state, speaker, "infer", each.ref, now)) for each in there]
+        found = []
+        for ref, query in asked:
+            if policies.decide(query).allowed:
+                try:
+                    found.append(self.model(ref))
+                except (IntegrityError, NotFound):  # or it was shredded meanwhile
+                    continue
+        return sorted(found, key=lambda each: Ref.parse(each.ref))
+
+    def model(self, ref: str) -> ModelInfo:
+        """What a version is, whoever asks; NotFound ``version.missing``."""
+        with self._ledger.view() as state:
+            version = state.versions.get(ref)
+            if version is None or version.shredded:
+                raise _missing(ref)
+            name = version.version
+        with self._lock:
+            known = self._models.get(name)
+        if known is None:
+            known = self._read(ref, name)
+            with self._lock:
+                self._models[name] = known
+        return known
+
+    def resolve(self, model: str) -> str:
+        """The version that a name stands for: NAME@N itself, of NAME the newest that is not shredded. NotFound."""
+        try:
+            wanted = Ref.parse(model)
+        except UsageError:
+            raise _missing(model) from None
+        with self._ledger.view() as state:
+            refs = [Ref.parse(each.ref) for each in state.versions.values() if not each.shredded]
+        found = [each for each in refs if each.name == wanted.name and wanted.number in (None, each.number)]
+        if not found:
+            raise _missing(model)
+        return str(max(found, key=lambda each: each.number or 0))
+
+    def decide(self, caller: Caller, action: str, ref: str) -> None:
+        """Denied, explained, unless policy lets `caller` do `action`, which is `infer` or a feature of it, to the
+        version `ref` now. NotFound for one that is not there."""
+        if action not in _ACTIONS:
+            raise UsageError("policy.action", f"{action!r:.80} is not inference; expected one of {', '.join(_ACTIONS)}")
+        now = self._vault.clock()
+        with self._ledger.view() as state:
+            # As the principal is now, and not as it was when it was recognised.
+            speaker = Speaker(active(state, caller.principal), caller.method)
+            frozen = None
+            try:
+                usable(state, ref)
+            except Denied as error:
+                frozen = error
+            query = _query(state, speaker, "infer", ref, now)
+            policies = self._custodian.rules.policies(state.policy)
+        # Whether it is frozen is told to those only who could use it otherwise. A feature is part of inference: what
+        # forbids that, and may not name the feature, forbids it.
+        query = replace(query, resource=replace(query.resource, frozen=False))
+        for each in dict.fromkeys(("infer", action)):
+            asked = replace(query, action=each)
+            if not policies.decide(asked).allowed:
+                raise explain(policies, asked).denied()
+        if frozen is not None:
+            raise frozen
+
+    def record(self, ref: str, body: Mapping[str, Any]) -> int:
+        """Append what a gateway has counted as an `inference` entry, about `ref` or about none (an empty text); its
+        index. UsageError ``inference.malformed``."""
+
+        def append(_: Connection, state: State, now: int) -> Draft:
+            entry = Entry("inference", now, CUSTODIAN, ref, dict(body))
+            try:
+                entry.encode()
+            except (ValueError, TypeError) as error:
+                raise UsageError("inference.malformed", f"that is no account of inference: {error}") from None
+            if ref and ref not in state.versions:
+                raise UsageError("inference.malformed", f"there never were weights {ref!r:.80} in this room")
+            return Draft(entry)
+
+        return self._custodian.decide(append).index
+
+    def usage(self, ref: str, begin: int) -> Usage:
+        """What `inference` entries about `ref` come to, from the day on that the time `begin` (seconds) is in, at most
+        400 days back."""
+        with self._ledger.view() as state:
+            return usage.since(state, ref, begin)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _read(self, ref: str, version: str) -> ModelInfo:
+        row = self._vault.find(ref)
+        record = self._vault.record(row)
+        if record.version.hex() != version:
+            raise Tampered("record.swapped", f"the database says that {ref} is another version than the log has")
+        originals = Originals(self._vault.image(record), record)
+        vocabulary, hidden = originals.logits()
+        try:
+            created = int(datetime.strptime(row.created_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp())
+        except ValueError:
+            raise Tampered("record.malformed", f"the database does not say when {ref} was put") from None
+        parameters = sum(each.info.elements for each in originals.tensors())
+        size = sum(each.bytes for each in originals.layout.files)
+        return ModelInfo(ref, created, parameters, vocabulary, hidden, size)
+
+
+def _caller(who: Speaker, key: str) -> Caller:
+    return Caller(who.path, tuple(who.roles), tuple(who.principal.teams), who.person, key, who.method)
+
+
+def _query(state: State, who: Speaker, action: str, ref: str, now: int) -> Query:
+    return Query(subject(who), action, resource(state, ref), situation(state, who, ref, now, stage="direct"))
+
+
+def _missing(ref: str) -> NotFound:
+    return NotFound("version.missing", f"there are no weights {ref!r:.200} in this room", hint="strongroom ls")
+
+
+def _nobody() -> AuthRequired:
+    return AuthRequired(
+        "token.refused",
+        "the token is of nobody who may act here, or of nobody whose word this room takes",
+        hint="strongroom authority ls; or an API key: strongroom apikey new",
+    )

@@ -158,7 +158,7 @@ def room(work: Path) -> tuple[Path, str]:
     """A room with a small model, and an API key of its owner."""
     folder = work / "room"
     strongroom = [str(BIN / "strongroom"), "--room", str(folder), "--json"]
-    subprocess.run([*strongroom, "init"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*strongroom, "init", "--custody", "solo"], check=True, stdout=subprocess.DEVNULL)
     model = generate(
         work / "model", Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=4, vocabulary=49_152)
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -56,6 +58,7 @@ class GatewayApp:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
         self._flights = Flights(door)
         self.failure: StrongroomError | None = None  # why it did not start
+        self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
         self.counts: dict[tuple[str, str], int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +105,13 @@ class GatewayApp:
             self._records.check()
             token = _bearer(scope)
             caller = await self._door.caller(token)
-            flight = Flight(route, caller, token, secrets.token_hex(12), _network(scope))
+            flight = Flight(
+                route,
+                caller,
+                token,
+                f"{self._prefix}{next(self._numbers):x}",
+                _network((scope.get("client") or ("",))[0]),
+            )
             with self._flights.of(flight):
                 await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
@@ -338,10 +347,11 @@ def _bearer(scope: Scope) -> str:
     raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
 
 
-def _network(scope: Scope) -> str:
+@lru_cache(65_536)
+def _network(host: str) -> str:
     """Where an answer goes: the /24 or /48 that the caller is in."""
     try:
-        address = ipaddress.ip_address((scope.get("client") or ("",))[0])
+        address = ipaddress.ip_address(host)
     except ValueError:
         return ""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from strongroom.errors import AuthRequired, Denied, NotFound, Sealed, StrongroomError
+from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Sealed, StrongroomError
 
 T = TypeVar("T")
 _KEPT = 10_000  # answers of each kind that are remembered
@@ -123,9 +123,10 @@ class Door:
             if caller is not None:
                 return caller, self._clock() + _DECISION
         elif token.count(".") == 2:
-            caller, until = self._callers.by_token(token)
-            return caller, self._clock() + min(_DECISION, max(0.0, until - time.time()))
-        raise AuthRequired("apikey.invalid", "the API key is not one that is good here")
+            with contextlib.suppress(AuthRequired):  # one error for every reason
+                caller, until = self._callers.by_token(token)
+                return caller, self._clock() + min(_DECISION, max(0.0, until - time.time()))
+        raise _nobody()
 
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
@@ -147,15 +148,19 @@ class Door:
             kept = self._decisions.get(key)
             if kept is None or kept[1] < self._clock():
                 epoch = self.epoch
+                denied: StrongroomError | None = None
                 try:
                     await self._ask(self._callers.decide, caller, action, ref)
-                    denied = None
-                except Denied as error:
+                except (Denied, Conflict) as error:
                     denied = error
+                except NotFound:
+                    denied = missing(model)
+                except AuthRequired:  # suspended since the key was looked up
+                    raise _nobody() from None
                 kept = (denied, self._clock() + _DECISION)
                 self._keep(self._decisions, key, *kept, epoch)
             if kept[0] is not None:
-                if action == "infer" and kept[0].code != "denied.frozen":
+                if action == "infer" and kept[0].code != "version.frozen":
                     raise missing(model)
                 raise kept[0]
 
@@ -191,3 +196,7 @@ class Door:
 def missing(model: str) -> NotFound:
     """One error for what is not there and for what is not the caller's to know of."""
     return NotFound("model.not_found", f"there is no model {model!r:.80} that you may use", param="model")
+
+
+def _nobody() -> AuthRequired:
+    return AuthRequired("apikey.invalid", "the API key is not one that is good here")

@@ -22,7 +22,7 @@ from strongroom.errors import (
 _BY_CODE = {
     "body.too_large": ("body_too_large", 413),
     "content.refused": ("content_refused", 400),
-    "denied.frozen": ("frozen", 403),
+    "version.frozen": ("frozen", 403),
     "upstream.timeout": ("upstream_timeout", 504),
     "upstream.malformed": ("upstream_malformed", 502),
     "upstream.unavailable": ("upstream_unavailable", 502),

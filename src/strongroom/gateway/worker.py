@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from strongroom.errors import UsageError
@@ -26,24 +26,29 @@ from strongroom.vault.vault import Vault
 from strongroom.watch.budget import Budgets
 from strongroom.watch.effective import effective_bits
 
+_VERSIONS = 1024
+_VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
 def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> GatewayApp:
     """The application of one of so many workers. `records`: the folder that they are written into."""
     callers = Callers(vault)
-    clock: Callable[[], float] = time.time
-    budgets = Budgets(
-        vault.db,
-        settings.budgets.rules,
-        lambda ref: effective_bits(
+
+    # What a version has in it does not change: it is asked for once.
+    @lru_cache(_VERSIONS)
+    def size(ref: str) -> int:
+        return effective_bits(
             callers.model(ref).parameters,
             bits_per_parameter=settings.budgets.bits_per_parameter,
             compression=settings.budgets.compression,
-        ),
-        clock,
-        alarm=told,
-    )
+        )
+
+    @lru_cache(_VERSIONS)
+    def vocabulary(ref: str) -> int:
+        return callers.model(ref).vocabulary or _VOCABULARY
+
+    budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told)
     limits = (
         RedisLimits(settings, time.monotonic, name=vault.id.hex())
         if settings.redis.url
@@ -64,7 +69,7 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         Door(callers),
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
         Routes(backends, channelled=channelled),
-        Tolls(settings, limits, budgets, lambda ref: callers.model(ref).vocabulary, filters),
+        Tolls(settings, limits, budgets, vocabulary, filters),
         Records(records, callers.record, settings.digest),
     )
 

@@ -188,9 +188,9 @@ class GatewayApp:
             await self._recorded(flight, 100, "reserved")
         async for piece in reply.pieces():
             out = b"".join([shape.piece(event) for event in events.feed(piece)])
+            _check_size(shape.meter, flight)
             if not out:
                 continue
-            _check_size(shape.meter, flight)
             if not flight.begun:
                 flight.begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
@@ -224,7 +224,9 @@ class GatewayApp:
         if flight.begun:  # its status has been sent: an error is an event of the stream, and the last
             await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
         else:
-            await _send(send, status, body, [*refusal.headers_of(error), *flight.headers])
+            # What was not read of a request can't be told from the next one.
+            closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
+            await _send(send, status, body, [*refusal.headers_of(error), *flight.headers, *closing])
 
     async def _recorded(self, flight: Flight, status: int, code: str) -> None:
         self._count(flight.route, code or "ok")
@@ -297,9 +299,8 @@ class GatewayApp:
 
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
-    tokens, counted = meter.tokens()
     asked = flight.asked
-    if counted and asked is not None and tokens > flight.most * asked.n:
+    if asked is not None and max(meter.channel, meter.chunks, meter.reported or 0) > flight.most * asked.n:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")

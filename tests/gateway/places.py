@@ -1,0 +1,231 @@
+"""A real room, a real gateway on a real socket, and an inference server that does what a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from strongroom.client import Room
+from strongroom.gateway.listen import configure
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.worker import application
+from strongroom.vault.vault import Vault
+from vault.rooms import write_model
+
+REF = "acme/tiny@1"
+OWNER, ANA, PIA, BEN = "user/olga", "user/ana", "user/pia", "user/ben"
+ROLES = {ANA: ("researcher",), PIA: ("partner",), BEN: ("auditor",)}
+Script = Callable[[dict[str, Any]], Iterable[bytes | float]]
+
+
+def whole(text: str = "Hello.", tokens: int = 3, **more: Any) -> bytes:
+    """An answer of an inference server, with its head."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 5, "completion_tokens": tokens, "total_tokens": 5 + tokens}
+    return framed(json.dumps({"choices": [{**choice, **more}], "usage": usage}).encode())
+
+
+def framed(body: bytes, status: str = "200 OK", kind: str = "application/json") -> bytes:
+    return b"HTTP/1.1 %s\r\ncontent-type: %s\r\ncontent-length: %d\r\n\r\n%s" % (
+        status.encode(),
+        kind.encode(),
+        len(body),
+        body,
+    )
+
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(value: Any) -> bytes:
+    return chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
+
+
+def token(text: str) -> bytes:
+    return event({"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+
+
+def ended(tokens: int) -> bytes:
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens, "total_tokens": 5 + tokens}}
+    return event(last) + event(usage) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+
+
+class Inference:
+    """An inference server in a thread. `script` gets a request's body and says what to send: bytes, and seconds to
+    wait. `asked`: the bodies that came; `gone`: how many connections were closed by the other side in an answer."""
+
+    def __init__(self) -> None:
+        self.script: Script = lambda _: [whole()]
+        self.asked: list[dict[str, Any]] = []
+        self.sent = 0  # tokens that `counted` scripts have sent
+        self.gone = 0
+        self._ready = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._ready.wait(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=1024))
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.1))
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                if head.startswith(b"get"):
+                    listed = {"data": [{"id": REF}, {"id": "not a version"}]}
+                    writer.write(framed(json.dumps(listed).encode()))
+                    continue
+                length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+                body = json.loads(await reader.readexactly(length))
+                self.asked.append(body)
+                for each in self.script(body):
+                    if isinstance(each, float):
+                        await asyncio.sleep(each)
+                        continue
+                    if writer.is_closing():
+                        raise ConnectionResetError
+                    writer.write(each)
+                    await writer.drain()
+        except ConnectionError:
+            self.gone += 1
+        except asyncio.IncompleteReadError:
+            pass
+        finally:
+            writer.close()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+
+class Place:
+    """A team's room with a version, people with keys, and gateways before one inference server."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "room"
+        self.inference = Inference()
+        room, _ = Room.init(self.folder, owner=OWNER)
+        with room:
+            room.put(write_model(folder / "model"), "acme/tiny")
+            for path, roles in ROLES.items():
+                room.principal_add(path, roles=list(roles))
+        self.keys: dict[str, str] = {}
+        for path in ROLES:
+            with self.room(path) as room:
+                self.keys[path] = room.apikeys.new()["key"]
+        self._servers: list[tuple[uvicorn.Server, threading.Thread, socket.socket, Vault]] = []
+
+    def room(self, as_: str = OWNER) -> Room:
+        return Room(self.folder, as_)
+
+    def gateway(self, settings: str = "", *, channel: Path | None = None) -> Gateway:
+        """One more gateway, with these settings (TOML) before the inference server."""
+        upstream = f'\n[[upstream]]\nurl = "http://127.0.0.1:{self.inference.port}"\n'
+        if channel is not None:
+            upstream += f'channel = "{channel}"\n'
+        vault = Vault(self.folder)
+        app = application(vault, Settings.parse(settings + upstream), self.folder / "inference")
+        server = uvicorn.Server(configure(app))
+        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        end = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < end, app.failure
+            time.sleep(0.01)
+        self._servers.append((server, thread, listener, vault))
+        return Gateway(self, listener.getsockname()[1])
+
+    def records(self) -> list[dict[str, Any]]:
+        """Those on disk, by time."""
+        found = []
+        for path in (self.folder / "inference").glob("*.jsonl"):
+            found += [json.loads(line) for line in path.read_text().splitlines()]
+        return sorted(found, key=lambda each: each["at"])
+
+    def stop_gateways(self) -> None:
+        while self._servers:
+            server, thread, listener, vault = self._servers.pop()
+            server.should_exit = True
+            thread.join(30)
+            listener.close()
+            vault.close()
+
+    def stop(self) -> None:
+        self.stop_gateways()
+        self.inference.stop()
+
+
+class Gateway:
+    """A client's view of one gateway."""
+
+    def __init__(self, place: Place, port: int) -> None:
+        self.place, self.port = place, port
+
+    def raw(self, data: bytes, *, seconds: float = 10) -> bytes:
+        """Bytes on a connection of their own, and what comes within so many seconds, or until it is closed."""
+        with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
+            connection.sendall(data)
+            found, end = b"", time.monotonic() + seconds
+            try:
+                while (left := end - time.monotonic()) > 0:
+                    connection.settimeout(left)
+                    if not (piece := connection.recv(65536)):
+                        break
+                    found += piece
+            except (TimeoutError, ConnectionError):
+                pass
+            return found
+
+    def post(
+        self, body: Any, as_: str = ANA, *, path: str = "/v1/chat/completions", key: str | None = None, **headers: str
+    ) -> tuple[int, Any, Any]:
+        """Status, headers, and the JSON or text of the answer."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        token = key if key is not None else self.place.keys[as_]
+        sent = {"authorization": f"Bearer {token}", "content-type": "application/json", **headers}
+        try:
+            connection.request("POST", path, data, sent)
+            answer = connection.getresponse()
+            found = answer.read()
+            return answer.status, answer.headers, json.loads(found) if found.startswith(b"{") else found.decode()
+        finally:
+            connection.close()
+
+    def get(self, path: str, as_: str = ANA) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path, headers={"authorization": f"Bearer {self.place.keys[as_]}"})
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+        finally:
+            connection.close()
+
+
+def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:
+    return {"model": REF, "messages": [{"role": "user", "content": text}], "max_tokens": 20, **more}

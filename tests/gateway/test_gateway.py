@@ -1,0 +1,450 @@
+"""The gateway as its callers meet it: a real room, a real socket, and an inference server that a test directs."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from gateway.places import ANA, BEN, OWNER, PIA, REF, STREAM, chat, chunk, ended, event, framed, token, whole
+
+from strongroom.gateway.records import verify
+from strongroom.watch import meter
+
+VOCABULARY = 200  # of the model in the room, by its tensors
+
+
+def streamed(count: int, pause: float = 0.0):
+    """A script: so many tokens, one an event."""
+
+    def script(_):
+        yield STREAM
+        for _ in range(count):
+            yield token(" word")
+            if pause:
+                yield pause
+        yield ended(count)
+
+    return script
+
+
+def eventually(what, seconds: float = 5):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+    return found
+
+
+# -- what clients see ------------------------------------------------------------------------------------------------
+
+
+def test_openais_own_client_works_unchanged(place):
+    gateway = place.gateway()
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{gateway.port}/v1", api_key=place.keys[ANA], max_retries=0)
+    assert [each.id for each in client.models.list()] == [REF]
+    assert client.models.retrieve(REF).owned_by == "strongroom"
+    messages = [{"role": "user", "content": "Hi"}]
+    found = client.chat.completions.create(model=REF, messages=messages, max_tokens=20)
+    assert (found.choices[0].message.content, found.usage.completion_tokens, found.model) == ("Hello.", 3, REF)
+    place.inference.script = streamed(5)
+    parts = list(client.chat.completions.create(model="acme/tiny", messages=messages, stream=True, max_tokens=20))
+    assert "".join(each.choices[0].delta.content or "" for each in parts) == " word" * 5
+    assert parts[-1].choices[0].finish_reason == "stop"
+    for more, error in (
+        ({"logprobs": True}, openai.PermissionDeniedError),
+        ({"n": 2}, openai.PermissionDeniedError),
+        ({"temperature": 3}, openai.BadRequestError),
+        ({"extra_body": {"prompt_logprobs": 1}}, openai.BadRequestError),
+        ({"model": "acme/other"}, openai.NotFoundError),
+    ):
+        with pytest.raises(error):
+            client.chat.completions.create(**{"model": REF, "messages": messages, "max_tokens": 20, **more})
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="sr-" + "A" * 43).models.list()
+    with pytest.raises(openai.PermissionDeniedError):
+        client.embeddings.create(model=REF, input="x")
+
+
+def test_completions_of_text(place):
+    gateway = place.gateway()
+    answer = {"choices": [{"index": 0, "text": " there", "finish_reason": "length"}], "usage": None}
+    place.inference.script = lambda _: [framed(json.dumps(answer).encode())]
+    status, _, found = gateway.post({"model": REF, "prompt": "Hi", "max_tokens": 9}, path="/v1/completions")
+    assert (status, found["choices"][0]["text"], found["object"]) == (200, " there", "text_completion")
+    assert place.inference.asked == [{"prompt": "Hi", "model": REF, "max_tokens": 9}]
+
+
+def test_upstream_gets_what_was_validated_and_no_byte_of_the_callers(place):
+    gateway = place.gateway()
+    body = chat(temperature=0.5, user="somebody", metadata={"a": "b"}, seed=7, store=False, stop=["x"])
+    assert gateway.post(body, **{"x-secret": "1", "cookie": "a=b"})[0] == 200
+    assert place.inference.asked == [
+        {
+            "messages": [{"role": "user", "content": "Hi"}],
+            "temperature": 0.5,
+            "stop": ["x"],
+            "max_tokens": 20,
+            "model": REF,
+        }
+    ]
+    # Of two members of one name, two readers could read different ones: it goes no further.
+    twice = json.dumps(chat()).encode()[:-1] + b',"max_tokens":4000}'
+    assert gateway.post(twice)[2]["error"]["code"] == "body_malformed"
+    assert len(place.inference.asked) == 1
+
+
+def test_the_private_channel_is_between_gateway_and_upstream(place, tmp_path):
+    (tmp_path / "channel").write_text("ab" * 32)
+    gateway = place.gateway(channel=tmp_path / "channel")
+    said = {"tokens": [1, 2, 3, 4], "logprobs": [-1.0] * 4}
+    place.inference.script = lambda _: [whole(strongroom=said)]
+    status, _, found = gateway.post(chat())
+    assert status == 200
+    assert "strongroom" not in json.dumps(found)
+    assert found["usage"]["completion_tokens"] == 4  # what the channel counted, and not the 3 that were reported
+    seeds = [place.inference.asked[-1]["strongroom"]["seed"] for _ in range(3) if gateway.post(chat())]
+    assert len(set(seeds)) == 3
+    assert gateway.post(chat(strongroom={"seed": 1}))[2]["error"]["code"] == "parameter_forbidden"
+
+
+# -- who -------------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_learns_why_a_key_is_not_good(place):
+    gateway = place.gateway()
+    answers = {
+        json.dumps(gateway.post(chat(), key=key)[::2])
+        for key in ("sr-" + "A" * 43, "sr-short", "x", "a.b.c", "eyJhbGciOiJub25lIn0.e30.", "sr-" + "A" * 5000)
+    }
+    assert len(answers) == 1
+    assert "invalid_api_key" in answers.pop()
+    assert gateway.raw(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\r\n", seconds=1).startswith(b"HTTP/1.1 401")
+    good = f"authorization: Bearer {place.keys[ANA]}\r\n".encode()
+    twice = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + good + good + b"\r\n"
+    assert gateway.raw(twice, seconds=1).startswith(b"HTTP/1.1 401")
+
+
+def test_a_key_that_ends_ends_everywhere(place):
+    with place.room(PIA) as room:
+        made = room.apikeys.new("short")
+        gateway = place.gateway()
+        assert gateway.post(chat(), key=made["key"])[0] == 200
+        room.apikeys.end(made["id"])
+    eventually(lambda: gateway.post(chat(), key=made["key"])[0] == 401)
+
+
+def test_whoever_may_not_infer_is_told_of_no_model(place):
+    gateway = place.gateway()
+    status, _, found = gateway.post(chat(), as_=BEN)
+    assert (status, found["error"]["code"]) == (404, "model_not_found")
+    other = gateway.post({**chat(), "model": "acme/none@7"}, as_=BEN)
+    assert other[0] == 404
+    assert other[2]["error"]["message"] == found["error"]["message"].replace(REF, "acme/none@7")
+    assert gateway.get("/v1/models", as_=BEN)[1]["data"] == []
+
+
+def test_a_frozen_version_gives_out_nothing_more(place):
+    gateway = place.gateway()
+    place.inference.script = streamed(400, 0.05)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
+    asking.start()
+    eventually(lambda: place.inference.asked)
+    with place.room(OWNER) as room:
+        room.revoke(REF, reason="it may have leaked")
+        try:
+            asking.join(5)
+            assert not asking.is_alive()
+            status, _, text = found[0]
+            assert status == 200  # it had begun
+            assert '"code":"frozen"' in text
+            assert "[DONE]" not in text
+            assert text.count("word") < 200
+            place.inference.script = lambda _: [whole()]
+            assert gateway.post(chat())[2]["error"]["code"] == "frozen"
+            eventually(lambda: place.inference.gone)
+        finally:
+            room.thaw(REF, reason="it has not")
+    eventually(lambda: gateway.post(chat())[0] == 200)
+
+
+# -- what it costs ---------------------------------------------------------------------------------------------------
+
+
+def test_every_request_is_recorded_and_the_log_has_the_chain(place):
+    gateway = place.gateway()
+    gateway.post(chat(), as_=PIA)
+    gateway.post(chat(n=2), as_=PIA)
+    gateway.post(b"{", as_=PIA)
+    gateway.post(chat(), key="x")  # nobody: there is nothing to record
+    place.stop_gateways()
+    with place.room() as room:
+        bodies = [each["body"] for each in room.log.tail(50) if each["type"] == "inference"]
+    streams = {body["gateway"] for body in bodies}
+    newest = max((place.folder / "inference").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+    assert newest.stem in streams
+    lines = newest.read_bytes().splitlines()
+    assert verify(lines, [body for body in bodies if body["gateway"] == newest.stem]) == 3
+    records = [json.loads(line) for line in lines]
+    assert [(each["by"], each["status"], each["code"]) for each in records] == [
+        (PIA, 200, ""),
+        (PIA, 403, "permission_denied"),
+        (PIA, 400, "body_malformed"),
+    ]
+    assert records[0]["bits"] == meter.bound(3, VOCABULARY) == 23
+    assert records[0]["reserved"] == meter.bound(20, VOCABULARY)
+    assert "Hi" not in newest.read_text()
+    assert "Hello" not in newest.read_text()
+
+
+def test_a_record_before_the_answer(place):
+    gateway = place.gateway('[records]\ndurable = "before"\n')
+    before = len(place.records())
+    assert gateway.post(chat())[0] == 200
+    assert len(place.records()) == before + 1  # at once
+    place.inference.script = streamed(3)
+    gateway.post(chat(stream=True))
+    assert [each["code"] for each in place.records()[before + 1 :]] == ["reserved", ""]
+
+
+def test_two_hundred_streams_are_charged_for_what_was_sent(place):
+    gateway = place.gateway(
+        """
+[limits]
+key = {requests = 0, tokens = 0, concurrency = 0}
+identity = {requests = 0, tokens = 0, concurrency = 0}
+[queue]
+length = 1000
+each = 1000
+"""
+    )
+    sent = 0
+    lock = threading.Lock()
+
+    def script(body):
+        nonlocal sent
+        count = 1 + int(body["messages"][0]["content"]) % 17
+        yield STREAM
+        for _ in range(count):
+            with lock:
+                sent += 1
+            yield token("x") if count % 2 else token("x") + token("")
+        yield ended(count)
+
+    place.inference.script = script
+    time.sleep(1.2)
+    before = sum(each["tokens"] for each in place.records())
+    with ThreadPoolExecutor(200) as pool:
+        done = list(pool.map(lambda k: gateway.post(chat(str(k), stream=True, max_tokens=40)), range(200)))
+    assert {status for status, _, _ in done} == {200}
+    time.sleep(1.2)
+    records = place.records()
+    assert sum(each["tokens"] for each in records) - before == sent
+    assert sum(text.count('"content":"x"') for _, _, text in done) == sent
+
+
+def test_a_client_that_goes_away_is_charged_for_what_came(place):
+    gateway = place.gateway()
+    place.inference.script = streamed(300, 0.02)
+    time.sleep(1.2)
+    before = len(place.records())
+    body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {place.keys[ANA]}\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    ).encode()
+    assert gateway.raw(head + body, seconds=0.3).count(b"word") > 3
+    eventually(lambda: place.inference.gone == 1)  # upstream stops generating, too
+    record = eventually(lambda: place.records()[before:])[0]
+    assert (record["status"], record["code"]) == (499, "disconnected")
+    assert 3 < record["tokens"] < 100
+    # Upstream never came to say how many tokens it were: 8 bits for each byte of UTF-8.
+    assert record["bits"] % (8 * len(" word")) == 0
+    assert 8 * 3 * len(" word") < record["bits"] < record["reserved"]
+
+
+def test_a_budget_holds_however_many_ask_at_once(place):
+    each = meter.bound(20, VOCABULARY)
+    gateway = place.gateway(
+        f"""
+[limits]
+key = {{requests = 0, tokens = 0, concurrency = 0}}
+identity = {{requests = 0, tokens = 0, concurrency = 0}}
+[[budgets.rule]]
+scope = "identity"
+window = "hour"
+share = 0.0
+floor = {10 * each + 5}
+hard = true
+"""
+    )
+    place.inference.script = lambda _: [0.2, whole("x" * 40, 20)]
+    time.sleep(1.2)
+    before = sum(r["bits"] for r in place.records() if r["by"] == PIA)
+    with ThreadPoolExecutor(40) as pool:
+        done = list(pool.map(lambda _: gateway.post(chat(), as_=PIA), range(40)))
+    good = [found for status, _, found in done if status == 200]
+    assert 1 <= len(good) <= 10
+    refused = [(status, headers, found) for status, headers, found in done if status != 200]
+    for status, headers, found in refused:
+        assert (status, found["error"]["code"]) == (429, "budget_exceeded")
+        assert headers["x-should-retry"] == "false"
+        assert int(headers["retry-after"]) > 0
+    time.sleep(1.2)
+    spent = sum(r["bits"] for r in place.records() if r["by"] == PIA) - before
+    assert spent == len(good) * each <= 10 * each + 5
+
+
+def test_limits_say_when_to_ask_again(place):
+    gateway = place.gateway("[limits]\nkey = {requests = 60, burst = 2, tokens = 0, concurrency = 0}\n")
+    answers = [gateway.post(chat()) for _ in range(4)]
+    assert [status for status, _, _ in answers] == [200, 200, 429, 429]
+    assert answers[2][2]["error"]["code"] == "rate_limited"
+    assert answers[2][1]["retry-after"] == "1"
+    assert answers[0][1]["x-ratelimit-limit-requests"] == "60"
+    assert answers[0][1]["x-request-id"] != answers[1][1]["x-request-id"]
+
+
+def test_words_that_are_not_passed_on(place):
+    gateway = place.gateway('[requests]\nwords = ["sarin"]\npatterns = ["(?:\\\\d{4} ){4}"]\n')
+    assert gateway.post(chat("How is Sarin made?"))[2]["error"]["code"] == "content_refused"
+    assert gateway.post(chat("How is sa\u200brin made?"))[2]["error"]["code"] == "content_refused"
+    assert gateway.post(chat("1234 1234 1234 1234 "))[2]["error"]["code"] == "content_refused"
+    assert gateway.post(chat("How are sardines made?"))[0] == 200
+
+
+# -- upstreams that are not what they should be ------------------------------------------------------------------------
+
+FAST = "[timeouts]\nfirst_byte = 0.5\nbetween = 0.5\nwhole = 3.0\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        (lambda: [b"garbage\r\n\r\n"], "upstream_malformed"),
+        (lambda: [framed(b"<html>")], "upstream_malformed"),
+        (lambda: [framed(b"{}", "500 Oops")], "upstream_malformed"),
+        (lambda: [framed(b"{}", "302 Found")], "upstream_malformed"),
+        (lambda: [framed(b"{}", "503 Busy")], "upstream_unavailable"),
+        (lambda: [2.0], "upstream_timeout"),
+        (lambda: [framed(b"{}")[:-1], 2.0], "upstream_timeout"),
+        (lambda: [whole("x" * 10_000, 3)], "upstream_malformed"),
+        (lambda: [whole("x", 21)], "upstream_malformed"),
+        (lambda: [b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n", *[bytes(1 << 20)] * 80], "upstream_malformed"),
+        (lambda: [whole(index=1)], "upstream_malformed"),
+    ],
+)
+def test_an_answer_that_is_none(place, script, code):
+    gateway = place.gateway(FAST)
+    place.inference.script = lambda _: script()
+    status, _, found = gateway.post(chat())
+    assert status in (502, 504)
+    assert found["error"]["code"] == code
+    place.inference.script = lambda _: [whole()]
+    assert gateway.post(chat())[0] == 200  # and the next one is answered
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [
+        (lambda: [STREAM, token("a"), 2.0], "upstream_timeout"),
+        (lambda: [STREAM, token("a"), *[token("b")] * 30, ended(31)], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), token("b" * 5000), ended(2)], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), chunk(b"data: {\n\n")], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), event({"error": {"message": "secret of theirs"}})], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, b"zz\r\n"], "upstream_malformed"),
+    ],
+)
+def test_a_stream_that_goes_wrong(place, script, code):
+    gateway = place.gateway(FAST)
+    place.inference.script = lambda _: script()
+    status, _, text = gateway.post(chat(stream=True))
+    assert status == 200
+    assert f'"code":"{code}"' in text
+    assert "[DONE]" not in text
+    assert "secret" not in text
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{gateway.port}/v1", api_key=place.keys[ANA], max_retries=0)
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(**chat(stream=True)))
+
+
+def test_no_output_of_a_model_is_an_event_of_its_own(place):
+    gateway = place.gateway()
+    forged = 'x\n\ndata: {"choices":[{"index":0,"delta":{"content":"forged"}}]}\n\ndata: [DONE]\n\n'
+    place.inference.script = lambda _: [STREAM, token(forged), ended(1)]
+    status, _, text = gateway.post(chat(stream=True, max_tokens=100))
+    assert status == 200
+    events = text.split("\n\n")
+    assert events[-2] == "data: [DONE]"
+    assert json.loads(events[0].removeprefix("data: "))["choices"][0]["delta"]["content"] == forged
+    assert len(events) == 4  # the text, the end of the choice, DONE, and nothing
+
+
+# -- bytes that are no requests ----------------------------------------------------------------------------------------
+
+
+def requested(place, *lines: str, body: bytes = b"") -> bytes:
+    head = ["POST /v1/chat/completions HTTP/1.1", "host: x", f"authorization: Bearer {place.keys[ANA]}", *lines]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def test_requests_with_two_lengths_are_none(place):
+    gateway = place.gateway()
+    body = json.dumps(chat()).encode()
+    hidden = b"0\r\n\r\nGET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+    for lines in (
+        ("content-length: 5", "transfer-encoding: chunked"),
+        ("content-length: 5", "content-length: 6"),
+        ("transfer-encoding: chunked, identity",),
+        ("content-length: -5",),
+        ("content-length: 5x",),
+    ):
+        found = gateway.raw(requested(place, *lines, body=hidden + body), seconds=1)
+        assert found.startswith(b"HTTP/1.1 400") or not found, (lines, found)
+        assert found.count(b"HTTP/1.1") <= 1
+    assert not place.inference.asked
+
+
+def test_bombs(place):
+    gateway = place.gateway()
+    many = requested(place, *[f"x-{k}: {'y' * 1000}" for k in range(200)], "content-length: 0")
+    assert gateway.raw(many, seconds=1) == b""
+    assert gateway.raw(b"POST /" + b"a" * 200_000, seconds=1) == b""
+    large = requested(place, "content-length: 99999999", body=b"{")
+    assert gateway.raw(large, seconds=1).startswith(b"HTTP/1.1 413")
+    endless = requested(place, "transfer-encoding: chunked", body=b"10000\r\n" + b" " * 65536 + b"\r\n")
+    endless += (b"10000\r\n" + b" " * 65536 + b"\r\n") * 20
+    assert gateway.raw(endless, seconds=2).startswith(b"HTTP/1.1 413")
+    zipped = requested(place, "content-length: 5", "content-encoding: gzip", body=b"12345")
+    assert gateway.raw(zipped, seconds=1).startswith(b"HTTP/1.1 400")
+    assert gateway.post(chat())[0] == 200
+
+
+def test_whoever_is_slow_is_cut_off(place, monkeypatch):
+    from strongroom.gateway import app, listen
+
+    monkeypatch.setattr(listen, "_HEAD_TIME", 0.5)
+    monkeypatch.setattr(app, "_BODY_TIME", 0.5)
+    gateway = place.gateway()
+    begun = time.monotonic()
+    assert gateway.raw(b"", seconds=5) == b""
+    assert gateway.raw(b"POST /v1/chat/comp", seconds=5) == b""
+    slow = gateway.raw(requested(place, "content-length: 500", body=b"{"), seconds=5)
+    assert b"400" in slow.split(b"\r\n")[0]
+    assert time.monotonic() - begun < 4
+
+
+def test_other_routes(place):
+    gateway = place.gateway()
+    assert gateway.get("/healthz")[0] == 200
+    assert gateway.get("/readyz") == (200, {"ready": True, "problems": []})
+    assert gateway.get("/v1/nothing")[0] == 404
+    assert gateway.get("/v1/chat/completions")[0] == 405
+    assert gateway.post({}, path="/v1/models")[0] == 405
+    assert gateway.get("/v1/models/acme/other@1")[0] == 404

@@ -155,7 +155,8 @@ class Place:
         thread.start()
         end = time.monotonic() + 20
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < end, app.failure
+            assert thread.is_alive(), app.failure
+            assert time.monotonic() < end
             time.sleep(0.01)
         self._servers.append((server, thread, listener, vault))
         return Gateway(self, listener.getsockname()[1])

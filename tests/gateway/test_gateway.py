@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from gateway.places import ANA, BEN, OWNER, PIA, REF, STREAM, chat, chunk, ended, event, framed, token, whole
 
+from gateway.places import ANA, BEN, OWNER, PIA, REF, STREAM, chat, chunk, ended, event, framed, token, whole
 from strongroom.gateway.records import verify
 from strongroom.watch import meter
 
@@ -319,6 +319,7 @@ def test_words_that_are_not_passed_on(place):
 
 # -- upstreams that are not what they should be ------------------------------------------------------------------------
 
+GIGABYTE = b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n"
 FAST = "[timeouts]\nfirst_byte = 0.5\nbetween = 0.5\nwhole = 3.0\n"
 
 
@@ -334,7 +335,10 @@ FAST = "[timeouts]\nfirst_byte = 0.5\nbetween = 0.5\nwhole = 3.0\n"
         (lambda: [framed(b"{}")[:-1], 2.0], "upstream_timeout"),
         (lambda: [whole("x" * 10_000, 3)], "upstream_malformed"),
         (lambda: [whole("x", 21)], "upstream_malformed"),
-        (lambda: [b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n", *[bytes(1 << 20)] * 80], "upstream_malformed"),
+        (
+            lambda: [b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n", *[bytes(1 << 20)] * 80],
+            "upstream_malformed",
+        ),
         (lambda: [whole(index=1)], "upstream_malformed"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from strongroom.cli.output import facts
 from strongroom.errors import UsageError
 
 if TYPE_CHECKING:
+    from strongroom.gateway.app import GatewayApp
     from strongroom.gateway.settings import Settings
 
 
@@ -38,6 +41,12 @@ if TYPE_CHECKING:
 @click.option("--records", type=click.Path(file_okay=False), metavar="FOLDER", help="[default: inference, in the room]")
 @click.option("--certificate", type=click.Path(dir_okay=False), metavar="FILE", help="For TLS: a chain, as PEM.")
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
+@click.option(
+    "--metrics",
+    "shown_at",
+    metavar="HOST:PORT",
+    help="Show metrics there, on loopback, to anybody; of several workers each on the next port.  [default: nowhere]",
+)
 @click.option("--behind-proxy", is_flag=True, help="TLS ends before here: listen beyond loopback without it.")
 @pass_options
 def gateway(  # noqa: PLR0917 - one for each option
@@ -51,6 +60,7 @@ def gateway(  # noqa: PLR0917 - one for each option
     records: str | None,
     certificate: str | None,
     key: str | None,
+    shown_at: str | None,
     behind_proxy: bool,
 ) -> None:
     """Serve inference to others, with limits and an egress budget, until interrupted."""
@@ -87,10 +97,24 @@ def gateway(  # noqa: PLR0917 - one for each option
                 Path(records) if records else options.folder / "inference",
                 workers,
                 (Path(certificate), Path(key)) if certificate and key else None,
+                _shown(*address(shown_at)) if shown_at else lambda _, __: None,
             ),
             listener,
             ready=lambda: options.output.answer(answer, facts(list(answer.items()))),
         )
+
+
+def _shown(host: str, port: int) -> Callable[[GatewayApp, int], None]:
+    """What shows the metrics of a worker, in a thread of its process."""
+
+    def show(app: GatewayApp, number: int) -> None:
+        from strongroom.gateway.metrics import GatewayMetrics
+        from strongroom.server.metrics import MetricsServer
+
+        server = MetricsServer(GatewayMetrics(app), host, port + number)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    return show
 
 
 def _with(settings: Settings, upstreams: tuple[str, ...], models: tuple[str, ...], channel: str | None) -> Settings:

@@ -25,10 +25,11 @@ from strongroom.errors import (
     StrongroomError,
     UsageError,
 )
-from strongroom.gateway import refusal
+from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
+from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import BODY_MOST, Forms
 from strongroom.gateway.routes import Routes
@@ -59,7 +60,7 @@ class GatewayApp:
         self._flights = Flights(door)
         self.failure: StrongroomError | None = None  # why it did not start
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
-        self.counts: dict[tuple[str, str], int] = {}
+        self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -210,7 +211,7 @@ class GatewayApp:
             error = flight.why
         status, code = refusal.wire(error)
         if flight is None:
-            self._count("", code)
+            self.counts.answered("", code, 0, 0, 0.0)
             await _send(send, status, refusal.body_of(error), refusal.headers_of(error))
             return
         gone = error.code == "upstream.aborted"
@@ -229,10 +230,11 @@ class GatewayApp:
             await _send(send, status, body, [*refusal.headers_of(error), *flight.headers, *closing])
 
     async def _recorded(self, flight: Flight, status: int, code: str) -> None:
-        self._count(flight.route, code or "ok")
         tokens, _ = flight.meter.tokens()
-        asked = flight.asked
+        asked, seconds = flight.asked, time.monotonic() - flight.started
         flight.recorded = status != 100
+        if flight.recorded:
+            self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
         self._records.add(
             {
                 "by": flight.caller.principal,
@@ -246,7 +248,7 @@ class GatewayApp:
                 "tokens": tokens if status != 100 else 0,
                 "bits": flight.bits if status != 100 else 0,
                 "reserved": flight.reserved,
-                "ms": int((time.monotonic() - flight.started) * 1000),
+                "ms": int(seconds * 1000),
                 "destination": flight.destination,
                 "stream": self._records.stream,
             }
@@ -254,9 +256,20 @@ class GatewayApp:
         if self._tolls.durable_before:
             await self._records.durable()
 
-    def _count(self, route: str, code: str) -> None:
-        key = (route, code)
-        self.counts[key] = self.counts.get(key, 0) + 1
+    @property
+    def under_way(self) -> int:
+        return len(self._flights)
+
+    def problems(self) -> list[str]:
+        """Why nothing is answered now, if that is so."""
+        found = [] if self._door.awake else ["the room's log can't be seen"]
+        if not self._routes.available:
+            found.append("no inference server answers")
+        try:
+            self._records.check()
+        except BackendError as error:
+            found.append(error.message)
+        return found
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
@@ -265,15 +278,12 @@ class GatewayApp:
             await _send(send, 200, b'{"ok":true}', [])
             return
         if path == "/readyz":
-            problems = [] if self._door.awake else ["the room's log can't be seen"]
-            if not self._routes.available:
-                problems.append("no inference server answers")
-            try:
-                self._records.check()
-            except BackendError as error:
-                problems.append(error.message)
+            problems = self.problems()
             body = orjson.dumps({"ready": not problems, "problems": problems})
             await _send(send, 503 if problems else 200, body, [])
+            return
+        if path == "/openapi.json":
+            await _send(send, 200, openapi.encoded(), [])
             return
         if path == "/v1/models" or path.startswith("/v1/models/"):
             if scope["method"] != "GET":

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from strongroom.errors import BackendError
+from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
@@ -21,13 +22,15 @@ from strongroom.vault.vault import Vault
 
 @dataclass(frozen=True)
 class Plan:
-    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS."""
+    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS;
+    `observe` is called in each worker with its application and its number, before requests are answered."""
 
     room: Path
     settings: Settings
     records: Path
     workers: int = 1
     certificate: tuple[Path, Path] | None = None
+    observe: Callable[[GatewayApp, int], None] = lambda _, __: None
 
 
 class _Server(uvicorn.Server):
@@ -46,15 +49,15 @@ class _Server(uvicorn.Server):
 def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> None:
     """Serve until interrupted; `ready` is called once, when requests are answered. BackendError ``gateway.start``."""
     if plan.workers == 1:
-        _serve(plan, listener, ready)
+        _serve(plan, listener, ready, 0)
         return
     context = multiprocessing.get_context("fork")
     children: list[Any] = []
     try:
         # One after the other: where a key store asks for a passphrase, one asks at a time.
-        for _ in range(plan.workers):
-            started, child = context.Event(), None
-            child = context.Process(target=_serve, args=(plan, listener, started.set))
+        for number in range(plan.workers):
+            started = context.Event()
+            child = context.Process(target=_serve, args=(plan, listener, started.set, number))
             child.start()
             children.append(child)
             while not started.wait(0.1):
@@ -72,11 +75,12 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             child.join()
 
 
-def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None]) -> None:
+def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int) -> None:
     vault = Vault(plan.room)
     try:
         vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
         app = application(vault, plan.settings, plan.records, workers=plan.workers)
+        plan.observe(app, number)
         server = _Server(configure(app, plan.certificate), ready)
         with contextlib.suppress(KeyboardInterrupt):
             server.run(sockets=[listener])

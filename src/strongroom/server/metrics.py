@@ -8,7 +8,7 @@ import ipaddress
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -81,11 +81,17 @@ class Metrics:
         return generate_latest(self._registry)
 
 
+class Exposed(Protocol):
+    """What can be shown to Prometheus."""
+
+    def exposition(self) -> bytes: ...
+
+
 class MetricsServer(BoundedServer):
     """``GET /metrics`` for whoever is on this machine, without a signature: Prometheus makes none. Plain HTTP, so on a
     loopback address only: UsageError ``serve.metrics``; BackendError ``serve.listen``."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(self, metrics: Exposed, host: str, port: int) -> None:
         try:
             loopback = ipaddress.ip_address(host).is_loopback
         except ValueError:

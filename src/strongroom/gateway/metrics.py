@@ -1,0 +1,78 @@
+"""What one worker of the gateway counts, in the text form of Prometheus. No label names a principal or weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+
+if TYPE_CHECKING:
+    from strongroom.gateway.app import GatewayApp
+
+_BOUNDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+class Counts:
+    """Plain numbers of one event loop: a counter of the library takes a lock and two look-ups a time."""
+
+    def __init__(self) -> None:
+        self.answers: dict[tuple[str, str], int] = {}
+        self.tokens = self.bits = 0
+        self._seconds = [0] * (len(_BOUNDS) + 1)
+        self._sum = 0.0
+
+    def answered(self, route: str, code: str, tokens: int, bits: int, seconds: float) -> None:
+        """A request has ended. `code`: of an error, or ok."""
+        key = (route, code)
+        self.answers[key] = self.answers.get(key, 0) + 1
+        self.tokens += tokens
+        self.bits += bits
+        self._sum += seconds
+        for k, bound in enumerate(_BOUNDS):
+            if seconds <= bound:
+                self._seconds[k] += 1
+                return
+        self._seconds[-1] += 1
+
+    def buckets(self) -> tuple[list[tuple[str, float]], float]:
+        """The histogram of seconds, as the library takes it, and its sum."""
+        found, total = [], 0
+        for bound, count in zip([*map(str, _BOUNDS), "+Inf"], self._seconds, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found, self._sum
+
+
+class GatewayMetrics:
+    """Those of one application."""
+
+    def __init__(self, app: GatewayApp) -> None:
+        self._app = app
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them, now."""
+        counts = self._app.counts
+        answers = CounterMetricFamily(
+            "strongroom_gateway_requests", "Requests that have ended, by what they ended in", labels=("route", "code")
+        )
+        for (route, code), count in list(counts.answers.items()):
+            answers.add_metric((route, code), count)
+        yield answers
+        yield CounterMetricFamily("strongroom_gateway_tokens", "Tokens that were given out", value=counts.tokens)
+        yield CounterMetricFamily("strongroom_gateway_bits", "Bits that were charged", value=counts.bits)
+        buckets, total = counts.buckets()
+        seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
+        seconds.add_metric((), buckets, total)
+        yield seconds
+        yield GaugeMetricFamily("strongroom_gateway_under_way", "Requests under way", value=self._app.under_way)
+        yield GaugeMetricFamily(
+            "strongroom_gateway_ready", "Whether requests are answered", value=0 if self._app.problems() else 1
+        )
+
+    def exposition(self) -> bytes:
+        """All of them, as text."""
+        return generate_latest(self._registry)

@@ -158,13 +158,12 @@ def room(work: Path) -> tuple[Path, str]:
     """A room with a small model, and an API key of its owner."""
     folder = work / "room"
     strongroom = [str(BIN / "strongroom"), "--room", str(folder), "--json"]
-    subprocess.run([*strongroom, "init", "--custody", "solo"], check=True, stdout=subprocess.DEVNULL)
-    model = generate(
-        work / "model", Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=4, vocabulary=49_152)
-    )
+    subprocess.run([*strongroom, "--quiet", "init", "--custody", "solo"], check=True, stdout=subprocess.DEVNULL)
+    shape = Shape(layers=2, hidden=256, intermediate=512, heads=4, kv_heads=4, vocabulary=49_152)
+    model = generate(work / "model", shape, name="tiny", title="a small model")
     with Room(folder) as opened:
-        opened.put(model, "acme/tiny")
-    made = subprocess.run([*strongroom, "apikey", "new"], check=True, stdout=subprocess.PIPE)
+        opened.put(model.directory, "acme/tiny")
+    made = subprocess.run([*strongroom, "--quiet", "apikey", "new"], check=True, stdout=subprocess.PIPE)
     return folder, str(json.loads(made.stdout)["key"])
 
 

@@ -29,6 +29,7 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
+from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import BODY_MOST, Forms
@@ -125,20 +126,20 @@ class GatewayApp:
             asked.actions.append("infer_embeddings")
         flight.ref = await self._door.resolve(asked.model)
         await self._flights.allow(flight)
-        async with self._tolls.paid(flight):
-            upstream = self._upstream_body(flight)
-            gone = asyncio.ensure_future(_gone(receive))
-            try:
-                async with self._routes.reply(flight, upstream) as reply:
-                    gone.add_done_callback(lambda _: flight.cut(None))
-                    if reply.status != 200:
-                        raise unexpected(reply.status)
-                    if asked.stream:
-                        await self._stream(flight, reply, send)
-                    else:
-                        await self._whole(flight, reply, send)
-            finally:
-                gone.cancel()
+        await self._tolls.take(flight)
+        forget = scope[CONNECTION].when_gone(flight.leave)
+        try:
+            reply = await self._routes.begin(flight, self._upstream_body(flight))
+            if reply.status != 200:
+                raise unexpected(reply.status)
+            if asked.stream:
+                await self._stream(flight, reply, send)
+            else:
+                await self._whole(flight, reply, send)
+        finally:
+            forget()
+            self._routes.end(flight)
+            await self._tolls.give(flight)
 
     def _upstream_body(self, flight: Flight) -> dict[str, object]:
         asked = flight.asked
@@ -342,11 +343,6 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
                 message = await receive()
     except TimeoutError:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _bearer(scope: Scope) -> str:

@@ -35,7 +35,9 @@ class Flight:
     reserved: int = 0
     text_most: int = 0
     bits: int = 0
-    toll: Any = None
+    admission: Any = None  # by limits
+    toll: Any = None  # of budgets
+    place: Any = None  # at an upstream
     reply: Reply | None = None
     begun: bool = False  # its status has been sent
     recorded: bool = False
@@ -47,9 +49,13 @@ class Flight:
     def __post_init__(self) -> None:
         self.headers.append((b"x-request-id", self.identifier.encode()))
 
-    def cut(self, why: StrongroomError | None) -> None:
-        """End it: upstream's connection is closed, and `why` is what the caller is told; None: it has gone."""
-        self.why = self.why or why or BackendError("upstream.aborted", "the client has gone")
+    def leave(self) -> None:
+        """The caller has gone."""
+        self.cut(BackendError("upstream.aborted", "the client has gone"))
+
+    def cut(self, why: StrongroomError) -> None:
+        """End it: upstream's connection is closed, and `why` is what the caller is told."""
+        self.why = self.why or why
         if self.reply is not None:
             self.reply.abort()
 

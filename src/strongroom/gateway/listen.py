@@ -5,6 +5,8 @@ from __future__ import annotations
 import ssl
 from asyncio import TimerHandle, Transport
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +18,7 @@ from strongroom.errors import BackendError
 _HEAD_TIME = 20.0  # seconds in which a request has to begin on a new connection, and its head to have come
 _TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent
 _HEAD_MOST = 64 << 10  # bytes
+CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
 _FROM_ONE = 2000  # connections at a time from one address
 
 
@@ -28,6 +31,16 @@ class Connection(HttpToolsProtocol):
     _in_head = False
     _head_size = 0
     _address = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._told: list[Callable[[], object]] = []
+
+    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Call `tell` when the client goes, until what this returns is called. A task that waits for it in `receive`,
+        as ASGI has it, would cost more than the checks of a request together."""
+        self._told.append(tell)
+        return partial(self._told.remove, tell)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,6 +59,8 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        for tell in list(self._told):
+            tell()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -56,6 +71,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         self._in_head, self._head_size = True, 0
         if self._waiting is None:
             self._waiting = self.loop.call_later(_HEAD_TIME, self.transport.abort)

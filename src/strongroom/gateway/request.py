@@ -6,13 +6,17 @@ this module and an inference server could read different ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+import orjson
 
 from strongroom.core.ids import Ref
 from strongroom.errors import UsageError
@@ -123,6 +127,11 @@ def parsed(body: bytes) -> dict[str, Any]:
     # The decoder is recursive in C: what is deeper than this is not worth its stack.
     if body.count(b"[") + body.count(b"{") > _DEPTH and _too_deep(body):
         raise UsageError("body.malformed", f"the body is nested deeper than {_DEPTH}")
+    # Most clients write JSON as it is written here. What comes out as it went in had no name twice.
+    with contextlib.suppress(orjson.JSONDecodeError):
+        value = orjson.loads(body)
+        if isinstance(value, dict) and orjson.dumps(value) == body:
+            return value
     try:
         value = json.loads(
             body.decode(),
@@ -227,11 +236,18 @@ def _text(name: str, value: Any) -> str:
 
 def _model(asked: Asked, value: Any) -> None:
     text = _text("model", value)
+    if not _may_name(text):
+        raise UsageError("model.not_found", f"there is no model {text!r:.80} that you may use", param="model")
+    asked.model = text
+
+
+@lru_cache(4096)
+def _may_name(text: str) -> bool:
     try:
         Ref.parse(text)
     except UsageError:
-        raise UsageError("model.not_found", f"there is no model {text!r:.80} that you may use", param="model") from None
-    asked.model = text
+        return False
+    return True
 
 
 def _most(name: str) -> Take:

@@ -4,8 +4,7 @@ fail. What one can't take at once waits, and nobody's requests wait behind all o
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -35,6 +34,7 @@ class Routes:
     def __init__(self, backends: Sequence[Backend], *, channelled: bool = False) -> None:
         self._backends = list(backends)
         self._turn = itertools.count()
+        self._by_ref: dict[str, list[tuple[Backend, str]]] = {}  # versions that were allowed: few
         self.channelled = channelled
 
     async def find(self) -> None:
@@ -69,43 +69,53 @@ class Routes:
     def serves(self, ref: str) -> bool:
         return any(_name(backend, ref) is not None for backend in self._backends)
 
-    @asynccontextmanager
-    async def reply(self, flight: Flight, body: dict[str, object]) -> AsyncIterator[Reply]:
+    async def begin(self, flight: Flight, body: dict[str, object]) -> Reply:
         """The beginning of an answer to `body`, which gets the name that the model has there. Another server is tried
-        only where the first has not begun: nothing is generated twice. BackendError ``upstream.*``."""
+        only where the first has not begun: nothing is generated twice. BackendError ``upstream.*``, LimitExceeded.
+        After it, whatever it came to, `end`."""
         failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
         for backend, name in self._in_turn(flight.ref):
             size = flight.most * (flight.asked.n if flight.asked else 1)
-            with await backend.queue.enter(flight.caller.principal, size):
+            flight.place = await backend.queue.enter(flight.caller.principal, size)
+            if flight.why is not None:
+                raise flight.why
+            try:
+                reply = await backend.upstream.post(_PATHS[flight.route], orjson.dumps({**body, "model": name}))
+            except BackendError as error:
+                if error.code != "upstream.unavailable":
+                    raise
+                failure = error
+            else:
+                flight.reply = reply
                 if flight.why is not None:
                     raise flight.why
-                try:
-                    reply = await backend.upstream.post(_PATHS[flight.route], orjson.dumps({**body, "model": name}))
-                except BackendError as error:
-                    if error.code != "upstream.unavailable":
-                        raise
-                    failure = error
-                    continue
-                flight.reply = reply
-                try:
-                    if flight.why is not None:
-                        raise flight.why
-                    if reply.status in (429, 503):
-                        failure = BackendError("upstream.unavailable", "the inference server has too much to do")
-                        continue
-                    yield reply
-                finally:
-                    reply.abort()
-            return
+                if reply.status not in (429, 503):
+                    return reply
+                failure = BackendError("upstream.unavailable", "the inference server has too much to do")
+            self.end(flight)
         raise failure
 
+    def end(self, flight: Flight) -> None:
+        """What is left of an answer is given up, and its place is free."""
+        if flight.reply is not None:
+            flight.reply.abort()
+        if flight.place is not None:
+            flight.place.leave()
+
     def _in_turn(self, ref: str) -> list[tuple[Backend, str]]:
-        found = [(each, name) for each in self._backends if (name := _name(each, ref)) is not None]
+        known = self._by_ref.get(ref)
+        if known is None:
+            known = self._by_ref[ref] = [
+                (each, name) for each in self._backends if (name := _name(each, ref)) is not None
+            ]
+        if len(known) == 1:
+            return known
+        found = list(known)
         weighted = [pair for pair in found for _ in range(pair[0].weight)]
-        if len(found) > 1:
+        if weighted:
             begin = next(self._turn) % len(weighted)
-            order = dict.fromkeys(id(pair[0]) for pair in weighted[begin:] + weighted[:begin])
-            found.sort(key=lambda pair: list(order).index(id(pair[0])))
+            order = list(dict.fromkeys(id(pair[0]) for pair in weighted[begin:] + weighted[:begin]))
+            found.sort(key=lambda pair: order.index(id(pair[0])))
         return [pair for pair in found if pair[0].upstream.available] or found[:1]
 
     def close(self) -> None:

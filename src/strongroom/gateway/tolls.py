@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from strongroom.errors import StrongroomError
@@ -59,9 +59,9 @@ class Tolls:
         with suppress(StrongroomError):  # what can't be given back stays charged
             self._budgets.close()
 
-    @asynccontextmanager
-    async def paid(self, flight: Flight) -> AsyncIterator[None]:
-        """For the length of a request. LimitExceeded, BudgetExceeded, UsageError ``content.refused``."""
+    async def take(self, flight: Flight) -> None:
+        """Before anything is generated: all of it is taken, or nothing. LimitExceeded, BudgetExceeded, UsageError
+        ``content.refused``. What was taken is given back with `give`."""
         asked, caller = flight.asked, flight.caller
         assert asked is not None  # noqa: S101 - read before
         most = self._settings.max_tokens(caller.roles)
@@ -71,24 +71,26 @@ class Tolls:
         tokens = 1 + asked.prompt_bytes // 4
         if asked.route != "embeddings":
             tokens += flight.most * asked.n
-        admission: Any = self._limits.admit(caller, flight.ref, tokens)
-        if asyncio.iscoroutine(admission):
-            admission = await admission
+        if isinstance(self._limits, Limits):
+            flight.admission = self._limits.admit(caller, flight.ref, tokens)
+        else:
+            flight.admission = await self._limits.admit(caller, flight.ref, tokens)
         try:
-            flight.headers += admission.headers
+            flight.headers += flight.admission.headers
             for each in self._filters:
                 await each.check(asked.texts, caller)
             flight.reserved = self._most(flight)
             flight.toll = await self._reserve(flight)
-            try:
-                yield
-            finally:
-                self.settle(flight)
-        finally:
-            used, _ = flight.meter.tokens()
-            done = admission.done(flight.meter.prompt + used if flight.begun or flight.recorded else 0)
-            if asyncio.iscoroutine(done):
-                await done
+        except BaseException:
+            await self.give(flight)
+            raise
+
+    async def give(self, flight: Flight) -> None:
+        """After the request: what it had not used."""
+        self.settle(flight)
+        done = flight.admission.done(flight.meter.prompt + flight.meter.tokens()[0])
+        if done is not None:  # over Redis
+            await done
 
     async def _reserve(self, flight: Flight) -> Reservation:
         caller = flight.caller

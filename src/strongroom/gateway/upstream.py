@@ -201,6 +201,12 @@ class _Connection(asyncio.Protocol):
     def _late(self, seconds: float) -> None:
         self._fail("upstream.timeout", f"the inference server sent nothing for {seconds:g} s")
 
+    def all(self) -> bytes:
+        """Everything that waits."""
+        found = b"".join(self.pieces)
+        self.pieces.clear()
+        return found
+
     def taken(self, size: int) -> None:
         self.waiting -= size
         if self._paused and self.waiting < _WAITING_MOST // 2 and self._transport is not None:
@@ -328,10 +334,11 @@ class Reply:
         connection, timeouts = self._connection, self._upstream.timeouts
         try:
             while True:
-                while connection.pieces:
-                    piece = connection.pieces.popleft()
+                if connection.pieces:  # all that is there, as one: each costs its taker a write
+                    piece = connection.pieces.popleft() if len(connection.pieces) == 1 else connection.all()
                     connection.taken(len(piece))
                     yield piece
+                    continue
                 if connection.failure is not None:
                     raise connection.failure
                 if connection.whole:

@@ -356,12 +356,12 @@ def test_an_answer_that_is_none(place, script, code):
     ("script", "code"),
     [
         (lambda: [STREAM, token("a"), 2.0], "upstream_timeout"),
-        (lambda: [STREAM, token("a"), *[token("b")] * 30, ended(31)], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), token("b" * 5000), ended(2)], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), chunk(b"data: {\n\n")], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), event({"error": {"message": "secret of theirs"}})], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, *[token("b")] * 30, ended(31)], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, token("b" * 5000), ended(2)], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, chunk(b"data: {\n\n")], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, event({"error": {"message": "secret of theirs"}})], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, b"0\r\n\r\n"], "upstream_malformed"),
         (lambda: [STREAM, token("a"), 0.2, b"zz\r\n"], "upstream_malformed"),
     ],
 )

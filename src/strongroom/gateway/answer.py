@@ -262,7 +262,7 @@ def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[s
         raise malformed(f"has not {asked.inputs} embeddings")
     data, numbers = [], 0
     for index, each in enumerate(sorted(given, key=_index)):
-        vector = each.get("embedding")
+        vector = each.get("embedding") if isinstance(each, dict) else None
         if _index(each) != index or not isinstance(vector, list) or not vector or len(vector) > 1 << 16:
             raise malformed("has no embedding")
         steps = _steps(vector[: min(asked.dimensions or most, most)])

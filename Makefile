@@ -31,7 +31,7 @@ export PYTHONUTF8     := 1
 .DELETE_ON_ERROR:
 # Recipes install into one environment.
 .NOTPARALLEL:
-.PHONY: help demo test check lint types imports fmt bench bench-custody bench-tracing docs fuzz clean
+.PHONY: help demo test check lint types imports fmt bench bench-custody bench-gateway bench-tracing docs fuzz clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -100,6 +100,9 @@ bench: $(VENV_BENCH)/.bench ## side by side with the peers, in an environment of
 
 bench-tracing: $(VENV)/.test ## what a trace withstands: attacks, colluders, and what they cost the model
 	@$(call in,$(VENV)) python -m bench.tracing $(BENCH_ARGS)
+
+bench-gateway: $(VENV_BENCH)/.bench ## the gateway beside nginx and LiteLLM
+	@$(call in,$(VENV_BENCH)) python -m bench.gateway --write $(BENCH_ARGS)
 
 bench-custody: $(VENV)/.test ## what custody costs: appends, proofs, releases beside OpenBao
 	@$(call in,$(VENV)) python -m bench.custody $(BENCH_ARGS)

@@ -72,8 +72,13 @@ class Page:
         print(text, flush=True)
 
 
+def refusal(number: int, now: int) -> Entry:
+    """An entry that rests on nobody's word, and of which no two are alike."""
+    return Entry("refused", now, "unknown", "", {"action": f"key {number}", "code": "auth.refused", "rule": ""})
+
+
 def login(number: int) -> Callable[..., Draft]:
-    return lambda _, __, now: Draft(Entry("login", now, "user/ana", "", {"method": f"key {number}"}))
+    return lambda _, __, now: Draft(refusal(number, now))
 
 
 def ledger(db: Database) -> Ledger[State]:
@@ -229,7 +234,7 @@ def verification(page: Page, size: int) -> None:
     """A published log in memory, read as `log verify` reads it."""
     body = {"room": bytes(16).hex(), "signer": "0" * 64, "policy": "0" * 64, "custody": "team"}
     entries = [Entry("genesis", 1, "custodian", "", body).encode()]
-    entries += [Entry("login", 2, "user/ana", "", {"method": f"key {number}"}).encode() for number in range(size - 1)]
+    entries += [refusal(number, 2).encode() for number in range(size - 1)]
     frontier = Frontier()
     levels: dict[int, list[bytes]] = {}
     for level, _, value in frontier.extend([leaf_hash(data) for data in entries]):

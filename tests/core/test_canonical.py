@@ -24,6 +24,27 @@ def test_a_value_survives_and_has_one_form(value):
     assert canonical.encode(canonical.decode(data)) == data
 
 
+ascii_keys = st.recursive(
+    st.none() | st.booleans() | st.integers(-canonical.MAX_INTEGER, canonical.MAX_INTEGER) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(max_codepoint=127)), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(ascii_keys)
+def test_the_quick_way_gives_the_same_bytes(value):
+    assert canonical.encode_typed(value) == canonical.encode(value)
+
+
+@pytest.mark.parametrize("way", [canonical.encode, canonical.encode_typed])
+@pytest.mark.parametrize("value", ["\ud800", {"a": ["b", "\udfff"]}, {1: 2}, {"a": object()}])
+def test_what_has_no_form_is_refused_either_way(way, value):
+    with pytest.raises((TypeError, ValueError)):
+        way(value)
+
+
 def test_keys_are_in_the_order_of_utf16():
     # RFC 8785, section 3.2.3: U+10000 is D800 DC00 in UTF-16, and so sorts before U+E000
     assert canonical.encode({"\ue000": 1, "\U00010000": 2, "a": 3}) == '{"a":3,"\U00010000":2,"\ue000":1}'.encode()

@@ -15,11 +15,11 @@ import pytest
 import sqlalchemy as sa
 
 from ledger.logs import KEY, Desk, append_until_killed, check_acknowledged, login
-from strongroom.errors import BackendError, Rollback, StrongroomError
+from strongroom.errors import BackendError, Conflict, Rollback, StrongroomError
 from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import leaf_hash, verify_inclusion
 from strongroom.ledger.log import Draft
-from strongroom.storage.db import log_private
+from strongroom.storage.db import log_entries, log_private
 
 pytestmark = pytest.mark.server
 
@@ -73,6 +73,22 @@ def test_two_custodians_append_to_one_log(desk, tmp_path):
         verify_inclusion(leaf, receipt.index, checkpoint.size, receipt.proof(), checkpoint.root)
     assert desk.log.checkpoint()[0] == other.log.checkpoint()[0]
     other.db.close()
+
+
+def test_entries_go_to_their_positions_or_none_does(desk):
+    first = 2**40
+    query = sa.select(log_entries).where(log_entries.c.position >= first).order_by(log_entries.c.position)
+
+    def stored():
+        with desk.db.reading() as tx:
+            return [tuple(row) for row in tx.execute(query)]
+
+    with desk.db.transaction() as tx:
+        desk.db.add_entries(tx, first + 2, [b"\x00\xff'\\", b"", b"{}"])
+    assert stored() == [(first + 2, b"\x00\xff'\\"), (first + 3, b""), (first + 4, b"{}")]
+    with pytest.raises(Conflict), desk.db.transaction() as tx:
+        desk.db.add_entries(tx, first, [b"a", b"b", b"c"])
+    assert len(stored()) == 3
 
 
 def test_custodians_killed_at_random_lose_and_fork_nothing(desk):

@@ -23,7 +23,7 @@ from sqlalchemy.schema import CreateTable
 
 from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
 from strongroom.storage import db as module
-from strongroom.storage.db import SCHEMA, Database, documents, metadata, put_packs, puts, room, versions
+from strongroom.storage.db import SCHEMA, Database, documents, log_entries, metadata, put_packs, puts, room, versions
 
 NOW = "2026-01-02T03:04:05Z"
 A_PACK = {
@@ -226,6 +226,19 @@ def test_what_contradicts_the_schema_is_a_conflict(database, table, values):
         add_all(database, *((table, row) for row in values))
     assert caught.value.code == "db.conflict"
     assert count(database, table) == 0
+
+
+def test_entries_go_to_their_positions_or_none_does(database):
+    def stored():
+        with database.reading() as tx:
+            return [tuple(row) for row in tx.execute(sa.select(log_entries).order_by(log_entries.c.position))]
+
+    with database.transaction() as tx:
+        database.add_entries(tx, 3, [b"\x00\xff'", b"", b"{}"])
+    assert stored() == [(3, b"\x00\xff'"), (4, b""), (5, b"{}")]
+    with pytest.raises(Conflict), database.transaction() as tx:
+        database.add_entries(tx, 1, [b"a", b"b", b"c"])
+    assert len(stored()) == 3
 
 
 def test_packs_of_a_put_go_with_it(database):

@@ -30,6 +30,15 @@ def encode(value: Any) -> bytes:
     return text.encode("utf-8")
 
 
+def encode_typed(value: Any) -> bytes:
+    """As `encode`, and several times as fast, for a caller that has looked at the type and range of every value itself,
+    and whose keys are ASCII."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # for half a surrogate pair, too, of which `encode` says what it is
+        return encode(value)
+
+
 def decode(data: bytes, *, what: str = "document") -> Any:
     """Parse canonical JSON; Tampered unless `data` is exactly the canonical form of what it says."""
     try:

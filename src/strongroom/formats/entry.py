@@ -224,7 +224,7 @@ class Entry:
         value = {"format": FORMAT, **vars(self), "body": dict(self.body), "private": dict(self.private)}
         if wrong := _fault(value):
             raise ValueError(f"not an entry of type {self.type}: {wrong}")
-        data = canonical.encode(value)
+        data = canonical.encode_typed(value)
         if len(data) > LIMITS.entry:
             raise LimitExceeded(
                 "entry.too_large", f"an entry of {len(data)} bytes; the log takes at most {LIMITS.entry}"

@@ -46,7 +46,8 @@ from strongroom.storage.db import Database, log_entries, log_nodes, log_private,
 
 SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
-_SNAPSHOT_EVERY = 64  # entries, or more of them where the state is large: whoever opens a room applies those since
+_SNAPSHOT_EVERY = 256  # entries, more where the state is large: whoever opens a room applies those since
+_BATCH = 1024  # entries: more of them are not waited for
 _TILE_BITS = 8
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
@@ -106,15 +107,27 @@ class _Loaded(Generic[S]):
 
 
 class _Waiting(Generic[S]):
+    """A decision in the queue, and whoever waits for what comes of it."""
+
     def __init__(self, decide: Decision[S], *, writes: bool) -> None:
         self.decide, self.writes = decide, writes
-        self.woken = threading.Event()
+        self.leads = False  # it has the lead: nobody else appends until it does, or leaves
         self.receipt: Receipt | None = None
         self.error: BaseException | None = None
+        # A lock that is held until it is woken: an Event costs several times as much, and every entry has one.
+        self._asleep = threading.Lock()
+        self._asleep.acquire()
 
     @property
     def done(self) -> bool:
         return self.receipt is not None or self.error is not None
+
+    def wait(self) -> None:
+        self._asleep.acquire()
+
+    def wake(self) -> None:
+        if self._asleep.locked():
+            self._asleep.release()
 
 
 class Ledger(Generic[S]):
@@ -143,6 +156,7 @@ class Ledger(Generic[S]):
         self._queue: list[_Waiting[S]] = []
         self._queue_lock = threading.Lock()
         self._leading = False
+        self._crowd = 0  # how many were in the last batch
         self._snapshot_due = 0
         self._published_at = -_PUBLISH_EVERY
         self._caught_up = 0.0  # when what is loaded was the newest, by the monotonic clock
@@ -159,15 +173,15 @@ class Ledger(Generic[S]):
         waiting = _Waiting(decide, writes=writes)
         with self._queue_lock:
             self._queue.append(waiting)
-            lead, self._leading = not self._leading, True
-        if not lead:
-            try:
-                waiting.woken.wait()
-            except BaseException:
-                self._leave(waiting)
-                raise
-        if not waiting.done:
-            self._lead()
+            waiting.leads, self._leading = not self._leading, True
+        try:
+            if not waiting.leads:
+                waiting.wait()
+            if not waiting.done:
+                self._lead()
+        except BaseException:
+            self._leave(waiting)
+            raise
         if waiting.error is not None:
             raise waiting.error
         assert waiting.receipt is not None  # noqa: S101 - `done` says so
@@ -175,18 +189,19 @@ class Ledger(Generic[S]):
 
     def _lead(self) -> None:
         """Append all that wait, in one batch, and hand the lead to somebody who came meanwhile."""
-        with self._queue_lock:
-            batch, self._queue = self._queue, []
+        batch: list[_Waiting[S]] = []
         try:
             self._sequence(batch)
         except BaseException as error:
+            if not batch:  # it could not even begin: nor could it for any of these
+                self._take(batch)
             for waiting in batch:
                 waiting.receipt, waiting.error = None, waiting.error or error
             if not isinstance(error, Exception):
                 raise
         finally:
             for waiting in batch:
-                waiting.woken.set()
+                waiting.wake()
             with self._queue_lock:
                 self._hand_over()
         # All are answered: what is published late does not make an entry less durable. `log verify` publishes, too,
@@ -195,25 +210,46 @@ class Ledger(Generic[S]):
             with contextlib.suppress(Exception):
                 self.publish()
 
+    def _gather(self, batch: list[_Waiting[S]]) -> None:
+        """Take all that wait, once no more come. Those who were answered a moment ago ask again in a moment: without
+        this the first of them is a batch of one, and all others wait for its commit."""
+        seen = 0
+        while max(self._crowd, len(self._queue)) > 1 and seen < len(self._queue) < _BATCH:  # who is alone does not wait
+            seen = len(self._queue)
+            time.sleep(0)  # long enough for whoever can run to come as far as the queue
+        self._take(batch)
+
+    def _take(self, batch: list[_Waiting[S]]) -> None:
+        with self._queue_lock:
+            batch += self._queue
+            self._queue.clear()
+        self._crowd = len(batch)
+
     def _hand_over(self) -> None:
+        # A leader who was interrupted as it took them has answered some that are still there.
+        self._queue = [waiting for waiting in self._queue if not waiting.done]
         self._leading = bool(self._queue)
         if self._queue:
-            self._queue[0].woken.set()
+            self._queue[0].leads = True
+            self._queue[0].wake()
 
     def _leave(self, waiting: _Waiting[S]) -> None:
         """Somebody who was interrupted appends nothing if it is not too late for that, and leads nobody."""
         with self._queue_lock:
             if waiting in self._queue:
                 self._queue.remove(waiting)
-                if waiting.woken.is_set():
+                if waiting.leads:
                     self._hand_over()
 
     def _sequence(self, batch: list[_Waiting[S]]) -> None:
+        """Append what waits when the database is ours, as `batch`, which is empty until then."""
         signer = self._signer()  # outside: it may have to ask the key store
         with self._state_lock:
             try:
                 with self._db.sequencing() as tx:
-                    receipts = self._append(tx, batch, signer)
+                    loaded = self._catch_up(tx)
+                    self._gather(batch)
+                    receipts = self._append(tx, loaded, batch, signer)
             except BaseException:
                 self._loaded = None  # it may be ahead of what is durable
                 raise
@@ -227,26 +263,31 @@ class Ledger(Generic[S]):
             self._published_at = time.monotonic()
             self._published.publish(self)
 
-    def _append(self, tx: Connection, batch: list[_Waiting[S]], signer: Signer) -> list[tuple[_Waiting[S], Receipt]]:
-        loaded = self._catch_up(tx)
+    def _append(
+        self, tx: Connection, loaded: _Loaded[S], batch: list[_Waiting[S]], signer: Signer
+    ) -> list[tuple[_Waiting[S], Receipt]]:
         before = loaded.frontier.size
         nodes = {(level, position): value for level, position, value in loaded.frontier.nodes()}
         accepted: list[tuple[_Waiting[S], Entry, bytes]] = []
         private: list[dict[str, Any]] = []
-        now = self._clock()
+        state, now = loaded.state, self._clock()
         for waiting in batch:
             index = before + len(accepted)
             try:
-                # An entry that can't be encoded undoes what was written for it.
-                with self._db.savepoint(tx) if waiting.writes else contextlib.nullcontext():
-                    draft = waiting.decide(tx, loaded.state, now)
+                if waiting.writes:
+                    with self._db.savepoint(tx):  # an entry that can't be encoded undoes what was written for it
+                        draft = waiting.decide(tx, state, now)
+                        data = draft.entry.encode()
+                else:
+                    draft = waiting.decide(tx, state, now)
                     data = draft.entry.encode()
             except Exception as error:  # noqa: BLE001 - it is the caller's; the others in the batch go on
                 waiting.error = error
                 continue
-            loaded.state.apply(index, draft.entry)
+            state.apply(index, draft.entry)
             accepted.append((waiting, draft.entry, data))
-            private += [{"position": index, **vars(value)} for value in draft.private]
+            if draft.private:
+                private += [{"position": index, **vars(value)} for value in draft.private]
         if not accepted:
             return []
         stored: list[dict[str, Any]] = []
@@ -256,8 +297,7 @@ class Ledger(Generic[S]):
                 stored.append({"level": level, "position": position, "hash": value})
         size = loaded.frontier.size
         loaded.note = self._key.sign(Checkpoint(self._key.origin, size, loaded.frontier.root()), signer)
-        rows = [{"position": before + k, "entry": data} for k, (_, _, data) in enumerate(accepted)]
-        tx.execute(sa.insert(log_entries), rows)
+        self._db.add_entries(tx, before, [data for _, _, data in accepted])
         if stored:
             tx.execute(sa.insert(log_nodes), stored)
         if private:

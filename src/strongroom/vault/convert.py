@@ -16,21 +16,18 @@ import importlib.util
 import json
 import math
 import os
-import select
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.safetensors import encode_header
 from strongroom.formats.tensors import DTYPES
 from strongroom.vault.arrays import with_arrays
+from strongroom.vault.child import Answer, Child
 from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.names import check_collisions, shown
 from strongroom.vault.pickles import SUFFIXES
@@ -39,11 +36,6 @@ from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
 
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from strongroom.vault.unpickle import main; main(*map(int, sys.argv[2:]))"
-)
-_ANSWER_MAX = LIMITS.safetensors_header
 _INDEX_SUFFIX = ".index.json"
 Take = Callable[[int], None]
 
@@ -153,14 +145,10 @@ def _reindexed(
 def _convert(file: SourceFile, name: str, stack: ExitStack, take: Take = freely) -> SourceFile:
     memory = memory_file(stack)
     with file.opened() as source:
-        child = _Child(file, source, memory)
-        try:
-            tensors = child.hear("tensors")
-            begin, size = _prepare(file, memory, tensors, take)
-            child.say(begin=begin, size=size)
+        with contextlib.closing(_reader(file, source, memory)) as child:
+            begin, size = _prepare(file, memory, child.hear("tensors"), take)
+            child.say({"begin": begin, "size": size})
             child.hear("done")
-        finally:
-            child.close()
         with file.opened():  # the tensors were read through a mapping: what changed meanwhile is neither old nor new
             pass
     seal_memory(memory)
@@ -178,7 +166,7 @@ def _prepare(file: SourceFile, memory: int, tensors: Any, take: Take = freely) -
         size = sum(math.prod(shape) * DTYPES[dtype].block_bytes for _, dtype, shape in table)
         head = encode_header(table, {"format": "pt"})
     except (TypeError, ValueError, KeyError):
-        _refuse(file, "convert.unreadable", "its tensors have no names, or no sizes")
+        raise _refusal(file, "convert.unreadable", "its tensors have no names, or no sizes") from None
     # A tensor may repeat four bytes a billion times by its strides. Tied weights at most double a model.
     if len(table) > LIMITS.tensors or size > 4 * file.size + MIB:
         raise LimitExceeded(
@@ -193,115 +181,52 @@ def _prepare(file: SourceFile, memory: int, tensors: Any, take: Take = freely) -
     return len(head), len(head) + size
 
 
-class _Child:
+def _reader(file: SourceFile, source: int, memory: int) -> Child:
     """The process that reads one pickle."""
-
-    def __init__(self, file: SourceFile, source: int, memory: int) -> None:
-        if importlib.util.find_spec("torch") is None:
-            _no_torch("torch is not installed")
-        if not sys.executable:
-            _refuse(file, "convert.no_sandbox", "there is no Python interpreter to start for it")
-        self._file = file
-        # Isolated mode keeps the environment and the working directory out of the child's imports; what it may import
-        # is what this process may.
-        paths = [path for path in sys.path if Path(path).is_absolute()]
-        environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-        environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        seconds = 120 + file.size // (10 * MIB)
-        self._deadline = time.monotonic() + 5 * seconds
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-B", "-c", _BOOTSTRAP, json.dumps(paths)),
-                *map(str, (source, memory, 8 * file.size + 1024 * MIB, seconds)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**environment, "LANG": "C.UTF-8"},
-            cwd="/",
-            pass_fds=(source, memory),
-        )
-        self._pending = bytearray()
-
-    def hear(self, key: str) -> Any:
-        """The value of `key` in the child's next answer; UsageError for any other answer, and for none."""
-        line = self._line()
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            answer = {}
-        if key not in answer:
-            self._explain(answer)
-        return answer[key]
-
-    def say(self, **value: int) -> None:
-        stdin: IO[bytes] = self._process.stdin  # type: ignore[assignment]
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, which `hear` reports
-            stdin.write(json.dumps(value).encode() + b"\n")
-            stdin.flush()
-
-    def _explain(self, answer: dict[str, Any]) -> NoReturn:
-        message = shown(str(answer.get("message", "")).partition("\n")[0])
-        match answer.get("error"):
-            case "no_torch":
-                _no_torch(f"torch cannot be imported ({message})")
-            case "refused":
-                wants = shown(str(answer.get("wants", "")))
-                what = f"to read it would mean to call {wants}" if wants else "it does more than hold tensors"
-                _refuse(self._file, "convert.refused", what, wants=wants)
-            case "no_sandbox" | "unfit" | "unreadable" | "memory" as reason:
-                _refuse(self._file, _ANSWERS[reason], message or "it is damaged")
-            case _:
-                code = self._process.wait()
-                _refuse(self._file, "convert.unreadable", f"the process that read it was stopped (status {code})")
-
-    def close(self) -> None:
-        self._process.kill()
-        with contextlib.suppress(BrokenPipeError):
-            self._process.communicate()
-
-    def _line(self) -> bytes:
-        stdout: IO[bytes] = self._process.stdout  # type: ignore[assignment]
-        while b"\n" not in self._pending:
-            left = self._deadline - time.monotonic()
-            if left <= 0 or not select.select([stdout], [], [], left)[0]:
-                self._process.kill()
-                _refuse(self._file, "convert.unreadable", "reading it takes longer than its size explains")
-            piece = os.read(stdout.fileno(), MIB)
-            if not piece or len(self._pending) > _ANSWER_MAX:
-                self._process.kill()
-                break
-            self._pending += piece
-        line, _, rest = bytes(self._pending).partition(b"\n")
-        self._pending = bytearray(rest)
-        return line
+    if importlib.util.find_spec("torch") is None:
+        raise _no_torch("torch is not installed")
+    seconds = 120 + file.size // (10 * MIB)
+    return Child(
+        "strongroom.vault.unpickle",
+        memory=8 * file.size + 1024 * MIB,
+        seconds=seconds,
+        patience=5 * seconds,
+        most=LIMITS.safetensors_header,
+        explain=partial(_explained, file),
+        descriptors=(source, memory),
+    )
 
 
-def _no_torch(what: str) -> NoReturn:
-    raise UsageError(
+def _explained(file: SourceFile, answer: Answer) -> UsageError:
+    message = shown(str(answer.get("message", "")).partition("\n")[0]) or "it is damaged"
+    match answer["error"]:
+        case "no_torch":
+            return _no_torch(f"torch cannot be imported ({message})")
+        case "refused":
+            wants = shown(str(answer.get("wants", "")))
+            what = f"to read it would mean to call {wants}" if wants else "it does more than hold tensors"
+            return _refusal(file, "convert.refused", what, wants=wants)
+        case "no_sandbox" | "unfit" | "memory" as reason:
+            return _refusal(file, f"convert.{reason}", message)
+        case _:
+            return _refusal(file, "convert.unreadable", message)
+
+
+def _no_torch(what: str) -> UsageError:
+    return UsageError(
         "convert.no_torch",
         f"{what}; reading a pickle of weights safely takes it",
         hint='pip install "strongroom[convert]"',
     )
 
 
-_ANSWERS = {  # of the child, to our codes
-    "no_sandbox": "convert.no_sandbox",
-    "unfit": "convert.unfit",
-    "unreadable": "convert.unreadable",
-    "memory": "convert.memory",
-}
-
-
-def _refuse(file: SourceFile, code: str, what: str, **evidence: str) -> NoReturn:
+def _refusal(file: SourceFile, code: str, what: str, **evidence: str) -> UsageError:
     hints = {
         "convert.refused": "do not load this file with anything; ask its publisher for safetensors",
         "convert.no_sandbox": "convert on a Linux machine that permits user namespaces or seccomp filters",
         "convert.unfit": "remove it if it belongs to training (optimizer, arguments, random state)",
     }
-    raise UsageError(
+    return UsageError(
         code,
         f"{file.path} was not converted: {what}",
         hint=hints.get(code, "fetch the file again, or ask its publisher for safetensors"),

@@ -2,53 +2,41 @@
 
 A version's tokenizer and chat template are programs that came with it, and whoever put it may have meant harm: a
 normaliser that makes a gigabyte of one letter, a template that counts for hours. Here they have no network and no
-files, and bounded memory and time. Lines of JSON go both ways.
+files, and bounded memory and time.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import sys
 from typing import Any
 
-from strongroom.vault import sandbox
+from strongroom.vault.child import Confined
 
 
 def main(memory: int, cpu_seconds: int) -> None:
     """Read the tokenizer, then lists of [messages, prompt, completion]; answer each list with pairs of token ids."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print must not look like an answer
-
-    def answer(**value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    sandbox.die_with_parent()
-    apart = sandbox.leave_network()  # before libraries that start threads: only a process with one may leave
+    parent = Confined()
     stage = "the version's tokenizer can't be read"
     try:
         tokenizers, transformers = (importlib.import_module(name) for name in ("tokenizers", "transformers"))
-        sandbox.limit(memory=memory, cpu_seconds=cpu_seconds)
-        if not (sandbox.filter_calls() or apart):
-            answer(error="no_sandbox", message="neither a network namespace nor a system call filter is permitted here")
+        if not parent.enter(memory=memory, seconds=cpu_seconds):
             return
-        own = _built(tokenizers, transformers, json.loads(sys.stdin.readline()))
-        answer(ready=True)
-        for line in sys.stdin:
+        asked = parent.asked()
+        own = _built(tokenizers, transformers, next(asked))
+        parent.answer(ready=True)
+        for pieces in asked:
             found = []
-            for messages, prompt, completion in json.loads(line):
+            for messages, prompt, completion in pieces:
                 stage = "the chat template of the version does not take these messages"
                 if messages:
                     prompt = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # noqa: PLW2901
                 stage = "the version's tokenizer does not take this text"
                 found.append([_ids(own, prompt, special=not messages), _ids(own, completion)])
-            answer(tokens=found)
+            parent.answer(tokens=found)
     except MemoryError:
-        answer(error="unsupported", message=f"{stage}: it takes more memory than its size explains")
+        parent.answer(error="unsupported", message=f"{stage}: it takes more memory than its size explains")
     except BaseException as error:  # noqa: BLE001  # what is written in Rust panics, which is no Exception
-        answer(error="unsupported", message=f"{stage}: {str(error)[:300] or type(error).__name__}")
+        parent.answer(error="unsupported", message=f"{stage}: {str(error)[:300] or type(error).__name__}")
 
 
 def _built(tokenizers: Any, transformers: Any, given: dict[str, Any]) -> Any:

@@ -5,29 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import select
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import Any, cast
 
 from strongroom.core.limits import LIMITS, MIB
 from strongroom.errors import StrongroomError, UsageError
+from strongroom.vault.child import Answer, Child
 from strongroom.vault.names import shown
 from strongroom.vault.originals import Originals
 from strongroom.vault.text import Text, Written
 
 HINT = "trace the weights themselves, where they can be had"
 _SMALL = 128 * MIB  # of a configuration or a tokenizer
-_BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from strongroom.vault.tokenizing import main; main(*map(int, sys.argv[2:]))"
-)
 _BATCH = 256  # completions of which tokens are made at a time
 _SECONDS, _PATIENCE = 120, 300  # of the processor for all of it, and until an answer comes; more for much text
 _ANSWER_MAX = 512 * MIB
@@ -97,10 +88,10 @@ class Tokenizer:
         the limit. UsageError ``text.tokens``, ``text.no_tokenizer``, ``text.unsupported``."""
         found: list[Tokens] = []
         room, done = LIMITS.text_tokens, 0
-        with contextlib.closing(_Child(self._files, text)) as child:
+        with contextlib.closing(_Maker(self._files, text)) as maker:
             for first in range(0, len(text.pieces), _BATCH):
                 text.check()
-                for context, completion in self._made(child, text.pieces[first : first + _BATCH]):
+                for context, completion in self._made(maker, text.pieces[first : first + _BATCH]):
                     if room <= 0:
                         return sorted(found, key=len, reverse=True), len(text.pieces) - done
                     for piece in _windows(context, completion[:room], self._window):
@@ -109,7 +100,7 @@ class Tokenizer:
                     done += 1
         return sorted(found, key=len, reverse=True), 0
 
-    def _made(self, child: _Child, pieces: Sequence[Written]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def _made(self, maker: _Maker, pieces: Sequence[Written]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
         """What stands before each completion, and the completion."""
         asked: list[list[Any]] = []
         for piece in pieces:
@@ -118,7 +109,7 @@ class Tokenizer:
             prompt = piece.prompt if spoken and not messages else ""
             wanted = [each if isinstance(each, str) else None for each in (prompt, piece.completion)]
             asked.append([messages, wanted[0] if spoken else None, wanted[1]])
-        made = child.tokens(asked)
+        made = maker.tokens(asked)
         for piece, (context, completion) in zip(pieces, made, strict=True):
             yield (
                 self._known(piece.prompt if context is None else context),
@@ -134,23 +125,21 @@ class Tokenizer:
         return found
 
 
-class _Child:
-    """The process that makes tokens, once it is asked for some; `close` ends it."""
+class _Maker:
+    """Has a child process make tokens, once it is asked for some; `close` ends it."""
 
     def __init__(self, files: SmallFiles, text: Text) -> None:
         self._files, self._text = files, text
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pending = bytearray()
+        self._child: Child | None = None
 
     def tokens(self, asked: list[list[Any]]) -> list[list[list[int] | None]]:
         """Of each [messages, prompt, completion] the ids of what stands before the completion, and of the completion;
         None for what is None."""
         if not any(messages or prompt is not None or completion is not None for messages, prompt, completion in asked):
             return [[None, None] for _ in asked]
-        if self._process is None:
-            self._process = self._started()
-        self._say(self._process, asked)
-        found = self._hear(self._process, "tokens")
+        child = self._child or self._begin()
+        child.say(asked)
+        found = child.hear("tokens")
         try:
             for pair, (messages, prompt, completion) in zip(found, asked, strict=True):
                 for ids, given in zip(pair, (messages or prompt, completion), strict=True):
@@ -159,16 +148,14 @@ class _Child:
                     ):
                         raise ValueError("no ids")
         except (TypeError, ValueError):
-            self._refuse("what makes tokens of it gives no tokens")
+            raise _refusal("what makes tokens of it gives no tokens") from None
         return cast("list[list[list[int] | None]]", found)
 
     def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.communicate()
+        if self._child is not None:
+            self._child.close()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _begin(self) -> Child:
         if "tokenizer.json" not in self._files:
             raise UsageError(
                 "text.no_tokenizer",
@@ -185,55 +172,35 @@ class _Child:
         if "chat_template.jinja" in self._files:
             template = self._files.read("chat_template.jinja").decode("utf-8", "replace")
         tokenizer = self._files.read("tokenizer.json").decode("utf-8", "replace")
-        # Isolated mode keeps the environment and the working directory out of the child's imports; what it may import
-        # is what this process may.
-        paths = [path for path in sys.path if Path(path).is_absolute()]
-        environment = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), "1")
-        memory = 1024 * MIB + 64 * len(tokenizer) + 16 * self._text.bytes
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-B", "-c", _BOOTSTRAP, json.dumps(paths)),
-                *(str(memory), str(_SECONDS + 10 * self._text.bytes // MIB)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**environment, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "LANG": "C.UTF-8"},
-            cwd="/",
+        size = self._text.bytes
+        self._child = child = Child(
+            "strongroom.vault.tokenizing",
+            memory=1024 * MIB + 64 * len(tokenizer) + 16 * size,
+            seconds=_SECONDS + 10 * size // MIB,
+            patience=_PATIENCE + 20 * size / MIB,
+            most=_ANSWER_MAX,
+            explain=_explained,
+            check=self._text.check,
         )
-        self._process = process
-        self._say(process, {"tokenizer": tokenizer, "template": template, "special": special})
-        self._hear(process, "ready")
-        return process
+        child.say({"tokenizer": tokenizer, "template": template, "special": special})
+        child.hear("ready")
+        return child
 
-    def _say(self, process: subprocess.Popen[bytes], value: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, which `_hear` reports
-            process.stdin.write(json.dumps(value).encode() + b"\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
 
-    def _hear(self, process: subprocess.Popen[bytes], key: str) -> Any:
-        stdout: IO[bytes] = process.stdout  # type: ignore[assignment]
-        until = time.monotonic() + _PATIENCE + 20 * self._text.bytes / MIB
-        while b"\n" not in self._pending:
-            self._text.check()
-            if time.monotonic() > until or len(self._pending) > _ANSWER_MAX:
-                self._refuse("what makes tokens of it takes longer, or says more, than its size explains")
-            if select.select([stdout], [], [], 1)[0]:
-                piece = os.read(stdout.fileno(), MIB)
-                if not piece:
-                    self._refuse("what makes tokens of it was stopped: it took more memory or time than it may")
-                self._pending += piece
-        line, _, rest = bytes(self._pending).partition(b"\n")
-        self._pending = bytearray(rest)
-        answer = json.loads(line)
-        if key not in answer:
-            if answer.get("error") == "no_sandbox":
-                raise UsageError("convert.no_sandbox", str(answer["message"]), hint=HINT)
-            self._refuse(shown(str(answer.get("message", "it has no tokens"))))
-        return answer[key]
+def _explained(answer: Answer) -> UsageError:
+    match answer["error"]:
+        case "no_sandbox":
+            return UsageError("convert.no_sandbox", shown(str(answer.get("message", ""))), hint=HINT)
+        case "late":
+            return _refusal("what makes tokens of it takes longer, or says more, than its size explains")
+        case "stopped":
+            return _refusal("what makes tokens of it was stopped: it took more memory or time than it may")
+        case _:
+            return _refusal(shown(str(answer.get("message", "it has no tokens"))))
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise UsageError("text.unsupported", what, hint=HINT)
+
+def _refusal(what: str) -> UsageError:
+    return UsageError("text.unsupported", what, hint=HINT)
 
 
 def _windows(context: tuple[int, ...], completion: tuple[int, ...], limit: int) -> Iterator[Tokens]:

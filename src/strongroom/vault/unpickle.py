@@ -1,21 +1,19 @@
 """The child process that reads a pickle of tensors: loaded by `strongroom.vault.convert`, in a process of its own.
 
-It speaks JSON lines with its parent. It says which tensors the file holds; the parent, which believes nothing, sizes
-the memory file and says where the tensors go; the child copies them there. It can write nowhere else.
+It says which tensors the file holds; the parent, which believes nothing, sizes the memory file and says where the
+tensors go; the child copies them there. It can write nowhere else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import mmap
 import os
 import re
-import sys
 from typing import Any
 
-from strongroom.vault import sandbox
+from strongroom.vault.child import Confined
 
 DTYPES = {
     "torch.bool": "BOOL",
@@ -48,37 +46,27 @@ class _Unfit(Exception):
 
 def main(source: int, memory: int, allowance: int, cpu_seconds: int) -> None:
     """Read the pickle at descriptor `source` into the memory file `memory`; talk on standard input and output."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever libraries print must not look like an answer
-
-    def answer(**value: Any) -> None:
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    sandbox.die_with_parent()
-    apart = sandbox.leave_network()  # before torch, which starts threads: only a process with one may leave
+    parent = Confined()
     try:
         torch = importlib.import_module("torch")
     except Exception as error:  # noqa: BLE001  # a broken torch raises anything
-        answer(error="no_torch", message=f"{type(error).__name__}: {error}")
+        parent.answer(error="no_torch", message=f"{type(error).__name__}: {error}")
         return
     torch.set_num_threads(1)
-    sandbox.limit(memory=allowance, cpu_seconds=cpu_seconds)
-    if not (sandbox.filter_calls() or apart):
-        answer(error="no_sandbox", message="neither a network namespace nor a system call filter is permitted here")
+    if not parent.enter(memory=allowance, seconds=cpu_seconds):
         return
     try:
         tensors = _tensors(torch, _load(torch, source))
-        answer(tensors=[[name, DTYPES[str(tensor.dtype)], list(tensor.shape)] for name, tensor in tensors])
-        _copy(torch, tensors, memory, json.loads(sys.stdin.readline()))
-        answer(done=True)
+        parent.answer(tensors=[[name, DTYPES[str(tensor.dtype)], list(tensor.shape)] for name, tensor in tensors])
+        _copy(torch, tensors, memory, next(parent.asked()))
+        parent.answer(done=True)
     except _Unfit as error:
-        answer(error="unfit", message=str(error))
+        parent.answer(error="unfit", message=str(error))
     except MemoryError:
-        answer(error="memory", message="it needs more memory than its size explains")
+        parent.answer(error="memory", message="it needs more memory than its size explains")
     except Exception as error:  # noqa: BLE001  # what torch raises on bad bytes is not documented
         kind = "refused" if type(error).__name__ == "UnpicklingError" else "unreadable"
-        answer(error=kind, message=str(error)[:10_000], wants=_wanted(str(error)))
+        parent.answer(error=kind, message=str(error)[:10_000], wants=_wanted(str(error)))
 
 
 def _wanted(message: str) -> str:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.cli.demo_thief import moved, rounded
+
 Array = NDArray[np.float32]
-_UNITS = re.compile(
-    r"(.*)\.(mlp\.gate_proj|mlp\.up_proj|mlp\.down_proj|intermediate\.dense|(?<!attention\.)output\.dense)\.(?:weight|bias)"
-)
-_OUT = ("mlp.down_proj", "output.dense")
 Attack = Callable[[str, Array], Array | None]
 
 
 def int_(bits: int, group: int) -> Callable[[str, Array], Array]:
     """Round to nearest, a scale for each group of neighbours."""
 
-    def attack(_: str, a: Array) -> Array:
-        if a.ndim < 2:
-            return a
-        flat = a.reshape(-1)
-        whole = flat.size // group * group
-        parts = flat[:whole].reshape(-1, group)
-        top = 2 ** (bits - 1) - 1
-        scale = np.maximum(np.abs(parts).max(axis=1, keepdims=True) / top, 1e-12)
-        rounded = (np.clip(np.round(parts / scale), -top - 1, top) * scale).reshape(-1)
-        return np.concatenate([rounded, flat[whole:]]).reshape(a.shape).astype(np.float32)
-
-    return attack
+    return lambda _, a: a if a.ndim < 2 else rounded(a, bits, group)
 
 
 def ggml(kind: str) -> Callable[[str, Array], Array]:
@@ -163,22 +149,6 @@ def adapter(size: float) -> Callable[[str, Array], Array]:
     return attack
 
 
-def moved(seed: int = 3) -> Callable[[str, Array], Array]:
-    """Hidden units in another order; the model computes the same."""
-    rng = np.random.default_rng(seed)
-    orders: dict[str, NDArray[np.int64]] = {}
-
-    def attack(name: str, a: Array) -> Array:
-        found = _UNITS.fullmatch(name)
-        if found is None or (a.ndim < 2 and found[2] in _OUT):
-            return a
-        stem, into = found[1], found[2] not in _OUT
-        order = orders.setdefault(stem, rng.permutation(a.shape[0] if into else a.shape[1]))
-        return a[order] if into else a[:, order]
-
-    return attack
-
-
 def merged(sister: Mapping[str, Array], share: float) -> Callable[[str, Array], Array]:
     """`share` of the copy and the rest of a sister model, element by element."""
 
@@ -246,7 +216,7 @@ def alone(
         "merged with a sister, half": merged(sister, 0.5),
         "merged with a sister, a fifth of the copy": merged(sister, 0.2),
         "int4, pruned 50 %, noise 0.1": then(int_(4, 128), prune(0.5), noise(0.1)),
-        "hidden units permuted, int4": then(moved(), int_(4, 128)),
+        "hidden units permuted, int4": then(moved(3), int_(4, 128)),
         "marked segments alone: noise 0.1": informed(where, noise(0.1)),
         "marked segments alone: int4": informed(where, int_(4, 128)),
         "one matrix of one layer": only(middle[len(middle) // 2]),

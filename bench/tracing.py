@@ -319,7 +319,7 @@ def innocent(model: Model, seeds: int) -> Iterator[Unaccused]:
         leaks.ggml("Q8_0"),
         leaks.prune(0.5),
         leaks.adapter(0.1),
-        leaks.moved(),
+        leaks.moved(3),
     ]
     for what in ("independent weights", "unmarked weights, changed", "copies out of another room"):
         found = Unaccused(what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from strongroom.cli.demo_infer import SENTENCES, TEXT, quiet
 STEPS = 6
 _GROUP = 64  # weights that share a scale
 _UNITS = re.compile(
-    r"(.*)\.(?:mlp\.(?:gate_proj|up_proj|down_proj)|intermediate\.dense|output\.dense)\.(?:weight|bias)"
+    r"(.*)\.(mlp\.gate_proj|mlp\.up_proj|mlp\.down_proj|intermediate\.dense|(?<!attention\.)output\.dense)\.(?:weight|bias)"
 )
-_INTO = ("mlp.gate_proj", "mlp.up_proj", "intermediate.dense")
+_OUT = ("mlp.down_proj", "output.dense")
 
-Arrays = dict[str, NDArray[np.floating[Any]]]
+Array = NDArray[np.floating[Any]]
+Arrays = dict[str, Array]
 
 
 def arrays(folder: Path) -> Arrays:
@@ -67,30 +69,39 @@ def _loss(kind: str, model: Any, tokenizer: Any) -> Any:
 
 def disguised(tensors: Arrays) -> Arrays:
     """Hidden units in another order, every matrix at four bits, and names that say nothing."""
-    rng = np.random.default_rng(2)
-    orders: dict[str, NDArray[np.int64]] = {}
+    change = moved(2)
     found: Arrays = {}
     for at, (name, value) in enumerate(sorted(tensors.items())):
-        moved = value
-        match = _UNITS.fullmatch(name)
-        if match is not None and "attention" not in name:
-            into = any(part in name for part in _INTO)
-            if into or value.ndim == 2:
-                size = value.shape[0] if into else value.shape[1]
-                order = orders.setdefault(match[1], rng.permutation(size))
-                moved = value[order] if into else value[:, order]
-        found[f"t{at:04}"] = int4(moved) if value.ndim == 2 else moved
+        after = change(name, value)
+        found[f"t{at:04}"] = rounded(after, 4, _GROUP) if value.ndim == 2 else after
     return found
 
 
-def int4(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rounded to the nearest of sixteen values, whose scale each group of neighbours shares."""
-    flat = matrix.reshape(-1)
-    whole = flat.size // _GROUP * _GROUP
-    groups = flat[:whole].reshape(-1, _GROUP)
-    scale = np.maximum(np.abs(groups).max(axis=1, keepdims=True) / 7, 1e-12)
-    rounded = (np.clip(np.round(groups / scale), -8, 7) * scale).reshape(-1)
-    return np.concatenate([rounded, flat[whole:]]).reshape(matrix.shape).astype(np.float32)
+def moved(seed: int) -> Callable[[str, Array], Array]:
+    """A change, by a tensor's name, that puts hidden units in another order; the model computes the same."""
+    rng = np.random.default_rng(seed)
+    orders: dict[str, NDArray[np.int64]] = {}
+
+    def change(name: str, a: Array) -> Array:
+        found = _UNITS.fullmatch(name)
+        if found is None or (a.ndim < 2 and found[2] in _OUT):
+            return a
+        stem, into = found[1], found[2] not in _OUT
+        order = orders.setdefault(stem, rng.permutation(a.shape[0] if into else a.shape[1]))
+        return a[order] if into else a[:, order]
+
+    return change
+
+
+def rounded(a: Array, bits: int, group: int) -> Array:
+    """Rounded to the nearest of 2^bits values, whose scale each `group` of neighbours shares."""
+    flat = a.reshape(-1)
+    whole = flat.size // group * group
+    parts = flat[:whole].reshape(-1, group)
+    top = 2 ** (bits - 1) - 1
+    scale = np.maximum(np.abs(parts).max(axis=1, keepdims=True) / top, 1e-12)
+    near = (np.clip(np.round(parts / scale), -top - 1, top) * scale).reshape(-1)
+    return np.concatenate([near, flat[whole:]]).reshape(a.shape).astype(np.float32)
 
 
 def write(tensors: Arrays, path: Path) -> Path:

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.page import write
 from strongroom.client import Room
 from strongroom.crypto import signatures
 from strongroom.crypto.release import ReleaseKey
@@ -49,6 +50,13 @@ WRITERS = 64
 OUT = Path("docs/reference/bench-custody.md")
 SIGNER = log_signer(bytes(32))
 KEY = LogKey(bytes(16), SIGNER.public_key)
+PARTS = ("appends", "proofs", "verification", "releases")
+_MACHINE = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+_HEAD = (
+    "# Benchmark: custody\n\n"
+    "Written by `python -m bench.custody` (`make bench-custody`; `--only appends` measures one part again). Every part "
+    "is of one run on one machine, which it names. The disk decides what a durable append costs: compare ratios.\n"
+)
 _RULE = """
 @id("filler-{0}") @reason("One of many.")
 permit (principal in Strongroom::Role::"team-{0}", action == Strongroom::Action::"infer", resource)
@@ -62,9 +70,15 @@ class Page:
 
     lines: list[str] = field(default_factory=list)
 
-    def table(self, title: str, header: str, rows: list[tuple[str, ...]]) -> None:
+    def table(self, title: str, header: str, rows: list[tuple[str, ...]], *, level: int = 2) -> None:
         columns = header.split("|")
-        self.lines += ["", f"## {title}", "", f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+        self.lines += [
+            "",
+            f"{'#' * level} {title}",
+            "",
+            f"| {' | '.join(columns)} |",
+            "|---" + "|---:" * (len(columns) - 1) + "|",
+        ]
         self.lines += [f"| {' | '.join(row)} |" for row in rows]
 
     def say(self, text: str) -> None:
@@ -129,45 +143,98 @@ def postgresql(folder: Path) -> Iterator[Callable[[], str]]:
     server.cleanup()
 
 
-def appends(work: Path, new_url: Callable[[], str], page: Page, rounds: int, seconds: float) -> None:
-    """One entry at a time in the plainest way the database has, beside ours with one writer and with 64."""
-    rows = []
+def appends(work: Path, new_url: Callable[[], str], page: Page, options: argparse.Namespace) -> None:
+    """One entry at a time in the plainest way the database has, beside ours with one writer and with 64: on the disk as
+    it is, and on the same disk with a delay added to every fsync."""
+    page.lines += [f"## Durable appends (entries a second, medians of {options.rounds})"]
+    _compare(page, "On this disk as it is", measured(work, new_url, options.rounds, options.seconds))
+    title = f"With {options.delay:g} ms added to every fsync"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        page.lines += ["", f"### {title}"]
+        page.say("Not measured: there is no C compiler (`cc`) here to build bench/slow_fsync.c with.")
+        return
+    _compare(page, title, slowed(work, compiler, options))
+    page.say(
+        "The delay is added, and is no property of this disk: a library that is loaded before the C library "
+        "(bench/slow_fsync.c) lets each fsync and fdatasync of Python, SQLite and PostgreSQL take "
+        f"{options.delay:g} ms longer, about what a disk behind a network takes."
+    )
+
+
+def measured(work: Path, new_url: Callable[[], str], rounds: int, seconds: float) -> dict[str, Any]:
+    """Medians, a second: of an fsync of a file, and by database of a plain INSERT and of appends by one and by many."""
     data = bytes(200)
     descriptor = os.open(work / "file", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    fsyncs = statistics.median(
+    fsync = statistics.median(
         rate(seconds, lambda: (os.write(descriptor, data), os.fsync(descriptor))) for _ in range(rounds)
     )
     os.close(descriptor)
-    rows.append(("append 200 bytes to a file, fsync", f"{fsyncs:,.0f}", "", ""))
+    found: dict[str, Any] = {"fsync": fsync}
     for kind in ("SQLite", "PostgreSQL"):
         url = new_url() if kind == "PostgreSQL" else f"sqlite:///{work}/appends.db"
         db = Database.open(url, create=True)
         log = ledger(db)
         numbers = itertools.count()
         plain = _plain_insert(work, new_url, kind, data)
-        measured: dict[str, list[float]] = {"plain": [], "one": [], "many": []}
+        rates: dict[str, list[float]] = {"plain": [], "one": [], "many": []}
         for _ in range(rounds):
-            measured["plain"].append(rate(seconds, plain))
-            measured["one"].append(rate(seconds, lambda: log.append(login(next(numbers)))))  # noqa: B023
-            measured["many"].append(rate(seconds, lambda: log.append(login(next(numbers))), threads=WRITERS))  # noqa: B023
-        middle = {name: statistics.median(values) for name, values in measured.items()}
-        for name, title in (
+            rates["plain"].append(rate(seconds, plain))
+            rates["one"].append(rate(seconds, lambda: log.append(login(next(numbers)))))  # noqa: B023
+            rates["many"].append(rate(seconds, lambda: log.append(login(next(numbers))), threads=WRITERS))  # noqa: B023
+        found[kind] = {name: statistics.median(values) for name, values in rates.items()}
+        db.close()
+    return found
+
+
+def slowed(work: Path, compiler: str, options: argparse.Namespace) -> dict[str, Any]:
+    """As `measured`, in a process, and with a PostgreSQL, whose every fsync takes `options.delay` ms longer."""
+    work.chmod(0o711)  # the server runs as a user of its own, and loads the library, too
+    library = work / "slow_fsync.so"
+    source = Path(__file__).with_name("slow_fsync.c")
+    subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    library.chmod(0o755)
+    command = [sys.executable, "-m", "bench.custody", "--slow", str(library)]
+    command += ["--rounds", str(options.rounds), "--seconds", str(options.seconds), "--work", str(work)]
+    slow = {"LD_PRELOAD": str(library), "FSYNC_DELAY_US": str(round(options.delay * 1000))}
+    done = subprocess.run(command, env=os.environ | slow, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def slow_child(library: Path, parent: Path, rounds: int, seconds: float) -> None:
+    """The process of `slowed`; ends with an error where the library is not in it, or not in the server."""
+    with tempfile.TemporaryDirectory(dir=parent) as name:
+        work = Path(name)
+        with postgresql(work / "postgresql") as new_url:
+            server = (work / "postgresql" / "postmaster.pid").read_text(encoding="ascii").split()[0]
+            for process in ("self", server):
+                if library.name not in Path(f"/proc/{process}/maps").read_text(encoding="utf-8"):
+                    raise SystemExit(f"{library.name} was not loaded by process {process}: its fsync is not slower")
+            print(json.dumps(measured(work, new_url, rounds, seconds)))
+
+
+def _compare(page: Page, title: str, found: dict[str, Any]) -> None:
+    rows = [("append 200 bytes to a file, fsync", f"{found['fsync']:,.0f}", "", "")]
+    verdicts = []
+    for kind in ("SQLite", "PostgreSQL"):
+        rates = found[kind]
+        for name, what in (
             ("plain", f"{kind}: one INSERT a transaction, no log"),
             ("one", f"{kind}: ours, one writer"),
             ("many", f"{kind}: ours, {WRITERS} writers"),
         ):
-            ratios = tuple(f"{middle[name] / middle[base]:.1f}" for base in ("plain", "one"))
-            rows.append((title, f"{middle[name]:,.0f}", *ratios))
-        verdict = "met" if middle["many"] >= 20 * middle["one"] else "missed"
-        page.say(
-            f"{kind}, {WRITERS} writers: {middle['many'] / middle['one']:.1f} times the rate of the same log with one "
+            ratios = tuple(f"{rates[name] / rates[base]:.1f}" for base in ("plain", "one"))
+            rows.append((what, f"{rates[name]:,.0f}", *ratios))
+        verdict = "met" if rates["many"] >= 20 * rates["one"] else "missed"
+        verdicts.append(
+            f"{kind}, {WRITERS} writers: {rates['many'] / rates['one']:.1f} times the rate of the same log with one "
             f"entry, and so one commit, at a time (required 20): **{verdict}**. Against a bare INSERT a transaction, "
-            f"without a log, it is {middle['many'] / middle['plain']:.1f} times."
+            f"without a log, it is {rates['many'] / rates['plain']:.1f} times."
         )
-        db.close()
-    page.table(
-        f"Durable appends (entries a second, medians of {rounds})", "how|a second|× one INSERT each|× ours, one", rows
-    )
+    page.table(title, "how|a second|× one INSERT each|× ours, one", rows, level=3)
+    for text in verdicts:
+        page.say(text)
 
 
 def _plain_insert(work: Path, new_url: Callable[[], str], kind: str, data: bytes) -> Callable[[], object]:
@@ -409,7 +476,11 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=1_000_000, help="of the log that is verified")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--only", help="releases, appends, proofs or verification; prints and writes no page")
+    parser.add_argument(
+        "--only", choices=PARTS, help="measure this part alone, and leave the others as the page has them"
+    )
+    parser.add_argument("--delay", type=float, default=2.0, help="ms that an fsync of the slower disk takes longer")
+    parser.add_argument("--slow", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--replica", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--ref", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
@@ -417,32 +488,26 @@ def main() -> None:
     if options.replica:
         replica(options.replica, options.ref, options.threads, options.seconds)
         return
-    page = Page(
-        [
-            "# Benchmark: custody",
-            "",
-            "Written by `python -m bench.custody` (`make bench-custody`); every figure is of one run on one machine: "
-            f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}. "
-            "The disk decides what a durable append costs: compare ratios.",
-        ]
-    )
+    if options.slow:
+        slow_child(options.slow, options.work, options.rounds, options.seconds)
+        return
+    if not options.out.exists():
+        options.out.write_text(_HEAD, encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=options.work, ignore_cleanup_errors=True) as name:
         work = Path(name)
         with postgresql(work / "postgresql") as new_url:
-            parts: dict[str, Callable[[], None]] = {
-                "appends": lambda: appends(work, new_url, page, options.rounds, options.seconds),
-                "proofs": lambda: proofs(work, page, 100_000),
-                "verification": lambda: verification(page, options.entries),
-                "releases": lambda: releases(work, new_url, page, options.rounds, options.seconds),
+            parts: dict[str, Callable[[Page], None]] = {
+                "appends": lambda page: appends(work, new_url, page, options),
+                "proofs": lambda page: proofs(work, page, 100_000),
+                "verification": lambda page: verification(page, options.entries),
+                "releases": lambda page: releases(work, new_url, page, options.rounds, options.seconds),
             }
-            for title, part in parts.items():
+            for title in PARTS:
                 if options.only in (None, title):
-                    part()
-    text = "\n".join(page.lines) + "\n"
-    if options.only:
-        print(text)
-        return
-    options.out.write_text(text, encoding="utf-8")
+                    page = Page()
+                    parts[title](page)
+                    page.say(f"Of one run: {_MACHINE}.")
+                    write(options.out, title, "\n".join(page.lines))
     print(options.out)
 
 

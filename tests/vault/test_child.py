@@ -146,7 +146,7 @@ def test_who_does_not_listen_is_not_waited_for_for_ever(start):
 
 
 def test_who_says_too_much_is_not_heard_out(start):
-    assert failed(start(most=4 * MIB), "flood")["error"] == "late"
+    assert failed(start(most=4 * MIB), "flood") == {"error": "late", "message": "it says more than its size explains"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 from strongroom.crypto import signatures
@@ -63,6 +68,27 @@ def append_until_killed(folder: str, name: str, url: str = "") -> None:
             receipt = desk.log.append(login(number))
             out.write(f"{receipt.index} {leaf_hash(receipt.data).hex()};\n")
             out.flush()
+
+
+def kill_in_the_middle(desk: Desk, rounds: int, chance: random.Random) -> None:
+    """Two of those processes at a time, killed at a random moment once both have been answered often."""
+    context = multiprocessing.get_context("spawn")
+    for round_ in range(rounds):
+        names = [f"{round_}-{number}" for number in range(2)]
+        workers = [
+            context.Process(target=append_until_killed, args=(str(desk.folder), name, desk.url), daemon=True)
+            for name in names
+        ]
+        for worker in workers:
+            worker.start()
+        files = [desk.folder / f"acknowledged-{name}" for name in names]
+        while not all(file.exists() and file.read_text().count("\n") >= 10 for file in files):
+            assert all(worker.is_alive() for worker in workers)
+            time.sleep(0.02)
+        time.sleep(chance.random())
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
 
 
 def check_acknowledged(desk: Desk, at_least: int) -> None:

@@ -3,18 +3,14 @@ signed."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
 import sqlite3
 import threading
-import time
 
 import pytest
 import sqlalchemy as sa
 
-from ledger.logs import KEY, Desk, append_until_killed, check_acknowledged, login
+from ledger.logs import KEY, Desk, check_acknowledged, kill_in_the_middle, login
 from strongroom.core import canonical
 from strongroom.errors import (
     BackendError,
@@ -355,20 +351,8 @@ class TestSnapshots:
 
 def test_two_processes_killed_at_random_lose_and_fork_nothing(desk):
     """kill -9 while they append: every acknowledged entry is there, in one order, under a root that was signed."""
-    context = multiprocessing.get_context("spawn")
-    chance = random.Random(5)
-    for round_ in range(4):
-        workers = [
-            context.Process(target=append_until_killed, args=(str(desk.folder), f"{round_}-{number}"), daemon=True)
-            for number in range(2)
-        ]
-        for worker in workers:
-            worker.start()
-        time.sleep(1.2 + chance.random() * 0.4)
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
-            worker.join()
-    check_acknowledged(desk, 20)
+    kill_in_the_middle(desk, 4, random.Random(5))
+    check_acknowledged(desk, 80)
 
 
 def test_an_empty_log(tmp_path):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import threading
 import time
@@ -14,7 +12,7 @@ import warnings
 import pytest
 import sqlalchemy as sa
 
-from ledger.logs import KEY, Desk, append_until_killed, check_acknowledged, login
+from ledger.logs import KEY, Desk, check_acknowledged, kill_in_the_middle, login
 from strongroom.errors import BackendError, Conflict, Rollback, StrongroomError
 from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import leaf_hash, verify_inclusion
@@ -92,22 +90,8 @@ def test_entries_go_to_their_positions_or_none_does(desk):
 
 
 def test_custodians_killed_at_random_lose_and_fork_nothing(desk):
-    context = multiprocessing.get_context("spawn")
-    chance = random.Random(7)
-    for round_ in range(3):
-        workers = [
-            context.Process(
-                target=append_until_killed, args=(str(desk.folder), f"{round_}-{number}", desk.url), daemon=True
-            )
-            for number in range(2)
-        ]
-        for worker in workers:
-            worker.start()
-        time.sleep(1.5 + chance.random())
-        for worker in workers:
-            os.kill(worker.pid, signal.SIGKILL)
-            worker.join()
-    check_acknowledged(desk, 20)
+    kill_in_the_middle(desk, 3, random.Random(7))
+    check_acknowledged(desk, 60)
 
 
 def test_a_connection_that_breaks_is_an_error_of_ours_and_passes(desk):

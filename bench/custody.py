@@ -51,7 +51,10 @@ OUT = Path("docs/reference/bench-custody.md")
 SIGNER = log_signer(bytes(32))
 KEY = LogKey(bytes(16), SIGNER.public_key)
 PARTS = ("appends", "proofs", "verification", "releases")
-_MACHINE = f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
+_MACHINE = (
+    f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
+    f"load {os.getloadavg()[0]:.1f} before it began"
+)
 _HEAD = (
     "# Benchmark: custody\n\n"
     "Written by `python -m bench.custody` (`make bench-custody`; `--only appends` measures one part again). Every part "

@@ -51,9 +51,11 @@ OUT = Path("docs/reference/bench-custody.md")
 SIGNER = log_signer(bytes(32))
 KEY = LogKey(bytes(16), SIGNER.public_key)
 PARTS = ("appends", "proofs", "verification", "releases")
+_LOAD = os.getloadavg()[0]
+_BUSY = (os.cpu_count() or 1) / 2 < _LOAD
 _MACHINE = (
     f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}, "
-    f"load {os.getloadavg()[0]:.1f} before it began"
+    f"load {_LOAD:.1f} before it began"
 )
 _HEAD = (
     "# Benchmark: custody\n\n"
@@ -230,6 +232,8 @@ def _compare(page: Page, title: str, found: dict[str, Any]) -> None:
             ratios = tuple(f"{rates[name] / rates[base]:.1f}" for base in ("plain", "one"))
             rows.append((what, f"{rates[name]:,.0f}", *ratios))
         verdict = "met" if rates["many"] >= 20 * rates["one"] else "missed"
+        if _BUSY:  # what is done one by one waits for others each time: the ratio would flatter
+            verdict = "not judged, the machine was busy"
         verdicts.append(
             f"{kind}, {WRITERS} writers: {rates['many'] / rates['one']:.1f} times the rate of the same log with one "
             f"entry, and so one commit, at a time (required 20): **{verdict}**. Against a bare INSERT a transaction, "

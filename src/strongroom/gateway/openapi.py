@@ -7,8 +7,6 @@ from typing import Any
 
 import orjson
 
-from strongroom import __version__
-
 _CODES = {
     400: "A field that is unknown, forbidden or out of range; contents that are not passed on; a body that is none.",
     401: "No API key that is good here.",
@@ -180,7 +178,7 @@ def encoded() -> bytes:
     vectors = {"type": "object", "required": ["object", "data", "model", "usage"]}
     document = {
         "openapi": "3.1.0",
-        "info": {"title": "Strongroom gateway", "version": __version__, "license": {"name": "Apache-2.0"}},
+        "info": {"title": "Strongroom gateway", "version": "1", "license": {"name": "Apache-2.0"}},
         "security": [{"key": []}],
         "paths": {
             "/v1/chat/completions": _asks("Answer a conversation.", _CHAT, "messages", _completion("chat.completion")),

@@ -41,12 +41,12 @@ def new(options: Options, name: str, seconds: int) -> None:
     explain="""Those that are good now, without the keys, which nobody has. Whoever may audit or grant sees everybody's,
     else each sees their own.""",
 )
-@click.argument("principal", required=False)
+@click.argument("path", metavar="[PRINCIPAL]", required=False)
 @pass_options
-def ls(options: Options, principal: str | None) -> None:
+def ls(options: Options, path: str | None) -> None:
     """List API keys."""
     with options.open() as room:
-        found = room.apikeys.ls(principal)
+        found = room.apikeys.ls(path)
     rows = [
         (each["id"], each["principal"], each["name"], text(each["expires_at"]), str(each["entry"])) for each in found
     ]

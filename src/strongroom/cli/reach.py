@@ -45,6 +45,10 @@ def _answer(options: Options, found: list[dict[str, Any]], first: str, everythin
     rows = [(item[first], item["action"], item["answer"], " → ".join(item["path"])) for item in shown]
     header = (first.upper(), "ACTION", "WHEN", "BECAUSE")
     options.output.answer({"access": shown}, table(header, rows) if rows else ["nobody, nothing"])
+    if any(item["action"] == "infer" for item in shown):
+        options.output.note(
+            "  → inference is by the gateway, with an API key or a token: strongroom apikey ls PRINCIPAL"
+        )
     if waits := sorted({item["action"] for item in shown} & _NOT_YET):
         options.output.note(
             f"  → {' and '.join(waits)}: that is what the policy says; no command of this release does it yet"

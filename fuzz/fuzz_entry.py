@@ -25,10 +25,22 @@ def seeds() -> dict[str, bytes]:
         "break_glass": True,
         "statement": "",
     }
+    apikey = {
+        "key": digest,
+        "principal": "user/ana",
+        "name": "ci",
+        "expires_at": 9,
+        "state": "active",
+        "statement": "",
+    }
+    inference = {"gateway": "0" * 32, "records": 3, "head": digest, "settings": digest}
+    inference |= {"requests": 2, "refused": 1, "tokens": 10, "bits": 170}
     refused = {"action": "load", "code": "auth.refused", "rule": "Schlüssel"}
     return {
         "approve": Entry("approve", 5, "user/ben", "acme/tiny@1", approve).encode(),
         "release": Entry("release", 5, "user/ana", "acme/tiny@1", release, {"reason": digest}).encode(),
+        "apikey": Entry("apikey", 5, "user/ana", "user/ana", apikey).encode(),
+        "inference": Entry("inference", 5, "custodian", "acme/tiny@1", inference).encode(),
         "refused": Entry("refused", 5, "user/ana", "", refused, {"detail": digest}).encode(),
     }
 

@@ -21,6 +21,7 @@ def seeds() -> dict[str, bytes]:
         "approve": {"request": digest, "duration": 60, "uses": None},
         "renew": {"lease": "0" * 16, "duration": 60},
         "revoke": {"target": "user/ana", "reason": digest},
+        "apikey": {"key": digest, "principal": "user/ana", "name": "ci", "expires_at": 9, "state": "active"},
     }
     made = {kind: Statement.sign(kind, body, signer=Signer(bytes(32)), **known) for kind, body in bodies.items()}
     return {

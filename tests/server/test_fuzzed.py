@@ -117,7 +117,9 @@ MEMBERS = {
     "method": st.sampled_from(["oidc", "x509"]),
     "authority": st.sampled_from(["https://id.example", "prod.example", ""]) | texts,
     "text": st.just("") | texts,
-    "state": st.sampled_from(["active", "suspended", "removed"]),
+    "state": st.sampled_from(["active", "suspended", "removed", "ended"]),
+    "name": st.sampled_from(["ci", "default", ""]) | texts,
+    "expires_at": counts | st.just(unix() + 8 * 3600),
 }
 
 

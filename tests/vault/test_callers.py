@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
@@ -23,6 +24,7 @@ from strongroom.formats.authority import (
     key_name,
 )
 from strongroom.formats.statement import Statement
+from strongroom.gateway.door import Door
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import FEATURES
 from strongroom.policy.usage import DAY, KEPT
@@ -546,3 +548,39 @@ def test_the_statement_that_makes_a_key_has_no_key_in_it(team):
     made = team.pat.apikeys.new()
     entry = team.olga.log.show(made["entry"])
     assert made["key"].encode() not in Statement.decode(entry["body"]["statement"]).payload
+
+
+def test_a_gateway_keeps_apart_what_a_principal_may_by_a_token_and_by_a_key(lobby):
+    """Policy may look at how somebody came: what it said of a token is not its word about a key."""
+    with Room(lobby.folder, "user/olga") as room:
+        room.principal_add("user/pat", roles=["partner"])
+        room.principal_bind("user/pat", oidc=f"{lobby.provider.issuer}#pat@example.com")
+        room.principal_add("user/ben", roles=["officer"])
+        rule = (
+            '@id("no-keys") forbid (principal, action == Strongroom::Action::"infer", resource) '
+            'when { context.authentication == "apikey" };'
+        )
+        asked = room.propose(room.policy()["text"] + rule, reason="x")
+        with Room(lobby.folder, "user/ben") as ben:
+            ben.approve(asked["id"])
+        room.enact(asked["id"], break_glass="for a test")
+        with Room(lobby.folder, "user/pat") as pat:
+            key = pat.apikeys.new()["key"]
+
+    async def ask(*tokens):
+        door = Door(lobby.callers)
+        await door.look()
+        told = []
+        for token in tokens:
+            caller = await door.caller(token)
+            assert caller.principal == "user/pat"
+            try:
+                await door.allow(caller, ["infer"], REF, REF)
+                told.append((True, len(await door.models(caller))))
+            except NotFound:
+                told.append((False, len(await door.models(caller))))
+        return told
+
+    token = shown(lobby, sub="pat@example.com")
+    assert asyncio.run(ask(token, key)) == [(True, 1), (False, 0)]
+    assert asyncio.run(ask(key, token)) == [(False, 0), (True, 1)]

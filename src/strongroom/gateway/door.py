@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Sealed, StrongroomError
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 _KEPT = 10_000  # answers of each kind that are remembered
 _DECISION = 60.0  # seconds: policy may look at the time of the day
 _LOOK_EVERY = 0.5  # seconds between two looks at the log
@@ -34,6 +35,8 @@ class Caller(Protocol):
     def teams(self) -> tuple[str, ...]: ...
     @property
     def key(self) -> str: ...
+    @property
+    def method(self) -> str: ...
 
 
 class Model(Protocol):
@@ -73,9 +76,9 @@ class Door:
         self._seen = -_BLIND * 2
         self.epoch = 0
         self._callers_by_token: OrderedDict[str, tuple[Any, float]] = OrderedDict()
-        self._decisions: OrderedDict[tuple[str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
+        self._decisions: OrderedDict[tuple[str, str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
         self._refs: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self._models: OrderedDict[str, tuple[list[Any], float]] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], tuple[list[Any], float]] = OrderedDict()
         self.changed: Callable[[], None] = lambda: None
 
     async def look(self) -> None:
@@ -144,7 +147,8 @@ class Door:
         """Every action, or Denied; NotFound ``model.not_found`` where not even `infer` is allowed, so that nobody
         learns which models there are."""
         for action in actions:
-            key = (caller.principal, action, ref)
+            # Policy may tell a token from an API key: its word about one is none about the other.
+            key = (caller.principal, caller.method, action, ref)
             kept = self._decisions.get(key)
             if kept is None or kept[1] < self._clock():
                 epoch = self.epoch
@@ -165,15 +169,16 @@ class Door:
                 raise kept[0]
 
     async def models(self, caller: Any) -> list[Any]:
-        found: list[Any] | None = self._remembered(self._models, caller.principal)
+        key = (caller.principal, caller.method)
+        found: list[Any] | None = self._remembered(self._models, key)
         if found is not None:
             return found
         epoch = self.epoch
         models = await self._ask(self._callers.models, caller)
-        self._keep(self._models, caller.principal, models, self._clock() + _DECISION, epoch)
+        self._keep(self._models, key, models, self._clock() + _DECISION, epoch)
         return list(models)
 
-    def _remembered(self, kept: OrderedDict[str, tuple[T, float]], key: str) -> T | None:
+    def _remembered(self, kept: OrderedDict[K, tuple[T, float]], key: K) -> T | None:
         found = kept.get(key)
         return found[0] if found is not None and found[1] >= self._clock() else None
 

@@ -42,6 +42,11 @@ def test_a_key_is_shown_once_and_is_good_until_it_is_ended(team):
         done = team.run("apikey", "end", identifier, "--as", "user/pat", "--json").json
         assert (done["id"], done["state"]) == (identifier, "ended")
         assert callers.by_key(digest_of(key)) is None
+        account = {"gateway": "0" * 32, "records": 1, "head": "1" * 64, "requests": 7, "refused": 2}
+        callers.record(REF, {**account, "tokens": 5, "bits": 85, "settings": "2" * 64})
+    tail = team.run("log", "tail", "--as", "user/olga").out
+    assert f"{identifier} (evaluation) ended" in tail
+    assert "7 requests, 2 refused, 5 tokens, 85 bits" in tail
     assert "no API key" in team.run("apikey", "ls", "--as", "user/pat").out
 
 

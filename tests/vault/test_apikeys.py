@@ -317,3 +317,21 @@ def test_errors_are_of_our_own(team):
 def test_days(team):
     """What a duration of the command line comes to."""
     assert team.pat.apikeys.new()["expires_at"] == pytest.approx(team.clock() + 90 * DAY, abs=5)
+
+
+def test_whoever_calls_the_gateway_is_not_taken_for_idle(team):
+    """What is done there is in nobody's name in the log: a review must not take rights away for that."""
+    team.pat.apikeys.new(duration=300 * DAY)
+    account = {"gateway": "0" * 32, "records": 1, "head": "1" * 64, "requests": 1, "refused": 0}
+    account |= {"tokens": 5, "bits": 85, "settings": "2" * 64}
+
+    def idle():
+        return {each["about"]: each["removes"] for each in team.ben.review()["findings"] if each["kind"] == "idle"}
+
+    team.later(100 * DAY)
+    assert (idle()["user/pat"], idle()["user/ana"]) == ("user/pat", "user/ana")  # nobody has inferred at all
+    team.callers.record("acme/tiny@1", account)
+    assert (idle()["user/pat"], idle()["user/ana"]) == ("", "user/ana")
+    team.later(201 * DAY)
+    team.callers.record("acme/tiny@1", account)
+    assert idle()["user/pat"] == "user/pat"  # its key has ended

@@ -87,6 +87,12 @@ def _gist(item: dict[str, Any]) -> str:
             told = f"{body['role']}, BY RECOVERY SHARES"
         case "revoke":
             told = str(body["target"])
+        case "apikey":
+            told = f"{body['key'][:16]} ({body['name']}) {body['state']}"
+        case "inference":
+            told = (
+                f"{body['requests']} requests, {body['refused']} refused, {body['tokens']} tokens, {body['bits']} bits"
+            )
         case "refused":
             told = f"{body['action']}: {body['rule'] or body['code']}"
         case "principal":

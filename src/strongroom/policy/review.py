@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
+from strongroom.policy import apikeys
 from strongroom.policy.state import Lease, State
 
 SEVERITIES = ("info", "low", "medium", "high")
@@ -181,11 +182,15 @@ def _of_leases(state: State, holdings: list[Holding], now: int) -> Iterable[Find
 
 
 def _of_people(state: State, history: _History, now: int) -> Iterable[Finding]:
+    inferring = any(int(day) * _DAY > now - _IDLE for day in state.usage)
     for each in state.principals.values():
         last = max(history.of(each.path).last, each.since)
         if each.active and each.roles and now - last >= _IDLE:
             message = f"{each.path} ({', '.join(each.roles)}) has done nothing for {(now - last) // _DAY} days"
-            yield Finding("medium", "idle", each.path, message, each.path)
+            # What is done at the gateway is in its records, and by nobody in the log.
+            calls = inferring and (each.subject or apikeys.of(state, each.path, now))
+            message += ", unless it calls the gateway, whose records say so" if calls else ""
+            yield Finding("medium", "idle", each.path, message, "" if calls else each.path)
         both = {"officer", "executive"} & set(each.roles) and {"researcher", "partner"} & set(each.roles)
         if each.active and both and state.custody != "solo":  # there it is so by design
             message = f"{each.path} approves and holds weights: {', '.join(each.roles)}"

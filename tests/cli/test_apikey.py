@@ -84,4 +84,4 @@ def test_whoever_infers_is_told_of_keys(team):
     assert "strongroom apikey ls" in ended.err
     for feature in ("infer_logprobs", "infer_embeddings", "infer_steering", "infer_many"):
         assert feature not in ended.out
-    assert "apikey" not in team.run("reach", "user/ana", "--as", "user/olga").err
+    assert "apikey" not in team.run("reach", "user/ben", "--as", "user/olga").err

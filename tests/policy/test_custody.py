@@ -1593,7 +1593,7 @@ DOES = {
             ("put", "room", {"operator"}),
             ("trace", "room", {"operator", "officer"}),
             ("trace", REF, set()),
-            ("infer", REF, {"partner"}),
+            ("infer", REF, {"partner", "researcher", "operator"}),
             ("adapt", REF, set()),
             ("audit", "room", {"auditor"}),
             ("administer", REF, {"officer"}),

@@ -85,7 +85,7 @@ def test_paths_over_teams_over_several_groups_and_over_none():
 def test_who_asks_for_each_subject():
     subjects = [someone("operator"), someone("auditor", path="user/bob"), someone(path="workload/x")]
     now = {(each.principal, each.action) for each in who(TEAM, TINY, subjects) if each.state == "now"}
-    assert now == {("user/ana", "put"), ("user/bob", "audit")}
+    assert now == {("user/ana", "put"), ("user/ana", "infer"), ("user/bob", "audit")}
     assert json.loads(json.dumps([each.as_json() for each in who(TEAM, TINY, subjects)]))[0]["answer"] == "now"
 
 

@@ -285,19 +285,33 @@ class TestAccounts:
         assert caught.value.code == "inference.malformed"
         assert team.olga._vault.custodian.ledger.checkpoint()[0].size == size
 
+    @pytest.mark.parametrize("wrong", [{"records": 2}, {"head": "9" * 64}, {"records": 0, "head": "0" * 64}])
+    def test_that_a_verifier_would_refuse_are_not_written(self, team, wrong):
+        """Two threads of a gateway that write in the wrong order would else spoil the log for ever."""
+        team.callers.record(REF, ACCOUNT)
+        with pytest.raises(Conflict) as caught:
+            team.callers.record(REF, {**ACCOUNT, **wrong})
+        assert caught.value.code == "inference.behind"
+        team.callers.record("", ACCOUNT)
+        team.callers.record(REF, {**ACCOUNT, "gateway": "7" * 32, **wrong})
+        assert team.olga.log.verify()["ok"]
+
     def test_sums_are_kept_by_version_and_day_for_as_long_as_they_matter(self, team):
         team.callers.record(REF, ACCOUNT)
         team.later(DAY)
         team.callers.record(REF, {**ACCOUNT, "records": 9})
         team.callers.record("", {**ACCOUNT, "records": 9, "tokens": 0})
+        with team.olga._vault.custodian.ledger.view() as state:
+            assert set(state.gateways) == {ACCOUNT["gateway"]}
         assert team.callers.usage(REF, 0).as_json() == {"requests": 6, "refused": 2, "tokens": 20, "bits": 340}
         assert team.callers.usage(REF, team.clock()).tokens == 10
         assert team.callers.usage("", 0).tokens == 0
         team.later((KEPT - 1) * DAY)
-        team.callers.record(REF, ACCOUNT)
+        team.callers.record(REF, {**ACCOUNT, "gateway": "8" * 32})
         assert team.callers.usage(REF, 0).tokens == 20  # of the first day no more
         with team.olga._vault.custodian.ledger.view() as state:
             assert len(state.usage) == 2
+            assert list(state.gateways) == ["8" * 32]  # nobody has heard of the other for a year
 
 
 def test_threads_ask_at_once(team):

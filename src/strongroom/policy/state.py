@@ -19,7 +19,7 @@ from strongroom.formats.statement import Statement
 from strongroom.policy import apikeys, usage
 from strongroom.policy.apikeys import ApiKey
 from strongroom.policy.speaker import TOLERANCE, key_of
-from strongroom.policy.usage import Usage
+from strongroom.policy.usage import Gateway, Usage
 
 _REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
 _FOR_EVER = MAX_INTEGER
@@ -190,7 +190,7 @@ class State:
     others, of which there are not so many, are kept for ever: after the clock was set back they would be young again.
     """
 
-    FOLD: ClassVar[int] = 4  # raised with every change of what an entry does here: snapshots of before are void
+    FOLD: ClassVar[int] = 5  # raised with every change of what an entry does here: snapshots of before are void
 
     room: str = ""
     signer: str = ""
@@ -214,6 +214,7 @@ class State:
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     apikeys: dict[str, ApiKey] = field(default_factory=dict)  # by digest; those that have ended, too
     usage: dict[str, dict[str, Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
+    gateways: dict[str, Gateway] = field(default_factory=dict)  # by the stream of a worker
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:
     # the index of the entry, as text, and the person.
@@ -548,6 +549,7 @@ class State:
                     "passkeys": {key: Passkey(**item) for key, item in value["passkeys"].items()},
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "apikeys": {key: ApiKey(**item) for key, item in value["apikeys"].items()},
+                    "gateways": {key: Gateway(**item) for key, item in value["gateways"].items()},
                     "usage": {
                         day: {ref: Usage(**item) for ref, item in sums.items()} for day, sums in value["usage"].items()
                     },

@@ -3,9 +3,11 @@ grow with gateways and requests."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from strongroom.errors import Conflict
 from strongroom.formats.entry import Entry
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 DAY = 86_400
 KEPT = 400  # days
+_SEEN = 7  # days for which it is known how far a gateway is: each has a stream of its own whenever it starts
 
 
 @dataclass
@@ -34,12 +37,33 @@ class Usage:
         return asdict(self)
 
 
+@dataclass
+class Gateway:
+    """How many records a worker of a gateway has, the hash of the newest, and the day (since 1970) of its entry."""
+
+    records: int
+    head: str
+    day: int
+
+
+def check(state: State, body: Mapping[str, Any]) -> None:
+    """Conflict ``inference.behind`` for an account that nobody who checks the log would take: of fewer records than the
+    gateway has had, or of others."""
+    before = state.gateways.get(body["gateway"])
+    if before is not None and (
+        body["records"] < before.records or (body["records"] == before.records and body["head"] != before.head)
+    ):
+        raise Conflict("inference.behind", f"this gateway has had {before.records} records, with another end")
+
+
 def apply(state: State, entry: Entry) -> None:
     """Take in an entry of the type inference."""
     day, body = entry.at // DAY, entry.body
+    state.gateways[body["gateway"]] = Gateway(body["records"], body["head"], day)
     days = state.usage.get(str(day))
     if days is None:
         state.usage = {each: sums for each, sums in state.usage.items() if int(each) > day - KEPT}
+        state.gateways = {name: each for name, each in state.gateways.items() if each.day > day - _SEEN}
         days = state.usage[str(day)] = {}
     days.setdefault(entry.ref, Usage()).add(*(body[name] for name in ("requests", "refused", "tokens", "bits")))
 

@@ -182,7 +182,7 @@ class Callers:
 
     def record(self, ref: str, body: Mapping[str, Any]) -> int:
         """Append what a gateway has counted as an `inference` entry, about `ref` or about none (an empty text); its
-        index. UsageError ``inference.malformed``."""
+        index. UsageError ``inference.malformed``, Conflict ``inference.behind``."""
 
         def append(_: Connection, state: State, now: int) -> Draft:
             entry = Entry("inference", now, CUSTODIAN, ref, dict(body))
@@ -192,6 +192,7 @@ class Callers:
                 raise UsageError("inference.malformed", f"that is no account of inference: {error}") from None
             if ref and ref not in state.versions:
                 raise UsageError("inference.malformed", f"there never were weights {ref!r:.80} in this room")
+            usage.check(state, body)
             return Draft(entry)
 
         return self._custodian.decide(append).index

@@ -144,7 +144,7 @@ def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, kind):
         Database.open(url, create=True).close()
     made = Database.open(urls[0])
     with made.transaction() as tx:
-        for table in ("log_state", "log_entries", "log_nodes", "log_private", "log_snapshot", "documents"):
+        for table in ("log_state", "log_entries", "log_nodes", "log_private", "log_snapshot", "documents", "egress"):
             metadata.tables[table].drop(tx)
         tx.exec_driver_sql(
             "CREATE TABLE principals (path TEXT PRIMARY KEY, created_at TEXT NOT NULL, suspended_at TEXT)"

@@ -231,7 +231,7 @@ class Budgets:
             if counter.rule.hard:
                 spare[counter] = max(left - missing, 0) // _PART
             else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
-                spare[counter] = max(counter.limit // 64, bits) if left > 0 else 256 * bits
+                spare[counter] = counter.limit // 64 if left > 0 else 256 * bits
             alarms += _crossed(counter, before, before + missing + spare[counter])
         change.add({counter.key: bits - held[counter] + spare[counter] for counter in low})
         return spare, alarms

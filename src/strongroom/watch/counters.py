@@ -60,7 +60,7 @@ class Change:
     def __init__(self, tx: sa.Connection, now: int) -> None:
         self._tx = tx
         self._insert: Any = (postgresql if tx.dialect.name == "postgresql" else sqlite).insert(egress)
-        row = self._insert.values(**_CLOCK, used=now)
+        row = self._insert.values(**_CLOCK, used=_checked(now))
         later = sa.case((row.excluded.used > egress.c.used, row.excluded.used), else_=egress.c.used)
         clock = row.on_conflict_do_update(index_elements=_COLUMNS, set_={"used": later}).returning(egress.c.used)
         self.now = _checked(tx.execute(clock).scalar_one())
@@ -105,7 +105,7 @@ def _checked(now: int) -> int:
     if not 0 <= now < _LAST:
         raise Tampered(
             "budget.clock",
-            f"the counters of egress say that it is second {now}, which no calendar has",
-            hint="restore the database from a backup",
+            f"the clock, or the newest time in the counters of egress, is second {now}, which no calendar has",
+            hint="set the machine's clock, or restore the database from a backup",
         )
     return now

@@ -45,7 +45,7 @@ def test_in_instalments_an_answer_is_no_cheaper(parts, vocabulary):
 
 def test_embeddings():
     assert meter.embeddings(256) == 2048
-    assert meter.embeddings(256, count=3, floats=True) == 3 * 256 * 32
+    assert meter.embeddings(100, count=3) == 2400
 
 
 @given(st.lists(st.floats(-60, 0), max_size=200))

@@ -370,6 +370,18 @@ class Room:
         """The same of one principal, for the room and every version in it."""
         return self._vault.custodian.reach(principal)
 
+    def budget(self, ref: str, settings: Path | None = None) -> dict[str, Any]:
+        """What is used and left of the egress budgets of a version, and how long its weights would take to leave that
+        way: see `watch.room.report`. `settings`: the gateway's, whose budgets they are. For those who may audit or
+        administer."""
+        from strongroom.gateway.settings import Settings
+        from strongroom.watch.room import report
+
+        vault = self._here(f"budget {ref}")
+        said = (Settings.read(settings) if settings else Settings()).budgets
+        vault.custodian.authorise(self.principal, "audit", "administer")
+        return report(vault, ref, said.rules, bits_per_parameter=said.bits_per_parameter, compression=said.compression)
+
     def policy(self, proposal: str | None = None) -> dict[str, Any]:
         """The policy in force, or a proposed one: `text`, `digest`, `rules`; and the `proposals` that are open. Of a
         proposal the text is the one whose digest was signed; Tampered ``request.other``."""

@@ -129,7 +129,11 @@ def test_in_memory_while_there_is_a_tranche(desk):
 
 def test_fewer_bits_than_none(desk):
     worker = desk.worker()
-    for call in (lambda: worker.reserve(ANA, REF, -1), lambda: worker.reserve(ANA, REF, 5).settle(-1)):
+    for call in (
+        lambda: worker.reserve(ANA, REF, -1),
+        lambda: worker.reserve(ANA, REF, 5).settle(-1),
+        lambda: worker.reserve(ANA, REF, 1 << 70),
+    ):
         with pytest.raises(UsageError):
             call()
     worker.close()

@@ -24,6 +24,7 @@ from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
 _REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
+_MOST = 1 << 53  # bits of an answer, so that no sum of them leaves the range of a database's integers
 _ALARMS = (50, 80, 100)  # per cent
 
 
@@ -77,7 +78,8 @@ class Reservation:
         """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
         counts, others do nothing.
 
-        UsageError ``budget.bits`` for fewer than none. If the database can't be written the surplus is charged later.
+        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written the surplus is
+        charged later.
         """
         _check(bits)
         if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
@@ -338,5 +340,5 @@ def _sums(bits: Mapping[_Counter, int]) -> dict[Key, int]:
 
 
 def _check(bits: int) -> None:
-    if bits < 0:
-        raise UsageError("budget.bits", f"{bits} bits: an answer has none or more")
+    if not 0 <= bits <= _MOST:
+        raise UsageError("budget.bits", f"{bits} bits: an answer has from none to {_MOST}")

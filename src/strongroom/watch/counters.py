@@ -18,7 +18,7 @@ from strongroom.storage.db import Database, egress
 
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
 _LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
-_KEEP = 100 * 86_400  # seconds: windows that began before are no longer looked at
+_KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
 
 
@@ -96,7 +96,9 @@ class Change:
 
     def forget(self) -> None:
         """Delete what nobody looks at any more."""
-        old = (egress.c.start < self.now - _KEEP) & (egress.c.period != "lifetime") & (egress.c.scope != "clock")
+        old = sa.or_(
+            *((egress.c.period == period) & (egress.c.start < self.now - seconds) for period, seconds in _KEEP.items())
+        )
         self._tx.execute(sa.delete(egress).where(old))
 
 

@@ -46,7 +46,7 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    size, times = found["effective_bits"], found["exfiltration"]
+    size, times = max(found["effective_bits"], 1), found["exfiltration"]
     rows = [
         (
             each["scope"],

@@ -372,11 +372,20 @@ class Room:
 
     def budget(self, ref: str, settings: Path | None = None) -> dict[str, Any]:
         """What is used and left of the egress budgets of a version, and how long its weights would take to leave that
-        way: see `watch.room.report`. `settings`: the gateway's, whose budgets they are. For those who may audit or
-        administer."""
+        way: see `watch.room.report`. `settings`: the gateway's, whose budgets they are; a served room knows its own
+        (UsageError ``budget.settings``). For those who may audit or administer."""
+        from strongroom.client.served import ServedRoom
         from strongroom.gateway.settings import Settings
         from strongroom.watch.room import report
 
+        if isinstance(self._vault, ServedRoom):
+            if settings is not None:
+                raise UsageError(
+                    "budget.settings",
+                    "a served room shows its budgets by the settings that it was started with",
+                    hint=f"strongroom budget {ref}; on the room's host: strongroom serve --gateway-settings FILE",
+                )
+            return self._vault.custodian.budget(ref)
         vault = self._here(f"budget {ref}")
         said = (Settings.read(settings) if settings else Settings()).budgets
         vault.custodian.authorise(self.principal, "audit", "administer")

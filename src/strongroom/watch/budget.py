@@ -78,8 +78,8 @@ class Reservation:
         """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
         counts, others do nothing.
 
-        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written the surplus is
-        charged later.
+        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, the surplus
+        is charged later.
         """
         _check(bits)
         if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes

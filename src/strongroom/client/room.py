@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from strongroom.client.budget import budget
 from strongroom.client.roomlog import RoomLog, verify_log
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
@@ -371,25 +372,8 @@ class Room:
         return self._vault.custodian.reach(principal)
 
     def budget(self, ref: str, settings: Path | None = None) -> dict[str, Any]:
-        """What is used and left of the egress budgets of a version, and how long its weights would take to leave that
-        way: see `watch.room.report`. `settings`: the gateway's, whose budgets they are; a served room knows its own
-        (UsageError ``budget.settings``). For those who may audit or administer."""
-        from strongroom.client.served import ServedRoom
-        from strongroom.gateway.settings import Settings
-        from strongroom.watch.room import report
-
-        if isinstance(self._vault, ServedRoom):
-            if settings is not None:
-                raise UsageError(
-                    "budget.settings",
-                    "a served room shows its budgets by the settings that it was started with",
-                    hint=f"strongroom budget {ref}; on the room's host: strongroom serve --gateway-settings FILE",
-                )
-            return self._vault.custodian.budget(ref)
-        vault = self._here(f"budget {ref}")
-        said = (Settings.read(settings) if settings else Settings()).budgets
-        vault.custodian.authorise(self.principal, "audit", "administer")
-        return report(vault, ref, said.rules, bits_per_parameter=said.bits_per_parameter, compression=said.compression)
+        """What has left of a version as answers, and what may: see `client.budget.budget`."""
+        return budget(self._vault, self.principal, ref, settings)
 
     def policy(self, proposal: str | None = None) -> dict[str, Any]:
         """The policy in force, or a proposed one: `text`, `digest`, `rules`; and the `proposals` that are open. Of a

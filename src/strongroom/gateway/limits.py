@@ -16,6 +16,7 @@ from strongroom.gateway.settings import Rate, Settings
 
 SCOPES = ("key", "identity", "team", "model", "everybody")
 _OWN = 2  # of a caller's cells, the first so many at most are its own, of which it is told
+_CODES = {"requests": "rate.requests", "tokens": "rate.tokens", "concurrency": "rate.concurrency"}
 _ROUNDING = 1e-6  # of one request or token
 
 
@@ -195,7 +196,7 @@ def refused(wait: float, kind: str, scope: str, limit: int) -> LimitExceeded:
     """The error of a limit of `kind`. `wait` in seconds; infinite: it would never be let through."""
     if wait == math.inf:
         return LimitExceeded(
-            f"rate.{kind}",
+            _CODES[kind],
             f"no request may have so many tokens: this {scope} has {limit} a minute",
             hint="ask for fewer max_tokens",
             scope=scope,
@@ -205,7 +206,7 @@ def refused(wait: float, kind: str, scope: str, limit: int) -> LimitExceeded:
     seconds = max(1, math.ceil(wait))
     what = f"{limit} requests under way" if kind == "concurrency" else f"{limit} {kind} a minute"
     return LimitExceeded(
-        f"rate.{kind}",
+        _CODES[kind],
         f"this {scope} may have {what}, and has them",
         hint=f"ask again in {seconds} s",
         scope=scope,

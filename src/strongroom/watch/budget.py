@@ -25,6 +25,13 @@ _PART = 16  # a tranche is this part of what is left, so workers that die togeth
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
 _REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
 _MOST = 1 << 53  # bits of an answer, so that no sum of them leaves the range of a database's integers
+_CODES = {
+    "identity": "budget.identity",
+    "destination": "budget.destination",
+    "team": "budget.team",
+    "model": "budget.model",
+    "everybody": "budget.everybody",
+}
 _ALARMS = (50, 80, 100)  # per cent
 
 
@@ -242,7 +249,7 @@ class Budgets:
         rule, ends = counter.rule, counter.ends
         left = max(counter.limit - used, 0)
         refused = BudgetExceeded(
-            f"budget.{rule.scope}",
+            _CODES[rule.scope],
             f"the answer may have {bits} bits; of the {counter.limit} that this {rule.scope} has each {rule.window}, "
             f"{left} are left",
             hint="ask for fewer tokens" + (f", or after {texts.text(ends)}" if ends else ""),

@@ -24,6 +24,7 @@ CALLS = [
     ("GET", "/v1/principals/user/nobody"),
     ("GET", "/v1/policies"),
     ("GET", f"/v1/ceilings?ref={REF}"),
+    ("GET", f"/v1/budgets?ref={REF}"),
     ("GET", "/v1/weights"),
     ("GET", f"/v1/traces/{'0' * 32}"),
     ("DELETE", f"/v1/traces/{'0' * 32}"),

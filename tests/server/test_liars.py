@@ -44,6 +44,7 @@ CALLS = {
     "show": lambda room: room.show(REF),
     "status": lambda room: room.status(),
     "review": lambda room: room.review(),
+    "budget": lambda room: room.budget(REF),
     "enact": lambda room: room.enact("0" * 16),
     "ceiling": lambda room: room.set_ceiling(REF, holders=1),
     "thaw": lambda room: room.thaw(REF, reason="x"),

@@ -60,6 +60,7 @@ RELIED_ON = {
     "VersionShown": answers.SHOWN,
     "Policy": answers.POLICY,
     "PolicyProposed": answers.PROPOSED,
+    "Budgets": answers.BUDGETS,
     "Ceilings": answers.CEILINGS,
     "Acted": answers.ACTED,
     "UploadTaken": answers.UPLOAD,

@@ -59,6 +59,7 @@ MAY = {
     "policy": INSIDE,
     "propose": {"officer"},
     "enact": {"officer"},
+    "budgets": AUDIT,
     "ceilings": INSIDE,
     "act": {"officer"},
     "weights": set(ROLES),
@@ -217,6 +218,9 @@ class Asker:
     def _enact(self, who):
         body = {"proposal": self.proposal["id"], "reason": ""}
         return f"/v1/policies/{self.proposal['id']}/enact", self._statement("enact", body, who)
+
+    def _budgets(self, _):
+        return f"/v1/budgets?ref={REF}", b""
 
     def _ceilings(self, _):
         return f"/v1/ceilings?ref={REF}", b""

@@ -120,6 +120,18 @@ def test_a_copy_is_written_down_by_its_holder(served):
     assert entries[copy["body"]["release"] - entries[0]["index"]]["body"]["action"] == "copy"
 
 
+def test_what_has_left_is_shown_to_those_who_audit(served):
+    """The copy that was written is a whole artefact; nothing has left as answers."""
+    found = served.cli("budget", "acme/tiny", as_="user/ada")
+    assert (found["ref"], found["copies"], found["gone_bits"]) == (REF, 1, 0)
+    assert {each["scope"] for each in found["budgets"]} == {"model", "everybody"}
+    assert found["exfiltration"]["current_seconds"] is None
+    assert served.cli("budget", REF, as_="user/ana", check=3)["error"]["hint"]
+    error = served.cli("budget", REF, "--settings", "gateway.toml", as_="user/ada", check=2)["error"]
+    assert error["code"] == "budget.settings"
+    assert served.cli("budget", "acme/none", as_="user/ada", check=8)["error"]["code"] == "weights.missing"
+
+
 def test_looking_after_the_room_from_another_machine(served):
     found = served.cli("ceiling", REF, "--copies", "9", as_="user/ben")
     assert found["copies"] == 9

@@ -144,7 +144,7 @@ def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, kind):
         Database.open(url, create=True).close()
     made = Database.open(urls[0])
     with made.transaction() as tx:
-        for table in ("log_state", "log_entries", "log_nodes", "log_private", "log_snapshot", "documents"):
+        for table in ("log_state", "log_entries", "log_nodes", "log_private", "log_snapshot", "documents", "egress"):
             metadata.tables[table].drop(tx)
         tx.exec_driver_sql(
             "CREATE TABLE principals (path TEXT PRIMARY KEY, created_at TEXT NOT NULL, suspended_at TEXT)"
@@ -207,3 +207,27 @@ def test_a_schema_that_no_release_has_made(old, schema):
     engine.dispose()
     with pytest.raises(StrongroomError):
         upgrade(old, owner=OWNER)
+
+
+def test_a_room_with_a_log_and_an_older_database(tmp_path, monkeypatch):
+    """One of schema 2, before egress was counted: nothing but the table is missing, and its owner stays who it is."""
+    monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+    folder = tmp_path / "room"
+    Room.init(folder, owner=OWNER, custody="solo")[0].close()
+    with sa.create_engine(f"sqlite:///{folder}/room.db").begin() as tx:
+        tx.exec_driver_sql("DROP TABLE egress")
+        tx.exec_driver_sql("UPDATE strongroom_schema SET version = 2")
+    with pytest.raises(BackendError) as caught:
+        Room(folder)
+    assert caught.value.code == "db.older_schema"
+    assert (folder / "log").is_dir()
+    done = upgrade(folder, owner="user/somebody")
+    assert (done.schema, done.versions) == (2, 0)
+    assert (folder / "room.db.schema-2").is_file()
+    with Room(folder, OWNER) as room:
+        assert [each["path"] for each in room.principal_ls()] == [OWNER]
+        assert room.log.verify()["ok"]
+        assert room.fsck().ok
+    with pytest.raises(Conflict) as caught:
+        upgrade(folder, owner=OWNER)
+    assert caught.value.code == "upgrade.not_needed"

@@ -52,6 +52,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "authority": ("authority", "Identity providers and trust domains: whose word is taken for who somebody is."),
         "policy": ("policy", "The rules: read, test and change them."),
         "log": ("log", "The record of everything, and whether it holds together."),
+        "budget": ("budget", "How much of a version has left as answers, and how much may."),
     },
     "Elsewhere": {
         "serve": ("serve", "Serve the room to others, until interrupted."),

@@ -44,9 +44,22 @@ if TYPE_CHECKING:
     metavar="MIB",
     help="Memory for files that clients have found.  [default: 8192, or half of what is free if that is less]",
 )
+@click.option(
+    "--gateway-settings",
+    "settings",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Those of the room's gateway, whose budgets `strongroom budget` then shows.  [default: none]",
+)
 @pass_options
 def serve(
-    options: Options, where: str, names: tuple[str, ...], shown_at: str | None, direct: bool, trace_memory: int | None
+    options: Options,
+    where: str,
+    names: tuple[str, ...],
+    shown_at: str | None,
+    direct: bool,
+    trace_memory: int | None,
+    settings: Path | None,
 ) -> None:
     """Serve the room to others, until interrupted."""
     try:
@@ -59,8 +72,10 @@ def serve(
         ) from None
     from strongroom.crypto.authority import Authority
     from strongroom.formats.card import Card
+    from strongroom.gateway.settings import Settings
     from strongroom.vault.vault import Vault
 
+    budgets = Settings.read(settings).budgets if settings else None
     host, port = address(where)
     metrics_at = address(shown_at) if shown_at is not None else None
     called = list(names) or [host]
@@ -74,7 +89,8 @@ def serve(
             url = f"https://{shown}:{listener.getsockname()[1]}"
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
-            app = CustodianApp(vault, url, direct=direct, trace_memory=trace_memory * MIB if trace_memory else None)
+            memory = trace_memory * MIB if trace_memory else None
+            app = CustodianApp(vault, url, direct=direct, trace_memory=memory, budgets=budgets)
             with authority.issued(sorted({*called, host})) as certificate:
                 config = configure(app.asgi, certificate)
             metrics = stack.enter_context(MetricsServer(app.metrics, *metrics_at)) if metrics_at else None

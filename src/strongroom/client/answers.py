@@ -169,6 +169,24 @@ POLICY: dict[str, Kind] = {
 }
 PROPOSED: dict[str, Kind] = {"id": TEXT, "enact_after": COUNT, "entry": COUNT}
 CEILINGS: dict[str, Kind] = dict.fromkeys(("holders", "copies", "copiers"), COUNT)
+BUDGETS: dict[str, Kind] = {
+    "ref": TEXT,
+    **dict.fromkeys(("effective_bits", "parameters", "bits_per_parameter", "compression"), COUNT),
+    **dict.fromkeys(("at", "gone_bits", "bits_a_day", "releases", "copies"), COUNT),
+    "budgets": _list(
+        _object(
+            {
+                **dict.fromkeys(("scope", "window", "who"), TEXT),
+                **dict.fromkeys(("used", "limit", "left"), COUNT),
+                "hard": lambda value: isinstance(value, bool),
+                "resets_at": or_null(COUNT),
+            }
+        )
+    ),
+    "exfiltration": _object({f"{name}_seconds": or_null(COUNT) for name in ("current", "caller", "together", "alarm")}),
+    "artefacts": _list(_object({"holder": TEXT, **dict.fromkeys(("releases", "copies", "last"), COUNT)})),
+    "logged": _object(dict.fromkeys(("requests", "refused", "tokens", "bits"), COUNT)),
+}
 ACTED: dict[str, Kind] = {
     **dict.fromkeys(("type", "ref"), TEXT),
     **dict.fromkeys(("at", "entry"), COUNT),

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from strongroom.client.budget import budget
 from strongroom.client.roomlog import RoomLog, verify_log
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
@@ -369,6 +370,10 @@ class Room:
     def reach(self, principal: str) -> list[dict[str, Any]]:
         """The same of one principal, for the room and every version in it."""
         return self._vault.custodian.reach(principal)
+
+    def budget(self, ref: str, settings: Path | None = None) -> dict[str, Any]:
+        """What has left of a version as answers, and what may: see `client.budget.budget`."""
+        return budget(self._vault, self.principal, ref, settings)
 
     def policy(self, proposal: str | None = None) -> dict[str, Any]:
         """The policy in force, or a proposed one: `text`, `digest`, `rules`; and the `proposals` that are open. Of a

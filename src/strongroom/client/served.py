@@ -344,6 +344,10 @@ class ServedCustodian:
     def propose(self, envelope: str, text: str, reason: Private) -> dict[str, Any]:
         return self._post("/v1/policies", answers.PROPOSED, envelope, reason, text=text)
 
+    def budget(self, ref: str) -> dict[str, Any]:
+        """What has left of a version as answers, by the budgets of the room's gateway."""
+        return self._room.get(f"/v1/budgets?{urlencode({'ref': ref})}", answers.BUDGETS)
+
     def review(self) -> Review:
         return Review.from_json(self._room.get("/v1/reviews", answers.REVIEW))
 

@@ -16,6 +16,7 @@ from strongroom.gateway.settings import Rate, Settings
 
 SCOPES = ("key", "identity", "team", "model", "everybody")
 _OWN = 2  # of a caller's cells, the first so many at most are its own, of which it is told
+_CODES = {"requests": "rate.requests", "tokens": "rate.tokens", "concurrency": "rate.concurrency"}
 _ROUNDING = 1e-6  # of one request or token
 
 
@@ -100,12 +101,17 @@ class Limits:
     def told(self, cells: tuple[Cell, ...]) -> list[tuple[bytes, bytes]]:
         """The headers about a caller's own limits."""
         now = self._clock()
-        own = [cell for cell in cells[:_OWN] if cell.scope in ("key", "identity")]
-        requests = [(cell.rate.requests, cell.request_step, cell.request_room, cell.request_at) for cell in own]
-        tokens = [(cell.rate.tokens, cell.token_step, cell.token_room, cell.token_at) for cell in own]
-        return headers("requests", [_left(*each, now) for each in requests if each[0]]) + headers(
-            "tokens", [_left(*each, now) for each in tokens if each[0]]
-        )
+        requests = tokens = None
+        for cell in cells[:_OWN]:
+            if cell.scope not in ("key", "identity"):
+                continue
+            if cell.request_step:
+                left = left_of(cell.rate.requests, cell.request_step, cell.request_room, cell.request_at - now)
+                requests = left if requests is None or left < requests else requests
+            if cell.token_step:
+                left = left_of(cell.rate.tokens, cell.token_step, cell.token_room, cell.token_at - now)
+                tokens = left if tokens is None or left < tokens else tokens
+        return headers(requests, tokens)
 
     def _find(self, caller: Caller, ref: str, now: float) -> tuple[Cell, ...]:
         if len(self._cells) + len(self._found) >= self._sweep_at:
@@ -190,7 +196,7 @@ def refused(wait: float, kind: str, scope: str, limit: int) -> LimitExceeded:
     """The error of a limit of `kind`. `wait` in seconds; infinite: it would never be let through."""
     if wait == math.inf:
         return LimitExceeded(
-            f"rate.{kind}",
+            _CODES[kind],
             f"no request may have so many tokens: this {scope} has {limit} a minute",
             hint="ask for fewer max_tokens",
             scope=scope,
@@ -200,7 +206,7 @@ def refused(wait: float, kind: str, scope: str, limit: int) -> LimitExceeded:
     seconds = max(1, math.ceil(wait))
     what = f"{limit} requests under way" if kind == "concurrency" else f"{limit} {kind} a minute"
     return LimitExceeded(
-        f"rate.{kind}",
+        _CODES[kind],
         f"this {scope} may have {what}, and has them",
         hint=f"ask again in {seconds} s",
         scope=scope,
@@ -209,20 +215,30 @@ def refused(wait: float, kind: str, scope: str, limit: int) -> LimitExceeded:
     )
 
 
-def _left(rate: int, step: float, room: float, at: float, now: float) -> tuple[int, int, int]:
-    """How many are left, the limit, and seconds until there are as many as there can be."""
-    busy = max(at - now, 0.0)
-    return max(0, math.floor((room - busy) / step)), rate, math.ceil(busy)
+Left = tuple[int, int, float]
+"""How many are left, the limit, and seconds until there are as many as there can be; the least is the tightest."""
 
 
-def headers(kind: str, left: list[tuple[int, int, int]]) -> list[tuple[bytes, bytes]]:
-    """Of the tightest of (remaining, limit, seconds until full)."""
-    if not left:
-        return []
-    remaining, limit, reset = min(left)
-    name = kind.encode()
-    return [
-        (b"x-ratelimit-limit-" + name, b"%d" % limit),
-        (b"x-ratelimit-remaining-" + name, b"%d" % remaining),
-        (b"x-ratelimit-reset-" + name, b"%ds" % reset),
-    ]
+def left_of(rate: int, step: float, room: float, busy: float) -> Left:
+    """Of a limit that is full again in `busy` seconds."""
+    if busy <= 0:
+        return int(room / step), rate, 0.0
+    return max(0, int((room - busy) / step)), rate, busy
+
+
+def headers(requests: Left | None, tokens: Left | None) -> list[tuple[bytes, bytes]]:
+    """What a caller is told of the tightest limit of each kind."""
+    found = []
+    if requests is not None:
+        found += [
+            (b"x-ratelimit-limit-requests", b"%d" % requests[1]),
+            (b"x-ratelimit-remaining-requests", b"%d" % requests[0]),
+            (b"x-ratelimit-reset-requests", b"%ds" % math.ceil(requests[2])),
+        ]
+    if tokens is not None:
+        found += [
+            (b"x-ratelimit-limit-tokens", b"%d" % tokens[1]),
+            (b"x-ratelimit-remaining-tokens", b"%d" % tokens[0]),
+            (b"x-ratelimit-reset-tokens", b"%ds" % math.ceil(tokens[2])),
+        ]
+    return found

@@ -18,7 +18,17 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from strongroom.errors import BackendError
-from strongroom.gateway.limits import Admission, Caller, Limits, headers, refused, scopes_of, step_and_room
+from strongroom.gateway.limits import (
+    Admission,
+    Caller,
+    Left,
+    Limits,
+    headers,
+    left_of,
+    refused,
+    scopes_of,
+    step_and_room,
+)
 from strongroom.gateway.settings import Settings
 
 _AGAIN = 1.0  # seconds for which Redis is not asked after it has failed
@@ -141,18 +151,14 @@ class RedisLimits:
             scope, rate = scopes[which - 1][0], rates[which - 1]
             seconds = math.inf if wait == _NEVER else wait / 1e6
             raise refused(seconds, _KINDS[kind - 1], scope, getattr(rate, _KINDS[kind - 1]))
-        own = [at for at, (scope, _) in enumerate(scopes) if scope in ("key", "identity")]
-        told = []
-        for name, offset in (("requests", 0), ("tokens", 1)):
-            left = []
-            for at in own:
-                rate, seconds = rates[at], busy[2 * at + offset] / 1e6
-                many, burst = (rate.requests, rate.burst) if not offset else (rate.tokens, rate.tokens_burst)
-                if many:
-                    step, room = step_and_room(many, burst)
-                    left.append((max(0, math.floor((room - seconds) / step)), many, math.ceil(seconds)))
-            told += headers(name, left)
-        return RedisAdmission(self, keys, identifier, tokens, numbers[2::5], told)
+        least: list[Left | None] = [None, None]
+        for at, (scope, _) in enumerate(scopes):
+            for kind, many in enumerate((rates[at].requests, rates[at].tokens)):
+                if many and scope in ("key", "identity"):
+                    step, room = numbers[5 * at + 2 * kind] / 1e6, numbers[5 * at + 2 * kind + 1] / 1e6
+                    left, before = left_of(many, step, room, busy[2 * at + kind] / 1e6), least[kind]
+                    least[kind] = left if before is None else min(left, before)
+        return RedisAdmission(self, keys, identifier, tokens, numbers[2::5], headers(*least))
 
     async def close(self) -> None:
         """Close the connections, after what is being given back."""

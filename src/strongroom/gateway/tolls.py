@@ -6,18 +6,20 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import StrongroomError
 from strongroom.gateway.filters import Filter
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
-from strongroom.gateway.limits_redis import RedisLimits
 from strongroom.gateway.request import invalid
 from strongroom.gateway.settings import Settings
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets, Reservation
 from strongroom.watch.rules import Spender
+
+if TYPE_CHECKING:
+    from strongroom.gateway.limits_redis import RedisLimits
 
 DIMENSIONS = 256  # of an embedding
 _TOKEN_BYTES = 16  # of text that a token is at most, on the average
@@ -97,7 +99,14 @@ class Tolls:
         spender = Spender(caller.principal, flight.destination, caller.teams, caller.key)
         taken = self._budgets.take(spender, flight.ref, flight.reserved)
         if taken is None:  # the database is asked, which takes milliseconds
-            taken = await asyncio.to_thread(self._budgets.reserve, spender, flight.ref, flight.reserved)
+            asked = asyncio.ensure_future(
+                asyncio.to_thread(self._budgets.reserve, spender, flight.ref, flight.reserved)
+            )
+            try:
+                taken = await asyncio.shield(asked)
+            except asyncio.CancelledError:
+                asked.add_done_callback(_free)  # nobody else will, and nothing was generated
+                raise
         return taken
 
     def _most(self, flight: Flight) -> int:
@@ -124,6 +133,12 @@ class Tolls:
                 else 8 * flight.meter.text_bytes
             )
         toll.settle(flight.bits)
+
+
+def _free(asked: asyncio.Future[Reservation]) -> None:
+    """Give back what was reserved for somebody who had gone."""
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().settle(0)
 
 
 def _beside(flight: Flight) -> int:

@@ -6,13 +6,13 @@ import re
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strongroom.errors import UsageError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.door import Door
 from strongroom.gateway.filters import Filter, Words
 from strongroom.gateway.limits import Limits
-from strongroom.gateway.limits_redis import RedisLimits
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import Forms
@@ -25,6 +25,9 @@ from strongroom.vault.callers import Callers
 from strongroom.vault.vault import Vault
 from strongroom.watch.budget import Budgets
 from strongroom.watch.effective import effective_bits
+
+if TYPE_CHECKING:
+    from strongroom.gateway.limits_redis import RedisLimits
 
 _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
@@ -49,16 +52,12 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         return callers.model(ref).vocabulary or _VOCABULARY
 
     budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told)
-    limits = (
-        RedisLimits(settings, time.monotonic, name=vault.id.hex())
-        if settings.redis.url
-        else Limits(settings, time.monotonic, scale=1 / workers)
-    )
+    limits = _limits(vault, settings, workers)
     backends = [
         Backend(
             _upstream(each, settings),
             dict(each.models),
-            FairQueue(max(1, each.concurrency // workers), settings.queue),
+            FairQueue(max(1, each.concurrency // workers), settings.queue, quantum=settings.answer.max_tokens),
             each.weight,
         )
         for each in settings.upstream
@@ -72,6 +71,20 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         Tolls(settings, limits, budgets, vocabulary, filters),
         Records(records, callers.record, settings.digest),
     )
+
+
+def _limits(vault: Vault, settings: Settings, workers: int) -> Limits | RedisLimits:
+    if not settings.redis.url:
+        return Limits(settings, time.monotonic, scale=1 / workers)
+    try:
+        from strongroom.gateway.limits_redis import RedisLimits
+    except ImportError:
+        raise UsageError(
+            "redis.not_installed",
+            "the client for Redis, of which the settings speak, is not installed",
+            hint="pip install 'strongroom[gateway,redis]'",
+        ) from None
+    return RedisLimits(settings, time.monotonic, name=vault.id.hex())
 
 
 def _upstream(at: At, settings: Settings) -> Upstream:

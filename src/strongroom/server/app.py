@@ -21,6 +21,7 @@ from strongroom.crypto.release import CHALLENGE_LIFE
 from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
+from strongroom.gateway.settings import Budgets
 from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
 from strongroom.server.calls import Calls
@@ -42,10 +43,19 @@ _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others a
 
 class CustodianApp:
     """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
-    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`."""
+    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`. `budgets`:
+    those of the room's gateway, by which is told what has left."""
 
-    def __init__(self, vault: Vault, url: str, *, direct: bool = False, trace_memory: int | None = None) -> None:
-        self._url, self._direct = url, direct
+    def __init__(
+        self,
+        vault: Vault,
+        url: str,
+        *,
+        direct: bool = False,
+        trace_memory: int | None = None,
+        budgets: Budgets | None = None,
+    ) -> None:
+        self._url, self._direct, self._budgets = url, direct, budgets or Budgets()
         self._vault, self._custodian = vault, vault.custodian
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
@@ -60,7 +70,7 @@ class CustodianApp:
         self.asgi = Guard(starlette, refused=partial(self.metrics.refused, "server.busy"))
 
     def _handlers(self) -> dict[str, Handler]:
-        reading = Reading(self._vault, self._calls)
+        reading = Reading(self._vault, self._calls, self._budgets)
         said = ("request", "approve", "deny", "renew", "revoke", "propose")
         also = ("principal", "authority", "passkey", "apikey")
         read = ("requests", "show_request", "leases", "principals", "show_principal", "policy", "weights", "show")
@@ -69,7 +79,7 @@ class CustodianApp:
             "challenge": self._challenge,
             "release": self._release,
             **{kind: partial(self._say, kind) for kind in (*said, *also)},
-            **{name: getattr(reading, name) for name in (*read, *more, "apikeys")},
+            **{name: getattr(reading, name) for name in (*read, *more, "apikeys", "budgets")},
             "login": self._login,
             "enact": partial(self._act, ("enact",)),
             "act": partial(self._act, _ACTS),

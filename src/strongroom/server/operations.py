@@ -61,6 +61,9 @@ OPERATIONS = (
     Operation(
         "enact", "POST", "/v1/policies/{id}/enact", "Make a proposal the policy in force", STATEMENT, "Acted", "Said"
     ),
+    Operation(
+        "budgets", "GET", "/v1/budgets", "What has left of a version as answers", CALL, "Budgets", query=("ref",)
+    ),
     Operation("ceilings", "GET", "/v1/ceilings", "How many may have a version", CALL, "Ceilings", query=("ref",)),
     Operation("act", "POST", "/v1/acts", "Look after the room (section 8)", STATEMENT, "Acted", "Said"),
     Operation("weights", "GET", "/v1/weights", "Versions", CALL, "Versions", query=("name",)),

@@ -12,6 +12,7 @@ from strongroom.core.limits import MIB
 from strongroom.crypto.reading import check_pass
 from strongroom.errors import Denied, NotFound
 from strongroom.formats.tiles import WIDTH, Tile
+from strongroom.gateway.settings import Budgets
 from strongroom.ledger.published import tile_bytes
 from strongroom.policy.query import ROOM
 from strongroom.policy.waiting import unknown
@@ -20,6 +21,7 @@ from strongroom.server.calls import Calls
 from strongroom.vault.copies import Copies
 from strongroom.vault.status import status
 from strongroom.vault.vault import Vault
+from strongroom.watch.room import report
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -32,7 +34,8 @@ _STATUS = ("room", "principals", "versions", "shredded", "bytes", "stored_bytes"
 class Reading:
     """The handlers of the routes that read: each takes a request and its body."""
 
-    def __init__(self, vault: Vault, calls: Calls) -> None:
+    def __init__(self, vault: Vault, calls: Calls, budgets: Budgets) -> None:
+        self._budgets = budgets
         self._vault, self._custodian, self._calls = vault, vault.custodian, calls
 
     def requests(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -119,6 +122,16 @@ class Reading:
     def ceilings(self, request: Request, body: bytes) -> dict[str, int]:
         self._no_guest(request, body, "ceilings")
         return self._custodian.ceilings(request.query_params.get("ref", ""))
+
+    def budgets(self, request: Request, body: bytes) -> dict[str, Any]:
+        self._calls.caller(request, body, "audit", "administer")
+        return report(
+            self._vault,
+            request.query_params.get("ref", ""),
+            self._budgets.rules,
+            bits_per_parameter=self._budgets.bits_per_parameter,
+            compression=self._budgets.compression,
+        )
 
     def review(self, request: Request, body: bytes) -> dict[str, Any]:
         self._calls.caller(request, body, "audit", "administer")

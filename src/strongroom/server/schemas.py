@@ -147,6 +147,28 @@ COMPONENTS: dict[str, Schema] = {
     ),
     "PolicyProposed": _object({"id": ID, **_counts("enact_after", "entry")}),
     "Ceilings": _object(_counts("holders", "copies", "copiers")),
+    "Budgets": _object(
+        {
+            "ref": TEXT,
+            **_counts("effective_bits", "parameters", "bits_per_parameter", "compression"),
+            **_counts("at", "gone_bits", "bits_a_day", "releases", "copies"),
+            "budgets": _list(
+                _object(
+                    {
+                        **_all("scope", "window", "who"),
+                        **_counts("used", "limit", "left"),
+                        "hard": {"type": "boolean"},
+                        "resets_at": _or_null(COUNT),
+                    }
+                )
+            ),
+            "exfiltration": _object(
+                {f"{name}_seconds": _or_null(COUNT) for name in ("current", "caller", "together", "alarm")}
+            ),
+            "artefacts": _list(_object({"holder": TEXT, **_counts("releases", "copies", "last")})),
+            "logged": _object(_counts("requests", "refused", "tokens", "bits")),
+        }
+    ),
     "Acted": _object({**_all("type", "ref"), **_counts("at", "entry"), "body": {"type": "object"}}),
     "Version": _object(_VERSION),
     "Versions": _object({"versions": _list(_one("Version"))}),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Row, func, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.ids import parse_principal
@@ -16,7 +16,7 @@ from strongroom.errors import Conflict, Tampered, UsageError
 from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.ledger.log import Decision, Draft
 from strongroom.policy.state import State
-from strongroom.storage.db import Database, versions
+from strongroom.storage.db import SCHEMA, Database, versions
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import locked
@@ -28,7 +28,7 @@ _RESTORE = "restore the database from a backup"
 
 @dataclass(frozen=True)
 class Upgraded:
-    """What was done: the schema that the database had, and how many versions the new log names."""
+    """What was done: the schema that the database had, and how many versions the log names."""
 
     schema: int
     versions: int
@@ -37,7 +37,8 @@ class Upgraded:
 def upgrade(folder: Path, *, owner: str, custody: str = "team", passphrase: PassphraseSource | None = None) -> Upgraded:
     """Bring the room in `folder` to this release. Killed at any point, the same call goes on where it was.
 
-    `owner` becomes the first principal, and gets a key: principals of 0.1.0 had none, so nobody else is carried over.
+    `owner` becomes the first principal, and gets a key: principals of 0.1.0 had none, so nobody else is carried over. A
+    room that has a log already has its owner, and keeps it; only its database is brought to this release.
     Conflict ``upgrade.not_needed``, ``upgrade.busy``; errors of `Database.migrate`.
     """
     if parse_principal(owner).startswith("team/"):
@@ -45,12 +46,12 @@ def upgrade(folder: Path, *, owner: str, custody: str = "team", passphrase: Pass
     if custody not in FIRST_ROLES:
         raise UsageError("init.custody", f"there is no custody {custody!r:.40}", hint="--custody team or solo")
     config = RoomConfig.read(folder, older=True)
-    if config.log_key:
-        raise Conflict("upgrade.not_needed", "this room has a log already", hint="strongroom status")
     with locked(folder / "locks" / "upgrade") as mine:
         if not mine:
             raise Conflict("upgrade.busy", "the room is being upgraded", hint="wait for it to end")
         found = Database.migrate(config.db_url(folder))
+        if config.log_key:
+            return _migrated(config.db_url(folder), found)
         with contextlib.closing(Vault(folder, passphrase=passphrase, config=config)) as first:
             config = replace(config, log_key=first.keys.log_signer.public_key)
         with contextlib.closing(Vault(folder, passphrase=passphrase, config=config)) as vault:
@@ -58,6 +59,16 @@ def upgrade(folder: Path, *, owner: str, custody: str = "team", passphrase: Pass
         # Last: with the log's key the room is one of this release.
         config.write(folder)
     return Upgraded(found, count)
+
+
+def _migrated(url: str, found: int) -> Upgraded:
+    """Of a room that has a log already only the database was older."""
+    if found == SCHEMA:
+        raise Conflict(
+            "upgrade.not_needed", "this room has a log, and its database is of this release", hint="strongroom status"
+        )
+    with contextlib.closing(Database.open(url)) as database, database.reading() as tx:
+        return Upgraded(found, tx.execute(select(func.count()).select_from(versions)).scalar_one())
 
 
 def _record(vault: Vault, owner: str, custody: str) -> int:

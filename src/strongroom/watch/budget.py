@@ -24,6 +24,14 @@ from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
 _REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
+_MOST = 1 << 53  # bits of an answer, so that no sum of them leaves the range of a database's integers
+_CODES = {
+    "identity": "budget.identity",
+    "destination": "budget.destination",
+    "team": "budget.team",
+    "model": "budget.model",
+    "everybody": "budget.everybody",
+}
 _ALARMS = (50, 80, 100)  # per cent
 
 
@@ -77,7 +85,8 @@ class Reservation:
         """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
         counts, others do nothing.
 
-        UsageError ``budget.bits`` for fewer than none. If the database can't be written the surplus is charged later.
+        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, the surplus
+        is charged later.
         """
         _check(bits)
         if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
@@ -231,7 +240,7 @@ class Budgets:
             if counter.rule.hard:
                 spare[counter] = max(left - missing, 0) // _PART
             else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
-                spare[counter] = max(counter.limit // 64, bits) if left > 0 else 256 * bits
+                spare[counter] = counter.limit // 64 if left > 0 else 256 * bits
             alarms += _crossed(counter, before, before + missing + spare[counter])
         change.add({counter.key: bits - held[counter] + spare[counter] for counter in low})
         return spare, alarms
@@ -240,7 +249,7 @@ class Budgets:
         rule, ends = counter.rule, counter.ends
         left = max(counter.limit - used, 0)
         refused = BudgetExceeded(
-            f"budget.{rule.scope}",
+            _CODES[rule.scope],
             f"the answer may have {bits} bits; of the {counter.limit} that this {rule.scope} has each {rule.window}, "
             f"{left} are left",
             hint="ask for fewer tokens" + (f", or after {texts.text(ends)}" if ends else ""),
@@ -338,5 +347,5 @@ def _sums(bits: Mapping[_Counter, int]) -> dict[Key, int]:
 
 
 def _check(bits: int) -> None:
-    if bits < 0:
-        raise UsageError("budget.bits", f"{bits} bits: an answer has none or more")
+    if not 0 <= bits <= _MOST:
+        raise UsageError("budget.bits", f"{bits} bits: an answer has from none to {_MOST}")

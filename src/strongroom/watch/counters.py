@@ -18,7 +18,7 @@ from strongroom.storage.db import Database, egress
 
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
 _LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
-_KEEP = 100 * 86_400  # seconds: windows that began before are no longer looked at
+_KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
 
 
@@ -60,7 +60,7 @@ class Change:
     def __init__(self, tx: sa.Connection, now: int) -> None:
         self._tx = tx
         self._insert: Any = (postgresql if tx.dialect.name == "postgresql" else sqlite).insert(egress)
-        row = self._insert.values(**_CLOCK, used=now)
+        row = self._insert.values(**_CLOCK, used=_checked(now))
         later = sa.case((row.excluded.used > egress.c.used, row.excluded.used), else_=egress.c.used)
         clock = row.on_conflict_do_update(index_elements=_COLUMNS, set_={"used": later}).returning(egress.c.used)
         self.now = _checked(tx.execute(clock).scalar_one())
@@ -96,7 +96,9 @@ class Change:
 
     def forget(self) -> None:
         """Delete what nobody looks at any more."""
-        old = (egress.c.start < self.now - _KEEP) & (egress.c.period != "lifetime") & (egress.c.scope != "clock")
+        old = sa.or_(
+            *((egress.c.period == period) & (egress.c.start < self.now - seconds) for period, seconds in _KEEP.items())
+        )
         self._tx.execute(sa.delete(egress).where(old))
 
 
@@ -105,7 +107,7 @@ def _checked(now: int) -> int:
     if not 0 <= now < _LAST:
         raise Tampered(
             "budget.clock",
-            f"the counters of egress say that it is second {now}, which no calendar has",
-            hint="restore the database from a backup",
+            f"the clock, or the newest time in the counters of egress, is second {now}, which no calendar has",
+            hint="set the machine's clock, or restore the database from a backup",
         )
     return now

@@ -1,8 +1,8 @@
 """W_eff, in bits: the smallest artefact worth stealing, which every budget is a share of (spec/gateway.md, section 5).
 
-Sources: 4 bits a parameter is what weights are quantised to with little loss, and the whole model is reckoned to leave
-in (RAND, Securing AI Model Weights, 2024); a thief who compresses what the model says about the weights needs 16 to 100
-times less (arXiv 2601.01296). A private adapter is worth stealing alone, where whoever takes it has the base model.
+Sources: weights are quantised to 4 bits a parameter with little loss; who carries them off, and may take days to unpack
+them, compresses 16- to 100-fold (arXiv 2601.01296). A private adapter is worth stealing alone, where whoever takes it
+has the base model. docs/explanation/egress.md says more.
 """
 
 from __future__ import annotations

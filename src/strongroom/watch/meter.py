@@ -8,8 +8,7 @@ from functools import lru_cache
 
 from strongroom.errors import BackendError
 
-EMBEDDING_BITS = 8  # a dimension as the gateway gives it out, int8
-FLOAT_BITS = 32
+_EMBEDDING_BITS = 8  # a dimension: one of 255 steps
 _LOGPROB_BITS = 24  # the significand of a float32: what one log-probability can say, rounded or not
 _ROUNDING = 1e-4  # what float32 leaves above 0 of a probability of 1
 _UNIT = 32  # log2 V is kept in units of 2^-32 bits, rounded up: a bound must not be below what it bounds
@@ -24,9 +23,9 @@ def bound(tokens: int, vocabulary: int, *, logprobs: int = 0) -> int:
     return -(-(said * _bits_a_token(vocabulary)) >> _UNIT) + tokens * logprobs * _LOGPROB_BITS
 
 
-def embeddings(dimensions: int, *, count: int = 1, floats: bool = False) -> int:
-    """E_c of `count` embeddings: int8, or, where what upstream says is given out as it is, `floats`."""
-    return count * dimensions * (FLOAT_BITS if floats else EMBEDDING_BITS)
+def embeddings(dimensions: int, *, count: int = 1) -> int:
+    """E_c of `count` embeddings, as they are given out: a byte a dimension."""
+    return count * dimensions * _EMBEDDING_BITS
 
 
 def estimate(logprobs: Iterable[float]) -> int:

@@ -1,0 +1,103 @@
+"""``strongroom budget``: how much of a version has left as answers, and how much may."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from strongroom.cli.options import Options, command, pass_options
+from strongroom.cli.output import counted, table
+from strongroom.core.clock import text
+
+_UNITS = ((365.2425 * 86_400, "year"), (86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+
+
+@command(
+    "budget",
+    explain="""Each answer is metered as the most that its tokens could carry: tokens · log2 of the vocabulary. The
+    smallest artefact worth stealing is parameters · 4 bits ÷ 16: weights are quantised to 4 bits with little loss, and
+    what a model says of itself compresses 16- to 100-fold (arXiv 2601.01296). Budgets are shares of that. The counters
+    are in the room's database and include what gateways have drawn in advance; the accounts in the log are what
+    gateways have answered for. A copy, or a release, is the whole artefact, whatever the budgets say.""",
+)
+@click.argument("ref")
+@click.option(
+    "--settings",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Those that the gateway runs with.  [default: the budgets of a gateway without]",
+)
+@pass_options
+def budget(options: Options, ref: str, settings: Path | None) -> None:
+    """How much of a version has left as answers, and how much may.
+
+    Used and left, by scope and window; and how long carrying off the weights that way would take.
+    """
+    with options.open() as room:
+        found = room.budget(ref, settings)
+    options.output.answer(found, _lines(found))
+    if found["gone_bits"] < found["logged"]["bits"]:
+        options.output.warn(
+            f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "
+            f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to"
+        )
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    size, times = max(found["effective_bits"], 1), found["exfiltration"]
+    rows = [
+        (
+            each["scope"],
+            each["window"],
+            each["who"] or "all callers",
+            _bits(each["used"]),
+            _bits(each["left"]),
+            _bits(each["limit"]),
+            f"{each['used'] * 100 // each['limit']} %" if each["used"] <= each["limit"] > 0 else "over",
+            text(each["resets_at"]) if each["resets_at"] else "never",
+            "refused" if each["hard"] else "alarm",
+        )
+        for each in found["budgets"]
+    ]
+    header = ("SCOPE", "WINDOW", "WHO", "USED", "LEFT", "LIMIT", "", "RESETS", "BEYOND IT")
+    held = [
+        f"{each['holder']}: {counted(each['releases'], 'release')}, of which copies {each['copies']}"
+        for each in found["artefacts"]
+    ]
+    return [
+        f"{found['ref']}: worth stealing from {_bits(size)} on "
+        f"({found['parameters']:,} parameters · {found['bits_per_parameter']} bits ÷ {found['compression']})",
+        "",
+        *table(header, rows, right=(3, 4, 5, 6)),
+        "",
+        f"left as answers so far: {_bits(found['gone_bits'])}, {found['gone_bits'] * 100 / size:.3g} % of it",
+        "To carry it off as answers takes",
+        f"  at the current rate, {_bits(found['bits_a_day'])} a day: {_long(times['current_seconds'])}",
+        f"  one caller, at the greatest allowed rate: {_long(times['caller_seconds'])}",
+        f"  all callers together, at the greatest allowed rate: {_long(times['together_seconds'])}",
+        f"  all callers together, without an alarm: {_long(times['alarm_seconds'])}",
+        "",
+        f"{counted(found['releases'], 'release')} of the weights themselves, each the whole artefact"
+        + (":" if held else ""),
+        *(f"  {line}" for line in held),
+    ]
+
+
+def _bits(count: int) -> str:
+    """To three digits."""
+    for size, unit in ((10**12, "Tbit"), (10**9, "Gbit"), (10**6, "Mbit"), (10**3, "kbit")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count // size:,} {unit}"
+    return f"{count} bit"
+
+
+def _long(seconds: int | None) -> str:
+    """How long that is, in the largest unit that fits, and never more than it is."""
+    if seconds is None:
+        return "never"
+    if seconds == 0:
+        return "no time, as far as the budgets go"
+    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
+    return counted(int(seconds // size), unit)

@@ -1,0 +1,43 @@
+"""The budgets of a room: its counters, the size of its versions, and what its log says of copies, releases, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from strongroom.policy import usage
+from strongroom.vault.callers import Callers
+from strongroom.watch.budget import Budgets
+from strongroom.watch.effective import BITS_PER_PARAMETER, COMPRESSION, effective_bits
+from strongroom.watch.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from strongroom.vault.vault import Vault
+
+
+def report(
+    vault: Vault,
+    ref: str,
+    rules: Sequence[Rule] = RULES,
+    *,
+    bits_per_parameter: int = BITS_PER_PARAMETER,
+    compression: int = COMPRESSION,
+) -> dict[str, Any]:
+    """As `Budgets.report`, of the version that `ref` names, and how its size comes about: ``parameters``,
+    ``bits_per_parameter``, ``compression``. ``logged``: requests, refused, tokens and bits that gateways have accounted
+    for in the log, which nobody can take back, in up to 400 days. NotFound ``version.missing``."""
+    row = vault.find(ref)
+    name = f"{row.name}@{row.number}"
+    parameters = Callers(vault).model(name).parameters
+    size = effective_bits(parameters, bits_per_parameter=bits_per_parameter, compression=compression)
+    with vault.custodian.ledger.view() as state:
+        uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
+    clock: Callable[[], float] = vault.clock
+    found = Budgets(vault.db, rules, lambda _: size, clock, uses=lambda: uses).report(name)
+    return {
+        **found,
+        "parameters": parameters,
+        "bits_per_parameter": bits_per_parameter,
+        "compression": compression,
+        "logged": logged,
+    }

@@ -1,0 +1,103 @@
+"""What has left of a version, as people and programs are shown it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cli.desk import Desk, desk_in, write_model
+from strongroom.client import Room
+from strongroom.errors import Denied
+from strongroom.storage.db import Database
+from strongroom.vault.callers import Callers
+from strongroom.watch.budget import Budgets
+from strongroom.watch.rules import RULES, Spender
+
+REF = "acme/tiny@1"
+ANA = Spender("user/ana", "127.0.0.0/24", ("team/red",))
+
+
+@pytest.fixture(scope="module")
+def used(tmp_path_factory) -> Desk:
+    """A room of which 12,345 bits have left as answers, and the weights once as a copy and once as a release."""
+    desk = desk_in(tmp_path_factory.mktemp("budget"))
+    write_model(desk.model)
+    assert desk.run("init", "--custody", "solo", "--owner", "user/ana").code == 0
+    assert desk.run("put", "model", "acme/tiny").code == 0
+    database = Database.open(f"sqlite:///{desk.room}/room.db")
+    worker = Budgets(database, RULES, lambda _: 10**6, time.time)
+    worker.reserve(ANA, REF, 30_000).settle(12_345)
+    worker.close()
+    database.close()
+    assert desk.run("run", REF, "--", "true").code == 0
+    return desk
+
+
+def test_for_programs(used: Desk):
+    found = used.run("budget", "acme/tiny", "--json").json
+    assert found["ref"] == REF
+    assert found["gone_bits"] == 12_345
+    assert found["effective_bits"] == found["parameters"] * found["bits_per_parameter"] // found["compression"]
+    # Its tensors of F16, and a norm of F32.
+    assert found["parameters"] == used.run("show", REF, "--json").json["markable_bytes"] // 2 + 512
+    by = {(each["scope"], each["window"], each["who"]): each for each in found["budgets"]}
+    identity = by["identity", "day", "user/ana"]
+    assert (identity["used"], identity["limit"], identity["left"]) == (12_345, 2_000_000, 2_000_000 - 12_345)
+    assert by["model", "lifetime", ""]["used"] == 12_345
+    assert (found["releases"], found["copies"], found["artefacts"][0]["holder"]) == (1, 0, "user/ana")
+    assert found["logged"]["bits"] == 0
+
+
+def test_for_people(used: Desk):
+    ended = used.run("budget", "acme/tiny", "--explain")
+    assert ended.code == 0
+    for text in ("parameters · 4 bits ÷ 16", "12.3 kbit", "at the current rate", "one caller", "1 release of the"):
+        assert text in ended.out
+    assert "arXiv 2601.01296" in ended.err
+
+
+def test_with_the_settings_of_the_gateway(used: Desk):
+    settings = used.folder / "gateway.toml"
+    settings.write_text('[budgets]\ncompression = 32\n[[budgets.rule]]\nscope = "model"\nwindow = "day"\nhard = true\n')
+    found = used.run("budget", REF, "--settings", str(settings), "--json").json
+    assert found["compression"] == 32
+    (day,) = [each for each in found["budgets"] if (each["scope"], each["window"]) == ("model", "day")]
+    assert (day["hard"], day["limit"], day["left"]) == (True, 0, 0)
+    settings.write_text("budget = 5\n")
+    ended = used.run("budget", REF, "--settings", str(settings), "--json")
+    assert (ended.code, ended.json["error"]["code"]) == (2, "settings.unknown")
+
+
+def test_of_nothing(used: Desk):
+    assert used.run("budget", "acme/none").code == 8
+
+
+def test_counters_that_were_set_back_are_said_to_be(used: Desk):
+    """The database is trusted with nothing; what gateways have accounted for stands in the signed log."""
+    body = {
+        "gateway": "ab" * 16,
+        "records": 1,
+        "head": "cd" * 32,
+        "requests": 1,
+        "refused": 0,
+        "tokens": 5000,
+        "bits": 77_000,
+        "settings": "ef" * 32,
+    }
+    with Room(used.room, "user/ana") as room:
+        Callers(room._embedded).record(REF, body)
+    ended = used.run("budget", REF)
+    assert "was set back" in ended.err
+    assert "77 kbit" in ended.err
+
+
+def test_for_those_who_audit_or_administer(used: Desk):
+    with Room(used.room, "user/ana") as room:
+        room.principal_add("user/res", roles=["researcher"])
+        room.principal_add("user/aud", roles=["auditor"])
+    with Room(used.room, "user/aud") as room:
+        assert room.budget(REF)["ref"] == REF
+    with Room(used.room, "user/res") as room, pytest.raises(Denied) as caught:
+        room.budget(REF)
+    assert caught.value.hint

@@ -1,0 +1,48 @@
+"""What a request is charged when its client leaves in the middle of being charged."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+
+from gateway.callers import REF, Asker
+from strongroom.gateway.limits import Limits
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.tolls import Tolls
+from strongroom.storage.db import Database
+from strongroom.watch.budget import Budgets
+from strongroom.watch.rules import RULES
+
+
+def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp_path):
+    """Nothing has been generated yet, and nobody is left to settle it."""
+    database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
+    asked, go = threading.Event(), threading.Event()
+
+    def size(_):
+        asked.set()
+        assert go.wait(30)
+        return 10**9
+
+    budgets = Budgets(database, RULES, size, time.time)
+    tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
+    flight = SimpleNamespace(caller=Asker(), destination="10.0.0.0/24", ref=REF, reserved=5000)
+
+    async def work():
+        task = asyncio.create_task(tolls._reserve(flight))
+        await asyncio.to_thread(asked.wait, 30)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        go.set()
+        await asyncio.get_running_loop().shutdown_default_executor()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    asyncio.run(work())
+    budgets.close()
+    found = budgets.report(REF)
+    database.close()
+    assert found["gone_bits"] == 0
+    assert all(each["used"] == 0 for each in found["budgets"])

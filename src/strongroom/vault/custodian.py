@@ -29,7 +29,7 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
-from strongroom.policy import entrance, waiting
+from strongroom.policy import acts, entrance, waiting
 from strongroom.policy.custody import Custody, Facts, Missing, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.explain import either
@@ -509,8 +509,7 @@ class Custodian:
         now = self._now()
         with self._refusals.recorded(by, "trace", ref or ROOM), self.ledger.view() as state:
             lease = state.lease_for(by, "trace", ref, now) if ref is not None else None
-            under = None if ref is None else lease is not None
-            self.rules.may(state, speaking(state, by), "trace", ref or ROOM, now=now, lease=under)
+            acts.may_trace(self.rules, state, speaking(state, by), ref or "", now, lease)
             return lease.id if lease is not None else None
 
     def act(self, statement: Statement, action: str, decide: Decision[State]) -> Receipt:

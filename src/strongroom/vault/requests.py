@@ -16,8 +16,7 @@ def describe_request(state: State, request: Request, now: int) -> dict[str, Any]
     lease = state.leases.get(request.id)
     found = request.state_at(now)
     if lease is not None and found == "approved" and not lease.holds(now):
-        over = lease.uses is not None and lease.used >= lease.uses
-        found = "revoked" if lease.ended else "used" if over else "expired"
+        found = "revoked" if lease.ended else "used" if lease.used_up else "expired"
     told = None
     if lease is not None:
         told = {

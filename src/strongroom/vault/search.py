@@ -49,9 +49,11 @@ def search(
     if text:
         check_text_version(weights)
     ref = _numbered(vault, weights) if weights is not None else None
-    lease = vault.custodian.tracing(by, ref)
+    vault.custodian.tracing(by, ref)
     walk = Walk.of(path, follow_links=False, model=False)
     files, name = digests(walk), shown(path.name)
+    # Now that what takes long before the search is done: the lease has to hold when that begins.
+    lease = vault.custodian.tracing(by, ref)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     with Text.of(walk) if text else Suspect.of(walk, name) as suspect:
         return found(vault, Search(statement, by, statement.at, name, files), suspect, progress)

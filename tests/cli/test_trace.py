@@ -9,6 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from cli.desk import Desk, desk_in, write_model
+from strongroom.cli.tracepage import page
+from strongroom.core.clock import text as time_of
 
 REF = "acme/tiny@1"
 
@@ -108,6 +110,56 @@ def test_under_an_approved_request_it_names_and_the_page_can_be_filed(team):
     shown = team.run("log", "tail", "--as", "user/ben", "--json").out
     assert identifier in shown
     assert team.run("log", "verify", "--as", "user/ben").code == 0
+
+
+def test_the_page_and_the_report_say_who_asked_when_and_who_agreed_and_what_is_recorded(team):
+    identifier = lease(team)
+    arguments = ("--weights", REF, "--report", "filed.html", "--as", "user/ben", "--json")
+    found = team.run("trace", "leak", *arguments).json
+    (entry,) = team.run("log", "tail", "-n", "1", "--as", "user/ben", "--json").json["entries"]
+    proven = team.run("log", "prove", str(entry["index"]), "--as", "user/ben", "--json").json
+    assert (found["entry"], found["at"], found["by"]) == (entry["index"], entry["at"], "user/ben")
+    origin = team.run("log", "verify", "--as", "user/ben", "--json").json["origin"]
+    assert (found["leaf"], f"strongroom/{found['room']}") == (proven["leaf"], origin)
+    assert found["request"] == {"id": identifier, "by": "user/ben", "approved_by": ["user/eva"]}
+    said = Page((team.folder / "filed.html").read_text()).text
+    (release,) = found["accused"][0]["releases"]
+    for each in (
+        *(time_of(found["at"]), "UTC", found["room"], f"entry {found['entry']}", found["leaf"], "user/ben"),
+        *(identifier, "user/eva", release["leaf"], release["proof"].strip()),
+    ):
+        assert each in said
+    without = team.run("trace", "leak", "--report", "open.html", "--as", "user/oto", "--json").json
+    assert (without["request"], without["by"]) == (None, "user/oto")
+    assert "no request" in Page((team.folder / "open.html").read_text()).text
+
+
+def test_whatever_a_report_says_is_text_on_the_page():
+    """Names of tensors, files and people; what a custodian says of a request."""
+    evil = "<img src=x onerror=alert(1)>"
+    release = {"entry": 1, "action": evil, "at": 0, "lease": evil, "person": evil, "leaf": evil, "proof": evil}
+    accused = {"holder": evil, "person": evil, "log10_p": -20.0, "false_accusation": 1e-12, "releases": [release]}
+    accused |= {"layer1": {"sigma": 1.0, "log10_p": -2.0, "decoder": evil}, "layer2": {"z": 9.0, "log10_p": -20.0}}
+    found = {
+        **dict.fromkeys(("weights", "by", "room", "leaf"), evil),
+        **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry", "at"), 1),
+        **dict.fromkeys(("likeness", "threshold_log10_p", "false_accusation_bound", "marked_log10_p"), 0.0),
+        "verdict": "named",
+        "marked": True,
+        "withheld": False,
+        "text": None,
+        "accused": [accused],
+        "request": {"id": evil, "by": evil, "approved_by": [evil]},
+        "transformations": [evil],
+        "versions": [{"ref": evil, "likeness": 0.5, "part": 0.5}],
+        "scores": [{"holder": evil, "log10_p": -2.0, "stamp_log10_p": -20.0}],
+        "tensors": [{"name": evil, "elements": 1, "partner": evil, "cosine": 1.0, "transformations": [evil]}],
+        "suspect": {"name": evil, "tensors": 1, "bytes": 1, "files": [{"path": evil, "bytes": 1, "sha256": evil}]},
+    }
+    made = Page(page(found))
+    assert "img" not in made.tags
+    assert "script" not in made.tags
+    assert made.text.count(evil) > 15
 
 
 def test_a_frozen_version_is_traced(team):

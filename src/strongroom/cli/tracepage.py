@@ -43,6 +43,7 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         f"<h1{' class=named' if found['accused'] else ''}>{escape(verdict(found))}</h1>",
         f"<p class=soft>{escape(_summary(found))}</p>",
+        _recorded(found),
         _accused(found),
         _plot(found),
         "" if found["text"] else _transformed(found["transformations"]),
@@ -70,17 +71,32 @@ def _summary(found: dict[str, Any]) -> str:
         return (
             f"{suspect['name']}, {size(suspect['bytes'])}: {written(found['text'])}. Compared with {found['weights']}, "
             f"{number(found['positions_used'])} of {number(found['positions'])} positions, "
-            f"{number(found['elements'])} elements, {number(found['candidates'])} candidates. Recorded as entry "
-            f"{found['entry']} of the log."
+            f"{number(found['elements'])} elements, {number(found['candidates'])} candidates."
         )
     about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
     if not found["weights"]:
-        return about + f"Recorded as entry {found['entry']} of the log."
+        return about
     return about + (
         f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
         f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
-        f"{number(found['candidates'])} candidates. Recorded as entry {found['entry']} of the log."
+        f"{number(found['candidates'])} candidates."
     )
+
+
+def _recorded(found: dict[str, Any]) -> str:
+    """When it was found out, for whom, with whose consent; and where the log has that."""
+    asked = found["request"]
+    none = "no request: nobody is named without one" if found["withheld"] else "no request: policy asked for none"
+    rows = [
+        ("Traced", f"{text(found['at'])} (UTC)"),
+        ("By", found["by"]),
+        ("Under", f"request {asked['id']} of {asked['by']}" if asked else none),
+        *([("Approved by", ", ".join(asked["approved_by"]))] if asked else []),
+        ("Room", found["room"]),
+        ("Recorded as", f"entry {found['entry']} of its log"),
+        ("Leaf hash", f"{found['leaf']} (strongroom log prove {found['entry']} says that it is in the log)"),
+    ]
+    return "<h2>This trace</h2>" + _table(("", ""), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
@@ -114,7 +130,11 @@ def _accused(found: dict[str, Any]) -> str:
             (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
             for holder, item in releases
         ]
-        proofs = "".join(f"<pre><code>{escape(item['proof'])}</code></pre>" for _, item in releases)
+        proofs = "".join(
+            f"<p>Entry {item['entry']}, leaf hash <code>{escape(item['leaf'])}</code>:</p>"
+            f"<pre><code>{escape(item['proof'])}</code></pre>"
+            for _, item in releases
+        )
         shown += "<h2>What the log says they were given</h2>"
         shown += _table(("Holder", "Entry", "Action", "When", "Lease"), given, numbers=(1,))
         shown += "<details><summary>Proofs that these entries are in the log (C2SP tlog-proof)</summary>"

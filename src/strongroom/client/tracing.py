@@ -53,6 +53,8 @@ def trace(
     report = answers.conforming(_outcome(room, sent["id"], progress), answers.REPORT)
     if report["suspect"]["files"] != [file.as_json() for file in files]:
         raise Tampered("trace.other", "the report is about other files than those that were sent")
+    if (report["room"], report["by"]) != (room.id.hex(), by):
+        raise Tampered("trace.other", "the report is of another room, or another's")
     _check_proofs(room, report)
     return report
 

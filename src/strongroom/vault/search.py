@@ -133,7 +133,18 @@ def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progr
     # Before anybody is told: what is found out is on the record.
     receipt = vault.custodian.act(said, "trace", decide)
     _prove(vault, report["accused"])
-    return {**report, "entry": receipt.index}
+    recorded = {"entry": receipt.index, "leaf": leaf_hash(receipt.data).hex(), "at": receipt.entry.at}
+    return {**report, **recorded, "room": vault.id.hex(), "by": said.by, "request": _request(vault, said.body["lease"])}
+
+
+def _request(vault: Vault, lease: str | None) -> dict[str, Any] | None:
+    """Who asked for the lease of a search, and who agreed."""
+    with vault.custodian.ledger.view() as state:
+        asked = state.requests.get(lease or "")
+        if asked is None:
+            return None
+        approved_by = list(dict.fromkeys(each.by for each in asked.approvals))
+        return {"id": asked.id, "by": asked.by, "approved_by": approved_by}
 
 
 def _prove(vault: Vault, accused: list[dict[str, Any]]) -> None:

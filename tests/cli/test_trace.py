@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from cli.desk import Desk, desk_in, write_model
+from strongroom.cli.trace import lines
 from strongroom.cli.tracepage import page
 from strongroom.core.clock import text as time_of
 
@@ -134,32 +135,55 @@ def test_the_page_and_the_report_say_who_asked_when_and_who_agreed_and_what_is_r
     assert "no request" in Page((team.folder / "open.html").read_text()).text
 
 
-def test_whatever_a_report_says_is_text_on_the_page():
-    """Names of tensors, files and people; what a custodian says of a request."""
-    evil = "<img src=x onerror=alert(1)>"
-    release = {"entry": 1, "action": evil, "at": 0, "lease": evil, "person": evil, "leaf": evil, "proof": evil}
-    accused = {"holder": evil, "person": evil, "log10_p": -20.0, "false_accusation": 1e-12, "releases": [release]}
-    accused |= {"layer1": {"sigma": 1.0, "log10_p": -2.0, "decoder": evil}, "layer2": {"z": 9.0, "log10_p": -20.0}}
-    found = {
-        **dict.fromkeys(("weights", "by", "room", "leaf"), evil),
+def report(word, **more):
+    """A report in which everything that is text is `word`."""
+    release = {"entry": 1, "action": word, "at": 0, "lease": word, "person": word, "leaf": word, "proof": word}
+    accused = {"holder": word, "person": word, "log10_p": -20.0, "false_accusation": 3e-12, "releases": [release]}
+    accused |= {"layer1": {"sigma": 1.0, "log10_p": -2.0, "decoder": word}, "layer2": {"z": 9.0, "log10_p": -20.0}}
+    return {
+        **dict.fromkeys(("weights", "by", "room", "leaf"), word),
         **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry", "at"), 1),
-        **dict.fromkeys(("likeness", "threshold_log10_p", "false_accusation_bound", "marked_log10_p"), 0.0),
+        **dict.fromkeys(("likeness", "threshold_log10_p", "marked_log10_p"), 0.0),
         "verdict": "named",
         "marked": True,
         "withheld": False,
         "text": None,
         "accused": [accused],
-        "request": {"id": evil, "by": evil, "approved_by": [evil]},
-        "transformations": [evil],
-        "versions": [{"ref": evil, "likeness": 0.5, "part": 0.5}],
-        "scores": [{"holder": evil, "log10_p": -2.0, "stamp_log10_p": -20.0}],
-        "tensors": [{"name": evil, "elements": 1, "partner": evil, "cosine": 1.0, "transformations": [evil]}],
-        "suspect": {"name": evil, "tensors": 1, "bytes": 1, "files": [{"path": evil, "bytes": 1, "sha256": evil}]},
+        "false_accusation_bound": 1e-9,
+        "request": {"id": word, "by": word, "approved_by": [word]},
+        "transformations": [word],
+        "versions": [{"ref": word, "likeness": 0.5, "part": 0.5}],
+        "scores": [{"holder": word, "log10_p": -2.0, "stamp_log10_p": -20.0}],
+        "tensors": [{"name": word, "elements": 1, "partner": word, "cosine": 1.0, "transformations": [word]}],
+        "suspect": {"name": word, "tensors": 1, "bytes": 1, "files": [{"path": word, "bytes": 1, "sha256": word}]},
+        **more,
     }
-    made = Page(page(found))
-    assert "img" not in made.tags
-    assert "script" not in made.tags
+
+
+def test_whatever_a_report_says_is_text_on_the_page():
+    """Names of tensors, files and people; what a custodian says of a request."""
+    evil = "<img src=x onerror=alert(1)>"
+    made = Page(page(report(evil)))
+    assert not {"img", "script"} & set(made.tags)
     assert made.text.count(evil) > 15
+
+
+def test_how_likely_a_false_accusation_is_is_said_by_one_figure():
+    """It is that with all that was tried counted, 3e-12, and never the score's alone, 1e-20; and what it is is said."""
+    found = report("user/pia")
+    told = "\n".join(lines(found, 1.0))
+    written = page(found)
+    for text in (told, written):
+        assert text.count("3e-12") == 2  # in the headline, and beside who is named
+        assert "e-20" not in text
+        assert "would be named by such a file, with everything counted that was tried" in text
+        assert "1e-09" in text  # under what somebody is named
+    assert "10^-20" not in written.partition("All candidates")[0]
+    assert "of that score alone" in written
+    # Everybody is counted in each: of two the less sure says how likely an innocent is among them.
+    two = found | {"accused": [found["accused"][0] | {"false_accusation": each} for each in (4e-10, 3e-12)]}
+    assert "that one of them is wrong has a chance of 4e-10 at most" in lines(two, 1.0)[0]
+    assert "1e-299" in page(found | {"accused": [found["accused"][0] | {"false_accusation": 1e-300}]})
 
 
 def test_a_frozen_version_is_traced(team):

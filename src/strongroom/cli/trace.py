@@ -55,7 +55,7 @@ def trace(options: Options, path: str | None, text: str | None, weights: str | N
             write_whole(page, written(found).encode("utf-8", "replace"))
         except OSError as error:
             raise BackendError("trace.report", f"can't write the report: {error.strerror}", hint="--report") from None
-    output.answer({**found, "seconds": round(took, 3)}, _lines(found, took))
+    output.answer({**found, "seconds": round(took, 3)}, lines(found, took))
     if page is not None:
         output.note(f"  → the report is in {page}")
     for hint in _hints(found, what):
@@ -76,11 +76,13 @@ def verdict(found: dict[str, Any]) -> str:
     """The outcome in one sentence."""
     if found["verdict"] == "named":
         who = " and ".join(each["holder"] for each in found["accused"])
+        # Everybody was counted in each of them: an innocent among them is not more likely than the least sure says.
         bound = max(each["false_accusation"] for each in found["accused"])
+        that = "this" if len(found["accused"]) == 1 else "one of them"
         is_it = "This was written by" if found["text"] else "This is"
         return (
             f"{is_it} {found['weights']}, out of the copy of {who}; "
-            f"that this is wrong has a chance of {_power(bound)} at most."
+            f"that {that} is wrong has a chance of {chance(bound)} at most."
         )
     if found["verdict"] == "not-named":
         return f"Nobody's copy of {found['weights']} can be said to have written this; more text may say more."
@@ -94,13 +96,23 @@ def verdict(found: dict[str, Any]) -> str:
     return f"These are the weights of {found['weights']} or of a relative, without a mark that can be read."
 
 
-def _power(bound: float) -> str:
+def chance(bound: float) -> str:
+    """How likely a false accusation is, at most, wherever that is said."""
     return f"{bound:.0e}" if bound > 1e-299 else "1e-299"
 
 
-def _lines(found: dict[str, Any], took: float) -> list[str]:
+def what_chance_is(found: dict[str, Any]) -> str:
+    """What `chance` is the chance of."""
+    return (
+        "how likely it is, at most, that somebody who never had this copy would be named by such a file, with "
+        f"everything counted that was tried; somebody is named under {chance(found['false_accusation_bound'])}"
+    )
+
+
+def lines(found: dict[str, Any], took: float) -> list[str]:
+    """A report for people; it took so many seconds."""
     suspect = found["suspect"]
-    lines = [verdict(found), ""]
+    told = [verdict(found), ""]
     if found["accused"]:
         rows = [
             (
@@ -108,27 +120,27 @@ def _lines(found: dict[str, Any], took: float) -> list[str]:
                 each["person"],
                 f"{each['layer1']['sigma']:.1f}",
                 f"{each['layer2']['z']:.1f}",
-                f"1e{each['log10_p']:.0f}",
+                chance(each["false_accusation"]),
                 _given(each["releases"]),
             )
             for each in found["accused"]
         ]
         header = ("HOLDER", "PERSON", "CODE WORD σ", "STAMP σ", "CHANCE", "RELEASES")
-        lines += [*table(header, rows, right=(2, 3, 4)), ""]
+        told += [*table(header, rows, right=(2, 3, 4)), f"CHANCE: {what_chance_is(found)}", ""]
     if found["weights"] and not found["withheld"]:
-        lines.append(
+        told.append(
             f"{number(found['positions_used'])} of {number(found['positions'])} positions and "
             f"{number(found['elements'])} elements compared, {counted(found['candidates'], 'candidate')}"
         )
     if found["transformations"]:
-        lines.append(f"found and undone: {'; '.join(found['transformations'])}")
+        told.append(f"found and undone: {'; '.join(found['transformations'])}")
     if found["text"]:
-        lines.append(f"{written(found['text'])}")
+        told.append(f"{written(found['text'])}")
     what = "text" if found["text"] else counted(suspect["tensors"], "tensor")
-    lines.append(
+    told.append(
         f"{suspect['name']}: {what}, {size(suspect['bytes'])}, {seconds(took)}; entry {found['entry']} of the log"
     )
-    return lines
+    return told
 
 
 def written(text: dict[str, Any]) -> str:

@@ -111,20 +111,23 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: 
 def _accused(found: dict[str, Any]) -> str:
     if not found["accused"]:
         return ""
+    from strongroom.cli.trace import chance, what_chance_is
+
     rows = [
         (
             each["holder"],
             each["person"],
-            f"{each['layer1']['sigma']:.1f} σ, 10^{each['layer1']['log10_p']:.0f}",
-            f"{each['layer2']['z']:.1f} σ, 10^{each['layer2']['log10_p']:.0f}",
-            f"{each['false_accusation']:.1e}",
+            f"{each['layer1']['sigma']:.1f} σ",
+            f"{each['layer2']['z']:.1f} σ",
+            chance(each["false_accusation"]),
         )
         for each in found["accused"]
     ]
     header = ("Holder", "Person", "Code word", "Stamp", "Chance that this is wrong, at most")
     releases = [(each["holder"], item) for each in found["accused"] for item in each["releases"]]
     missing = [each["holder"] for each in found["accused"] if not each["releases"]]
-    shown = "<h2>Who</h2>" + _table(header, rows, numbers=(4,))
+    shown = "<h2>Who</h2>" + _table(header, rows, numbers=(2, 3, 4))
+    shown += f"<p class=soft>The chance is {escape(what_chance_is(found))}.</p>"
     if releases:
         given = [
             (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
@@ -172,8 +175,9 @@ def _plot(found: dict[str, Any]) -> str:
         for value in sorted({0.0, round(limit), round(top / 4), round(top)})
     )
     return (
-        "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) "
-        f"and by stamp (second). {'Who is named is in red above; others' if found['accused'] else 'They'} have no "
+        "<h2>All candidates</h2><p class=soft>How likely it is, at most, that an innocent scores as high as each "
+        "candidate: by code word (first colour) and by stamp (second), each the bound of that score alone, before it "
+        f"is multiplied by all that was tried. {'Who is named is in red above; others' if found['accused'] else 'They'} have no "
         "names here, and rounded scores. Above the dashed line somebody is named.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
         f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"

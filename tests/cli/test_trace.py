@@ -51,12 +51,41 @@ def lease(team, who="user/ben"):
 def test_which_version_it_is_may_be_asked_and_nobody_is_named(team):
     ended = team.run("trace", "leak", "--as", "user/oto")
     assert ended.code == 13
-    assert ended.out.startswith(f"This is {REF}. Whose copy it is takes an approved request.")
+    assert ended.out.startswith(
+        f"This is {REF}, and a copy that came out of the room: it has marks. Whose copy it is takes an approved "
+        "request."
+    )
     assert "pia" not in ended.out + ended.err
     assert f"request {REF} --action trace --reason TEXT" in ended.err
     found = team.run("trace", "leak", "--as", "user/oto", "--json").json
     assert (found["withheld"], found["accused"], found["scores"]) == (True, [], [])
     assert "pia" not in json.dumps(found)
+    # So is whether it has marks at all.
+    unmarked = team.run("trace", "model", "--as", "user/oto")
+    assert unmarked.out.startswith(
+        f"These are the weights of {REF} or of a relative; no mark was found where all copies of it have some. Whose "
+        "copy it is, if it is one, takes an approved request."
+    )
+    assert "like it" not in unmarked.out  # nothing else is
+
+
+def test_all_versions_that_fit_are_listed_with_whether_their_marks_are_in_it(team):
+    """The same weights put twice: what left as the first has no marks of the second."""
+    assert team.run("put", "model", "acme/twin", "--as", "user/oto").code == 0
+    try:
+        found = team.run("trace", "leak", "--as", "user/oto", "--json").json
+        assert [(each["ref"], each["fits"], each["marked"]) for each in found["versions"]] == [
+            (REF, True, True),
+            ("acme/twin@1", True, False),
+        ]
+        ended = team.run("trace", "leak", "--report", "twins.html", "--as", "user/oto")
+        assert ended.out.startswith(f"This is {REF}, and a copy")
+        for said in (ended.out, Page((team.folder / "twins.html").read_text()).text):
+            assert f"ersions that fit: {REF} (has its marks), acme/twin@1 (none of its marks)" in said
+        assert "pia" not in ended.out
+    finally:
+        twin = ("acme/twin@1", "--confirm", "acme/twin@1")
+        assert team.run("shred", *twin, "--as", "user/olga").code == 0
 
 
 @pytest.mark.parametrize("who", ["user/pia", "user/ana", "user/eva"])
@@ -152,7 +181,8 @@ def report(word, **more):
         "false_accusation_bound": 1e-9,
         "request": {"id": word, "by": word, "approved_by": [word]},
         "transformations": [word],
-        "versions": [{"ref": word, "likeness": 0.5, "part": 0.5}],
+        "versions": [{"ref": word, "likeness": 0.5, "part": 0.5, "fits": True, "marked": True}],
+        "carries_marks": True,
         "scores": [{"holder": word, "log10_p": -2.0, "stamp_log10_p": -20.0}],
         "tensors": [{"name": word, "elements": 1, "partner": word, "cosine": 1.0, "transformations": [word]}],
         "suspect": {"name": word, "tensors": 1, "bytes": 1, "files": [{"path": word, "bytes": 1, "sha256": word}]},

@@ -138,6 +138,7 @@ REPORT = {
     **dict.fromkeys(("false_accusation_bound", "marked_log10_p", "likeness", "threshold_log10_p"), 0.0),
     "verdict": "unrelated",
     "weights": "",
+    "carries_marks": False,
     "marked": False,
     "withheld": False,
     **{name: [] for name in ("accused", "transformations", "versions", "scores", "tensors")},

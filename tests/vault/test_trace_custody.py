@@ -70,3 +70,35 @@ def test_a_request_that_waits_is_named_and_not_asked_for_again(team, leak):
     with pytest.raises(Denied) as caught:
         team.ben.trace(leak, weights=REF, progress=lambda _d, _t: None)
     assert f"strongroom request {REF} --action trace" in caught.value.hint
+
+
+def ended(told):
+    return [(each["id"], each["action"], each["holder"]) for each in told["ended"]]
+
+
+@pytest.mark.parametrize("how", ["frozen", "revoked", "suspended", "removed", "another key", "the lease"])
+def test_what_ends_leases_says_which(team, how):
+    """Freezing a version that leaked ends the searches for whose copy it was, too."""
+    lease = to_trace(team)
+    other = team.lease()["lease"]["id"]  # Ana's, to load
+    all_of_it, bens = [(lease, "trace", "user/ben"), (other, "load", "user/ana")], [(lease, "trace", "user/ben")]
+    match how:
+        case "frozen":
+            assert ended(team.eva.revoke(REF, reason="it leaked")) == all_of_it
+        case "revoked":
+            assert ended(team.eva.revoke("user/ben", reason="x")) == bens
+        case "the lease":
+            assert ended(team.eva.revoke(lease, reason="x")) == bens
+        case "another key":
+            asked = team.eva.principal_key("user/ana", "5" * 64)
+            assert ended(asked) == [all_of_it[1]]
+        case _:
+            assert ended(team.eva.principal_change("user/ben", state=how)) == bens
+            assert ended(team.eva.principal_add("user/kim", roles=["researcher"])) == []
+    assert team.olga.log.verify()["ok"]
+
+
+def test_a_lease_that_was_over_is_not_said_to_end(team):
+    to_trace(team, duration=60)
+    team.later(3600)
+    assert team.eva.revoke(REF, reason="it leaked")["ended"] == []

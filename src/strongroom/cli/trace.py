@@ -88,12 +88,23 @@ def verdict(found: dict[str, Any]) -> str:
         return f"Nobody's copy of {found['weights']} can be said to have written this; more text may say more."
     if found["verdict"] == "unrelated":
         return f"Nothing in this room is like it (the nearest has a likeness of {found['likeness']:.3f}, of 1)."
+    weights = f"These are the weights of {found['weights']} or of a relative"
+    if not found["carries_marks"]:
+        return f"{weights}. This version carries no marks, so nobody can be named."
+    if found["withheld"] and found["marked"]:
+        return (
+            f"This is {found['weights']}, and a copy that came out of the room: it has marks. Whose copy it is takes "
+            "an approved request."
+        )
     if found["withheld"]:
-        return f"This is {found['weights']}. Whose copy it is takes an approved request."
+        return (
+            f"{weights}; no mark was found where all copies of it have some. Whose copy it is, if it is one, takes an "
+            "approved request."
+        )
     if found["marked"]:
         it = "What wrote this" if found["text"] else "This"
         return f"{it} came out of the room as {found['weights']}, and whose copy it is can't be said with certainty."
-    return f"These are the weights of {found['weights']} or of a relative, without a mark that can be read."
+    return f"{weights}, without a mark that can be read."
 
 
 def chance(bound: float) -> str:
@@ -127,7 +138,9 @@ def lines(found: dict[str, Any], took: float) -> list[str]:
         ]
         header = ("HOLDER", "PERSON", "CODE WORD σ", "STAMP σ", "CHANCE", "RELEASES")
         told += [*table(header, rows, right=(2, 3, 4)), f"CHANCE: {what_chance_is(found)}", ""]
-    if found["weights"] and not found["withheld"]:
+    if fitting := versions_that_fit(found):
+        told.append(fitting)
+    if found["weights"] and found["carries_marks"] and not found["withheld"]:
         told.append(
             f"{number(found['positions_used'])} of {number(found['positions'])} positions and "
             f"{number(found['elements'])} elements compared, {counted(found['candidates'], 'candidate')}"
@@ -141,6 +154,15 @@ def lines(found: dict[str, Any], took: float) -> list[str]:
         f"{suspect['name']}: {what}, {size(suspect['bytes'])}, {seconds(took)}; entry {found['entry']} of the log"
     )
     return told
+
+
+def versions_that_fit(found: dict[str, Any]) -> str:
+    """All versions that this may be, where there are several."""
+    fitting = [each for each in found["versions"] if each["fits"]]
+    if len(fitting) < 2:
+        return ""
+    told = [f"{each['ref']} ({'has its marks' if each['marked'] else 'none of its marks'})" for each in fitting]
+    return f"versions that fit: {', '.join(told)}"
 
 
 def written(text: dict[str, Any]) -> str:
@@ -159,7 +181,7 @@ def _given(releases: list[dict[str, Any]]) -> str:
 
 
 def _hints(found: dict[str, Any], path: str) -> list[str]:
-    if found["withheld"]:
+    if found["withheld"] and found["carries_marks"]:
         ref = found["weights"]
         return [
             f"strongroom request {ref} --action trace --reason TEXT",

@@ -64,10 +64,10 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _summary(found: dict[str, Any]) -> str:
+    from strongroom.cli.trace import versions_that_fit, written
+
     suspect = found["suspect"]
     if found["text"]:
-        from strongroom.cli.trace import written
-
         return (
             f"{suspect['name']}, {size(suspect['bytes'])}: {written(found['text'])}. Compared with {found['weights']}, "
             f"{number(found['positions_used'])} of {number(found['positions'])} positions, "
@@ -76,10 +76,14 @@ def _summary(found: dict[str, Any]) -> str:
     about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
     if not found["weights"]:
         return about
-    return about + (
-        f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
-        f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
-        f"{number(found['candidates'])} candidates."
+    return (
+        about
+        + (
+            f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
+            f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
+            f"{number(found['candidates'])} candidates."
+        )
+        + (f" {fitting[:1].upper()}{fitting[1:]}." if (fitting := versions_that_fit(found)) else "")
     )
 
 
@@ -177,7 +181,8 @@ def _plot(found: dict[str, Any]) -> str:
     return (
         "<h2>All candidates</h2><p class=soft>How likely it is, at most, that an innocent scores as high as each "
         "candidate: by code word (first colour) and by stamp (second), each the bound of that score alone, before it "
-        f"is multiplied by all that was tried. {'Who is named is in red above; others' if found['accused'] else 'They'} have no "
+        "is multiplied by all that was tried. "
+        f"{'Who is named is in red above; others' if found['accused'] else 'They'} have no "
         "names here, and rounded scores. Above the dashed line somebody is named.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
         f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
@@ -250,9 +255,15 @@ def _tensors(tensors: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _fits(version: dict[str, Any]) -> str:
+    if not version["fits"]:
+        return "not looked for: others are more alike"
+    return "its marks are in it" if version["marked"] else "none of its marks"
+
+
 def _versions(versions: Sequence[dict[str, Any]]) -> str:
     if not versions:
         return ""
-    rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}") for each in versions]
-    header = ("Version", "Likeness of what is there", "Of the whole")
+    rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}", _fits(each)) for each in versions]
+    header = ("Version", "Likeness of what is there", "Of the whole", "Marks")
     return "<h2>Versions compared</h2>" + _table(header, rows, numbers=(1, 2))

@@ -224,7 +224,8 @@ class Room:
         """Write the holder's marked plaintext copy of one version into the new folder `out`; needs its approved
         request.
 
-        `to` is who the copy is for: this principal itself, whose code word it carries.
+        `to` is who the copy is for: this principal itself, whose code word it carries; `carries_marks` is false of a
+        version in which nothing can be marked.
         """
         from strongroom.client.copy import CopyReader, check_copy, write_copy
         from strongroom.client.receive import receive
@@ -239,7 +240,8 @@ class Room:
         size = sum(count for _, count in written)
         body = {"ref": bundle.ref, "holder": to, "release": found.index, "files": len(written), "bytes": size}
         entry = self._act("copy", body)["entry"]
-        return {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size, "entry": entry}
+        told = {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size}
+        return {**told, "carries_marks": bundle.marked, "entry": entry}
 
     def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""

@@ -26,11 +26,12 @@ from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
 from strongroom.vault.effort import Effort
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import Suspect, numbers_of, readable
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _SAMPLES = 4096  # of them that are kept
+_TOLD = 4096  # elements by which an unmarked tensor is known
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
@@ -73,7 +74,9 @@ class Comparison:
     def __init__(self, originals: Originals, suspect: Suspect) -> None:
         self._originals, self._suspect = originals, suspect
         placed = [each for each in originals.tensors() if each.marked]
-        self._placed = placed
+        # Where nothing can be marked there is nothing to align: it is only known again, by what lies as it did.
+        self._only_likeness = not placed
+        self._placed = placed = placed or [each for each in originals.tensors() if _telling(each)]
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
         self._fits: list[Fit | Undone | None] = [None] * len(placed)
         self._norms: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
@@ -128,7 +131,7 @@ class Comparison:
     def deepen(self, progress: Progress) -> None:
         """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer. `progress` is
         of the version's bytes that were looked for."""
-        if not self._unclear():
+        if self._only_likeness or not self._unclear():
             return
         reading = Reading(self._original, self._read, self._matrix)
         masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
@@ -197,7 +200,12 @@ class Comparison:
             return False
         count = min(SAMPLE, each.info.elements)
         first = (each.info.elements - count) // 2 // 256 * 256
-        sample = self._original(each, first, count)
+        try:
+            sample = self._centred(self._original(each, first, count))
+        except UsageError:  # a type that this machine can't read: it is not known again, and no other trace fails
+            if not self._only_likeness:
+                raise
+            return False
         best, most = "", ALIKE
         for name in names:
             if name in self._taken:
@@ -222,8 +230,16 @@ class Comparison:
         if (name, count) in self._samples:
             return self._samples[name, count]
         found = self._read(name, first, first + count)
+        found = self._centred(found) if found is not None else None
         if len(self._samples) < _SAMPLES:
             self._samples[name, count] = found
+        return found
+
+    def _centred(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Integers that are all positive are alike by their mean alone."""
+        if not self._only_likeness or not np.isfinite(sample).any():
+            return sample
+        found: NDArray[np.float32] = sample - np.float32(np.nanmean(sample))
         return found
 
     def _solve(self, k: int) -> None:
@@ -330,11 +346,12 @@ class Comparison:
         aligned = self._aligned(k)
         tag, factor, count = tensor_tag(each.begin), self._factor(k, aligned), 0
         for number in range(*layout.stripes_touched(each.begin, each.end)):
-            start = layout.common_segment(number).end
-            low = max(each.begin, start)
-            high = min(each.end, start + layout.stripes[number] * layout.marked)
-            # A block that lies there in part can't be compared.
-            lead, stop = -((each.begin - low) // item.bytes), (high - each.begin) // item.bytes
+            # Bytes of the image that are marked, and of this tensor; then its elements that lie in them whole: a block
+            # that does so in part can't be compared.
+            stripe = layout.common_segment(number).end
+            shared_begin = max(each.begin, stripe)
+            shared_end = min(each.end, stripe + layout.stripes[number] * layout.marked)
+            lead, stop = -((each.begin - shared_begin) // item.bytes), (shared_end - each.begin) // item.bytes
             if lead >= stop:
                 continue
             first, end = lead * item.weights, stop * item.weights
@@ -343,14 +360,14 @@ class Comparison:
                 continue
             if factor is not None:
                 leak = leak / factor[np.arange(first, end) % width]
-            low, high = each.begin + lead * item.bytes, each.begin + stop * item.bytes
-            data = self._originals.marked(number)[low - start : high - start]
+            begin, stopped = each.begin + lead * item.bytes, each.begin + stop * item.bytes
+            data = self._originals.marked(number)[begin - stripe : stopped - stripe]
             # Blocks are a quantiser's levels themselves: a mark would be taken for rounding.
             if not item.is_block and coarse(leak, first):
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
             if found.positions:
-                found.estimator.add(low, dtype, bits, leak)
+                found.estimator.add(begin, dtype, bits, leak)
             if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
@@ -430,12 +447,12 @@ class Comparison:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _original(self, each: Placed, first: int, count: int) -> NDArray[np.float32]:
-        item = ITEMS[each.info.dtype.name]
-        lead = first // item.weights
-        begin = each.begin + lead * item.bytes
-        end = each.begin - (-(first + count) // item.weights) * item.bytes
-        found = numbers(self._originals.read(begin, end), each.info.dtype.name)
-        return found[first - lead * item.weights :][:count]
+        dtype = each.info.dtype
+        lead = first // dtype.block
+        begin = each.begin + lead * dtype.block_bytes
+        end = each.begin - (-(first + count) // dtype.block) * dtype.block_bytes
+        found = numbers_of(self._originals.read(begin, end), dtype)
+        return found[first - lead * dtype.block :][:count]
 
     def _read(self, name: str, begin: int, end: int) -> NDArray[np.float32] | None:
         """Elements of a suspect's tensor; None where they can't be read."""
@@ -452,6 +469,12 @@ class Comparison:
             return None
         flat = self._read(name, 0, info.elements)
         return as_matrix(flat[: info.elements], info.shape) if flat is not None else None
+
+
+def _telling(each: Placed) -> bool:
+    """Whether a tensor that is not marked tells one model from another: a matrix, no list of positions."""
+    shape = each.info.shape
+    return len(shape) > 1 and min(shape) > 1 and each.info.elements >= _TOLD and readable(each.info.dtype)
 
 
 def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

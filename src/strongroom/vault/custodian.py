@@ -128,8 +128,18 @@ class Custodian:
                 body = state.grants[statement.id].record
         told = {name: body[name] for name in ("principal", "person", "roles", "teams", "state")}
         if receipt.entry.type == "grant":
-            return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}
-        return {**told, "entry": receipt.index}
+            told |= {"state": "pending", "id": statement.id}
+        return {**told, **self._ended(receipt), "entry": receipt.index}
+
+    def _ended(self, done: Recorded) -> dict[str, Any]:
+        """The leases that ended with an entry: whoever freezes what leaked ends the searches for whose copy it was."""
+        with self.ledger.view() as state:
+            return {
+                "ended": [
+                    {"id": each.id, "action": each.action, "ref": each.ref, "holder": each.holder}
+                    for each in state.ended_in(done.index, done.entry.at)
+                ]
+            }
 
     def change_authority(self, envelope: str) -> dict[str, Any]:
         """Whose word is taken for who somebody is: a statement of the kind ``authority``."""
@@ -229,7 +239,7 @@ class Custodian:
             reason,
         )
         done = {"target": statement.body["target"], "ref": receipt.entry.ref, "state": "revoked"}
-        return {**done, "entry": receipt.index}
+        return {**done, **self._ended(receipt), "entry": receipt.index}
 
     def renew(self, envelope: str) -> dict[str, Any]:
         """Extend a lease."""

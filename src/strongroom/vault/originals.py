@@ -153,6 +153,11 @@ class Originals:
             yield Placed(info, begin, end, marked, stamped)
 
     @cached_property
+    def carries_marks(self) -> bool:
+        """Whether anything that leaves of it has a mark: code words, which take positions, or stamps."""
+        return self.layout.positions > 0 or any(each.stamped for each in self.tensors())
+
+    @cached_property
     def _listed(self) -> tuple[tuple[FileEntry, TensorInfo], ...]:
         return tuple((file, info) for file in self.layout.files if file.kind != "opaque" for info in self._infos(file))
 

@@ -18,7 +18,7 @@ from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import UsageError
 from strongroom.formats.suspect import FoundFile
-from strongroom.formats.tensors import TensorInfo
+from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.scales import dequantised
 from strongroom.vault.convert import Take, converted_parts, freely, to_convert
@@ -48,16 +48,12 @@ class SuspectTensor:
     def name(self) -> str:
         return self.info.name
 
-    @property
-    def readable(self) -> bool:
-        """Whether its elements become numbers."""
-        name = self.info.dtype.name
-        return name in STEPS or name in _FLOAT8 or name in _INTEGERS or self.quantised
 
-    @property
-    def quantised(self) -> bool:
-        """Whether it is made of ggml's blocks."""
-        return self.file.kind == "gguf" and self.info.dtype.block > 1
+def readable(dtype: Dtype) -> bool:
+    """Whether elements of this type become numbers: of safetensors' packed types they don't, of ggml's blocks they
+    do."""
+    name = dtype.name
+    return name in STEPS or name in _FLOAT8 or name in _INTEGERS or (dtype.block > 1 and name not in DTYPES)
 
 
 def unstopped() -> None:
@@ -73,7 +69,7 @@ class Suspect:
             info.name: SuspectTensor(info, file)
             for file in source.files
             for info in file.tensors
-            if SuspectTensor(info, file).readable
+            if readable(info.dtype)
         }
 
     @classmethod
@@ -122,7 +118,10 @@ class Suspect:
             while done < size and (step := read(first + done, buffer[done:])):
                 done += step
         with np.errstate(all="ignore"):
-            found = _numbers(buffer, tensor)
+            try:
+                found = numbers_of(buffer, dtype)
+            except UsageError as error:
+                raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
             if found.size and not float(np.abs(found).max()) < _LARGEST:
                 found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
         return found
@@ -156,8 +155,9 @@ def digests(walk: Walk) -> tuple[FoundFile, ...]:
             raise
 
 
-def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
-    name = tensor.info.dtype.name
+def numbers_of(data: memoryview, dtype: Dtype) -> NDArray[np.float32]:
+    """float32, flat: whole elements, or blocks, of a `readable` type; errors as `dequantised`."""
+    name = dtype.name
     if name in STEPS:
         return values(np.frombuffer(data, STEPS[name].integer), name)
     if name in _FLOAT8:
@@ -165,7 +165,4 @@ def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
         return np.frombuffer(data, getattr(ml_dtypes, _FLOAT8[name])).astype(np.float32)
     if name in _INTEGERS:
         return np.frombuffer(data, _INTEGERS[name]).astype(np.float32)
-    try:
-        return dequantised(data, name)
-    except UsageError as error:
-        raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
+    return dequantised(data, name)

@@ -216,6 +216,18 @@ def test_how_likely_a_false_accusation_is_is_said_by_one_figure():
     assert "1e-299" in page(found | {"accused": [found["accused"][0] | {"false_accusation": 1e-300}]})
 
 
+def test_that_a_search_ended_at_its_budget_is_said():
+    stopped = "alignment stopped at its budget"
+    versions = report("acme/x@1")["versions"] * 2
+    for found, more in ((report("x"), ""), (report("x", versions=versions), "all 2 versions share it, and --weights")):
+        found["transformations"] = []
+        assert "budget" not in "\n".join(lines(found, 1.0)) + page(found)
+        found["transformations"] = [stopped]
+        for text in ("\n".join(lines(found, 1.0)), page(found)):
+            assert "ot everything that could have been done to the file was looked for" in text
+            assert more in text
+
+
 def test_a_frozen_version_is_traced(team):
     assert team.run("revoke", REF, "--reason", "it leaked", "--as", "user/ben").code == 0
     try:

@@ -12,6 +12,7 @@ from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, number, seconds, size, table
 from strongroom.core.files import write_whole
 from strongroom.errors import BackendError, UsageError
+from strongroom.vault.effort import STOPPED
 
 _CODES = {"unrelated": 0, "not-named": 0, "weights-only": 13, "named": 14}
 
@@ -147,6 +148,8 @@ def lines(found: dict[str, Any], took: float) -> list[str]:
         )
     if found["transformations"]:
         told.append(f"found and undone: {'; '.join(found['transformations'])}")
+    if stopped := what_was_left(found):
+        told.append(stopped)
     if found["text"]:
         told.append(f"{written(found['text'])}")
     what = "text" if found["text"] else counted(suspect["tensors"], "tensor")
@@ -154,6 +157,15 @@ def lines(found: dict[str, Any], took: float) -> list[str]:
         f"{suspect['name']}: {what}, {size(suspect['bytes'])}, {seconds(took)}; entry {found['entry']} of the log"
     )
     return told
+
+
+def what_was_left(found: dict[str, Any]) -> str:
+    """That not everything was looked for, and how more is."""
+    if STOPPED not in found["transformations"]:
+        return ""
+    count = len(found["versions"])
+    more = f": all {count} versions share it, and --weights REF gives it to one" if count > 1 else ""
+    return f"not everything that could have been done to the file was looked for: the search ended at its budget{more}"
 
 
 def versions_that_fit(found: dict[str, Any]) -> str:

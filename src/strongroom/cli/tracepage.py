@@ -46,7 +46,7 @@ def page(found: dict[str, Any]) -> str:
         _recorded(found),
         _accused(found),
         _plot(found),
-        "" if found["text"] else _transformed(found["transformations"]),
+        "" if found["text"] else _transformed(found),
         _wrong(found),
         _preserve(found),
         _tensors(found["tensors"]),
@@ -195,10 +195,15 @@ def _level(y: float, stroke: str) -> str:
     return f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="{stroke}" stroke-dasharray="6 4"/>'
 
 
-def _transformed(found: Sequence[str]) -> str:
-    if not found:
+def _transformed(found: dict[str, Any]) -> str:
+    from strongroom.cli.trace import what_was_left
+
+    if not found["transformations"]:
         return "<h2>What was done to the weights</h2><p>Nothing that had to be undone to compare them.</p>"
-    return "<h2>What was done to the weights</h2><ul>" + "".join(f"<li>{escape(each)}</li>" for each in found) + "</ul>"
+    items = "".join(f"<li>{escape(each)}</li>" for each in found["transformations"])
+    left = what_was_left(found)
+    said = f"<p>{escape(left[:1].upper() + left[1:])}.</p>" if left else ""
+    return f"<h2>What was done to the weights</h2><ul>{items}</ul>{said}"
 
 
 def _wrong(found: dict[str, Any]) -> str:

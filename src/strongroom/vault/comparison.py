@@ -24,7 +24,7 @@ from strongroom.marking.requantise import coarse, unrounded
 from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
-from strongroom.vault.effort import Effort
+from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import Suspect, numbers_of, readable
 from strongroom.vault.unmasking import Reading, Unmasking
@@ -128,11 +128,17 @@ class Comparison:
         theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
         return found / max(1, theirs)
 
-    def deepen(self, progress: Progress) -> None:
-        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer. `progress` is
-        of the version's bytes that were looked for."""
-        if self._only_likeness or not self._unclear():
-            return
+    def deepen(self, progress: Progress, purse: Purse | None = None) -> None:
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, and costs no
+        more than a share of `purse`. `progress` is of the version's bytes that were looked for."""
+        if purse is not None:
+            self._effort.limit(purse.share())
+        if not self._only_likeness and self._unclear():
+            self._deepen(progress)
+        if purse is not None:
+            purse.spend(self._effort.spent)
+
+    def _deepen(self, progress: Progress) -> None:
         reading = Reading(self._original, self._read, self._matrix)
         masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
         if masks.turned:  # then little can be seen without turning it back

@@ -19,6 +19,7 @@ from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
 from strongroom.vault.comparison import Comparison, Progress
+from strongroom.vault.effort import STOPPED, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 
@@ -163,9 +164,10 @@ def trace(
         compared.append((record, originals, Comparison(originals, suspect)))
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
-    for _, _, each in compared:
-        if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED):
-            each.deepen(progress)
+    looked_for = [each for _, _, each in compared if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED)]
+    purse = Purse(sum(each.info.elements for each in suspect.tensors.values()), len(looked_for))
+    for each in sorted(looked_for, key=lambda each: -each.explained):
+        each.deepen(progress, purse)
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
     result.versions = [
@@ -180,6 +182,8 @@ def trace(
     ]
     result.likeness = most
     if most < _UNRELATED:
+        # Whoever reads that nothing is like it is told that not everything was looked for.
+        result.transformations = [STOPPED] if any(each.stopped for each in looked_for) else []
         return result
     # Both by what is there and by how much of the version is there: a tensor of another version beside the leak must
     # not draw all attention to that one.
@@ -352,8 +356,7 @@ def _transformations(comparison: Comparison | Echo) -> list[str]:
         for what in set(each.transformations) if each.partner else {"missing"}:
             counts[what] = counts.get(what, 0) + 1
     found = [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
-    # Whoever reads that nothing was found is told that not everything was looked for.
-    return [*found, "alignment stopped at its budget"] if comparison.stopped else found
+    return [*found, STOPPED] if comparison.stopped else found
 
 
 def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -11,6 +12,7 @@ import pytest
 from cli.desk import Desk, desk_in, write_model
 from strongroom.cli.trace import lines
 from strongroom.cli.tracepage import page
+from strongroom.client import Room
 from strongroom.core.clock import text as time_of
 
 REF = "acme/tiny@1"
@@ -254,6 +256,48 @@ def test_what_is_not_there_or_no_model(team):
     (team.folder / "three" / "x.safetensors").write_bytes(b"abc")
     ended = team.run("trace", "three", "--as", "user/ben", "--json")
     assert (ended.code, ended.error["code"]) == (2, "safetensors.malformed")
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda folder: None, "source.missing"),
+        (lambda folder: folder.mkdir(), "source.empty"),
+        (lambda folder: (folder.mkdir(), (folder / "x").symlink_to("/etc/hostname")), "source.link"),
+        (lambda folder: (folder.mkdir(), (folder / "x").symlink_to("nowhere")), "source.link"),
+        (lambda folder: (folder.mkdir(), os.mkfifo(folder / "x")), "source.special"),
+        (lambda folder: (folder.mkdir(), (folder / "x.gguf").write_bytes(b"GGUF" + b"\xff" * 60)), "gguf.malformed"),
+        (lambda folder: (folder.mkdir(), (folder / "x.safetensors").write_bytes(b"abc")), "safetensors.malformed"),
+        (
+            lambda folder: (
+                folder.mkdir(),
+                (folder / "x.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            ),
+            "source.lfs_pointer",
+        ),
+    ],
+)
+def test_what_can_not_be_read_is_said_as_of_a_find(team, tmp_path, make, code):
+    """Nobody has a publisher to ask for it again, and nobody puts it."""
+    make(tmp_path / "found")
+    for more in ((), ("--weights", REF)):
+        if more:
+            lease(team)
+        error = team.run("trace", str(tmp_path / "found"), *more, "--as", "user/ben", "--json").error
+        assert error["code"] == code
+        for word in ("put", "--follow-links", "publisher", "download", "name a model", "git lfs"):
+            assert word not in error["hint"]
+        assert "trace" in error["hint"]
+
+
+def test_to_interrupt_it_means_that_nothing_is_told_or_spent(team, call, monkeypatch):
+    def interrupted(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Room, "trace", interrupted)
+    ended = call(team, "trace", "leak", "--as", "user/ben")
+    assert ended.code == 130
+    assert "the search was stopped: nothing of it is told, and no use of a lease is spent" in ended.err
 
 
 def test_what_is_unrelated(team):

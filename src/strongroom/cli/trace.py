@@ -47,7 +47,14 @@ def trace(options: Options, path: str | None, text: str | None, weights: str | N
     page = _page(report)
     with options.open() as room, output.progress(f"trace {Path(what).name}") as progress:
         begun = time.monotonic()
-        found = room.trace(path, weights=weights, text=text, progress=progress)
+        try:
+            found = room.trace(path, weights=weights, text=text, progress=progress)
+        except KeyboardInterrupt:
+            output.note(
+                "  → the search was stopped: nothing of it is told, and no use of a lease is spent; a served room's "
+                "custodian gives it up, and records that"
+            )
+            raise
     took = time.monotonic() - begun
     if page is not None:
         from strongroom.cli.tracepage import page as written

@@ -19,7 +19,7 @@ from strongroom.storage.session import error_of
 from strongroom.vault.names import shown
 from strongroom.vault.search import check_text_version
 from strongroom.vault.source import ModelSource
-from strongroom.vault.suspect import digests, searched
+from strongroom.vault.suspect import as_found, digests, searched
 from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ def trace(
         check_text_version(weights)
     ref = _numbered(room, weights)
     lease = _lease(room, by, ref) if ref is not None else None
-    walk = Walk.of(path, follow_links=False, model=False)
-    files = digests(walk)
+    with as_found():
+        walk = Walk.of(path, follow_links=False, model=False)
+        files = digests(walk)
     said = room.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     announced = FoundFiles(shown(path.name or "files")[:255], files, said.envelope, text)
     head = announced.encode()

@@ -23,7 +23,7 @@ from strongroom.policy import acts
 from strongroom.policy.speaker import Speaker, authenticate, speaking
 from strongroom.policy.state import State
 from strongroom.vault.names import shown
-from strongroom.vault.suspect import Suspect, digests
+from strongroom.vault.suspect import Suspect, as_found, digests
 from strongroom.vault.text import Text
 from strongroom.vault.texttrace import trace_text
 from strongroom.vault.trace import FALSE_ACCUSATION, trace
@@ -50,8 +50,9 @@ def search(
         check_text_version(weights)
     ref = _numbered(vault, weights) if weights is not None else None
     vault.custodian.tracing(by, ref)
-    walk = Walk.of(path, follow_links=False, model=False)
-    files, name = digests(walk), shown(path.name)
+    with as_found():
+        walk = Walk.of(path, follow_links=False, model=False)
+        files, name = digests(walk), shown(path.name)
     # Now that what takes long before the search is done: the lease has to hold when that begins.
     lease = vault.custodian.tracing(by, ref)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})

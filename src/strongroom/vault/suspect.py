@@ -7,7 +7,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
+from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.suspect import FoundFile
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 from strongroom.marking.elements import STEPS, values
@@ -33,6 +33,21 @@ _FLOAT8 = {
     "F8_E5M2": "float8_e5m2",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_PARSED = ("safetensors", "gguf", "npy", "convert")
+_NAMED = "strongroom trace takes a file of weights, or the folder that it was found in"
+_HINTS = {
+    "source.missing": _NAMED,
+    "source.empty": _NAMED,
+    "source.link": "a link in a find is not followed: trace the file that it leads to, or a folder with that in its place",
+    "source.special": "only regular files are looked at: take it out of the folder, then trace it again",
+    "source.lfs_pointer": "the weights themselves are somewhere else: trace those",
+    "source.missing_shard": "trace what there is without that index: its tensors are compared all the same",
+    "source.changed": "trace a copy of it that nothing changes",
+    "source.unreadable": "check its permissions, then trace it again",
+    "source.name": "rename it in a copy, and trace that: what is recorded is the content's SHA-256",
+    "source.limit": "trace a part of it",
+    "convert.refused": "do not load this file with anything; trace the other files without it",
 }
 _INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
@@ -58,6 +73,20 @@ def readable(dtype: Dtype) -> bool:
 
 def unstopped() -> None:
     """The `check` of what nobody ends before its end."""
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """What is wrong with files in this block is said as of a find: those who put a model can get it again, or leave
+    something out; whoever has found one can't."""
+    try:
+        yield
+    except StrongroomError as error:
+        kind, _, what = error.code.partition(".")
+        if kind in _PARSED and what in ("malformed", "big_endian", "unreadable", "limit"):
+            error.hint = "it is damaged, or not what it seems: trace the other files without it"
+        error.hint = _HINTS.get(error.code, error.hint)
+        raise
 
 
 class Suspect:
@@ -89,7 +118,9 @@ class Suspect:
 
         UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted_parts` raises.
         """
-        with converted_parts(walk, take=take) as source:
+        with ExitStack() as stack:
+            with as_found():
+                source = stack.enter_context(converted_parts(walk, take=take))
             found = cls(source, check)
             if not found.tensors:
                 raise UsageError(

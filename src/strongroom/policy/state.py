@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from strongroom.core.canonical import MAX_INTEGER
@@ -235,11 +235,6 @@ class State:
             if (lease.holder, lease.action, lease.ref) == (holder, action, ref) and lease.holds(now)
         ]
         return max(found, key=lambda lease: lease.expires_at, default=None)
-
-    def ended_in(self, index: int, at: int) -> list[Lease]:
-        """The leases that the entry at `index`, of that time, has ended, and that held until then."""
-        found = [each for each in self.leases.values() if each.ended.endswith(f" in entry {index}")]
-        return [each for each in found if replace(each, ended="").holds(at)]
 
     def granters(self, path: str = "", roles: Sequence[str] = ()) -> set[str]:
         """The people who may bring others in, by their roles, if `path` had these `roles`, and acted."""

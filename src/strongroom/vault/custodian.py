@@ -46,7 +46,7 @@ from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import Bundles
-from strongroom.vault.requests import check_reason, describe_grant, describe_proposal, describe_request
+from strongroom.vault.requests import check_reason, describe_ended, describe_grant, describe_proposal, describe_request
 from strongroom.vault.upkeep import Recorded, Upkeep
 
 if TYPE_CHECKING:
@@ -132,14 +132,8 @@ class Custodian:
         return {**told, **self._ended(receipt), "entry": receipt.index}
 
     def _ended(self, done: Recorded) -> dict[str, Any]:
-        """The leases that ended with an entry: whoever freezes what leaked ends the searches for whose copy it was."""
         with self.ledger.view() as state:
-            return {
-                "ended": [
-                    {"id": each.id, "action": each.action, "ref": each.ref, "holder": each.holder}
-                    for each in state.ended_in(done.index, done.entry.at)
-                ]
-            }
+            return describe_ended(state, done.index, done.entry.at)
 
     def change_authority(self, envelope: str) -> dict[str, Any]:
         """Whose word is taken for who somebody is: a statement of the kind ``authority``."""

@@ -39,7 +39,7 @@ _NAMED = "strongroom trace takes a file of weights, or the folder that it was fo
 _HINTS = {
     "source.missing": _NAMED,
     "source.empty": _NAMED,
-    "source.link": "a link in a find is not followed: trace the file that it leads to, or a folder with that in its place",
+    "source.link": "a link in a find is not followed: trace the file that it leads to, or a copy of it in its place",
     "source.special": "only regular files are looked at: take it out of the folder, then trace it again",
     "source.lfs_pointer": "the weights themselves are somewhere else: trace those",
     "source.missing_shard": "trace what there is without that index: its tensors are compared all the same",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strongroom.client import answers
 from strongroom.client.send import pieces
 from strongroom.core.ids import Ref
+from strongroom.core.progress import Progress
 from strongroom.errors import StrongroomError, Tampered
 from strongroom.formats.merkle import verify_inclusion
 from strongroom.formats.suspect import FoundFiles, suspect_digest
@@ -25,7 +26,6 @@ from strongroom.vault.walk import Walk
 if TYPE_CHECKING:
     from strongroom.client.served import ServedRoom
 
-Progress = Callable[[int, int], None]
 _SOON, _LATER = 0.1, 2.0  # seconds between questions, at first and at most
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.core.progress import Progress
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.items import ITEMS
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
@@ -26,19 +27,16 @@ from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
 from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import Suspect, numbers_of, readable
+from strongroom.vault.suspect import PIECE, WHOLE, Suspect, numbers_of, readable
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _SAMPLES = 4096  # of them that are kept
 _TOLD = 4096  # elements by which an unmarked tensor is known
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
-_PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
 _UNEXPLAINED = 0.98  # cosine below which more than int4 was done to a tensor that is in its place
 _BETTER = 0.5  # of what is unexplained, what has to be left for a disguise to be taken as one
-_WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -251,7 +249,7 @@ class Comparison:
     def _solve(self, k: int) -> None:
         """Tensor `k` in one that was transposed, permuted or cut."""
         each = self._placed[k]
-        if each.info.elements > _WHOLE:
+        if each.info.elements > WHOLE:
             return
         if not self._effort.attempt(k, effort.seen(each.info.elements)):
             return
@@ -385,7 +383,7 @@ class Comparison:
         dtype, size, width = each.info.dtype.name, each.info.elements, each.info.shape[-1]
         item = ITEMS[dtype]
         aligned, tag = self._aligned(k), tensor_tag(each.begin)
-        step = max(1, _PIECE // width) * width
+        step = max(1, PIECE // width) * width
         for first in range(0, size, step):
             count = min(step, size - first)
             leak = aligned(first, first + count)
@@ -471,7 +469,7 @@ class Comparison:
 
     def _matrix(self, name: str) -> NDArray[np.float32] | None:
         info = self._suspect.tensors[name].info
-        if info.elements > _WHOLE or not info.elements:
+        if info.elements > WHOLE or not info.elements:
             return None
         flat = self._read(name, 0, info.elements)
         return as_matrix(flat[: info.elements], info.shape) if flat is not None else None

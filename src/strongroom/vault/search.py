@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Connection
 
 from strongroom.core.ids import Ref
+from strongroom.core.progress import Progress
 from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.entry import Private
 from strongroom.formats.merkle import leaf_hash
@@ -31,8 +31,6 @@ from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
-
-Progress = Callable[[int, int], None]
 
 
 def search(

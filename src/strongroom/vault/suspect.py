@@ -26,6 +26,8 @@ from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
 
+PIECE = 1 << 22  # elements of a tensor that are compared at a time
+WHOLE = 1 << 28  # elements of the largest tensor that is read whole, as one that was moved about has to be
 _HASHED = MIB  # bytes at a time: what is hashed was just read into the cache
 _LARGEST = 1e9  # no weight is: beyond it sums of squares would be infinite, and say nothing of all the others
 _FLOAT8 = {

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.core.progress import Progress
 from strongroom.errors import NotFound
 from strongroom.formats.entry import Entry
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison, Progress
+from strongroom.vault.comparison import Comparison
 from strongroom.vault.effort import STOPPED, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect

@@ -414,10 +414,10 @@ class TestReinstating:
 
 
 class TestLeases:
-    def trace(self, log, lease, by="user/ana", ref=REF, at=NOW, **changes):
+    def trace(self, log, lease, by="user/ana", ref=REF, at=NOW, told=None, **changes):
         said = log.say("trace", by, {"suspect": DIGEST, "ref": ref, "lease": lease}, at=at)
         body = {"suspect": DIGEST, "lease": lease, "verdict": "one", "accused": [], "statement": said.envelope}
-        log.write("trace", by, body | changes, ref or "", at=at)
+        log.write("trace", by, body | changes, ref or "", at=at if told is None else told)
 
     def test_to_trace_are_of_who_traces_and_for_what(self, log):
         asked = self.ask(log, action="trace")
@@ -426,7 +426,9 @@ class TestLeases:
             {"by": "user/ben"},
             {"ref": "acme/other@1"},
             {"ref": None},
-            {"at": NOW + 60},
+            {"at": NOW + 360},
+            {"at": NOW + 360, "told": NOW + 400},
+            {"at": NOW - 601, "told": NOW},
             {"lease": "0" * 16},
             {"accused": ["user/none"]},
         ):
@@ -441,6 +443,12 @@ class TestLeases:
         log.entries.pop()
         self.take(log, asked, at=NOW + 2)
         log.refused("log.unfounded")
+
+    def test_to_trace_hold_when_the_search_begins(self, log):
+        asked = self.ask(log, action="trace")
+        self.yes(log, asked, lease={"action": "trace"})
+        self.trace(log, asked.id, at=NOW + 59, told=NOW + 7200)
+        log.verify()
 
     def ask(self, log, action="load", **changes):
         body = {"action": action, "ref": REF, "for": "user/ana", "duration": 3600, "uses": 1, "reason": OTHER}

@@ -24,8 +24,10 @@ from transformers import (
 )
 
 from strongroom.errors import StrongroomError, Tampered, UsageError
+from strongroom.load.folder import MemoryFolder
 from strongroom.load.grant import VARIABLE, Grant, hold, variable
 from strongroom.load.transformers import from_room, tokenizer_from_room
+from strongroom.load.weights import Weights
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -154,6 +156,39 @@ def test_which_files_hold_the_model_can_be_said(llama, make_reader):
     assert error.value.code == "checkpoint.unclear"
     assert not from_room(AutoModelForCausalLM, reader, files=["zeros.safetensors"]).model.norm.weight.any()
     assert from_room(AutoModelForCausalLM, reader, files=["weights.safetensors"]).model.norm.weight.all()
+
+
+@pytest.mark.parametrize("value", ["nobody/kernel", "flash_attention_2", {"": "nobody/kernel"}], ids=str)
+def test_a_configuration_cannot_name_code_to_fetch(llama, make_reader, value):
+    """Kernels come from a hub by their name, and run: whoever may put weights does not say which."""
+    names = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
+    expected = AutoModelForCausalLM.from_pretrained(llama)
+    config = json.loads((llama / "config.json").read_text())
+    named = dict.fromkeys(names, value) | {"use_kernels": True, "kernel_config": {"x": "nobody/kernel:X"}}
+    named |= {"trust_remote_code": True}
+    (llama / "config.json").write_text(json.dumps(config | named | {"nested": [{"deep": named}]}))
+    generation = json.loads((llama / "generation_config.json").read_text())
+    (llama / "generation_config.json").write_text(json.dumps(generation | named | {"cache_implementation": "static"}))
+    reader = make_reader(llama, share="0")
+    model = from_room(AutoModelForCausalLM, reader)
+    assert same(model, expected)
+    assert model.config._attn_implementation == expected.config._attn_implementation
+    assert "nobody" not in json.dumps(model.config.to_dict()) + json.dumps(model.generation_config.to_dict())
+    assert model.config.nested == [{"deep": {}}]
+    assert model.generation_config.cache_implementation == "static"  # which names no code
+    assert model.generation_config.max_new_tokens == 7
+    # Who loads may say so, as ever.
+    assert from_room(AutoModelForCausalLM, reader, attn_implementation="eager").config._attn_implementation == "eager"
+
+
+def test_other_configurations_are_as_they_were_put(llama, make_reader):
+    (llama / "odd_config.json").write_text('{"a": 1,\n "auto_map": {"AutoConfig": "x.Y"}}')
+    (llama / "broken_config.json").write_text('{"attn_implementation": ')
+    (llama / "deep_config.json").write_text("[" * 100_000)
+    names = ["odd_config.json", "broken_config.json", "deep_config.json", "config.json"]
+    with Weights(make_reader(llama, share="0")) as weights, MemoryFolder(weights, names) as folder:
+        for name in names:
+            assert (folder / name).read_bytes() == (llama / name).read_bytes()
 
 
 def test_code_that_came_with_a_model_is_not_run(llama, make_reader):

@@ -1735,6 +1735,56 @@ class TestTraces:
         with pytest.raises(NotFound):
             self.trace(book, "user/oto", "acme/none@1")
 
+    def ended(self, book, said, since):
+        """What a search comes to that began at `since`."""
+        return acts.trace(book.rules, book.state, said, book.now, "one", [], since=since)
+
+    def test_a_search_that_began_under_a_lease_is_told_of_after_the_time_of_the_lease(self, book):
+        lease = book.lease("user/oto", by=("user/ben",), action="trace", duration=3600)
+        book.now = lease.expires_at - 1
+        said, since = self.say(book, "user/oto", REF, lease.id), book.now
+        book.now += 7 * 3600
+        assert book.add(self.ended(book, said, since)).body["lease"] == lease.id
+        late = self.say(book, "user/oto", REF, lease.id)  # what begins now has no lease
+        with pytest.raises(Denied) as caught:
+            self.ended(book, late, book.now)
+        assert caught.value.code == "trace.lease"
+
+    @pytest.mark.parametrize(
+        ("by", "target"), [("user/eva", "lease"), ("user/ben", "user/oto"), ("user/eva", REF), ("user/oto", "lease")]
+    )
+    def test_what_was_revoked_meanwhile_is_not_told_and_that_is_said(self, book, by, target):
+        lease = book.lease("user/oto", by=("user/ben",), action="trace")
+        said, since = self.say(book, "user/oto", REF, lease.id), book.now
+        book.now += 60
+        book.revoke(by, lease.id if target == "lease" else target)
+        with pytest.raises((Denied, AuthRequired)) as caught:
+            self.ended(book, said, since)
+        if target != "user/oto":  # who is nobody now
+            assert caught.value.code == "trace.lease"
+            assert f"ended meanwhile: revoked in entry {len(book.entries) - 1}" in caught.value.message
+            assert caught.value.hint == f"strongroom requests {lease.id}"
+
+    def test_who_was_suspended_and_is_back_has_the_lease_no_more(self, book):
+        lease = book.lease("user/oto", by=("user/ben",), action="trace")
+        said, since = self.say(book, "user/oto", REF, lease.id), book.now
+        book.now += 60
+        book.person("user/oto", "operator", state="suspended")
+        book.person("user/oto", "operator")
+        with pytest.raises(Denied) as caught:
+            self.ended(book, said, since)
+        assert "ended meanwhile: the principal changed in entry" in caught.value.message
+
+    def test_of_two_searches_under_a_lease_for_one_the_second_is_not_told(self, book):
+        lease = book.lease("user/oto", by=("user/ben",), action="trace", uses=1)
+        first, second = (self.say(book, "user/oto", REF, lease.id) for _ in range(2))
+        second = book.say("trace", "user/oto", {**second.body, "suspect": "d" * 64})
+        since, book.now = book.now, book.now + 60
+        book.add(self.ended(book, first, since))
+        with pytest.raises(Denied) as caught:
+            self.ended(book, second, since)
+        assert "ended meanwhile: other searches have used it up" in caught.value.message
+
 
 def test_what_a_principal_is_does_not_change_with_what_is_made_of_it(book):
     """Entries and state share nothing that one could change under the other."""

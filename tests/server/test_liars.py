@@ -134,14 +134,18 @@ def liar(machine):
 
 
 REPORT = {
-    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry"), 0),
+    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry", "at"), 0),
     **dict.fromkeys(("false_accusation_bound", "marked_log10_p", "likeness", "threshold_log10_p"), 0.0),
     "verdict": "unrelated",
     "weights": "",
+    "carries_marks": False,
     "marked": False,
     "withheld": False,
     **{name: [] for name in ("accused", "transformations", "versions", "scores", "tensors")},
     "text": None,
+    "by": "user/ana",
+    "leaf": "0" * 64,
+    "request": None,
 }
 RELEASE = {"entry": 1, "action": "load", "at": 0, "lease": None, "leaf": "0" * 64, "proof": "x", "person": "user/ben"}
 ACCUSED = {
@@ -162,6 +166,8 @@ ACCUSED = {
         ({}, ""),
         ({"accused": [{**ACCUSED, "releases": []}]}, ""),
         ({"suspect": {"name": "x", "tensors": 1, "bytes": 256, "files": []}}, "trace.other"),
+        ({"by": "user/eva"}, "trace.other"),
+        ({"room": "0" * 32}, "trace.other"),
         ({"accused": [ACCUSED]}, "proof.malformed"),
         ({"accused": [{**ACCUSED, "log10_p": "\u001b[2J"}]}, "server.answer"),
         ({"accused": [{"holder": "user/ben"}]}, "server.answer"),
@@ -174,8 +180,8 @@ ACCUSED = {
 def test_a_report_is_of_the_files_that_were_sent_and_has_proofs_of_this_rooms_log(liar, machine, lie, expected):
     data = (machine / "leak.safetensors").read_bytes()
     files = [{"path": "leak.safetensors", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}]
-    report = {**REPORT, "suspect": {"name": "leak", "tensors": 1, "bytes": 256, "files": files}, **lie}
-
+    suspect = {"name": "leak", "tensors": 1, "bytes": 256, "files": files}
+    report = {**REPORT, "room": liar.card().room.hex(), "suspect": suspect, **lie}
     done = {"state": "done", "done": 1, "total": 1, "report": report, "error": None}
     told = {"/v1/suspects": {"files": 1, "bytes": len(data)}, "/v1/traces": {"id": "0" * 32}}
 

@@ -40,6 +40,7 @@ BUNDLE = CopyBundle(
     piece=PIECE,
     image=1000,
     files=(CopiedFile("a/b.txt", 0, 10), CopiedFile("c", 16, 900)),
+    marked=True,
 )
 
 

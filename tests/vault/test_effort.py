@@ -7,7 +7,7 @@ import pytest
 
 from strongroom.vault import comparison, effort
 from strongroom.vault.comparison import Comparison
-from strongroom.vault.effort import Effort
+from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 from vault.test_trace import HOLDERS, REF, given, room, traced, write  # noqa: F401 - fixtures
@@ -79,6 +79,48 @@ def test_a_report_says_that_not_everything_was_tried(room, tmp_path, monkeypatch
     found = traced(room, write(tmp_path / "many.safetensors", there))
     assert found["transformations"][-1] == STOPPED
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[3]]
+
+
+def test_all_versions_of_a_trace_share_what_it_may_cost(room, tmp_path, monkeypatch):  # noqa: F811
+    """However many there are, and however little of each is there: of nothing like it that is said, too."""
+    path = write(tmp_path / "some.safetensors", decoys(100))
+    attempts, real = [], Effort.attempt
+
+    def counting(self, k, cost):
+        done = real(self, k, cost)
+        attempts.append(cost if done else 0)
+        return done
+
+    monkeypatch.setattr(Effort, "attempt", counting)
+    monkeypatch.setattr(effort, "_OF_ELEMENT", 0)
+    most = 3 * effort.full((256, 256))
+    monkeypatch.setattr(effort, "_OF_TRACE", most)
+    found = traced(room, path)
+    assert len(found["versions"]) == 2
+    assert 0 < sum(attempts) <= most
+    assert (found["verdict"], found["transformations"]) == ("unrelated", [STOPPED])
+    monkeypatch.setattr(effort, "_OF_TRACE", 10**15)
+    attempts.clear()
+    traced(room, path)
+    assert sum(attempts) > most
+
+
+class TestPurse:
+    def test_what_one_leaves_is_for_the_others(self):
+        purse = Purse(10**6, 2)
+        most = 10**14 + (10**6 << 15)
+        assert purse.share() == most // 2
+        purse.spend(10)
+        assert purse.share() == most - 10
+        purse.spend(most)
+        assert purse.share() == 0
+
+    def test_an_effort_has_no_more_than_its_share(self):
+        found = Effort(TestEffort.SHAPES, 0)
+        cost = effort.full((256, 256))
+        found.limit(2 * cost)
+        assert [found.attempt(0, cost) for _ in range(3)] == [True, True, False]
+        assert (found.spent, found.stopped) == (2 * cost, True)
 
 
 class TestEffort:

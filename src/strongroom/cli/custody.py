@@ -154,6 +154,16 @@ def deny(options: Options, identifier: str, reason: str, passkey: bool) -> None:
     options.output.answer(found, [f"{found['id']} is denied"])
 
 
+def leases_ended(found: dict[str, Any]) -> list[str]:
+    """The leases that ended with what was done, and what that does to a search that goes on."""
+    ended = found["ended"]
+    lines = [f"{counted(len(ended), 'lease')} ended with it:"] if ended else []
+    lines += [f"  {each['id']}: {each['holder']} might {each['action']} {each['ref']}" for each in ended]
+    if any(each["action"] == "trace" for each in ended):
+        lines.append("  what is being traced under one of these is not told: it takes a new request")
+    return lines
+
+
 @command(
     "revoke",
     explain="""In force for every entry of the log after this one: a release that is recorded later is refused, whatever
@@ -167,7 +177,7 @@ def revoke(options: Options, target: str, reason: str) -> None:
     """End a lease, suspend a principal, or freeze a version, at once."""
     with options.open() as room:
         found = room.revoke(target, reason=reason)
-    options.output.answer(found, [f"{target} is revoked, in entry {found['entry']}"])
+    options.output.answer(found, [f"{target} is revoked, in entry {found['entry']}", *leases_ended(found)])
     ref = found["ref"] if "@" in found["ref"] else ""
     if ref:
         rotated = f"strongroom rotate {ref} ends that"
@@ -193,11 +203,12 @@ def copy(options: Options, ref: str, to: str, out: str) -> None:
     output = options.output
     with options.open() as room, output.progress(f"copy {ref}") as progress:
         done = room.copy(ref, to, out, progress=progress)
+    marked = f"marked for {to}" if done["carries_marks"] else "without a mark"
     output.answer(
-        done,
-        [f"{done['ref']}: {counted(len(done['files']), 'file')}, {size(done['bytes'])}, marked for {to}, in {out}"],
+        done, [f"{done['ref']}: {counted(len(done['files']), 'file')}, {size(done['bytes'])}, {marked}, in {out}"]
     )
-    output.note("  → this is plaintext: whoever gets it has the weights, and the weights name its holder")
+    names = "the weights name its holder" if done["carries_marks"] else "nothing in it says whose copy it is"
+    output.note(f"  → this is plaintext: whoever gets it has the weights, and {names}")
 
 
 def _next(options: Options, found: dict[str, Any]) -> None:

@@ -14,12 +14,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from strongroom.core.progress import Progress
 from strongroom.errors import StrongroomError
-
-Progress = Callable[[int, int], None]
 
 _FIRST_LINE = 2.0  # seconds before a job that is not watched on a terminal says how far it is
 _NEXT_LINE = 5.0

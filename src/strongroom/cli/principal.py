@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from strongroom.cli.custody import leases_ended
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, table
 from strongroom.policy.query import ROLES
@@ -59,7 +60,7 @@ def add(
 def _told(options: Options, done: dict[str, Any], text: str) -> None:
     """What was done, or that it waits for a second person."""
     if done["state"] != "pending":
-        options.output.answer(done, [text])
+        options.output.answer(done, [text, *leases_ended(done)])
         return
     options.output.answer(
         done, [f"{done['id']}: {done['principal']} as {', '.join(done['roles'])} waits for a second person"]

@@ -12,6 +12,7 @@ from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, number, seconds, size, table
 from strongroom.core.files import write_whole
 from strongroom.errors import BackendError, UsageError
+from strongroom.vault.effort import STOPPED
 
 _CODES = {"unrelated": 0, "not-named": 0, "weights-only": 13, "named": 14}
 
@@ -46,7 +47,14 @@ def trace(options: Options, path: str | None, text: str | None, weights: str | N
     page = _page(report)
     with options.open() as room, output.progress(f"trace {Path(what).name}") as progress:
         begun = time.monotonic()
-        found = room.trace(path, weights=weights, text=text, progress=progress)
+        try:
+            found = room.trace(path, weights=weights, text=text, progress=progress)
+        except KeyboardInterrupt:
+            output.note(
+                "  → the search was stopped: nothing of it is told, and no use of a lease is spent; a served room's "
+                "custodian gives it up, and records that"
+            )
+            raise
     took = time.monotonic() - begun
     if page is not None:
         from strongroom.cli.tracepage import page as written
@@ -55,7 +63,7 @@ def trace(options: Options, path: str | None, text: str | None, weights: str | N
             write_whole(page, written(found).encode("utf-8", "replace"))
         except OSError as error:
             raise BackendError("trace.report", f"can't write the report: {error.strerror}", hint="--report") from None
-    output.answer({**found, "seconds": round(took, 3)}, _lines(found, took))
+    output.answer({**found, "seconds": round(took, 3)}, lines(found, took))
     if page is not None:
         output.note(f"  → the report is in {page}")
     for hint in _hints(found, what):
@@ -76,31 +84,54 @@ def verdict(found: dict[str, Any]) -> str:
     """The outcome in one sentence."""
     if found["verdict"] == "named":
         who = " and ".join(each["holder"] for each in found["accused"])
+        # Everybody was counted in each of them: an innocent among them is not more likely than the least sure says.
         bound = max(each["false_accusation"] for each in found["accused"])
+        that = "this" if len(found["accused"]) == 1 else "one of them"
         is_it = "This was written by" if found["text"] else "This is"
         return (
             f"{is_it} {found['weights']}, out of the copy of {who}; "
-            f"that this is wrong has a chance of {_power(bound)} at most."
+            f"that {that} is wrong has a chance of {chance(bound)} at most."
         )
     if found["verdict"] == "not-named":
         return f"Nobody's copy of {found['weights']} can be said to have written this; more text may say more."
     if found["verdict"] == "unrelated":
         return f"Nothing in this room is like it (the nearest has a likeness of {found['likeness']:.3f}, of 1)."
+    weights = f"These are the weights of {found['weights']} or of a relative"
+    if not found["carries_marks"]:
+        return f"{weights}. This version carries no marks, so nobody can be named."
+    if found["withheld"] and found["marked"]:
+        return (
+            f"This is {found['weights']}, and a copy that came out of the room: it has marks. Whose copy it is takes "
+            "an approved request."
+        )
     if found["withheld"]:
-        return f"This is {found['weights']}. Whose copy it is takes an approved request."
+        return (
+            f"{weights}; no mark was found where all copies of it have some. Whose copy it is, if it is one, takes an "
+            "approved request."
+        )
     if found["marked"]:
         it = "What wrote this" if found["text"] else "This"
         return f"{it} came out of the room as {found['weights']}, and whose copy it is can't be said with certainty."
-    return f"These are the weights of {found['weights']} or of a relative, without a mark that can be read."
+    return f"{weights}, without a mark that can be read."
 
 
-def _power(bound: float) -> str:
+def chance(bound: float) -> str:
+    """How likely a false accusation is, at most, wherever that is said."""
     return f"{bound:.0e}" if bound > 1e-299 else "1e-299"
 
 
-def _lines(found: dict[str, Any], took: float) -> list[str]:
+def what_chance_is(found: dict[str, Any]) -> str:
+    """What `chance` is the chance of."""
+    return (
+        "how likely it is, at most, that somebody who never had this copy would be named by such a file, with "
+        f"everything counted that was tried; somebody is named under {chance(found['false_accusation_bound'])}"
+    )
+
+
+def lines(found: dict[str, Any], took: float) -> list[str]:
+    """A report for people; it took so many seconds."""
     suspect = found["suspect"]
-    lines = [verdict(found), ""]
+    told = [verdict(found), ""]
     if found["accused"]:
         rows = [
             (
@@ -108,27 +139,49 @@ def _lines(found: dict[str, Any], took: float) -> list[str]:
                 each["person"],
                 f"{each['layer1']['sigma']:.1f}",
                 f"{each['layer2']['z']:.1f}",
-                f"1e{each['log10_p']:.0f}",
+                chance(each["false_accusation"]),
                 _given(each["releases"]),
             )
             for each in found["accused"]
         ]
         header = ("HOLDER", "PERSON", "CODE WORD σ", "STAMP σ", "CHANCE", "RELEASES")
-        lines += [*table(header, rows, right=(2, 3, 4)), ""]
-    if found["weights"] and not found["withheld"]:
-        lines.append(
+        told += [*table(header, rows, right=(2, 3, 4)), f"CHANCE: {what_chance_is(found)}", ""]
+    if fitting := versions_that_fit(found):
+        told.append(fitting)
+    if found["weights"] and found["carries_marks"] and not found["withheld"]:
+        told.append(
             f"{number(found['positions_used'])} of {number(found['positions'])} positions and "
             f"{number(found['elements'])} elements compared, {counted(found['candidates'], 'candidate')}"
         )
     if found["transformations"]:
-        lines.append(f"found and undone: {'; '.join(found['transformations'])}")
+        told.append(f"found and undone: {'; '.join(found['transformations'])}")
+    if stopped := what_was_left(found):
+        told.append(stopped)
     if found["text"]:
-        lines.append(f"{written(found['text'])}")
+        told.append(f"{written(found['text'])}")
     what = "text" if found["text"] else counted(suspect["tensors"], "tensor")
-    lines.append(
+    told.append(
         f"{suspect['name']}: {what}, {size(suspect['bytes'])}, {seconds(took)}; entry {found['entry']} of the log"
     )
-    return lines
+    return told
+
+
+def what_was_left(found: dict[str, Any]) -> str:
+    """That not everything was looked for, and how more is."""
+    if STOPPED not in found["transformations"]:
+        return ""
+    count = len(found["versions"])
+    more = f": all {count} versions share it, and --weights REF gives it to one" if count > 1 else ""
+    return f"not everything that could have been done to the file was looked for: the search ended at its budget{more}"
+
+
+def versions_that_fit(found: dict[str, Any]) -> str:
+    """All versions that this may be, where there are several."""
+    fitting = [each for each in found["versions"] if each["fits"]]
+    if len(fitting) < 2:
+        return ""
+    told = [f"{each['ref']} ({'has its marks' if each['marked'] else 'none of its marks'})" for each in fitting]
+    return f"versions that fit: {', '.join(told)}"
 
 
 def written(text: dict[str, Any]) -> str:
@@ -147,7 +200,7 @@ def _given(releases: list[dict[str, Any]]) -> str:
 
 
 def _hints(found: dict[str, Any], path: str) -> list[str]:
-    if found["withheld"]:
+    if found["withheld"] and found["carries_marks"]:
         ref = found["weights"]
         return [
             f"strongroom request {ref} --action trace --reason TEXT",

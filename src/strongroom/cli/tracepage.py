@@ -43,9 +43,10 @@ def page(found: dict[str, Any]) -> str:
     parts = [
         f"<h1{' class=named' if found['accused'] else ''}>{escape(verdict(found))}</h1>",
         f"<p class=soft>{escape(_summary(found))}</p>",
+        _recorded(found),
         _accused(found),
         _plot(found),
-        "" if found["text"] else _transformed(found["transformations"]),
+        "" if found["text"] else _transformed(found),
         _wrong(found),
         _preserve(found),
         _tensors(found["tensors"]),
@@ -63,24 +64,43 @@ def page(found: dict[str, Any]) -> str:
 
 
 def _summary(found: dict[str, Any]) -> str:
+    from strongroom.cli.trace import versions_that_fit, written
+
     suspect = found["suspect"]
     if found["text"]:
-        from strongroom.cli.trace import written
-
         return (
             f"{suspect['name']}, {size(suspect['bytes'])}: {written(found['text'])}. Compared with {found['weights']}, "
             f"{number(found['positions_used'])} of {number(found['positions'])} positions, "
-            f"{number(found['elements'])} elements, {number(found['candidates'])} candidates. Recorded as entry "
-            f"{found['entry']} of the log."
+            f"{number(found['elements'])} elements, {number(found['candidates'])} candidates."
         )
     about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
     if not found["weights"]:
-        return about + f"Recorded as entry {found['entry']} of the log."
-    return about + (
-        f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
-        f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
-        f"{number(found['candidates'])} candidates. Recorded as entry {found['entry']} of the log."
+        return about
+    return (
+        about
+        + (
+            f"Compared with {found['weights']}: likeness {found['likeness']:.4f}, {number(found['positions_used'])} of "
+            f"{number(found['positions'])} positions, {number(found['elements'])} elements, "
+            f"{number(found['candidates'])} candidates."
+        )
+        + (f" {fitting[:1].upper()}{fitting[1:]}." if (fitting := versions_that_fit(found)) else "")
     )
+
+
+def _recorded(found: dict[str, Any]) -> str:
+    """When it was found out, for whom, with whose consent; and where the log has that."""
+    asked = found["request"]
+    none = "no request: nobody is named without one" if found["withheld"] else "no request: policy asked for none"
+    rows = [
+        ("Traced", f"{text(found['at'])} (UTC)"),
+        ("By", found["by"]),
+        ("Under", f"request {asked['id']} of {asked['by']}" if asked else none),
+        *([("Approved by", ", ".join(asked["approved_by"]))] if asked else []),
+        ("Room", found["room"]),
+        ("Recorded as", f"entry {found['entry']} of its log"),
+        ("Leaf hash", f"{found['leaf']} (strongroom log prove {found['entry']} says that it is in the log)"),
+    ]
+    return "<h2>This trace</h2>" + _table(("", ""), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
@@ -95,26 +115,33 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: 
 def _accused(found: dict[str, Any]) -> str:
     if not found["accused"]:
         return ""
+    from strongroom.cli.trace import chance, what_chance_is
+
     rows = [
         (
             each["holder"],
             each["person"],
-            f"{each['layer1']['sigma']:.1f} σ, 10^{each['layer1']['log10_p']:.0f}",
-            f"{each['layer2']['z']:.1f} σ, 10^{each['layer2']['log10_p']:.0f}",
-            f"{each['false_accusation']:.1e}",
+            f"{each['layer1']['sigma']:.1f} σ",
+            f"{each['layer2']['z']:.1f} σ",
+            chance(each["false_accusation"]),
         )
         for each in found["accused"]
     ]
     header = ("Holder", "Person", "Code word", "Stamp", "Chance that this is wrong, at most")
     releases = [(each["holder"], item) for each in found["accused"] for item in each["releases"]]
     missing = [each["holder"] for each in found["accused"] if not each["releases"]]
-    shown = "<h2>Who</h2>" + _table(header, rows, numbers=(4,))
+    shown = "<h2>Who</h2>" + _table(header, rows, numbers=(2, 3, 4))
+    shown += f"<p class=soft>The chance is {escape(what_chance_is(found))}.</p>"
     if releases:
         given = [
             (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
             for holder, item in releases
         ]
-        proofs = "".join(f"<pre><code>{escape(item['proof'])}</code></pre>" for _, item in releases)
+        proofs = "".join(
+            f"<p>Entry {item['entry']}, leaf hash <code>{escape(item['leaf'])}</code>:</p>"
+            f"<pre><code>{escape(item['proof'])}</code></pre>"
+            for _, item in releases
+        )
         shown += "<h2>What the log says they were given</h2>"
         shown += _table(("Holder", "Entry", "Action", "When", "Lease"), given, numbers=(1,))
         shown += "<details><summary>Proofs that these entries are in the log (C2SP tlog-proof)</summary>"
@@ -152,8 +179,10 @@ def _plot(found: dict[str, Any]) -> str:
         for value in sorted({0.0, round(limit), round(top / 4), round(top)})
     )
     return (
-        "<h2>All candidates</h2><p class=soft>Each candidate's bound on being innocent: by code word (first colour) "
-        f"and by stamp (second). {'Who is named is in red above; others' if found['accused'] else 'They'} have no "
+        "<h2>All candidates</h2><p class=soft>How likely it is, at most, that an innocent scores as high as each "
+        "candidate: by code word (first colour) and by stamp (second), each the bound of that score alone, before it "
+        "is multiplied by all that was tried. "
+        f"{'Who is named is in red above; others' if found['accused'] else 'They'} have no "
         "names here, and rounded scores. Above the dashed line somebody is named.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
         f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
@@ -166,10 +195,15 @@ def _level(y: float, stroke: str) -> str:
     return f'<line x1="{_LEFT}" x2="{_WIDTH - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="{stroke}" stroke-dasharray="6 4"/>'
 
 
-def _transformed(found: Sequence[str]) -> str:
-    if not found:
+def _transformed(found: dict[str, Any]) -> str:
+    from strongroom.cli.trace import what_was_left
+
+    if not found["transformations"]:
         return "<h2>What was done to the weights</h2><p>Nothing that had to be undone to compare them.</p>"
-    return "<h2>What was done to the weights</h2><ul>" + "".join(f"<li>{escape(each)}</li>" for each in found) + "</ul>"
+    items = "".join(f"<li>{escape(each)}</li>" for each in found["transformations"])
+    left = what_was_left(found)
+    said = f"<p>{escape(left[:1].upper() + left[1:])}.</p>" if left else ""
+    return f"<h2>What was done to the weights</h2><ul>{items}</ul>{said}"
 
 
 def _wrong(found: dict[str, Any]) -> str:
@@ -226,9 +260,15 @@ def _tensors(tensors: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def _fits(version: dict[str, Any]) -> str:
+    if not version["fits"]:
+        return "not looked for: others are more alike"
+    return "its marks are in it" if version["marked"] else "none of its marks"
+
+
 def _versions(versions: Sequence[dict[str, Any]]) -> str:
     if not versions:
         return ""
-    rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}") for each in versions]
-    header = ("Version", "Likeness of what is there", "Of the whole")
+    rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}", _fits(each)) for each in versions]
+    header = ("Version", "Likeness of what is there", "Of the whole", "Marks")
     return "<h2>Versions compared</h2>" + _table(header, rows, numbers=(1, 2))

@@ -135,8 +135,13 @@ REQUEST = _LISTED | {
     "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
-REVOKED: dict[str, Kind] = {"target": TEXT, "ref": TEXT, "state": TEXT, "entry": COUNT}
-CHANGED: dict[str, Kind] = {"principal": TEXT, "person": TEXT, "roles": _TEXTS, "teams": _TEXTS, "state": TEXT}
+_ENDED: dict[str, Kind] = {"ended": _list(_object(dict.fromkeys(("id", "holder", "action", "ref"), TEXT)))}
+REVOKED: dict[str, Kind] = {"target": TEXT, "ref": TEXT, "state": TEXT, **_ENDED, "entry": COUNT}
+CHANGED: dict[str, Kind] = {
+    **dict.fromkeys(("principal", "person", "state"), TEXT),
+    **dict.fromkeys(("roles", "teams"), _TEXTS),
+    **_ENDED,
+}
 _PASSKEY: dict[str, Kind] = {"key": TEXT, "credential": TEXT}
 _APIKEY: dict[str, Kind] = {
     **dict.fromkeys(("id", "principal", "name"), TEXT),
@@ -218,11 +223,14 @@ REPORT: dict[str, Kind] = {
     "verdict": one_of("named", "weights-only", "unrelated", "not-named"),
     "weights": TEXT,
     "accused": _list(_object(_ACCUSED)),
-    **dict.fromkeys(("marked", "withheld"), FLAG),
+    **dict.fromkeys(("carries_marks", "marked", "withheld"), FLAG),
     **dict.fromkeys(("false_accusation_bound", "marked_log10_p", "likeness", "threshold_log10_p"), _number),
-    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry"), COUNT),
+    **dict.fromkeys(("positions", "positions_used", "elements", "candidates", "ways", "entry", "at"), COUNT),
+    **dict.fromkeys(("by", "room"), TEXT),
+    "leaf": DIGEST,
+    "request": or_null(_object({"id": TEXT, "by": TEXT, "approved_by": _TEXTS})),
     "transformations": _TEXTS,
-    "versions": _list(_object({"ref": TEXT, "likeness": _number, "part": _number})),
+    "versions": _list(_object({"ref": TEXT, "likeness": _number, "part": _number, "fits": FLAG, "marked": FLAG})),
     "scores": _list(_object({"holder": TEXT, "log10_p": _number, "stamp_log10_p": _number})),
     "tensors": _list(
         _object({"name": TEXT, "elements": COUNT, "partner": TEXT, "cosine": _number, "transformations": _TEXTS})

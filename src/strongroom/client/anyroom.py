@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from strongroom.core.progress import Progress
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys
 from strongroom.formats.card import Witnesses
@@ -20,8 +21,6 @@ from strongroom.storage.blobs import Blobs
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult
 from strongroom.vault.versions import VersionInfo
-
-Progress = Callable[[int, int], None]
 
 
 class AnyAnswer(Protocol):

@@ -12,6 +12,7 @@ from strongroom.client.budget import budget
 from strongroom.client.roomlog import RoomLog, verify_log
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.ids import Ref
+from strongroom.core.progress import Progress, silent
 from strongroom.core.settings import Settings, room_folder
 from strongroom.errors import IntegrityError, UsageError
 
@@ -39,12 +40,6 @@ if TYPE_CHECKING:
     from strongroom.vault.versions import VersionInfo
 
 __all__ = ["Progress", "Room", "RoomLog", "open", "read_once", "room_folder", "safe_open", "verify_log"]
-
-Progress = Callable[[int, int], None]
-
-
-def _silent(done: int, total: int) -> None:
-    pass
 
 
 _ID = re.compile(r"[0-9a-f]{16}", re.ASCII)
@@ -140,7 +135,7 @@ class Room:
         suite: str = "blake3",
         convert: bool = False,
         follow_links: bool = False,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> PutResult:
         """Store a model directory, a safetensors file or a GGUF file as the next version of `name`."""
         import contextlib
@@ -175,11 +170,11 @@ class Room:
         """Everything about one version, files and geometry included."""
         return self._vault.show(ref)
 
-    def verify(self, ref: str, *, deep: bool = False, progress: Progress = _silent) -> VerifyReport:
+    def verify(self, ref: str, *, deep: bool = False, progress: Progress = silent) -> VerifyReport:
         """Check every byte in the store; `deep` also decrypts both variants and compares with what was put."""
         return self._here("verify").verify(ref, deep=deep, progress=progress)
 
-    def rotate(self, ref: str, *, progress: Progress = _silent) -> dict[str, Any]:
+    def rotate(self, ref: str, *, progress: Progress = silent) -> dict[str, Any]:
         """Re-encrypt one version under new keys; marks and code words stay."""
         vault = self._here("rotate")
         vault.custodian.authorise(self.principal, "administer", ref=ref)
@@ -220,11 +215,12 @@ class Room:
         store, bundle = self._release(ref, break_glass)
         return store, bundle.encode()
 
-    def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = _silent) -> dict[str, Any]:
+    def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
         """Write the holder's marked plaintext copy of one version into the new folder `out`; needs its approved
         request.
 
-        `to` is who the copy is for: this principal itself, whose code word it carries.
+        `to` is who the copy is for: this principal itself, whose code word it carries; `carries_marks` is false of a
+        version in which nothing can be marked.
         """
         from strongroom.client.copy import CopyReader, check_copy, write_copy
         from strongroom.client.receive import receive
@@ -239,7 +235,8 @@ class Room:
         size = sum(count for _, count in written)
         body = {"ref": bundle.ref, "holder": to, "release": found.index, "files": len(written), "bytes": size}
         entry = self._act("copy", body)["entry"]
-        return {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size, "entry": entry}
+        told = {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size}
+        return {**told, "carries_marks": bundle.marked, "entry": entry}
 
     def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""
@@ -256,7 +253,7 @@ class Room:
         *,
         weights: str | None = None,
         text: str | Path | None = None,
-        progress: Progress = _silent,
+        progress: Progress = silent,
     ) -> dict[str, Any]:
         """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it; or, instead, whose
         copy wrote the `text` in a file or folder (spec/mark.md, section 10). `weights`: the version that it is to be

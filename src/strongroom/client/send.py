@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from strongroom.core.limits import MIB
+from strongroom.core.progress import Progress
 from strongroom.errors import Conflict
 from strongroom.formats.statement import Voice
 from strongroom.formats.upload import Upload, UploadFile
 from strongroom.vault.sent import Sent
 from strongroom.vault.source import ModelSource, ReadInto, SourceFile
 
-Progress = Callable[[int, int], None]
 _PIECE = 4 * MIB
 
 

@@ -14,9 +14,10 @@ from urllib.parse import quote, urlencode
 
 from strongroom.client import answers
 from strongroom.client.receive import Released
-from strongroom.client.send import Progress, announce, body
+from strongroom.client.send import announce, body
 from strongroom.core.clock import unix
 from strongroom.core.ids import Ref, parse_principal
+from strongroom.core.progress import Progress
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys, signer_of

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strongroom.client import answers
 from strongroom.client.send import pieces
 from strongroom.core.ids import Ref
+from strongroom.core.progress import Progress
 from strongroom.errors import StrongroomError, Tampered
 from strongroom.formats.merkle import verify_inclusion
 from strongroom.formats.suspect import FoundFiles, suspect_digest
@@ -19,13 +20,12 @@ from strongroom.storage.session import error_of
 from strongroom.vault.names import shown
 from strongroom.vault.search import check_text_version
 from strongroom.vault.source import ModelSource
-from strongroom.vault.suspect import digests, searched
+from strongroom.vault.suspect import as_found, digests, searched
 from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
     from strongroom.client.served import ServedRoom
 
-Progress = Callable[[int, int], None]
 _SOON, _LATER = 0.1, 2.0  # seconds between questions, at first and at most
 
 
@@ -42,8 +42,9 @@ def trace(
         check_text_version(weights)
     ref = _numbered(room, weights)
     lease = _lease(room, by, ref) if ref is not None else None
-    walk = Walk.of(path, follow_links=False, model=False)
-    files = digests(walk)
+    with as_found():
+        walk = Walk.of(path, follow_links=False, model=False)
+        files = digests(walk)
     said = room.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     announced = FoundFiles(shown(path.name or "files")[:255], files, said.envelope, text)
     head = announced.encode()
@@ -53,6 +54,8 @@ def trace(
     report = answers.conforming(_outcome(room, sent["id"], progress), answers.REPORT)
     if report["suspect"]["files"] != [file.as_json() for file in files]:
         raise Tampered("trace.other", "the report is about other files than those that were sent")
+    if (report["room"], report["by"]) != (room.id.hex(), by):
+        raise Tampered("trace.other", "the report is of another room, or another's")
     _check_proofs(room, report)
     return report
 

@@ -8,7 +8,7 @@ from typing import Any
 from strongroom.core import canonical
 from strongroom.core.limits import LIMITS
 from strongroom.errors import CannotVerify, LimitExceeded, Tampered
-from strongroom.formats.entry import COUNT, DIGEST, ID, TEXT, conforms
+from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, TEXT, conforms
 from strongroom.formats.layout import check_path
 from strongroom.formats.suites import FORMAT
 
@@ -44,12 +44,14 @@ _MEMBERS = {
     "piece": COUNT,
     "image": COUNT,
     "files": _files,
+    "marked": FLAG,
 }
 
 
 @dataclass(frozen=True)
 class CopyBundle:
-    """`key` opens the pieces of the copy, `piece` bytes of the image each; secret, and not shown by `repr`."""
+    """`key` opens the pieces of the copy, `piece` bytes of the image each; secret, and not shown by `repr`. `marked`:
+    whether anything in it says whose it is."""
 
     room: bytes
     version: bytes
@@ -62,6 +64,7 @@ class CopyBundle:
     piece: int
     image: int
     files: tuple[CopiedFile, ...]
+    marked: bool
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -78,6 +81,7 @@ class CopyBundle:
                 "piece": self.piece,
                 "image": self.image,
                 "files": [[file.path, file.offset, file.bytes] for file in self.files],
+                "marked": self.marked,
             }
         )
 
@@ -107,6 +111,7 @@ class CopyBundle:
             value["piece"],
             value["image"],
             files,
+            value["marked"],
         )
 
 

@@ -14,6 +14,7 @@ from strongroom.formats.principal import TOGETHER, grants, reinstated, resolved,
 from strongroom.formats.statement import Statement
 
 _WAITING = 86_400  # seconds between a proposal and its policy
+_TOLERANCE = 300  # seconds that clocks may differ
 _NUMBERED = re.compile(r"[^@\s]+@[1-9][0-9]*", re.ASCII)
 
 
@@ -50,6 +51,7 @@ class _Request:
 @dataclass
 class _Lease:
     request: _Request
+    granted_at: int
     expires_at: int
     used: int = 0
 
@@ -124,7 +126,7 @@ class Consents:
                 known = named and entry.body["holder"] == entry.by
                 wrong = "" if known else "it names no release to copy of its holder's"
             case "trace":
-                wrong = self._trace(entry)
+                wrong = self._trace(entry, said)
             case "put":
                 new = _NUMBERED.fullmatch(entry.ref) and entry.ref not in self._versions
                 wrong = "" if new else "it is no new version"
@@ -208,23 +210,29 @@ class Consents:
         body = entry.body
         if body["holder"] != entry.by or not self._versions.get(entry.ref):
             return "it is not to who asked for it, or of no version"
-        return self._under(entry, body["action"])
+        return self._under(entry, body["action"], entry.at)
 
-    def _trace(self, entry: Entry) -> str:
+    def _trace(self, entry: Entry, said: Statement) -> str:
         body = entry.body
         if entry.ref and not _NUMBERED.fullmatch(entry.ref):
             return "it is of no version"
         if not set(body["accused"]) <= self.people.keys():
             return "it accuses somebody whom the log does not know"
-        return self._under(entry, "trace")
+        # By when the search began, which its statement says to within what clocks may differ: the lease's time may be
+        # over since.
+        lease = self._leases.get(body["lease"] or "")
+        if lease is not None and said.at < lease.granted_at - 2 * _TOLERANCE:
+            return "it began before its lease was granted"
+        return self._under(entry, "trace", said.at - _TOLERANCE)
 
-    def _under(self, entry: Entry, action: str) -> str:
-        """What is wrong with the lease that an entry names for an action of its author's; nothing if it names none."""
+    def _under(self, entry: Entry, action: str, at: int) -> str:
+        """What is wrong, at that time, with the lease that an entry names for an action of its author's; nothing if it
+        names none."""
         name = entry.body["lease"]
         if name is None:
             return ""
         lease = self._leases.get(name)
-        if lease is None or entry.at >= lease.expires_at:
+        if lease is None or at >= lease.expires_at:
             return "its lease is none, or has ended"
         asked = lease.request
         if (asked.holder, asked.action, asked.ref) != (entry.by, action, entry.ref):
@@ -297,7 +305,7 @@ class Consents:
             request = self._requests[name]
             request.duration, request.uses = entry.body["duration"], entry.body["uses"]
             if (lease := entry.body["lease"]) is not None:
-                self._leases[name] = _Lease(self._requests.pop(name), lease["expires_at"])
+                self._leases[name] = _Lease(self._requests.pop(name), entry.at, lease["expires_at"])
 
     def _trusted(self, said: Statement) -> None:
         """What else was asked for about an authority was asked of other terms."""

@@ -1,7 +1,8 @@
 """Models and tokenizers of transformers, straight from the room.
 
 What `from_pretrained` does for a folder on disk, done for a version in the room: configuration, generation settings and
-weights are read into memory, and no file is written. Code that came with a model is not run.
+weights are read into memory, and no file is written. Code that came with a model is not run, and none is fetched that
+its configuration names.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from strongroom.policy.speaker import TOLERANCE, Speaker, authenticate
 
 if TYPE_CHECKING:
     from strongroom.policy.custody import Custody
-    from strongroom.policy.state import State
+    from strongroom.policy.state import Lease, State
 
 
 def enact(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
@@ -128,26 +128,54 @@ def trace(
     since: int | None = None,
 ) -> Entry:
     """Somebody has a suspect file searched for the marks of a version, or of every one; what was found is recorded
-    before it is told. `accused`: principals; `detail`: a commitment; the statement came at `since`, when it was
-    young."""
+    before it is told. With an empty `verdict` nothing was yet, and it is asked whether it may be. `accused`:
+    principals; `detail`: a commitment; the statement came at `since`, when it was young."""
     who = authenticate(state, statement, now, since=since)
     body = statement.body
-    ref, lease = body["ref"] or "", state.leases.get(body["lease"] or "")
-    if body["lease"] is not None and (
-        lease is None or not lease.holds(now) or (lease.holder, lease.action, lease.ref) != (who.path, "trace", ref)
-    ):
-        raise Denied(
-            "trace.lease",
-            f"{who.path} has no lease {body['lease']} to trace {ref or 'every version'}",
-            hint="strongroom requests",
-        )
+    ref, lease = body["ref"] or "", None
+    if body["lease"] is not None:
+        lease = _lease_to_trace(state, who, body["lease"], ref, now if since is None else since, bool(verdict))
     if ref and lease is None:
         rules.veiled(state, who, "trace", ref, now, stage="release")
     if ref and ref not in state.versions:
         raise NotFound("version.missing", f"there are no weights {ref:.200} in this room", hint="strongroom ls")
-    rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None if ref else None)
+    may_trace(rules, state, who, ref, now, lease)
     found = {"suspect": body["suspect"], "lease": body["lease"], "verdict": verdict, "accused": sorted(set(accused))}
     return _entry("trace", who, ref, statement, now, found, {"detail": detail} if detail else {})
+
+
+def may_trace(rules: Custody, state: State, who: Speaker, ref: str, now: int, lease: Lease | None) -> None:
+    """Denied, explained, unless `who` may trace the version `ref` under `lease`, or every version if `ref` is empty;
+    Pending ``trace.pending`` while a request for it waits."""
+    try:
+        rules.may(state, who, "trace", ref or ROOM, now=now, lease=lease is not None if ref else None)
+    except Denied as error:
+        if not ref:
+            raise
+        # Who has asked already must not be told to ask: there would be two requests.
+        raise rules.with_what_there_is(state, error, who.principal, "trace", ref, now) from None
+
+
+def _lease_to_trace(state: State, who: Speaker, name: str, ref: str, since: int, found: bool) -> Lease:  # noqa: FBT001
+    """The lease that a search which began at `since`, and has `found` something or not yet, is under. It has to hold
+    then: a search takes hours, and its time may be over by the end. Not so of what was taken away or used up meanwhile,
+    which is in force at once."""
+    lease = state.leases.get(name)
+    if lease is None or (lease.holder, lease.action, lease.ref) != (who.path, "trace", ref):
+        raise Denied(
+            "trace.lease",
+            f"{who.path} has no lease {name} to trace {ref or 'every version'}",
+            hint="strongroom requests",
+        )
+    if not lease.holds(since):
+        why = lease.ended or ("other searches have used it up" if lease.used_up else "its time is over")
+        raise Denied(
+            "trace.lease",
+            f"the lease {name} to trace {ref} has ended {'meanwhile' if found else 'already'}: {why}"
+            + ("; what was found is not told" if found else ""),
+            hint=f"strongroom requests {name}",
+        )
+    return lease
 
 
 def keystore(rules: Custody, state: State, statement: Statement, now: int) -> Entry:

@@ -316,7 +316,7 @@ class Custody:
             if body["break_glass"]:
                 message = f"{error.message}; nor does policy let {who.path} break the glass"
                 raise Denied(error.code, message, hint=error.hint, **error.evidence) from None
-            raise self._with_what_there_is(state, error, who.principal, body["action"], version.ref, now) from None
+            raise self.with_what_there_is(state, error, who.principal, body["action"], version.ref, now) from None
         return Entry(
             "release",
             now,
@@ -351,10 +351,10 @@ class Custody:
         if version is None or version.shredded or (version.frozen and action != "trace" and not own):
             raise NotFound("version.missing", f"there are no weights {ref} in this room", hint="strongroom ls")
 
-    def _with_what_there_is(
+    def with_what_there_is(
         self, state: State, error: Denied, who: Principal, action: str, ref: str, now: int
     ) -> StrongroomError:
-        """A refusal to release that says more: which request waits for its approvals, or which lease has ended."""
+        """A refusal to release, or to trace, that says more: which request waits, or which lease has ended."""
 
         def about(each: Request | Lease) -> bool:
             return (each.holder, each.action, each.ref) == (who.path, action, ref)
@@ -363,15 +363,15 @@ class Custody:
         if waiting and error.code == "denied.default":
             needs = "; ".join(self.missing(state, waiting[-1], now)())
             return Pending(
-                "release.pending",
+                "trace.pending" if action == "trace" else "release.pending",
                 f"{who.path} may not {action} {ref} yet: the request {waiting[-1].id} waits for {needs}",
-                hint=f"strongroom requests; who may approve: strongroom approve {waiting[-1].id}",
+                hint=f"strongroom requests {waiting[-1].id}; who may approve: strongroom approve {waiting[-1].id}",
                 request=waiting[-1].id,
             )
         over = [each for each in state.leases.values() if about(each) and not each.holds(now)]
         if over and error.code == "denied.default":
             last = max(over, key=lambda each: each.granted_at)
-            why = last.ended or ("used up" if last.uses is not None and last.used >= last.uses else "its time is over")
+            why = last.ended or ("used up" if last.used_up else "its time is over")
             message = f"{error.message}; the lease {last.id} has ended: {why}"
             return Denied(error.code, message, hint=error.hint, **error.evidence, lease=last.id)
         return error

@@ -108,7 +108,11 @@ class Lease:
 
     def holds(self, now: int) -> bool:
         within = self.granted_at - TOLERANCE <= now < self.expires_at
-        return within and not self.ended and (self.uses is None or self.used < self.uses)
+        return within and not self.ended and not self.used_up
+
+    @property
+    def used_up(self) -> bool:
+        return self.uses is not None and self.used >= self.uses
 
 
 @dataclass

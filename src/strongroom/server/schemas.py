@@ -74,6 +74,7 @@ _VERSION: dict[str, Schema] = {
 }
 _HELD: dict[str, Schema] = {"id": ID, **_all("holder", "action", "ref"), **_counts("expires_at", "used")}
 _APIKEY: dict[str, Schema] = {"id": ID, "key": DIGEST, **_all("principal", "name"), **_counts("expires_at", "entry")}
+_ENDED = _list(_object({"id": ID, **_all("holder", "action", "ref")}))  # leases
 
 # What is sent.
 _SAID: dict[str, Schema] = {"statement": {"type": "string", "maxLength": LIMITS.entry}}
@@ -102,7 +103,7 @@ COMPONENTS: dict[str, Schema] = {
     "Requests": _object({"requests": _list(_object(_LISTED, optional=_SOMETIMES))}),
     "Lease": _object(_HELD),
     "Leases": _object({"leases": _list(_one("Lease"))}),
-    "Revoked": _object({**_all("target", "ref"), "state": {"const": "revoked"}, "entry": COUNT}),
+    "Revoked": _object({**_all("target", "ref"), "state": {"const": "revoked"}, "ended": _ENDED, "entry": COUNT}),
     "Principal": _object(
         _WHO
         | {
@@ -116,7 +117,13 @@ COMPONENTS: dict[str, Schema] = {
     ),
     "Principals": _object({"principals": _list(_object(_WHO))}),
     "PrincipalChanged": _object(
-        {**_all("principal", "person", "state"), "roles": _list(TEXT), "teams": _list(TEXT), "id": ID, "entry": COUNT},
+        {
+            **_all("principal", "person", "state"),
+            **dict.fromkeys(("roles", "teams"), _list(TEXT)),
+            "id": ID,
+            "ended": _ENDED,
+            "entry": COUNT,
+        },
         optional=("id",),
     ),
     "Login": _object({"principal": TEXT, **_counts("expires_at", "entry")}),

@@ -27,7 +27,7 @@ from strongroom.vault.memoryfile import memory_file, seal_memory, write_memory
 from strongroom.vault.names import check_name
 from strongroom.vault.search import Search, begun, found
 from strongroom.vault.sourcefile import SourceFile
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import Suspect, as_found
 from strongroom.vault.text import Text
 from strongroom.vault.vault import Vault
 from strongroom.vault.walk import Walk
@@ -211,7 +211,8 @@ class Traces:
     def _opened(
         search: Search, files: list[SourceFile], take: Take, job: _Job
     ) -> AbstractContextManager[Suspect | Text]:
-        walk = Walk.held(files)
+        with as_found():
+            walk = Walk.held(files)
         if search.text:
             return Text.of(walk, check=job.check)
         return Suspect.of(walk, search.name, take=take, check=job.check)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.core.progress import Progress
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.items import ITEMS
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
@@ -24,20 +25,18 @@ from strongroom.marking.requantise import coarse, unrounded
 from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
-from strongroom.vault.effort import Effort
+from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import PIECE, WHOLE, Suspect, numbers_of, readable
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
 _SAMPLES = 4096  # of them that are kept
+_TOLD = 4096  # elements by which an unmarked tensor is known
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
-_PIECE = 1 << 22  # elements compared at a time
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
 _UNEXPLAINED = 0.98  # cosine below which more than int4 was done to a tensor that is in its place
 _BETTER = 0.5  # of what is unexplained, what has to be left for a disguise to be taken as one
-_WHOLE = 1 << 28  # elements of a tensor that is read whole, because it was moved about
-Progress = Callable[[int, int], None]
 
 
 @dataclass
@@ -73,7 +72,9 @@ class Comparison:
     def __init__(self, originals: Originals, suspect: Suspect) -> None:
         self._originals, self._suspect = originals, suspect
         placed = [each for each in originals.tensors() if each.marked]
-        self._placed = placed
+        # Where nothing can be marked there is nothing to align: it is only known again, by what lies as it did.
+        self._only_likeness = not placed
+        self._placed = placed = placed or [each for each in originals.tensors() if _telling(each)]
         self.tensors = [Compared(each.info.name, each.info.elements) for each in placed]
         self._fits: list[Fit | Undone | None] = [None] * len(placed)
         self._norms: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
@@ -125,11 +126,17 @@ class Comparison:
         theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
         return found / max(1, theirs)
 
-    def deepen(self, progress: Progress) -> None:
-        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer. `progress` is
-        of the version's bytes that were looked for."""
-        if not self._unclear():
-            return
+    def deepen(self, progress: Progress, purse: Purse | None = None) -> None:
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, and costs no
+        more than a share of `purse`. `progress` is of the version's bytes that were looked for."""
+        if purse is not None:
+            self._effort.limit(purse.share())
+        if not self._only_likeness and self._unclear():
+            self._deepen(progress)
+        if purse is not None:
+            purse.spend(self._effort.spent)
+
+    def _deepen(self, progress: Progress) -> None:
         reading = Reading(self._original, self._read, self._matrix)
         masks = Unmasking(self._originals, self._placed, self._suspect, reading, self._effort)
         if masks.turned:  # then little can be seen without turning it back
@@ -197,7 +204,12 @@ class Comparison:
             return False
         count = min(SAMPLE, each.info.elements)
         first = (each.info.elements - count) // 2 // 256 * 256
-        sample = self._original(each, first, count)
+        try:
+            sample = self._centred(self._original(each, first, count))
+        except UsageError:  # a type that this machine can't read: it is not known again, and no other trace fails
+            if not self._only_likeness:
+                raise
+            return False
         best, most = "", ALIKE
         for name in names:
             if name in self._taken:
@@ -222,14 +234,22 @@ class Comparison:
         if (name, count) in self._samples:
             return self._samples[name, count]
         found = self._read(name, first, first + count)
+        found = self._centred(found) if found is not None else None
         if len(self._samples) < _SAMPLES:
             self._samples[name, count] = found
+        return found
+
+    def _centred(self, sample: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Integers that are all positive are alike by their mean alone."""
+        if not self._only_likeness or not np.isfinite(sample).any():
+            return sample
+        found: NDArray[np.float32] = sample - np.float32(np.nanmean(sample))
         return found
 
     def _solve(self, k: int) -> None:
         """Tensor `k` in one that was transposed, permuted or cut."""
         each = self._placed[k]
-        if each.info.elements > _WHOLE:
+        if each.info.elements > WHOLE:
             return
         if not self._effort.attempt(k, effort.seen(each.info.elements)):
             return
@@ -330,11 +350,12 @@ class Comparison:
         aligned = self._aligned(k)
         tag, factor, count = tensor_tag(each.begin), self._factor(k, aligned), 0
         for number in range(*layout.stripes_touched(each.begin, each.end)):
-            start = layout.common_segment(number).end
-            low = max(each.begin, start)
-            high = min(each.end, start + layout.stripes[number] * layout.marked)
-            # A block that lies there in part can't be compared.
-            lead, stop = -((each.begin - low) // item.bytes), (high - each.begin) // item.bytes
+            # Bytes of the image that are marked, and of this tensor; then its elements that lie in them whole: a block
+            # that does so in part can't be compared.
+            stripe = layout.common_segment(number).end
+            shared_begin = max(each.begin, stripe)
+            shared_end = min(each.end, stripe + layout.stripes[number] * layout.marked)
+            lead, stop = -((each.begin - shared_begin) // item.bytes), (shared_end - each.begin) // item.bytes
             if lead >= stop:
                 continue
             first, end = lead * item.weights, stop * item.weights
@@ -343,14 +364,14 @@ class Comparison:
                 continue
             if factor is not None:
                 leak = leak / factor[np.arange(first, end) % width]
-            low, high = each.begin + lead * item.bytes, each.begin + stop * item.bytes
-            data = self._originals.marked(number)[low - start : high - start]
+            begin, stopped = each.begin + lead * item.bytes, each.begin + stop * item.bytes
+            data = self._originals.marked(number)[begin - stripe : stopped - stripe]
             # Blocks are a quantiser's levels themselves: a mark would be taken for rounding.
             if not item.is_block and coarse(leak, first):
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
             if found.positions:
-                found.estimator.add(low, dtype, bits, leak)
+                found.estimator.add(begin, dtype, bits, leak)
             if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
@@ -362,7 +383,7 @@ class Comparison:
         dtype, size, width = each.info.dtype.name, each.info.elements, each.info.shape[-1]
         item = ITEMS[dtype]
         aligned, tag = self._aligned(k), tensor_tag(each.begin)
-        step = max(1, _PIECE // width) * width
+        step = max(1, PIECE // width) * width
         for first in range(0, size, step):
             count = min(step, size - first)
             leak = aligned(first, first + count)
@@ -430,12 +451,12 @@ class Comparison:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def _original(self, each: Placed, first: int, count: int) -> NDArray[np.float32]:
-        item = ITEMS[each.info.dtype.name]
-        lead = first // item.weights
-        begin = each.begin + lead * item.bytes
-        end = each.begin - (-(first + count) // item.weights) * item.bytes
-        found = numbers(self._originals.read(begin, end), each.info.dtype.name)
-        return found[first - lead * item.weights :][:count]
+        dtype = each.info.dtype
+        lead = first // dtype.block
+        begin = each.begin + lead * dtype.block_bytes
+        end = each.begin - (-(first + count) // dtype.block) * dtype.block_bytes
+        found = numbers_of(self._originals.read(begin, end), dtype)
+        return found[first - lead * dtype.block :][:count]
 
     def _read(self, name: str, begin: int, end: int) -> NDArray[np.float32] | None:
         """Elements of a suspect's tensor; None where they can't be read."""
@@ -448,10 +469,16 @@ class Comparison:
 
     def _matrix(self, name: str) -> NDArray[np.float32] | None:
         info = self._suspect.tensors[name].info
-        if info.elements > _WHOLE or not info.elements:
+        if info.elements > WHOLE or not info.elements:
             return None
         flat = self._read(name, 0, info.elements)
         return as_matrix(flat[: info.elements], info.shape) if flat is not None else None
+
+
+def _telling(each: Placed) -> bool:
+    """Whether a tensor that is not marked tells one model from another: a matrix, no list of positions."""
+    shape = each.info.shape
+    return len(shape) > 1 and min(shape) > 1 and each.info.elements >= _TOLD and readable(each.info.dtype)
 
 
 def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -44,6 +44,11 @@ class Copy:
         return self._originals.layout.image
 
     @property
+    def marked(self) -> bool:
+        """Whether there is anything in it that says whose it is."""
+        return self._originals.carries_marks
+
+    @property
     def files(self) -> tuple[CopiedFile, ...]:
         return tuple(CopiedFile(each.path, each.offset, each.bytes) for each in self._originals.layout.files)
 
@@ -105,6 +110,7 @@ class Copies:
             piece=PIECE,
             image=found.copy.image,
             files=found.copy.files,
+            marked=found.copy.marked,
         )
 
     def read(self, name: str) -> bytes:

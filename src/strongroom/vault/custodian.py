@@ -29,7 +29,7 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.formats.principal import RANKS
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Decision, Draft, Ledger, Receipt
-from strongroom.policy import entrance, waiting
+from strongroom.policy import acts, entrance, waiting
 from strongroom.policy.custody import Custody, Facts, Missing, usable
 from strongroom.policy.engine import Policies
 from strongroom.policy.explain import either
@@ -46,7 +46,7 @@ from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import Bundles
-from strongroom.vault.requests import check_reason, describe_grant, describe_proposal, describe_request
+from strongroom.vault.requests import check_reason, describe_ended, describe_grant, describe_proposal, describe_request
 from strongroom.vault.upkeep import Recorded, Upkeep
 
 if TYPE_CHECKING:
@@ -128,8 +128,12 @@ class Custodian:
                 body = state.grants[statement.id].record
         told = {name: body[name] for name in ("principal", "person", "roles", "teams", "state")}
         if receipt.entry.type == "grant":
-            return {**told, "state": "pending", "id": statement.id, "entry": receipt.index}
-        return {**told, "entry": receipt.index}
+            told |= {"state": "pending", "id": statement.id}
+        return {**told, **self._ended(receipt), "entry": receipt.index}
+
+    def _ended(self, done: Recorded) -> dict[str, Any]:
+        with self.ledger.view() as state:
+            return describe_ended(state, done.index, done.entry.at)
 
     def change_authority(self, envelope: str) -> dict[str, Any]:
         """Whose word is taken for who somebody is: a statement of the kind ``authority``."""
@@ -229,7 +233,7 @@ class Custodian:
             reason,
         )
         done = {"target": statement.body["target"], "ref": receipt.entry.ref, "state": "revoked"}
-        return {**done, "entry": receipt.index}
+        return {**done, **self._ended(receipt), "entry": receipt.index}
 
     def renew(self, envelope: str) -> dict[str, Any]:
         """Extend a lease."""
@@ -509,8 +513,7 @@ class Custodian:
         now = self._now()
         with self._refusals.recorded(by, "trace", ref or ROOM), self.ledger.view() as state:
             lease = state.lease_for(by, "trace", ref, now) if ref is not None else None
-            under = None if ref is None else lease is not None
-            self.rules.may(state, speaking(state, by), "trace", ref or ROOM, now=now, lease=under)
+            acts.may_trace(self.rules, state, speaking(state, by), ref or "", now, lease)
             return lease.id if lease is not None else None
 
     def act(self, statement: Statement, action: str, decide: Decision[State]) -> Receipt:

@@ -1,13 +1,15 @@
 """How much work a suspect may be to align (spec/mark.md, section 4): counted, so that it ends at the same place
-on every machine, and in proportion to the version: whoever made the suspect has no say in it."""
+on every machine, in proportion to the version, and for all versions together to the suspect."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
 
+STOPPED = "alignment stopped at its budget"  # what a report says then, among the transformations
 _OF_EACH = 6  # full attempts at each tensor of the version
 _OF_ALL = 4  # on average over all of them
+_OF_TRACE, _OF_ELEMENT = 10**14, 1 << 15  # of all versions together: products, and for each element of the suspect
 _PASSES = 64  # products that one look over an element counts as
 _ROUNDS, _STARTS = 6, 12  # of a permutation that is not found, and of a disguise: times that all rows meet all others
 _COLUMNS = 256  # by which rows are told from one another
@@ -22,8 +24,13 @@ class Effort:
         costs = [full(shape) for shape in shapes]
         self._each = [_OF_EACH * cost for cost in costs]
         self._all = _OF_ALL * sum(costs)
+        self.spent = 0
         self._looks = _LOOKS + _LOOKS_OF_EACH * (len(shapes) + suspects)
         self.stopped = False
+
+    def limit(self, most: int) -> None:
+        """Let attempts cost no more than this from now on."""
+        self._all = min(self._all, most)
 
     def look(self) -> bool:
         """Whether there may be one more look at two tensors: at some elements, or at what is known of all of them."""
@@ -35,12 +42,31 @@ class Effort:
         if self._enough(min(self._each[k], self._all) - cost):
             self._each[k] -= cost
             self._all -= cost
+            self.spent += cost
             return True
         return False
 
     def _enough(self, left: int) -> bool:
         self.stopped = self.stopped or left < 0
         return left >= 0
+
+
+class Purse:
+    """What attempts may cost in one trace, of all its versions together: a suspect of so many elements is compared with
+    so many of them. Each gets as much as all that come after it; what it leaves is theirs."""
+
+    def __init__(self, elements: int, versions: int) -> None:
+        self._left, self._versions = _OF_TRACE + _OF_ELEMENT * elements, versions
+
+    def share(self) -> int:
+        """What the next version may cost."""
+        share = self._left // max(1, self._versions)
+        self._versions -= 1
+        return share
+
+    def spend(self, cost: int) -> None:
+        """Take away what it did cost."""
+        self._left = max(0, self._left - cost)
 
 
 def seen(elements: int) -> int:

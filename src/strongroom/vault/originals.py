@@ -21,8 +21,10 @@ from strongroom.storage.image import SealedImage
 from strongroom.vault.record import VersionRecord
 
 _CONFIG = 1 << 20  # bytes: no config.json is larger
-# What multiplies the last hidden state into logits, by the names that the usual libraries give it; and what does so too
-# where a language model has no such tensor: its embedding, whose last tensor of output.* is a norm in GGUF.
+# A copy's stamp spares the tensor that gives a language model's logits (mark.md, section 2). By the names that the
+# usual libraries give it that is `_OUTPUT`, which multiplies the last hidden state. A model without one uses its
+# embedding for that, too: `_EMBEDDING`. That it is a language model is known by its config.json or, of a GGUF file, by
+# `_GGUF_NORM`.
 _OUTPUT = re.compile(r"(?:.*\.)?(?:lm_head|embed_out)\.weight|output\.weight")
 _EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|token_embd|shared)\.weight")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")  # of the language part of a model of several
@@ -151,6 +153,11 @@ class Originals:
             marked = self.layout.markable(begin, end)
             stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
             yield Placed(info, begin, end, marked, stamped)
+
+    @cached_property
+    def carries_marks(self) -> bool:
+        """Whether anything that leaves of it has a mark: code words, which take positions, or stamps."""
+        return self.layout.positions > 0 or any(each.stamped for each in self.tensors())
 
     @cached_property
     def _listed(self) -> tuple[tuple[FileEntry, TensorInfo], ...]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from strongroom.core import canonical
+from strongroom.core.progress import Progress
 from strongroom.crypto.sealing import seal
 from strongroom.crypto.segments import SegmentCipher, VersionKeys
 from strongroom.errors import Conflict, UsageError
@@ -28,8 +29,6 @@ from strongroom.vault.journal import Journal
 from strongroom.vault.packing import PackWriter
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.source import ModelSource, ReadInto, SourceFile
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 from strongroom.core.limits import LIMITS
@@ -16,8 +17,7 @@ def describe_request(state: State, request: Request, now: int) -> dict[str, Any]
     lease = state.leases.get(request.id)
     found = request.state_at(now)
     if lease is not None and found == "approved" and not lease.holds(now):
-        over = lease.uses is not None and lease.used >= lease.uses
-        found = "revoked" if lease.ended else "used" if over else "expired"
+        found = "revoked" if lease.ended else "used" if lease.used_up else "expired"
     told = None
     if lease is not None:
         told = {
@@ -42,6 +42,14 @@ def describe_request(state: State, request: Request, now: int) -> dict[str, Any]
         "lease": told,
         "expires_at": lease.expires_at if lease is not None else request.expires_at,
     }
+
+
+def describe_ended(state: State, index: int, at: int) -> dict[str, Any]:
+    """The leases that held until the entry at `index`, of the time `at`, and ended with it: whoever freezes what leaked
+    ends the searches for whose copy it was, too."""
+    ended = [each for each in state.leases.values() if each.ended.endswith(f" in entry {index}")]
+    held = [each for each in ended if replace(each, ended="").holds(at)]
+    return {"ended": [{"id": each.id, "action": each.action, "ref": each.ref, "holder": each.holder} for each in held]}
 
 
 def describe_grant(grant: Grant, now: int) -> dict[str, Any]:

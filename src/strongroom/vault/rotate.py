@@ -12,6 +12,7 @@ from sqlalchemy import Row, select, update
 from sqlalchemy.engine import Connection
 
 from strongroom.core.ids import parse_id
+from strongroom.core.progress import Progress
 from strongroom.crypto.keys import random_key
 from strongroom.crypto.segments import SegmentCipher, VersionKeys
 from strongroom.errors import BackendError, Conflict, StrongroomError
@@ -26,7 +27,7 @@ from strongroom.storage.image import SealedImage
 from strongroom.vault import packing
 from strongroom.vault.journal import Journal, forget_all, locked
 from strongroom.vault.packing import PackWriter
-from strongroom.vault.put import Progress, store_index
+from strongroom.vault.put import store_index
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.versions import measured, object_names
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.engine import Connection
 
 from strongroom.core.ids import Ref
+from strongroom.core.progress import Progress
 from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.entry import Private
 from strongroom.formats.merkle import leaf_hash
@@ -23,7 +23,7 @@ from strongroom.policy import acts
 from strongroom.policy.speaker import Speaker, authenticate, speaking
 from strongroom.policy.state import State
 from strongroom.vault.names import shown
-from strongroom.vault.suspect import Suspect, digests
+from strongroom.vault.suspect import Suspect, as_found, digests
 from strongroom.vault.text import Text
 from strongroom.vault.texttrace import trace_text
 from strongroom.vault.trace import FALSE_ACCUSATION, trace
@@ -31,8 +31,6 @@ from strongroom.vault.walk import Walk
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
-
-Progress = Callable[[int, int], None]
 
 
 def search(
@@ -49,9 +47,12 @@ def search(
     if text:
         check_text_version(weights)
     ref = _numbered(vault, weights) if weights is not None else None
+    vault.custodian.tracing(by, ref)
+    with as_found():
+        walk = Walk.of(path, follow_links=False, model=False)
+        files, name = digests(walk), shown(path.name)
+    # Now that what takes long before the search is done: the lease has to hold when that begins.
     lease = vault.custodian.tracing(by, ref)
-    walk = Walk.of(path, follow_links=False, model=False)
-    files, name = digests(walk), shown(path.name)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     with Text.of(walk) if text else Suspect.of(walk, name) as suspect:
         return found(vault, Search(statement, by, statement.at, name, files), suspect, progress)
@@ -131,7 +132,18 @@ def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progr
     # Before anybody is told: what is found out is on the record.
     receipt = vault.custodian.act(said, "trace", decide)
     _prove(vault, report["accused"])
-    return {**report, "entry": receipt.index}
+    recorded = {"entry": receipt.index, "leaf": leaf_hash(receipt.data).hex(), "at": receipt.entry.at}
+    return {**report, **recorded, "room": vault.id.hex(), "by": said.by, "request": _request(vault, said.body["lease"])}
+
+
+def _request(vault: Vault, lease: str | None) -> dict[str, Any] | None:
+    """Who asked for the lease of a search, and who agreed."""
+    with vault.custodian.ledger.view() as state:
+        asked = state.requests.get(lease or "")
+        if asked is None:
+            return None
+        approved_by = list(dict.fromkeys(each.by for each in asked.approvals))
+        return {"id": asked.id, "by": asked.by, "approved_by": approved_by}
 
 
 def _prove(vault: Vault, accused: list[dict[str, Any]]) -> None:

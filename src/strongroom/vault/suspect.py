@@ -7,7 +7,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
-from strongroom.errors import UsageError
+from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.suspect import FoundFile
-from strongroom.formats.tensors import TensorInfo
+from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 from strongroom.marking.elements import STEPS, values
 from strongroom.marking.scales import dequantised
 from strongroom.vault.convert import Take, converted_parts, freely, to_convert
@@ -26,6 +26,8 @@ from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
 
+PIECE = 1 << 22  # elements of a tensor that are compared at a time
+WHOLE = 1 << 28  # elements of the largest tensor that is read whole, as one that was moved about has to be
 _HASHED = MIB  # bytes at a time: what is hashed was just read into the cache
 _LARGEST = 1e9  # no weight is: beyond it sums of squares would be infinite, and say nothing of all the others
 _FLOAT8 = {
@@ -33,6 +35,21 @@ _FLOAT8 = {
     "F8_E5M2": "float8_e5m2",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_PARSED = ("safetensors", "gguf", "npy", "convert")
+_NAMED = "strongroom trace takes a file of weights, or the folder that it was found in"
+_HINTS = {
+    "source.missing": _NAMED,
+    "source.empty": _NAMED,
+    "source.link": "a link in a find is not followed: trace the file that it leads to, or a copy of it in its place",
+    "source.special": "only regular files are looked at: take it out of the folder, then trace it again",
+    "source.lfs_pointer": "the weights themselves are somewhere else: trace those",
+    "source.missing_shard": "trace what there is without that index: its tensors are compared all the same",
+    "source.changed": "trace a copy of it that nothing changes",
+    "source.unreadable": "check its permissions, then trace it again",
+    "source.name": "rename it in a copy, and trace that: what is recorded is the content's SHA-256",
+    "source.limit": "trace a part of it",
+    "convert.refused": "do not load this file with anything; trace the other files without it",
 }
 _INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
@@ -48,20 +65,30 @@ class SuspectTensor:
     def name(self) -> str:
         return self.info.name
 
-    @property
-    def readable(self) -> bool:
-        """Whether its elements become numbers."""
-        name = self.info.dtype.name
-        return name in STEPS or name in _FLOAT8 or name in _INTEGERS or self.quantised
 
-    @property
-    def quantised(self) -> bool:
-        """Whether it is made of ggml's blocks."""
-        return self.file.kind == "gguf" and self.info.dtype.block > 1
+def readable(dtype: Dtype) -> bool:
+    """Whether elements of this type become numbers: of safetensors' packed types they don't, of ggml's blocks they
+    do."""
+    name = dtype.name
+    return name in STEPS or name in _FLOAT8 or name in _INTEGERS or (dtype.block > 1 and name not in DTYPES)
 
 
 def unstopped() -> None:
     """The `check` of what nobody ends before its end."""
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """What is wrong with files in this block is said as of a find: those who put a model can get it again, or leave
+    something out; whoever has found one can't."""
+    try:
+        yield
+    except StrongroomError as error:
+        kind, _, what = error.code.partition(".")
+        if kind in _PARSED and what in ("malformed", "big_endian", "unreadable", "limit"):
+            error.hint = "it is damaged, or not what it seems: trace the other files without it"
+        error.hint = _HINTS.get(error.code, error.hint)
+        raise
 
 
 class Suspect:
@@ -73,7 +100,7 @@ class Suspect:
             info.name: SuspectTensor(info, file)
             for file in source.files
             for info in file.tensors
-            if SuspectTensor(info, file).readable
+            if readable(info.dtype)
         }
 
     @classmethod
@@ -93,7 +120,9 @@ class Suspect:
 
         UsageError ``suspect.empty`` if it has no tensor that can be read, and what `converted_parts` raises.
         """
-        with converted_parts(walk, take=take) as source:
+        with ExitStack() as stack:
+            with as_found():
+                source = stack.enter_context(converted_parts(walk, take=take))
             found = cls(source, check)
             if not found.tensors:
                 raise UsageError(
@@ -122,7 +151,10 @@ class Suspect:
             while done < size and (step := read(first + done, buffer[done:])):
                 done += step
         with np.errstate(all="ignore"):
-            found = _numbers(buffer, tensor)
+            try:
+                found = numbers_of(buffer, dtype)
+            except UsageError as error:
+                raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
             if found.size and not float(np.abs(found).max()) < _LARGEST:
                 found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
         return found
@@ -156,8 +188,9 @@ def digests(walk: Walk) -> tuple[FoundFile, ...]:
             raise
 
 
-def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
-    name = tensor.info.dtype.name
+def numbers_of(data: memoryview, dtype: Dtype) -> NDArray[np.float32]:
+    """float32, flat: whole elements, or blocks, of a `readable` type; errors as `dequantised`."""
+    name = dtype.name
     if name in STEPS:
         return values(np.frombuffer(data, STEPS[name].integer), name)
     if name in _FLOAT8:
@@ -165,7 +198,4 @@ def _numbers(data: memoryview, tensor: SuspectTensor) -> NDArray[np.float32]:
         return np.frombuffer(data, getattr(ml_dtypes, _FLOAT8[name])).astype(np.float32)
     if name in _INTEGERS:
         return np.frombuffer(data, _INTEGERS[name]).astype(np.float32)
-    try:
-        return dequantised(data, name)
-    except UsageError as error:
-        raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
+    return dequantised(data, name)

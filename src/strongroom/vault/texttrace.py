@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from strongroom.core.progress import Progress
 from strongroom.marking.elements import STEPS
 from strongroom.marking.gradient import GradientEstimator, GradientFilter
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.comparison import Compared, Gathered
 from strongroom.vault.generator import Generator, Leaning
 from strongroom.vault.originals import Originals, Placed
+from strongroom.vault.suspect import PIECE
 from strongroom.vault.text import Text
 from strongroom.vault.trace import Trace, traced
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
-
-Progress = Callable[[int, int], None]
-_PIECE = 1 << 22  # elements at a time
 
 
 class Echo:
@@ -58,7 +57,7 @@ class Echo:
         dtype, gradient = each.info.dtype.name, self._gradient[each.begin]
         item, size = STEPS[dtype].integer.itemsize, each.info.elements
         width = max(1, each.info.shape[-1])
-        step = max(1, _PIECE // width) * width
+        step = max(1, PIECE // width) * width
         for first in range(0, size, step):
             count = min(step, size - first)
             begin = each.begin + first * item

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.core.progress import Progress
 from strongroom.errors import NotFound
 from strongroom.formats.entry import Entry
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison, Progress
+from strongroom.vault.comparison import Comparison
+from strongroom.vault.effort import STOPPED, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 
@@ -38,7 +40,7 @@ _PASSES = 6
 _PASSED_ON = 4096
 _FEW = 32  # whose stamps are scored in full
 _MANY = 1024  # code words that a thread draws at a time
-_UNUSUAL = 20
+_UNUSUAL = 20  # times as many innocents as there are, of whom the best would be about as high
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Trace:
     elements: int = 0
     ways: int = 0
     withheld: bool = False  # whether nobody was looked for
+    carries_marks: bool = False  # whether anything that leaves of the version has a mark
     versions: list[dict[str, Any]] = field(default_factory=list)
     transformations: list[str] = field(default_factory=list)
     tensors: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +93,7 @@ class Trace:
             "weights": self.weights,
             "accused": [_accused(each) for each in self.accused],
             "false_accusation_bound": self.false_accusation_bound,
+            "carries_marks": self.carries_marks,
             "marked": self.marked,
             "marked_log10_p": round(self.marked_log10_p, 1),
             "likeness": round(self.likeness, 6),
@@ -161,17 +165,26 @@ def trace(
         compared.append((record, originals, Comparison(originals, suspect)))
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
-    for _, _, each in compared:
-        if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED):
-            each.deepen(progress)
+    looked_for = [each for _, _, each in compared if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED)]
+    purse = Purse(sum(each.info.elements for each in suspect.tensors.values()), len(looked_for))
+    for each in sorted(looked_for, key=lambda each: -each.explained):
+        each.deepen(progress, purse)
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
     result.versions = [
-        {"ref": f"{record.name}@{record.number}", "likeness": round(each.common, 6), "part": round(each.likeness, 6)}
+        {
+            "ref": f"{record.name}@{record.number}",
+            "likeness": round(each.common, 6),
+            "part": round(each.likeness, 6),
+            "fits": False,
+            "marked": False,
+        }
         for record, _, each in compared
     ]
     result.likeness = most
     if most < _UNRELATED:
+        # Whoever reads that nothing is like it is told that not everything was looked for.
+        result.transformations = [STOPPED] if any(each.stopped for each in looked_for) else []
         return result
     # Both by what is there and by how much of the version is there: a tensor of another version beside the leak must
     # not draw all attention to that one.
@@ -190,6 +203,10 @@ def trace(
         )
         for record, originals, comparison in close
     ]
+    for outcome in found:
+        about = next(told for told in result.versions if told["ref"] == outcome.weights)
+        # As of `marked` without a name, in which nothing depends on who is accused.
+        about |= {"fits": True, "marked": outcome.marked_log10_p <= math.log10(FALSE_ACCUSATION)}
     return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
 
 
@@ -215,45 +232,50 @@ def traced(
     progress: Progress,
 ) -> Trace:
     """The outcome for one version of `versions`, or of a text, of which the first look is at everything already."""
-    people = candidates(vault)
-    code = Code(record.code_key, originals.layout.positions, record.colluders)
     result = Trace(
         suspect=blank.suspect,
+        verdict="weights-only",
         weights=f"{record.name}@{record.number}",
         likeness=comparison.common,
         versions=blank.versions,
-        candidates=people,
-        positions=code.positions,
         withheld=not named,
+        carries_marks=originals.carries_marks,
+        transformations=_transformations(comparison),
+        tensors=[each.as_json() for each in comparison.tensors],
     )
+    if not result.carries_marks:
+        return result
+    people = result.candidates = candidates(vault)
+    code = Code(record.code_key, originals.layout.positions, record.colluders)
+    result.positions = code.positions
     gather = partial(comparison.gather, workers=vault.workers, progress=progress)
-    few = people if named and len(people) <= _FEW else []
-    found = gather(_stamps(record, few), everything=False, screening=named and not few)
+    in_full = people if named and len(people) <= _FEW else []  # whose stamps are scored in full
+    found = gather(_stamps(record, in_full), everything=False, screening=named and not in_full)
     estimates, matched = found.estimator.done(), found.matched
     result.marked_log10_p = marked_bound(estimates) + math.log10(versions)
     result.positions_used, result.elements = estimates.used, found.elements
     if named:
         decoding = Decoding(estimates, _words(code, people, vault.workers), code.biases / 65536)
-        if not few:
+        if not in_full:
             # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak
             # for.
             likely = [score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)]
             screened = matched.screened(_stamps(record, people), likely, _FEW, workers=vault.workers)
-            few = [people[k] for k in sorted({*likely[:_FEW], *screened})]
-            again = matched.among(_stamps(record, few), workers=vault.workers)
-            matched = again or gather(_stamps(record, few), everything=False, positions=False).matched
-        _stamped(few, matched)
+            in_full = [people[k] for k in sorted({*likely[:_FEW], *screened})]
+            kept = matched.among(_stamps(record, in_full), workers=vault.workers)  # if all that was read was kept
+            matched = kept or gather(_stamps(record, in_full), everything=False, positions=False).matched
+        _stamped(in_full, matched)
         _name(result, decoding, versions)
         # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
-        hint = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # which the best of so many innocents seldom reaches
+        unusual = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # the best of so many innocents seldom reaches it
         if not comparison.whole and (
-            not result.accused or any(each.z >= hint for each in people if each not in result.accused)
+            not result.accused or any(each.z >= unusual for each in people if each not in result.accused)
         ):
-            found = gather(_stamps(record, few), everything=True, positions=False)
+            found = gather(_stamps(record, in_full), everything=True, positions=False)
             result.elements = found.elements
-            _stamped(few, found.matched)
+            _stamped(in_full, found.matched)
             _name(result, decoding, versions)
-    result.transformations = _transformations(comparison)
+    result.transformations = _transformations(comparison)  # with what the gathering has found
     result.tensors = [each.as_json() for each in comparison.tensors]
     result.marked = bool(result.accused) or result.marked_log10_p <= math.log10(FALSE_ACCUSATION)
     result.verdict = "named" if result.accused else "weights-only"
@@ -335,8 +357,7 @@ def _transformations(comparison: Comparison | Echo) -> list[str]:
         for what in set(each.transformations) if each.partner else {"missing"}:
             counts[what] = counts.get(what, 0) + 1
     found = [f"{what} ({count} of {len(comparison.tensors)} tensors)" for what, count in sorted(counts.items())]
-    # Whoever reads that nothing was found is told that not everything was looked for.
-    return [*found, "alignment stopped at its budget"] if comparison.stopped else found
+    return [*found, STOPPED] if comparison.stopped else found
 
 
 def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:

@@ -19,16 +19,14 @@ from strongroom.marking.disguise import LIKENESS, Turn, Undone, facing, profile,
 from strongroom.marking.elements import STEPS
 from strongroom.vault.effort import Effort, disguised, seen
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import Suspect
+from strongroom.vault.suspect import PIECE, WHOLE, Suspect
 
 Array = NDArray[np.float32]
 
 _TALL = 2  # times as many rows as columns, at least, has an embedding
 _ROWS = 32  # rows of the embedding for each element of the residual stream are enough for a rotation
-_PIECE = 1 << 22  # elements
-_WHOLE = 1 << 28  # elements of a tensor that is read whole
 _TRIED = 6  # partners that a tensor is looked for in
-_EMBEDDING = re.compile(r"emb|wte")
+_EMBEDDING_LIKE = re.compile(r"emb|wte")  # in a name: such tensors are tried first
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
 
 
@@ -69,7 +67,7 @@ class Unmasking:
         found: list[Turn] = []
         tall = [each for each in self._placed if _tall(each.info)]
         tall.sort(
-            key=lambda each: (not _EMBEDDING.search(each.info.name), -each.info.elements / each.info.shape[1] ** 2)
+            key=lambda each: (not _EMBEDDING_LIKE.search(each.info.name), -each.info.elements / each.info.shape[1] ** 2)
         )
         for each in tall[:2]:
             for name in self._embeddings(each):
@@ -90,7 +88,7 @@ class Unmasking:
             if len(shape) == 2 and width in shape and 2 * max(shape) >= vocabulary and max(shape) >= _TALL * width:
                 found.append(name)
         wanted = normalised(each.info.name)
-        return sorted(found, key=lambda name: (normalised(name) != wanted, not _EMBEDDING.search(name)))[:_TRIED]
+        return sorted(found, key=lambda name: (normalised(name) != wanted, not _EMBEDDING_LIKE.search(name)))[:_TRIED]
 
     def _rows(self, each: Placed, name: str) -> Iterator[tuple[Array, Array]] | None:
         """Rows of both, piece by piece; None where some of them show that these are not the same rows."""
@@ -113,7 +111,7 @@ class Unmasking:
         there = [pair for pair in some if pair is not None]
         if not there or not same_rows(*(np.concatenate(both) for both in zip(*there, strict=True))):
             return None
-        step = max(1, _PIECE // width)
+        step = max(1, PIECE // width)
         enough = min(rows, _ROWS * width)
         return (pair for at in range(0, enough, step) if (pair := read(at, min(at + step, enough))) is not None)
 
@@ -129,13 +127,13 @@ class Unmasking:
         if _vocabulary(info):
             # An embedding and the head that was made of it are alike: the better is taken.
             tried = dict.fromkeys((*names, *free))
-            piece = min(_PIECE, info.elements)
+            piece = min(PIECE, info.elements)
             cost = seen(2 * piece) + piece * info.shape[1]  # a piece of both, of which one is turned back
             found = [(self._by_rows(each, name), name) for name in tried if self._effort.attempt(k, cost)]
             share, name = max(found, default=(0.0, ""))
             if share >= LIKENESS:
                 return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
-        if info.elements > _WHOLE:
+        if info.elements > WHOLE:
             return None
         original = self._reading.original(each, 0, info.elements).reshape(info.shape)
         norms = list(self._near(each, self.turn.width))

@@ -16,6 +16,7 @@ from sqlalchemy.engine import Connection
 from strongroom.core.clock import now, text, unix
 from strongroom.core.ids import Ref, parse_id, parse_principal, random_id
 from strongroom.core.limits import LIMITS
+from strongroom.core.progress import Progress, silent
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.keystores import PassphraseSource
@@ -56,7 +57,7 @@ from strongroom.vault.copies import Copies
 from strongroom.vault.custodian import Custodian
 from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import Journal
-from strongroom.vault.put import Plan, Progress, parse_share, put
+from strongroom.vault.put import Plan, parse_share, put
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import Bundles
 from strongroom.vault.roomkeys import RoomKeys
@@ -66,10 +67,6 @@ from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
 from strongroom.vault.versions import VersionInfo, as_logged, check_row, measured
-
-
-def silent(done: int, total: int) -> None:
-    """A progress callback that says nothing."""
 
 
 @dataclass(frozen=True)

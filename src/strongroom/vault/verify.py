@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from strongroom.core.progress import Progress
 from strongroom.errors import IntegrityError, NotFound, Rollback, StrongroomError, Truncated
 from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.manifest import MARKED, TAG_BYTES, PackEntry
@@ -15,8 +15,6 @@ from strongroom.formats.pack import trailer_bytes
 from strongroom.storage.image import SealedImage, sealed_segments
 from strongroom.vault.originals import Originals
 from strongroom.vault.record import VersionRecord
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

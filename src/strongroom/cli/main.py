@@ -66,7 +66,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Use": {
         "run": ("run", "Run a command that reads weights from the room."),
-        "infer": ("infer", "Serve a model to the gateway, until interrupted."),
+        "infer": ("infer", "Serve the model REF to the gateway, until interrupted."),
         "copy": ("custody", "Write a holder's marked plaintext copy to a folder."),
         "trace": ("trace", "Say whether a found file, or text, is of these weights, and whose copy."),
         "bench": ("bench", "Measure how fast this room is read on this machine."),

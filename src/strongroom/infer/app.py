@@ -90,7 +90,9 @@ class InferApp:
             if body.get("model") not in self._model.names:
                 raise NotFound("infer.model", f"this server has {self._model.names[0]}")
             if "strongroom" in body and not private:
-                raise UsageError("infer.field", "strongroom is for who has the channel's secret", param="strongroom")
+                raise UsageError(
+                    "infer.field", "the member strongroom is for whoever has the channel's secret", param="strongroom"
+                )
         if self._under_way >= self._together:
             raise LimitExceeded("infer.busy", f"{self._together} requests are under way already", hint="try later")
         self._under_way += 1

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.redteam.target import Choices, Target
+from strongroom.redteam.target import Choices, Prompt, Target
 
 Floats = NDArray[np.float64]
 FLOOR = 1e-7  # of the largest singular value: below it arithmetic is seen, and not the model
@@ -114,8 +114,12 @@ def _verdict(setup: Setup, found: int, gap: float, overlap: float | None) -> str
 # ---- what the attacks have in common ---------------------------------------------------------------------------------
 
 
-def _numbered(**fields: Any) -> dict[str, Any]:
-    return {"max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True, **fields}
+_DIALECT = ("return_tokens_as_token_ids", "logprobs_mode")  # vLLM's, which make the same attack a little easier
+
+
+def _numbered(target: Target, **fields: Any) -> dict[str, Any]:
+    found = {"max_tokens": 1, "temperature": 0, "return_tokens_as_token_ids": True, **fields}
+    return {name: value for name, value in found.items() if not (target.plain and name in _DIALECT)}
 
 
 def _tops(choices: Choices | None) -> dict[str, float]:
@@ -124,8 +128,8 @@ def _tops(choices: Choices | None) -> dict[str, float]:
     return {name: value for name, value in (told[0] or {}).items() if value is not None}
 
 
-def _name(token: Known) -> str:
-    return f"token_id:{token.number}"
+def _name(target: Target, token: Known) -> str:
+    return token.text if target.plain else f"token_id:{token.number}"
 
 
 def _complete(found: Floats) -> Floats | None:
@@ -141,10 +145,10 @@ def full(target: Target, setup: Setup) -> Floats | None:
     """All log-probabilities: one request a prompt."""
     found = np.full((len(setup.tokens), setup.columns), np.nan)
     together = max(1, min(64, (1 << 19) // setup.words))  # an answer has a number for each word and prompt
-    answers = target.complete(prompts(setup.columns), _numbered(logprobs=setup.words), together=together)
+    answers = target.complete(prompts(setup.columns), _numbered(target, logprobs=setup.words), together=together)
     for column, choices in enumerate(answers):
         tops = _tops(choices)
-        found[:, column] = [tops.get(_name(token), np.nan) for token in setup.tokens]
+        found[:, column] = [tops.get(_name(target, token), np.nan) for token in setup.tokens]
     return _complete(found[1:] - found[0])
 
 
@@ -155,14 +159,14 @@ def top_k(target: Target, setup: Setup, k: int) -> Floats | None:
     for first in range(1, len(setup.tokens), k - 1):
         part = setup.tokens[first : first + k - 1]
         bias = {str(token.number): _LIFT for token in (reference, *part)}
-        fields = _numbered(logprobs=k, logit_bias=bias, logprobs_mode="processed_logprobs")
+        fields = _numbered(target, logprobs=k, logit_bias=bias, logprobs_mode="processed_logprobs")
         answers = target.complete(prompts(setup.columns), fields)
         if all(choices is None for choices in answers):
             return None
         for column, choices in enumerate(answers):
             tops = _tops(choices)
             for row, token in enumerate(part, first - 1):
-                found[row, column] = tops.get(_name(token), np.nan) - tops.get(_name(reference), np.nan)
+                found[row, column] = tops.get(_name(target, token), np.nan) - tops.get(_name(target, reference), np.nan)
     return _complete(found)
 
 
@@ -175,7 +179,7 @@ def top_1(target: Target, setup: Setup) -> Floats | None:
         for _ in range(8):
             asked = _by_value(left)
             fields = [
-                _numbered(logprobs=1, logit_bias={str(token.number): bias}, logprobs_mode="processed_logprobs")
+                _numbered(target, logprobs=1, logit_bias={str(token.number): bias}, logprobs_mode="processed_logprobs")
                 for bias in asked
             ]
             several = list(zip([[texts[column] for column in each] for each in asked.values()], fields, strict=True))
@@ -184,7 +188,7 @@ def top_1(target: Target, setup: Setup) -> Floats | None:
                 return None
             for (bias, columns), answer in zip(asked.items(), answers, strict=True):
                 for column, choices in zip(columns, answer, strict=True):
-                    value = _tops(choices).get(_name(token))
+                    value = _tops(choices).get(_name(target, token))
                     if value is None:
                         left[column] = bias + 8  # it did not come to the top
                     elif value > -1e-6:
@@ -213,7 +217,7 @@ def _bisected(target: Target, setup: Setup, steps: int, reach: float, *, lift: b
     reference, texts = setup.tokens[0], prompts(setup.columns)
     low = np.full((len(setup.tokens) - 1, setup.columns), -reach)
     high = -low
-    banned = {str(number): -_LIFT for number in range(setup.words)}
+    banned = _banned(target, setup)
     for row, token in enumerate(setup.tokens[1:]):
         for _ in range(steps):
             middles = (low[row] + high[row]) / 2
@@ -240,22 +244,28 @@ def _bisected(target: Target, setup: Setup, steps: int, reach: float, *, lift: b
     return found
 
 
+def _banned(target: Target, setup: Setup) -> dict[str, float]:
+    """Bans of all tokens, or of the commonest where there may be few."""
+    numbers = [token.number for token in setup.tokens[1:63]] if target.plain else range(setup.words)
+    return {str(number): -_LIFT for number in numbers}
+
+
 def ban_only(target: Target, setup: Setup) -> Floats | None:
     """The best one, where biases may only be negative: with all but two tokens banned, its log-probability is the
     difference of these two."""
     found = np.full((len(setup.tokens) - 1, setup.columns), np.nan)
     reference, texts = setup.tokens[0], prompts(setup.columns)
-    banned = {str(number): -_LIFT for number in range(setup.words)}
+    banned = _banned(target, setup)
     for row, token in enumerate(setup.tokens[1:]):
         bias = {name: value for name, value in banned.items() if name not in (str(reference.number), str(token.number))}
-        fields = _numbered(logprobs=1, logit_bias=bias, logprobs_mode="processed_logprobs")
+        fields = _numbered(target, logprobs=1, logit_bias=bias, logprobs_mode="processed_logprobs")
         answers = target.complete(texts, fields)
         if all(choices is None for choices in answers):
             return None
         for column, choices in enumerate(answers):
             for name, value in _tops(choices).items():
                 difference = value - np.log(-np.expm1(min(value, -1e-15)))
-                found[row, column] = difference if name == _name(token) else -difference
+                found[row, column] = difference if name == _name(target, token) else -difference
     return _complete(found)
 
 
@@ -263,7 +273,7 @@ def forced(target: Target, setup: Setup) -> Floats | None:
     """One token is forced, by a grammar or a list of allowed ones; its own log-probability comes back: a value each."""
     found = np.full((len(setup.tokens), setup.columns), np.nan)
     for row, token in enumerate(setup.tokens):
-        fields = _numbered(logprobs=1, allowed_token_ids=[token.number])
+        fields = _numbered(target, logprobs=1, allowed_token_ids=[token.number])
         answers = target.complete(prompts(setup.columns), fields)
         if all(choices is None for choices in answers):
             return None
@@ -297,8 +307,11 @@ def echo(target: Target, setup: Setup) -> Floats | None:
     rng = np.random.default_rng(3)
     starts = [[token.number for token in rng.choice(np.array(setup.tokens), 3)] for _ in range(setup.columns)]
     for row, token in enumerate(setup.tokens):
-        fields = {"max_tokens": 0, "echo": True, "logprobs": 1}
-        answers = target.complete([[*start, token.number] for start in starts], fields)
+        fields = {"max_tokens": int(target.plain), "echo": True, "logprobs": 1}
+        asked: list[Prompt] = [[*start, token.number] for start in starts]
+        if target.plain:
+            asked = [f"{text}{token.text}" for text in prompts(setup.columns)]
+        answers = target.complete(asked, fields)
         if all(choices is None for choices in answers):
             return None
         for column, choices in enumerate(answers):
@@ -309,30 +322,34 @@ def echo(target: Target, setup: Setup) -> Floats | None:
 
 def embeddings(target: Target, setup: Setup) -> Floats | None:
     """Embeddings are what goes into the last layer, or means of it: as many dimensions as the layer is wide."""
-    answer = target.ask("/embeddings", {"input": prompts(2 * setup.hidden)[: max(64, setup.columns)]})
-    rows = (answer or {}).get("data")
-    if not rows:
-        return None
-    return np.array([row["embedding"] for row in rows], np.float64).T
+    texts, found = prompts(setup.columns), list[Any]()
+    for first in range(0, len(texts), 64):
+        rows = (target.ask("/embeddings", {"input": texts[first : first + 64]}) or {}).get("data")
+        if not rows:
+            return None
+        found += [row["embedding"] for row in rows]
+    return np.array(found, np.float64).T
 
 
-def sampling(target: Target, setup: Setup, draws: int = 4096, temperature: float = 1.5) -> Floats | None:
+def sampling(
+    target: Target, setup: Setup, draws: int = 4096, temperature: float = 1.5, alone: int = 16
+) -> Floats | None:
     """Nothing but text: how often each token comes, of many draws. Values come at the price of their variance: 1/count
-    each, so that one within 0.1 takes a token about a hundred times."""
+    each, so that one within 0.1 takes a token about a hundred times. Where nobody may have many answers at once,
+    `alone` of them are drawn one by one."""
     found = np.zeros((len(setup.tokens), setup.columns))
     rows = {token.text: row for row, token in enumerate(setup.tokens)}
     fields = {"max_tokens": 1, "temperature": temperature, "n": draws}
     answers = target.complete(prompts(setup.columns), fields)
-    if answers[0] is None:
-        # One at a time, as it is where nobody may have many: what `draws` would take is only begun.
-        answers = target.complete(prompts(setup.columns), {**fields, "n": 1})
+    if all(choices is None for choices in answers):
+        answers = target.complete(prompts(setup.columns) * alone, {**fields, "n": 1})
     if all(choices is None for choices in answers):
         return None
-    for column, choices in enumerate(answers):
+    for number, choices in enumerate(answers):
         for choice in choices or []:
             row = rows.get(choice.get("text", ""))
             if row is not None:
-                found[row, column] += 1
+                found[row, number % setup.columns] += 1
     logs = np.log(found + 0.5)
     differences: Floats = temperature * (logs[1:] - logs[0])
     return differences
@@ -363,9 +380,14 @@ ATTACKS: dict[str, Callable[[Target, Setup], Floats | None]] = {
 
 
 def run(target: Target, setup: Setup, attack: str) -> Outcome:
-    """One of `ATTACKS`, judged, with what it cost."""
+    """One of `ATTACKS`, judged, with what it cost. What gets nothing is tried again with OpenAI's fields and sizes: a
+    server that knows no others has refused a name, and not what was asked for."""
     before, begun = (target.cost.requests, target.cost.refused, target.cost.tokens), time.monotonic()
     matrix = ATTACKS[attack](target, setup)
+    if matrix is None:
+        target.plain = True
+        matrix = ATTACKS[attack](target, setup)
+        target.plain = False
     seconds = time.monotonic() - begun
     verdict, found, gap, overlap = judge(setup, matrix)
     after = (target.cost.requests, target.cost.refused, target.cost.tokens)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import http.client
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,11 +24,13 @@ _TOGETHER = 64  # prompts in one request, where the server takes several
 
 @dataclass
 class Cost:
-    """What was spent so far: requests, those of them that were refused, and tokens that the server generated."""
+    """What was spent so far: requests, those of them that were refused, by which `codes`, and tokens that the server
+    generated."""
 
     requests: int = 0
     refused: int = 0
     tokens: int = 0
+    codes: Counter[str] = field(default_factory=Counter)
 
 
 class Target:
@@ -56,6 +59,7 @@ class Target:
         self._pool = ThreadPoolExecutor(connections, thread_name_prefix="target")
         self._opened: list[http.client.HTTPConnection] = []
         self._lists: bool | None = None  # whether it takes several prompts in one request, once that is known
+        self.plain = False  # only fields that OpenAI has: who refuses others has refused nothing yet
         self.cost = Cost()
 
     def ask(self, route: str, fields: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -63,14 +67,16 @@ class Target:
         body = orjson.dumps({"model": self.model, **fields})
         status, data = self._exchange(f"{self._path}{route}", body)
         try:
-            answer = orjson.loads(data) if status == 200 else None
+            answer = orjson.loads(data)
         except ValueError:
             answer = None
-        found = answer if isinstance(answer, dict) else None
+        found = answer if status == 200 and isinstance(answer, dict) else None
         usage = (found or {}).get("usage") or {}
         with self._lock:
             self.cost.requests += 1
-            self.cost.refused += found is None
+            if found is None:
+                self.cost.refused += 1
+                self.cost.codes[_code(answer) or str(status)] += 1
             self.cost.tokens += int(usage.get("completion_tokens", 0) or 0)
         return found
 
@@ -145,3 +151,8 @@ class Target:
         with self._lock:
             self._opened.append(made)
         return made
+
+
+def _code(answer: Any) -> str:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return str(error.get("code") or "") if isinstance(error, dict) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import socket
@@ -15,6 +16,7 @@ from infer.running import Running
 from infer.small import TEMPLATE, make_room
 from strongroom.client import Room
 from strongroom.errors import Denied, LimitExceeded, UsageError
+from strongroom.infer.app import InferApp
 from strongroom.infer.standing import Standing
 from strongroom.infer.text import Growing, Prompts, Spelling
 
@@ -244,3 +246,48 @@ def test_text_is_given_out_in_whole_characters_and_never_taken_back():
     assert "".join(grown("one END two", ["END"])) == "one "
     assert "".join(grown("one EN two E", ["END", "ENT"])) == "one EN two E"
     assert "".join(grown("aab", ["aab"])) == ""
+
+
+async def spoken(app, body, leave):
+    """What the application sends for one request whose client leaves after so many events."""
+    sent, left = [], asyncio.Event()
+    messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) >= leave:
+            left.set()
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    await app(scope, receive, send)
+    return sent
+
+
+def test_a_client_that_leaves_gives_up_its_rows(model):
+    """All rows are a stream's whose client leaves: the next one is answered while hundreds of tokens were to come."""
+    app = InferApp(model, None)
+    long = {"model": "acme/small", "prompt": [5], "max_tokens": 250, "stream": True, "ignore_eos": True, "n": 8}
+
+    async def both():
+        before = model.engine.tokens
+        first = await spoken(app, long, 4)
+        second = await spoken(app, {"model": "acme/small", "prompt": [6], "max_tokens": 3}, 99)
+        return first, second, model.engine.tokens - before
+
+    first, second, made = asyncio.run(both())
+    assert first[0]["status"] == second[0]["status"] == 200
+    assert not any(b"[DONE]" in message.get("body", b"") for message in first)
+    assert json.loads(second[1]["body"])["usage"]["completion_tokens"] <= 3
+    assert made < 8 * 250 / 2
+
+
+def test_whoever_comes_when_too_many_are_there_is_told_so(model):
+    app = InferApp(model, None, together=0)
+    (head, body) = asyncio.run(spoken(app, {"model": "acme/small", "prompt": [5]}, 99))
+    assert (head["status"], json.loads(body["body"])["error"]["code"]) == (429, "infer.busy")

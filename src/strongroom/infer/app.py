@@ -6,7 +6,7 @@ import asyncio
 import base64
 import hmac
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 
 from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
-from strongroom.infer.answers import Answer
+from strongroom.infer.answers import Answer, Choice
 from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
 from strongroom.infer.fields import Fields, Reader, Wanted
@@ -136,7 +136,7 @@ class InferApp:
             return tell
 
         gone = asyncio.ensure_future(_disconnected(receive))
-        begun = False
+        stream = _Stream(send) if wanted.stream else None
         try:
             for number, ask in enumerate(wanted.asks):
                 jobs.append(self._model.engine.submit(ask, telling(number)))
@@ -148,27 +148,24 @@ class InferApp:
                     news.cancel()
                     return
                 grown = heard.take(*news.result())
-                if wanted.stream:
-                    if not begun:
-                        await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
-                        begun = True
-                    for choice in grown:
-                        await _more(send, answer.event(choice))
-            if wanted.stream:
-                for event in answer.ending():
-                    await _more(send, event)
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                while not events.empty():
+                    grown |= heard.take(*events.get_nowait())
+                if stream is not None:
+                    await stream.say(answer.event(choice) for choice in grown.values())
+            if stream is not None:
+                await stream.say(answer.ending())
             else:
                 await _whole(send, 200, await asyncio.to_thread(answer.whole))
         except StrongroomError as error:
-            if not wanted.stream or not begun:
+            if stream is None or not stream.begun:
                 raise
-            await _more(send, b"data: " + _error(error) + b"\n\n")
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await stream.say([b"data: " + _error(error) + b"\n\n"])
         finally:
             gone.cancel()
             for job in jobs:
                 self._model.engine.abandon(job)
+        if stream is not None:
+            await stream.end()
 
     async def _embeddings(self, call: _Call) -> None:
         embedder = self._model.embedder
@@ -214,6 +211,24 @@ class InferApp:
         await _whole(call.send, 200, orjson.dumps(answer))
 
 
+class _Stream:
+    """Server-sent events: the head goes out with the first, so that what fails before is an error of its own."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.begun = send, False
+
+    async def say(self, events: Iterable[bytes]) -> None:
+        for event in events:
+            if not self.begun:
+                await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+                self.begun = True
+            if event:
+                await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 class _Heard:
     """What the engine says, put into the answer; of prompts first what comes of them."""
 
@@ -221,9 +236,9 @@ class _Heard:
         self._answer, self._wanted = answer, wanted
         self._begun: set[int] = set()
 
-    def take(self, prompt: int, news: list[Event]) -> list[Any]:
-        """The choices that have grown."""
-        grown: dict[int, Any] = {}
+    def take(self, prompt: int, news: list[Event]) -> dict[int, Choice]:
+        """The choices that have grown, by their index."""
+        grown: dict[int, Choice] = {}
         for event in news:
             if isinstance(event, StrongroomError):
                 raise event
@@ -236,7 +251,7 @@ class _Heard:
                 choice = self._answer.of(prompt, event.choice)
                 choice.add(event)
                 grown[choice.index] = choice
-        return list(grown.values())
+        return grown
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -279,11 +294,6 @@ async def _whole(send: Send, status: int, body: bytes) -> None:
     headers = [*_JSON, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-async def _more(send: Send, data: bytes) -> None:
-    if data:
-        await send({"type": "http.response.body", "body": data, "more_body": True})
 
 
 def now() -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TOGETHER = 4096  # tokens of prompts, padding included, that go through the model in one pass
 _FIRSTS = 256  # first tokens of further choices that are drawn between two steps
+_MANY_LOGITS = 1 << 24  # of several prompts, as many as are had in one pass
 _MOST_LOGITS = 1 << 28  # of one prompt whose every log-probability is wanted: 1 GiB
 
 
@@ -98,29 +99,23 @@ class Job:
 class _Sequence:
     job: Job
     choice: int
+    sampling: Sampling
     tokens: list[int] = field(default_factory=list)
     counts: Counter[int] = field(default_factory=Counter)
-
-    @property
-    def sampling(self) -> Sampling:
-        how = self.job.ask.sampling
-        if not self.choice:
-            return how
-        values = {name: getattr(how, name) for name in Sampling.__dataclass_fields__}
-        return Sampling(**values | {"seed": how.seed + self.choice})
 
 
 class Engine:
     """Runs jobs on `rows` (None: a model that writes no text); at most `waiting` sequences wait. Start it, submit, stop
     it."""
 
-    def __init__(self, rows: Rows | None, *, waiting: int = 4096) -> None:
+    def __init__(self, rows: Rows | None, *, waiting: int = 65_536) -> None:
         self._given, self._most_waiting = rows, waiting
         self._changed = threading.Condition()
         self._inbox: list[Job | Work] = []
         self._waiting: deque[_Sequence] = deque()
         self._waits = 0
         self._active: list[_Sequence] = []
+        self._entering: list[_Sequence] = []
         self._stopped: StrongroomError | None = None
         self.passes = self.tokens = 0
         self.busy = 0.0  # seconds in which a step was under way
@@ -224,7 +219,11 @@ class Engine:
             stopped = self._stopped is not None
         for each in taken:
             if isinstance(each, Job):
-                self._waiting += [_Sequence(each, choice) for choice in range(each.ask.choices)]
+                how = each.ask.sampling
+                self._waiting += [
+                    _Sequence(each, choice, replace(how, seed=how.seed + choice) if choice else how)
+                    for choice in range(each.ask.choices)
+                ]
             else:
                 each(self._stopped)
         return not stopped
@@ -232,7 +231,7 @@ class Engine:
     def _end(self, why: StrongroomError) -> None:
         with self._changed:
             self._stopped = self._stopped or why
-            jobs = {id(each.job): each.job for each in (*self._active, *self._waiting)}
+            jobs = {id(each.job): each.job for each in (*self._active, *self._entering, *self._waiting)}
             left, self._active, self._inbox = self._inbox, [], []
             self._waiting.clear()
         for each in left:
@@ -263,28 +262,33 @@ class Engine:
 
     def _begin(self, told: dict[int, Job]) -> None:
         batch: list[_Sequence] = []
-        longest, begun = 0, set[int]()
+        longest, begun, every = 0, set[int](), False
         while self._waiting and len(self._rows.lengths) + len(batch) < self._rows.most:
             each = self._waiting[0]
-            job, prompt = each.job, len(each.job.ask.prompt) + len(each.tokens)
-            longest = max(longest, prompt)
-            alone = job.ask.prompt_top is not None and job.logits is None
+            job = each.job
+            longest = max(longest, len(job.ask.prompt) + len(each.tokens))
+            wants_all = _wants_all(each)
+            size = longest * (len(batch) + 1)
             # A second choice waits for the logits that the first one gets.
-            if batch and (alone or id(job) in begun or longest * (len(batch) + 1) > _TOGETHER):
+            if batch and (wants_all != every or id(job) in begun or size > _TOGETHER):
+                break
+            every = wants_all
+            if every and batch and size * self._rows.vocabulary > _MANY_LOGITS:
                 break
             if job.logits is None and not each.tokens:
                 begun.add(id(job))
             batch.append(self._take())
-            if alone:
-                break
-        every = batch[0].job.ask.prompt_top is not None and batch[0].job.logits is None
+        self._entering = batch  # whoever asked hears of it if this fails
         first = len(self._rows.lengths)
-        logits = self._rows.begin([(*each.job.ask.prompt, *each.tokens) for each in batch], every=every)
+        prompts: list[tuple[int, ...]] = [(*each.job.ask.prompt, *each.tokens) for each in batch]
+        logits = self._rows.begin(prompts, every=every)
         self.passes += 1
         if every:
-            _tell_prompt(batch[0].job, logits)
-            logits = logits[-1:]
+            for each, found, prompt in zip(batch, logits, prompts, strict=True):
+                _tell_prompt(each.job, found[: len(prompt)])
+            logits = np.stack([found[len(prompt) - 1] for found, prompt in zip(logits, prompts, strict=True)])
         self._active += batch
+        self._entering = []
         for number in reversed(range(len(batch))):
             each = batch[number]
             if each.job.ask.choices > 1 and each.job.logits is None:
@@ -353,6 +357,11 @@ def _deliver(told: dict[int, Job]) -> None:
         news, job.news = job.news, []
         if news and not job.gone:
             job.tell(news)
+
+
+def _wants_all(sequence: _Sequence) -> bool:
+    """Whether it wants the log-probabilities of its prompt, which did not go through the model yet."""
+    return sequence.job.ask.prompt_top is not None and sequence.job.logits is None and not sequence.tokens
 
 
 def _tell_prompt(job: Job, logits: NDArray[np.float32]) -> None:

@@ -97,7 +97,7 @@ class Rows:
 
     def begin(self, prompts: Sequence[Sequence[int]], *, every: bool = False) -> NDArray[np.float32]:
         """A new row for each of `prompts`, which go through the model together. The logits behind the last token of
-        each, (prompts, V); or, of one prompt, behind `every` token, (tokens, V)."""
+        each, (prompts, V); or behind `every` token, (prompts, tokens of the longest, V)."""
         first, longest = len(self.lengths), max(map(len, prompts))
         self._room_for(longest)
         ids = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -112,7 +112,7 @@ class Rows:
             kept = positions
         logits = self._forward(ids, positions.expand(len(prompts), -1), mask.expand(len(prompts), 1, -1, -1), kept)
         self.lengths += [len(prompt) for prompt in prompts]
-        found: NDArray[np.float32] = (logits[0] if every else logits[torch.arange(len(prompts)), which]).numpy()
+        found: NDArray[np.float32] = (logits if every else logits[torch.arange(len(prompts)), which]).numpy()
         return found
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:

@@ -39,7 +39,7 @@ class Settings:
     threads: int | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    waiting: int = 4096
+    waiting: int = 65_536
 
 
 def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None]]:

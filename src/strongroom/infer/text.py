@@ -36,9 +36,13 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class Prompts:
-    """Makes tokens of text and of messages, in a child process that is started when it is needed."""
+    """Makes tokens of text and of messages, in a child process that is started when it is needed. `patience`: seconds
+    for one request."""
 
-    def __init__(self, tokenizer: str, template: Any, special: Mapping[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: str, template: Any, special: Mapping[str, Any], *, patience: float = _PATIENCE
+    ) -> None:
+        self._patience = patience
         self._given = {"tokenizer": tokenizer, "template": template, "special": dict(special)}
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -96,14 +100,14 @@ class Prompts:
             if fresh:
                 self._start()
             try:
-                answer = self._exchange(asked, _PATIENCE)
+                answer = self._exchange(asked, self._patience)
             except BrokenPipeError:
                 # It had used up its time of the processor, over many requests; a fresh one has not.
                 if fresh:
                     raise self._stopped() from None
                 self._start()
                 try:
-                    answer = self._exchange(asked, _PATIENCE)
+                    answer = self._exchange(asked, self._patience)
                 except BrokenPipeError:
                     raise self._stopped() from None
         if "tokens" in answer:
@@ -176,22 +180,30 @@ class Spelling:
 
     def __init__(self, tokenizer: Any, words: int) -> None:
         self._tokenizer, self._words = tokenizer, words
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        # Past transformers' own layer, which takes longer than a small model takes for the token.
+        self._decode = backend.decode if backend is not None else getattr(tokenizer, "decode", None)
+        self._alone: dict[int, str] = {}
         self._special = frozenset(getattr(tokenizer, "all_special_ids", ()) if tokenizer is not None else ())
         self._numbered: list[str] | None = None
 
     def text(self, tokens: Sequence[int]) -> str:
         """Their text together, without control tokens; each as ``<N>`` where the version has no tokenizer."""
-        if self._tokenizer is None:
+        if self._decode is None:
             return "".join(f"<{token}>" for token in tokens)
         kept = [token for token in tokens if token not in self._special]
-        found: str = self._tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if len(kept) <= 1:
+            return self.word(kept[0]) if kept else ""
+        found: str = self._decode(kept, skip_special_tokens=False)
         return found
 
     def word(self, token: int) -> str:
         """One token, control tokens included."""
-        if self._tokenizer is None:
+        if self._decode is None:
             return f"<{token}>"
-        found: str = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        found = self._alone.get(token)
+        if found is None:
+            found = self._alone[token] = self._decode([token], skip_special_tokens=False)
         return found
 
     def numbered(self) -> list[str]:
@@ -213,6 +225,7 @@ class Growing:
         self._spelling, self._stops = spelling, [stop for stop in stops if stop]
         self._tokens: list[int] = []
         self._from = self._read = 0  # a decoder looks back a few tokens, not to the beginning
+        self._before = ""
         self._held = ""
         self.stopped = False
 
@@ -220,11 +233,11 @@ class Growing:
         """What can be given out now that `token` has come (-1: none)."""
         if token >= 0:
             self._tokens.append(token)
-        before = self._spelling.text(self._tokens[self._from : self._read])
         now = self._spelling.text(self._tokens[self._from :])
         if last or not now.endswith("\ufffd"):  # else the rest of a character is to come
-            self._held += now[len(before) :]
+            self._held += now[len(self._before) :]
             self._from, self._read = self._read, len(self._tokens)
+            self._before = "" if last else self._spelling.text(self._tokens[self._from : self._read])
         for stop in self._stops:
             at = self._held.find(stop)
             if at >= 0:

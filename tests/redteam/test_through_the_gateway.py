@@ -1,0 +1,98 @@
+"""The same attacks through the gateway, as somebody whom policy permits `infer` and nothing else: all are stopped."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from infer.running import Running
+from infer.small import REF, make_room
+from strongroom.gateway.listen import configure
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.worker import application
+from strongroom.redteam.extraction import ATTACKS, judge, run, sampling
+from strongroom.redteam.target import Target
+from strongroom.vault.vault import Vault
+
+# Rates are not what stops a patient attacker, and would only make the test longer.
+SETTINGS = """
+[limits.key]
+requests = 0
+[limits.identity]
+requests = 0
+"""
+
+
+@pytest.fixture(scope="module")
+def door(small, tmp_path_factory):
+    """A gateway's URL and a key to it, before `strongroom infer` on its private channel."""
+    folder = tmp_path_factory.mktemp("guarded")
+    channel = folder / "channel"
+    channel.write_text(secrets.token_hex(32))
+    channel.chmod(0o600)
+    with make_room(folder / "room", small) as room:
+        key = room.apikeys.new()["key"]
+    running = Running(folder / "room", "acme/small", "--rows", "32", "--channel", str(channel))
+    vault = Vault(folder / "room")
+    upstream = f'[[upstream]]\nurl = "{running.url}"\nchannel = "{channel}"\n'
+    server = uvicorn.Server(configure(application(vault, Settings.parse(SETTINGS + upstream), folder / "inference")))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while not server.started and time.monotonic() < deadline:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", key
+    server.should_exit = True
+    thread.join(30)
+    listener.close()
+    vault.close()
+    running.stop()
+
+
+@pytest.fixture
+def target(door):
+    found = Target(door[0], REF, key=door[1])
+    yield found
+    found.close()
+
+
+# What a try with OpenAI's own fields is refused for: not for a name that the gateway just does not know.
+REFUSED = {
+    "full log-probabilities": "parameter_invalid",
+    "top-20 with logit_bias": "parameter_invalid",
+    "top-5 with logit_bias": "parameter_forbidden",
+    "top-1 with logit_bias": "parameter_forbidden",
+    "argmax text with logit_bias": "permission_denied",
+    "ban-only bias, top-1": "parameter_forbidden",
+    "ban-only bias, text": "permission_denied",
+    "forced token": "parameter_forbidden",
+    "prompt_logprobs": "parameter_forbidden",
+    "echo": "parameter_forbidden",
+    "embeddings": "permission_denied",
+}
+
+
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "sampling alone"])
+def test_it_gets_nothing(target, setup, attack):
+    found = run(target, setup, attack)
+    print(found, dict(target.cost.codes))
+    assert (found.verdict, found.found, found.tokens) == ("STOPPED", None, 0)
+    assert found.refused == found.requests
+    assert REFUSED[attack] in target.cost.codes
+
+
+def test_text_comes_and_tells_next_to_nothing(target, setup):
+    found = judge(setup, sampling(target, setup, alone=20))
+    print(found, target.cost)
+    assert target.cost.tokens >= 15 * setup.columns  # so the door was open all the time
+    verdict, hidden, _, overlap = found
+    assert verdict == "STOPPED"
+    assert hidden != setup.hidden
+    assert overlap < 0.1

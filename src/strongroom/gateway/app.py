@@ -36,6 +36,7 @@ from strongroom.gateway.request import BODY_MOST, Forms
 from strongroom.gateway.routes import Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
+from strongroom.gateway.verified import Verified
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -56,11 +57,20 @@ _BODY_TIME = 20.0  # seconds in which a body has to come
 class GatewayApp:
     """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits, budgets), `records`."""
 
-    def __init__(self, door: Door, forms: Forms, routes: Routes, tolls: Tolls, records: Records) -> None:
+    def __init__(
+        self,
+        door: Door,
+        forms: Forms,
+        routes: Routes,
+        tolls: Tolls,
+        records: Records,
+        verified: Verified | None = None,
+    ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
         self._flights = Flights(door)
         self.failure: StrongroomError | None = None  # why it did not start
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
+        self.verified = verified
         self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,12 +90,16 @@ class GatewayApp:
             return
         watching = asyncio.create_task(self._door.watch())
         self._tolls.start()
+        if self.verified is not None:
+            self.verified.start()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
         self._routes.close()
+        if self.verified is not None:
+            self.verified.close()
         self._tolls.close()
         await asyncio.to_thread(self._records.close)
         self._door.close()
@@ -105,6 +119,8 @@ class GatewayApp:
                 raise UsageError("route.method", f"{path} takes POST")
             self._door.check()
             self._records.check()
+            if self.verified is not None:
+                self.verified.check()
             token = _bearer(scope)
             caller = await self._door.caller(token)
             flight = Flight(
@@ -120,8 +136,7 @@ class GatewayApp:
             await self._refuse(error, flight, send)
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _body(scope, receive)
-        asked = flight.asked = self._forms.read(flight.route, body)
+        asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
         if flight.route == "embeddings":
             asked.actions.append("infer_embeddings")
         flight.ref = await self._door.resolve(asked.model)
@@ -129,13 +144,16 @@ class GatewayApp:
         await self._tolls.take(flight)
         forget = scope[CONNECTION].when_gone(flight.leave)
         try:
-            reply = await self._routes.begin(flight, self._upstream_body(flight))
+            body = self._upstream_body(flight)
+            reply = await self._routes.begin(flight, body)
             if reply.status != 200:
                 raise unexpected(reply.status)
             if asked.stream:
                 await self._stream(flight, reply, send)
             else:
                 await self._whole(flight, reply, send)
+            if self.verified is not None:
+                self.verified.look(flight, body)
         finally:
             forget()
             self._routes.end(flight)

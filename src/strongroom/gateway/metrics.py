@@ -68,9 +68,34 @@ class GatewayMetrics:
         seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
         seconds.add_metric((), buckets, total)
         yield seconds
+        yield from self._verified()
         yield GaugeMetricFamily("strongroom_gateway_under_way", "Requests under way", value=self._app.under_way)
         yield GaugeMetricFamily(
             "strongroom_gateway_ready", "Whether requests are answered", value=0 if self._app.problems() else 1
+        )
+
+    def _verified(self) -> Iterator[Metric]:
+        """Of answers that were run again, if any are."""
+        verified = self._app.verified
+        if verified is None:
+            return
+        yield CounterMetricFamily(
+            "strongroom_gateway_not_verified", "Samples that could not be run again", value=verified.failed
+        )
+        verdict = verified.verdict
+        if verdict is None:
+            return
+        tokens = GaugeMetricFamily(
+            "strongroom_gateway_verified_tokens", "Tokens that were run again, by their class", labels=("class",)
+        )
+        for name in ("good", "suspicious", "dangerous"):
+            tokens.add_metric((name,), getattr(verdict, name))
+        yield tokens
+        yield GaugeMetricFamily(
+            "strongroom_gateway_smuggled_bits", "Bits a token that could still be smuggled out", value=verdict.bits
+        )
+        yield GaugeMetricFamily(
+            "strongroom_gateway_verify_alarm", "Whether answers do not verify", value=1 if verdict.alarm else 0
         )
 
     def exposition(self) -> bytes:

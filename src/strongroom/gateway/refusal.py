@@ -23,6 +23,7 @@ _BY_CODE = {
     "body.too_large": ("body_too_large", 413),
     "content.refused": ("content_refused", 400),
     "version.frozen": ("frozen", 403),
+    "verify.alarm": ("sealed", 503),
     "upstream.timeout": ("upstream_timeout", 504),
     "upstream.malformed": ("upstream_malformed", 502),
     "upstream.unavailable": ("upstream_unavailable", 502),

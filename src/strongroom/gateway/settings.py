@@ -170,6 +170,16 @@ class Upstream:
 
 
 @dataclass(frozen=True)
+class Verify:
+    """Answers that are run again (section 7 of the specification)."""
+
+    url: str = _of("", "a `strongroom infer` beside the one that answers; empty: nothing is run again")
+    channel: str = _of("", "the file with the secret of its private channel")
+    share: float = _of(0.01, "of the answers", most=1)
+    stop: bool = _of(default=False, doc="an alarm ends all inference of this gateway; otherwise it is told")
+
+
+@dataclass(frozen=True)
 class Redis:
     """Limits that several workers and machines share."""
 
@@ -197,6 +207,7 @@ class Settings:
     budgets: Budgets = Budgets()
     upstream: tuple[Upstream, ...] = ()
     redis: Redis = Redis()
+    verify: Verify = Verify()
 
     @classmethod
     def read(cls, path: Path) -> Settings:

@@ -21,6 +21,7 @@ from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
 from strongroom.gateway.tolls import Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
+from strongroom.gateway.verified import Verified
 from strongroom.vault.callers import Callers
 from strongroom.vault.vault import Vault
 from strongroom.watch.budget import Budgets
@@ -70,6 +71,7 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         Routes(backends, channelled=channelled),
         Tolls(settings, limits, budgets, vocabulary, filters),
         Records(records, callers.record, settings.digest),
+        _verified(settings),
     )
 
 
@@ -99,6 +101,21 @@ def _upstream(at: At, settings: Settings) -> Upstream:
         timeouts=Timeouts(first=times.first_byte, between=times.between, whole=times.whole),
         headers=tuple(headers),
     )
+
+
+def _verified(settings: Settings) -> Verified | None:
+    """What runs answers again. UsageError ``settings.verify`` where no upstream can say which tokens it drew."""
+    verify = settings.verify
+    if not verify.url:
+        return None
+    if not verify.channel or not all(each.channel for each in settings.upstream):
+        raise UsageError(
+            "settings.verify",
+            "answers can be run again only where upstream and verifier are `strongroom infer`, each with its channel",
+            hint="strongroom infer REF --channel FILE, and channel = FILE in [[upstream]] and in [verify]",
+        )
+    secret = ("strongroom-channel", _secret(Path(verify.channel)))
+    return Verified(Upstream(verify.url, headers=(secret,)), verify.share, stop=verify.stop)
 
 
 def _secret(path: Path) -> str:

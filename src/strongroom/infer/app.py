@@ -7,7 +7,7 @@ import base64
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
 from strongroom.infer.fields import Fields, Reader, Wanted
 from strongroom.infer.text import Spelling
+from strongroom.infer.verify import Checked, Run, Tally, Verifier
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -39,6 +40,7 @@ class Model:
     reader: Reader
     spelling: Spelling
     embedder: Embedder | None
+    verifier: Verifier | None
     created: int
 
 
@@ -59,10 +61,12 @@ class InferApp:
         self._model, self._together = model, together
         self._channel = channel.encode() if channel is not None else None
         self._under_way = 0
+        self._tally = Tally()
         self._routes: dict[tuple[str, str], Callable[[_Call], Awaitable[None]]] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completions,
             ("POST", "/v1/embeddings"): self._embeddings,
+            ("POST", "/v1/verify"): self._verify,
             ("GET", "/v1/models"): self._models,
         }
 
@@ -123,6 +127,37 @@ class InferApp:
     async def _completions(self, call: _Call) -> None:
         wanted = await asyncio.to_thread(self._model.reader.completion, call.body, private=call.private)
         await self._generate(wanted, call.receive, call.send)
+
+    async def _verify(self, call: _Call) -> None:
+        """An answer that another server gave is run again; what is said is of all that have been sent here."""
+        verifier = self._model.verifier
+        if verifier is None or not call.private:
+            raise NotFound("infer.route", "answers are verified over the private channel only")
+        request, read = call.body.get("request"), self._model.reader
+        if not isinstance(request, dict) or call.body.get("route") not in ("chat", "completions"):
+            raise UsageError("infer.field", "a run has a route and a request", param="request")
+        reads = read.chat if call.body["route"] == "chat" else read.completion
+        wanted = await asyncio.to_thread(reads, request, private=True)
+        output = Fields(call.body).tokens("tokens")
+        if len(wanted.asks) != 1 or not output:
+            raise UsageError("infer.field", "a run has one prompt, and tokens", param="tokens")
+        run = Run(wanted.asks[0].prompt, output, wanted.asks[0].sampling)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Checked] = loop.create_future()
+
+        def work(why: StrongroomError | None) -> None:
+            try:
+                if why is not None:
+                    raise why
+                found = verifier.check(run)
+            except StrongroomError as error:
+                loop.call_soon_threadsafe(_settle, done, error)
+            else:
+                loop.call_soon_threadsafe(_settle, done, found)
+
+        self._model.engine.call(work)
+        self._tally.add(await done)
+        await _whole(call.send, 200, orjson.dumps(asdict(verifier.verdict(self._tally))))
 
     async def _generate(self, wanted: Wanted, receive: Receive, send: Send) -> None:
         events: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()
@@ -252,6 +287,15 @@ class _Heard:
                 choice.add(event)
                 grown[choice.index] = choice
         return grown
+
+
+def _settle(done: asyncio.Future[Any], found: object) -> None:
+    if done.done():  # whoever asked has gone
+        return
+    if isinstance(found, StrongroomError):
+        done.set_exception(found)
+    else:
+        done.set_result(found)
 
 
 async def _disconnected(receive: Receive) -> None:

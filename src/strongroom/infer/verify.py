@@ -62,6 +62,18 @@ class Verdict:
     alarm: str
 
 
+class Tally:
+    """Tokens of many runs, counted by their class; `open_bits` is what τ leaves open in all of them."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.open_bits = 0.0
+
+    def add(self, checked: Checked) -> None:
+        self.counts.update(checked.classes)
+        self.open_bits += float(np.log2(checked.choices).sum())
+
+
 class Verifier:
     """Checks runs with the room's own weights: a causal model of transformers. `tau` in logits."""
 
@@ -101,12 +113,17 @@ class Verifier:
 
     def judge(self, checked: Iterable[Checked]) -> Verdict:
         """What all of them say together."""
-        everything = list(checked)
-        counts = Counter(name for each in everything for name in each.classes)
-        total = sum(counts.values())
+        tally = Tally()
+        for each in checked:
+            tally.add(each)
+        return self.verdict(tally)
+
+    def verdict(self, tally: Tally) -> Verdict:
+        """What everything that was added to `tally` says. UsageError ``verify.run`` for nothing."""
+        counts, total = tally.counts, sum(tally.counts.values())
         if not total:
             raise UsageError("verify.run", "there is nothing to judge: no run was checked")
-        open_bits = float(sum(np.log2(each.choices).sum() for each in everything)) / total
+        open_bits = tally.open_bits / total
         bound = upper_bound(counts[DANGEROUS], total)
         alarm = ""
         if counts[DANGEROUS]:

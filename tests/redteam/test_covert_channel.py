@@ -1,0 +1,127 @@
+"""An inference server that hides bits in the tokens that it draws, and a gateway that has its answers run again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from gateway.places import Inference, framed
+from infer.running import Running
+from infer.small import REF, make_room
+from strongroom.gateway.listen import configure
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.worker import application
+from strongroom.vault.vault import Vault
+
+
+@pytest.fixture(scope="module")
+def room(small, tmp_path_factory):
+    """The folder of a room, a key to its gateway, and a running server with its channel."""
+    folder = tmp_path_factory.mktemp("verified")
+    channel = folder / "channel"
+    channel.write_text(secrets.token_hex(32))
+    channel.chmod(0o600)
+    with make_room(folder / "room", small) as opened:
+        key = opened.apikeys.new()["key"]
+    running = Running(folder / "room", "acme/small", "--channel", str(channel))
+    yield folder, key, running, channel
+    running.stop()
+
+
+@contextlib.contextmanager
+def gateway(room, upstream: str):
+    """A gateway before `upstream`, whose answers are all run again by the running server."""
+    folder, key, running, channel = room
+    settings = Settings.parse(
+        f"""
+[verify]
+url = "{running.url}"
+channel = "{channel}"
+share = 1.0
+stop = true
+[[upstream]]
+url = "{upstream}"
+channel = "{channel}"
+models = {{"{REF}" = "acme/small"}}
+"""
+    )
+    vault = Vault(folder / "room")
+    app = application(vault, settings, folder / "inference")
+    server = uvicorn.Server(configure(app))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started, 30)
+        yield app, listener.getsockname()[1], key
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+        vault.close()
+
+
+def until(what, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def ask(port, key, **more):
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = {"model": REF, "prompt": "The room has a lock", "max_tokens": 40, **more}
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_an_honest_server_verifies_streaming_and_not(room):
+    with gateway(room, room[2].url) as (app, port, key):
+        for more in ({}, {"temperature": 0.7, "top_p": 0.9}, {"stream": True}, {"temperature": 0}):
+            assert ask(port, key, **more)[0] == 200
+        until(lambda: app.verified.verdict is not None and app.verified.verdict.tokens >= 100)
+        until(app.verified._samples.empty)
+        verdict = app.verified.verdict
+        assert (verdict.alarm, verdict.dangerous, app.verified.failed) == ("", 0, 0)
+        assert verdict.good == verdict.tokens
+        assert verdict.bits < 9  # log2 of 512 words: what nobody had verified
+
+
+def test_bits_that_are_hidden_in_tokens_end_inference(room):
+    honest = room[2]
+    hostile = Inference()
+    secret = room[3].read_text()
+
+    def smuggling(body):
+        """What the honest server says, but for every third token, which is another one."""
+        said = honest.raw("POST", "/v1/completions", body, {"strongroom-channel": secret})[1]
+        tokens = said["choices"][0]["strongroom"]["tokens"]
+        said["choices"][0]["strongroom"]["tokens"] = [
+            (token + 1) % 500 if place % 3 == 0 else token for place, token in enumerate(tokens)
+        ]
+        return [framed(json.dumps(said).encode())]
+
+    hostile.script = smuggling
+    try:
+        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
+            assert ask(port, key)[0] == 200
+            until(lambda: app.verified.verdict is not None and app.verified.verdict.alarm)
+            assert "not what these weights and this seed give" in app.verified.verdict.alarm
+            status, body = ask(port, key)
+            assert status == 503
+            assert json.loads(body)["error"]["code"] == "sealed"
+    finally:
+        hostile.stop()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 PROGRAM = [sys.executable, "-m", "strongroom.cli"]
-TIMEOUT = 300
+TIMEOUT = 550  # seconds: the longest of them is the whole story of the demo
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def test_the_fast_story(tmp_path: Path) -> None:
 
 
 @needs_smollm2
+@pytest.mark.timeout(600)  # a real model is served, and attacked
 def test_the_whole_story(tmp_path: Path) -> None:
     ended = told(tmp_path, "--keep")
     assert "A: The capital of France is Paris." in ended.out
@@ -78,6 +79,10 @@ def test_the_whole_story(tmp_path: Path) -> None:
     assert had < published
     assert "the statement is not by user/eva of this room" in ended.out
     assert "Refused: segment" in ended.out
+    assert "Hidden size 576, " in ended.out
+    assert re.search(r"through the gateway: \d+ requests refused \(parameter_forbidden.*\), nothing found", ended.out)
+    assert "bits, " in ended.out
+    assert "Alarm." in ended.out
     assert "What this does not protect against" in ended.out
     (kept,) = tmp_path.glob("strongroom*")
     room = kept / "room"

@@ -73,6 +73,7 @@ REFUSED = {
     "ban-only bias, top-1": "parameter_forbidden",
     "ban-only bias, text": "permission_denied",
     "forced token": "parameter_forbidden",
+    "allowed tokens": "parameter_forbidden",
     "prompt_logprobs": "parameter_forbidden",
     "echo": "parameter_forbidden",
     "embeddings": "permission_denied",

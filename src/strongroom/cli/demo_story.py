@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strongroom.cli.demo_leak import LeakSteps
+from strongroom.cli.demo_door import DoorSteps
 from strongroom.cli.demo_stage import ANA, KIM, OWNER, broken
 from strongroom.cli.output import number, seconds, size
 from strongroom.cli.weights import problem_line
@@ -25,7 +25,7 @@ _ROUNDS = 5  # timed loads, after one that warms up
 _HUNG = 10 * 60  # seconds after which a child is given up
 
 
-class Story(LeakSteps):
+class Story(DoorSteps):
     """One telling. Each step prints what it shows and adds its figures."""
 
     def tell(self) -> dict[str, Any]:
@@ -48,9 +48,17 @@ class Story(LeakSteps):
             ("leak", "One of them leaks", self.leak),
             ("together", "Both of them leak, together", self.together),
         ]
-        for name, title, step in steps:
-            self._heading(title)
-            self.figures[name] = step()
+        if self.original.kind == "smollm2":  # a model that writes
+            steps += [
+                ("served", "Everybody else gets only inference", self.served),
+                ("stolen", "Somebody steals the last layer through the door", self.stolen),
+                ("budget", "Every bit is counted", self.budget),
+                ("covert", "A server that smuggles", self.covert),
+            ]
+        with self.serving():
+            for name, title, step in steps:
+                self._heading(title)
+                self.figures[name] = step()
         self._heading("What this does not protect against")
         self._tell(
             "Whoever holds a key bundle, or is root where one is in use, can copy the weights: the copy names them, "

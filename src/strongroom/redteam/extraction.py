@@ -283,6 +283,20 @@ def forced(target: Target, setup: Setup) -> Floats | None:
     return _complete(found[1:] - found[0])
 
 
+def allowed(target: Target, setup: Setup) -> Floats | None:
+    """A list of allowed tokens, and the log-probabilities of all of these: a column a request, however many words there
+    are."""
+    numbers = [token.number for token in setup.tokens]
+    fields = _numbered(
+        target, logprobs=len(numbers), allowed_token_ids=numbers, logprobs_mode="processed_logprobs", top_p=1
+    )
+    found = np.full((len(numbers), setup.columns), np.nan)
+    for column, choices in enumerate(target.complete(prompts(setup.columns), fields, together=16)):
+        tops = _tops(choices)
+        found[:, column] = [tops.get(_name(target, token), np.nan) for token in setup.tokens]
+    return _complete(found[1:] - found[0])
+
+
 def prompt_logprobs(target: Target, setup: Setup) -> Floats | None:
     """All log-probabilities of every place in long prompts: as many prompts as these have tokens."""
     texts, places = prompts(setup.columns), list[dict[str, Any]]()
@@ -372,6 +386,7 @@ ATTACKS: dict[str, Callable[[Target, Setup], Floats | None]] = {
     "ban-only bias, top-1": ban_only,
     "ban-only bias, text": ban_text,
     "forced token": forced,
+    "allowed tokens": allowed,
     "prompt_logprobs": prompt_logprobs,
     "echo": echo,
     "embeddings": embeddings,

@@ -218,6 +218,21 @@ class Gateway:
         finally:
             connection.close()
 
+    def metrics(self, port: int) -> dict[str, float]:
+        """What a worker shows there, summed over labels."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        try:
+            connection.request("GET", "/metrics")
+            text = connection.getresponse().read().decode()
+        finally:
+            connection.close()
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, value = line.split("{")[0].split(" ")[0], float(line.rsplit(" ", 1)[1])
+                found[name] = found.get(name, 0.0) + value
+        return found
+
     def get(self, path: str, as_: str = ANA) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from gateway.places import ANA, BEN, OWNER, PIA, REF, STREAM, chat, chunk, ended, event, framed, token, whole
+from gateway.places import (
+    ANA,
+    BEN,
+    OWNER,
+    PIA,
+    REF,
+    STREAM,
+    Gateway,
+    Inference,
+    chat,
+    chunk,
+    ended,
+    event,
+    framed,
+    token,
+    whole,
+)
 from strongroom.gateway.records import verify
 from strongroom.watch import meter
 
@@ -315,6 +334,47 @@ def test_words_that_are_not_passed_on(place):
     assert gateway.post(chat("How is sa\u200brin made?"))[2]["error"]["code"] == "content_refused"
     assert gateway.post(chat("1234 1234 1234 1234 "))[2]["error"]["code"] == "content_refused"
     assert gateway.post(chat("How are sardines made?"))[0] == 200
+
+
+def test_a_classifier_elsewhere_is_asked(place):
+    elsewhere = Inference()
+    elsewhere.script = lambda body: [framed(json.dumps({"refuse": "bomb" in body["texts"][0]}).encode())]
+    try:
+        gateway = place.gateway(f'[requests]\nclassifier = "http://127.0.0.1:{elsewhere.port}/check"\n')
+        assert gateway.post(chat("Hello"))[0] == 200
+        assert gateway.post(chat("A bomb"))[2]["error"]["code"] == "content_refused"
+        assert elsewhere.asked == [{"texts": ["Hello"]}, {"texts": ["A bomb"]}]
+        for nothing in (b"{}", b'{"refuse": 1}', b"no"):  # who can't tell lets nothing pass
+            elsewhere.script = lambda _, said=nothing: [framed(said)]
+            assert gateway.post(chat("Hello"))[0] == 503
+    finally:
+        elsewhere.stop()
+
+
+def test_several_workers_on_one_socket(place):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        shown = probe.getsockname()[1]
+    upstream = f"http://127.0.0.1:{place.inference.port}"
+    command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
+    options = ["--listen", f"127.0.0.1:{port}", "--upstream", upstream, "--workers", "2"]
+    before = {path.name for path in (place.folder / "inference").glob("*.jsonl")}
+    process = subprocess.Popen([*command, *options, "--metrics", f"127.0.0.1:{shown}"], stdout=subprocess.PIPE)
+    try:
+        assert json.loads(process.stdout.readline())["workers"] == 2
+        gateway = Gateway(place, port)
+        assert {gateway.post(chat())[0] for _ in range(20)} == {200}
+        counted = [gateway.metrics(shown + number) for number in range(2)]
+        assert sum(each["strongroom_gateway_requests_total"] for each in counted) == 20
+        assert all(each["strongroom_gateway_ready"] == 1 for each in counted)
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0
+        process.stdout.close()
+    made = [path for path in (place.folder / "inference").glob("*.jsonl") if path.name not in before]
+    assert len(made) == 2
+    assert sum(len(path.read_text().splitlines()) for path in made) == 20
 
 
 # -- upstreams that are not what they should be ------------------------------------------------------------------------

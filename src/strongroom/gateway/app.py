@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import itertools
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -266,6 +267,7 @@ class GatewayApp:
                 "prompt_tokens": flight.meter.prompt,
                 "tokens": tokens if status != 100 else 0,
                 "bits": flight.bits if status != 100 else 0,
+                "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
                 "reserved": flight.reserved,
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
     if plan.workers == 1:
         _serve(plan, listener, ready, 0)
         return
+    signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
     children: list[Any] = []
     try:
@@ -64,8 +67,9 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
                 if child.exitcode is not None:
                     raise BackendError("gateway.start", "a worker of the gateway ended while it started")
         ready()
-        for child in children:
-            child.join()
+        # One that ended by itself has lost what it had drawn of budgets and limits: all are started again together.
+        connection.wait([child.sentinel for child in children])
+        raise BackendError("gateway.worker", "a worker of the gateway has ended", hint="start the gateway again")
     except KeyboardInterrupt:
         pass
     finally:
@@ -73,6 +77,10 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             child.terminate()
         for child in children:
             child.join()
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int) -> None:

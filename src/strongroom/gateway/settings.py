@@ -113,6 +113,9 @@ class Requests:
     )
     words: tuple[str, ...] = _of((), "refused in prompts, whole words, upper case or lower")
     patterns: tuple[str, ...] = _of((), "regular expressions, refused in prompts")
+    classifier: str = _of(
+        "", 'a URL that is sent `{"texts": [...]}` of each prompt and answers `{"refuse": true}` or false; empty: none'
+    )
 
 
 @dataclass(frozen=True)
@@ -364,6 +367,8 @@ def _check(settings: Settings) -> None:
         raise _malformed("budgets.rule", "is there once for a scope and window", [rule.scope for rule in rules])
     for upstream in settings.upstream:
         _check_url("upstream.url", upstream.url, ("http", "https"))
+    if settings.requests.classifier:
+        _check_url("requests.classifier", settings.requests.classifier, ("http", "https"))
     if settings.redis.url:
         _check_url("redis.url", settings.redis.url, ("redis", "rediss"))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from strongroom.errors import UsageError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.door import Door
-from strongroom.gateway.filters import Filter, Words
+from strongroom.gateway.filters import Classifier, Filter, Words
 from strongroom.gateway.limits import Limits
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.records import Records
@@ -65,6 +65,8 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
     ]
     channelled = bool(settings.upstream) and all(each.channel for each in settings.upstream)
     filters: list[Filter] = [Words(settings.requests.words, settings.requests.patterns)]
+    if settings.requests.classifier:
+        filters.append(Classifier(settings.requests.classifier))
     return GatewayApp(
         Door(callers),
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),

@@ -450,6 +450,19 @@ def test_no_output_of_a_model_is_an_event_of_its_own(place):
     assert len(events) == 4  # the text, the end of the choice, DONE, and nothing
 
 
+def test_a_fault_of_ours_is_answered_and_recorded(place, monkeypatch, caplog):
+    gateway = place.gateway()
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("strongroom.gateway.answer.Shape.whole", broken)
+    status, _, found = gateway.post(chat())
+    assert (status, found["error"]["code"]) == (500, "internal")
+    assert "ZeroDivisionError" in caplog.text
+    eventually(lambda: place.records()[-1]["code"] == "internal")
+
+
 # -- bytes that are no requests ----------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import itertools
+import logging
 import math
 import secrets
 import time
@@ -52,6 +53,7 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
+_log = logging.getLogger("strongroom.gateway")
 _BODY_TIME = 20.0  # seconds in which a body has to come
 
 
@@ -135,6 +137,9 @@ class GatewayApp:
                 await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
             await self._refuse(error, flight, send)
+        except Exception:  # a fault of ours is answered, charged and recorded, too
+            _log.exception("a request failed")
+            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, send)
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))

@@ -28,6 +28,7 @@ _BY_CODE = {
     "upstream.malformed": ("upstream_malformed", 502),
     "upstream.unavailable": ("upstream_unavailable", 502),
     "upstream.aborted": ("upstream_unavailable", 502),
+    "gateway.fault": ("internal", 500),
     "route.missing": ("not_found", 404),
     "route.method": ("method_not_allowed", 405),
 }

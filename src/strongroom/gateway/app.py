@@ -137,7 +137,7 @@ class GatewayApp:
                 await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
             await self._refuse(error, flight, send)
-        except Exception:  # a fault of ours is answered, charged and recorded, too
+        except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
             await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, send)
 

@@ -8,10 +8,14 @@ import time
 from types import SimpleNamespace
 
 from gateway.callers import REF, Asker
+from strongroom.gateway.answer import Meter
+from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
+from strongroom.gateway.request import Asked
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.tolls import Tolls
 from strongroom.storage.db import Database
+from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
 from strongroom.watch.rules import RULES
 
@@ -46,3 +50,24 @@ def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp
     database.close()
     assert found["gone_bits"] == 0
     assert all(each["used"] == 0 for each in found["budgets"])
+
+
+def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_path):
+    """Upstream says how many tokens there were at the end only: who leaves before it has had the numbers all the same.
+    Eight bits a byte of text are a tenth of what five log-probabilities a token can say."""
+    database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
+    budgets = Budgets(database, RULES, lambda _: 10**9, time.time)
+    tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
+    flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", REF, Asked("chat", logprobs=5), most=20)
+    flight.meter = Meter(text_bytes=30, chunks=10, listed=10)
+
+    async def work():
+        flight.reserved = tolls._most(flight)
+        flight.toll = await tolls._reserve(flight)
+        tolls.settle(flight)
+
+    asyncio.run(work())
+    budgets.close()
+    database.close()
+    assert flight.bits == 8 * 30 + meter.bound(10, 1000, logprobs=6) - meter.bound(10, 1000)
+    assert flight.bits > meter.bound(10, 1000, logprobs=5)

@@ -28,6 +28,7 @@ class Meter:
     text_bytes: int = 0
     chunks: int = 0  # pieces that had text
     channel: int = 0  # tokens, by the private channel
+    listed: int = 0  # tokens whose log-probabilities were given out
     channelled: bool = False
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
@@ -37,27 +38,30 @@ class Meter:
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         if self.channelled:
-            return self.channel, True
+            return max(self.channel, self.listed), True
         counted = self.reported is not None and self.reported * _BYTES_A_TOKEN >= self.text_bytes
         if counted:
-            return max(self.reported or 0, self.chunks), True
-        return max(self.chunks, -(-self.text_bytes // 3)), False
+            return max(self.reported or 0, self.chunks, self.listed), True
+        return max(self.chunks, self.listed, -(-self.text_bytes // 3)), False
 
 
 class Shape:
     """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
 
     def __init__(self, asked: Asked, identifier: str, model: str, created: int) -> None:
-        self._asked, self._model = asked, model
-        chat = asked.route == "chat"
-        self._chat = chat
-        self._id = ("chatcmpl-" if chat else "cmpl-") + identifier
+        self._asked = asked
+        self._chat = chat = asked.route == "chat"
         kind = (
             ("chat.completion.chunk" if chat else "text_completion")
             if asked.stream
             else ("chat.completion" if chat else "text_completion")
         )
-        self._common = {"id": self._id, "object": kind, "created": created, "model": model}
+        self._common = {
+            "id": ("chatcmpl-" if chat else "cmpl-") + identifier,
+            "object": kind,
+            "created": created,
+            "model": model,
+        }
         self.meter = Meter()
         self._finished: set[int] = set()
         self._begun: set[int] = set()
@@ -199,7 +203,10 @@ class Shape:
             return None
         if not isinstance(value, dict):
             raise malformed("has log-probabilities of another form")
-        return _of_chat(value, most) if self._chat else _of_text(value, most)
+        made = _of_chat(value, most) if self._chat else _of_text(value, most)
+        # Each is charged: a list that is longer than the answer would carry bits that nobody counts.
+        self.meter.listed += len(made["content" if self._chat else "tokens"])
+        return made
 
 
 def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:

@@ -336,7 +336,7 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    if asked is not None and max(meter.channel, meter.chunks, meter.reported or 0) > flight.most * asked.n:
+    if asked is not None and max(meter.channel, meter.chunks, meter.listed, meter.reported or 0) > flight.most * asked.n:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")

@@ -127,11 +127,13 @@ class Tolls:
             flight.bits = meter.embeddings(1, count=flight.numbers)
         else:
             tokens, counted = flight.meter.tokens()
-            flight.bits = (
-                meter.bound(tokens, self._vocabulary(flight.ref), logprobs=_beside(flight))
-                if counted
-                else 8 * flight.meter.text_bytes
-            )
+            words, beside = self._vocabulary(flight.ref), _beside(flight)
+            if counted:
+                flight.bits = meter.bound(tokens, words, logprobs=beside)
+            else:  # a stream that was cut: its text, and the log-probabilities that had come with it
+                listed = flight.meter.listed
+                said = meter.bound(listed, words, logprobs=beside) - meter.bound(listed, words)
+                flight.bits = 8 * flight.meter.text_bytes + said
         toll.settle(flight.bits)
 
 

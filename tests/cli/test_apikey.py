@@ -38,7 +38,7 @@ def test_a_key_is_shown_once_and_is_good_until_it_is_ended(team):
     assert f"{identifier} (evaluation)" in team.run("principal", "show", "user/pat", "--as", "user/olga").out
     with Room(team.room, "user/olga") as room:
         callers = Callers(room._vault)
-        assert callers.by_key(digest_of(key)).principal == "user/pat"
+        assert callers.by_key(digest_of(key))[0].principal == "user/pat"
         done = team.run("apikey", "end", identifier, "--as", "user/pat", "--json").json
         assert (done["id"], done["state"]) == (identifier, "ended")
         assert callers.by_key(digest_of(key)) is None

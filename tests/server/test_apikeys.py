@@ -43,7 +43,7 @@ def test_a_partner_makes_lists_and_ends_one(served):
     assert [each["id"] for each in served.cli("apikey", "ls", as_="user/pat")["apikeys"]] == [made["id"]]
     with Room(served.folder, "user/olga") as room:
         callers = Callers(room._vault)
-        assert callers.by_key(digest_of(made["key"])).principal == "user/pat"
+        assert callers.by_key(digest_of(made["key"]))[0].principal == "user/pat"
         assert [each["id"] for each in served.cli("apikey", "ls", "user/pat", as_="user/ben")["apikeys"]] == [
             made["id"]
         ]

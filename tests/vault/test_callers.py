@@ -47,7 +47,7 @@ ACCOUNT = {
 
 
 def by_key(callers, room, name="default"):
-    return callers.by_key(digest_of(room.apikeys.new(name)["key"]))
+    return callers.by_key(digest_of(room.apikeys.new(name)["key"]))[0]
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ class TestVersion:
 
         made = team.pat.apikeys.new()
         assert not changed(lambda: team.callers.record(REF, ACCOUNT))
-        assert not changed(lambda: team.callers.decide(team.callers.by_key(digest_of(made["key"])), "infer", REF))
+        assert not changed(lambda: team.callers.decide(team.callers.by_key(digest_of(made["key"]))[0], "infer", REF))
 
         def refused():
             with pytest.raises(Denied):
@@ -322,7 +322,7 @@ def test_threads_ask_at_once(team):
         try:
             for _ in range(10):
                 team.callers.version()
-                assert team.callers.by_key(digest).principal == "user/pat"
+                assert team.callers.by_key(digest)[0].principal == "user/pat"
                 team.callers.decide(pat, "infer", REF)
                 assert len(team.callers.models(pat)) == 1
                 gateway = f"{number:032x}"
@@ -503,10 +503,10 @@ class TestUnderALogin:
 
     def test_a_workload_has_keys_that_say_how_it_came(self, lobby):
         digest = self.make(lobby, "workload/ci", lobby.arrive())
-        caller = lobby.callers.by_key(digest)
+        caller, _ = lobby.callers.by_key(digest)
         assert (caller.principal, caller.method) == ("workload/ci", "x509")
         lobby.callers.decide(caller, "infer", REF)
-        assert lobby.callers.by_key(self.make(lobby, "user/ana", lobby.login())).method == "oidc"
+        assert lobby.callers.by_key(self.make(lobby, "user/ana", lobby.login()))[0].method == "oidc"
         self.verify(lobby)
 
     def test_but_none_that_outlives_it(self, lobby):

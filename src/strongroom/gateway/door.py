@@ -9,7 +9,7 @@ import hashlib
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -25,7 +25,7 @@ _KEY = re.compile(r"sr-[A-Za-z0-9_-]{43}", re.ASCII)
 
 
 class Caller(Protocol):
-    """Whoever asks, as vault/callers.py has it."""
+    """Whoever asks, as vault/callers.py has it. `key` is empty where no API key was shown."""
 
     @property
     def principal(self) -> str: ...
@@ -53,12 +53,12 @@ class Model(Protocol):
 
 
 class Callers(Protocol):
-    """What the gateway uses of a room."""
+    """What the gateway uses of a room. Whoever is asked about is one of those that it named itself."""
 
     def version(self) -> str: ...
-    def by_key(self, digest: str) -> Any: ...
-    def by_token(self, token: str) -> tuple[Any, int]: ...
-    def models(self, caller: Any) -> list[Any]: ...
+    def by_key(self, digest: str) -> tuple[Caller, int] | None: ...
+    def by_token(self, token: str) -> tuple[Caller, int]: ...
+    def models(self, caller: Any) -> Sequence[Model]: ...
     def resolve(self, model: str) -> str: ...
     def decide(self, caller: Any, action: str, ref: str) -> None: ...
     def record(self, ref: str, body: dict[str, Any]) -> int: ...
@@ -75,10 +75,10 @@ class Door:
         self._version: str | None = None
         self._seen = -_BLIND * 2
         self.epoch = 0
-        self._callers_by_token: OrderedDict[str, tuple[Any, float]] = OrderedDict()
+        self._callers_by_token: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
         self._decisions: OrderedDict[tuple[str, str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
         self._refs: OrderedDict[str, tuple[str, float]] = OrderedDict()
-        self._models: OrderedDict[tuple[str, str], tuple[list[Any], float]] = OrderedDict()
+        self._models: OrderedDict[tuple[str, str], tuple[Sequence[Model], float]] = OrderedDict()
         self.changed: Callable[[], None] = lambda: None
 
     async def look(self) -> None:
@@ -110,7 +110,7 @@ class Door:
         if not self.awake:
             raise Sealed("gateway.blind", "the gateway can't see the room's log, and answers nothing meanwhile")
 
-    async def caller(self, token: str) -> Any:
+    async def caller(self, token: str) -> Caller:
         """Whoever a bearer token stands for; AuthRequired ``apikey.invalid``, one error for every reason."""
         digest = hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
         found = self._remembered(self._callers_by_token, digest)
@@ -120,16 +120,20 @@ class Door:
         caller, until = await self._ask(self._find, token, digest)
         return self._keep(self._callers_by_token, digest, caller, until, epoch)
 
-    def _find(self, token: str, digest: str) -> tuple[Any, float]:
+    def _find(self, token: str, digest: str) -> tuple[Caller, float]:
         if _KEY.fullmatch(token):
-            caller = self._callers.by_key(digest)
-            if caller is not None:
-                return caller, self._clock() + _DECISION
+            found = self._callers.by_key(digest)
+            if found is not None:
+                return found[0], self._remember_until(found[1])
         elif token.count(".") == 2:
             with contextlib.suppress(AuthRequired):  # one error for every reason
                 caller, until = self._callers.by_token(token)
-                return caller, self._clock() + min(_DECISION, max(0.0, until - time.time()))
+                return caller, self._remember_until(until)
         raise _nobody()
+
+    def _remember_until(self, ends: int) -> float:
+        """By our clock, for what ends at the Unix time `ends`: nobody is remembered for longer than they are known."""
+        return self._clock() + min(_DECISION, max(0.0, ends - time.time()))
 
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
@@ -143,7 +147,7 @@ class Door:
             raise missing(model) from None
         return str(self._keep(self._refs, model, ref, self._clock() + _DECISION, epoch))
 
-    async def allow(self, caller: Any, actions: list[str], ref: str, model: str) -> None:
+    async def allow(self, caller: Caller, actions: list[str], ref: str, model: str) -> None:
         """Every action, or Denied; NotFound ``model.not_found`` where not even `infer` is allowed, so that nobody
         learns which models there are."""
         for action in actions:
@@ -166,17 +170,22 @@ class Door:
             if kept[0] is not None:
                 if action == "infer" and kept[0].code != "version.frozen":
                     raise missing(model)
-                raise kept[0]
+                # The same error each time: without this it would keep the frames, and bodies, of all who were told it.
+                raise kept[0].with_traceback(None)
 
-    async def models(self, caller: Any) -> list[Any]:
+    async def models(self, caller: Caller) -> Sequence[Model]:
+        """The versions that `caller` may infer on; AuthRequired ``apikey.invalid`` if it was suspended meanwhile."""
         key = (caller.principal, caller.method)
-        found: list[Any] | None = self._remembered(self._models, key)
+        found = self._remembered(self._models, key)
         if found is not None:
             return found
         epoch = self.epoch
-        models = await self._ask(self._callers.models, caller)
+        try:
+            models = await self._ask(self._callers.models, caller)
+        except AuthRequired:  # suspended since the key was looked up
+            raise _nobody() from None
         self._keep(self._models, key, models, self._clock() + _DECISION, epoch)
-        return list(models)
+        return models
 
     def _remembered(self, kept: OrderedDict[K, tuple[T, float]], key: K) -> T | None:
         found = kept.get(key)

@@ -9,30 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 from strongroom.errors import LimitExceeded
+from strongroom.gateway.door import Caller
 from strongroom.gateway.settings import Rate, Settings
 
 SCOPES = ("key", "identity", "team", "model", "everybody")
 _OWN = 2  # of a caller's cells, the first so many at most are its own, of which it is told
 _CODES = {"requests": "rate.requests", "tokens": "rate.tokens", "concurrency": "rate.concurrency"}
 _ROUNDING = 1e-6  # of one request or token
-
-
-class Caller(Protocol):
-    """Who asks. `key` is empty where no API key was shown."""
-
-    @property
-    def principal(self) -> str: ...
-    @property
-    def roles(self) -> tuple[str, ...]: ...
-    @property
-    def teams(self) -> tuple[str, ...]: ...
-    @property
-    def person(self) -> str: ...
-    @property
-    def key(self) -> str: ...
 
 
 class Cell:

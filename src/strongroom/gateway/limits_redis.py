@@ -18,9 +18,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from strongroom.errors import BackendError
+from strongroom.gateway.door import Caller
 from strongroom.gateway.limits import (
     Admission,
-    Caller,
     Left,
     Limits,
     headers,

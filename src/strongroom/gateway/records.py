@@ -75,7 +75,7 @@ class Records:
     def check(self) -> None:
         """BackendError ``records.unwritable``: nothing is answered that can't be recorded."""
         if self._failure is not None:
-            raise self._failure
+            raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
     def add(self, record: dict[str, Any]) -> None:
         """The record, without `n`, `at` and `before`, which are put in here. Returns at once."""

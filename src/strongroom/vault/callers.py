@@ -79,14 +79,15 @@ class Callers:
 
     # -- who calls -----------------------------------------------------------------------------------------------
 
-    def by_key(self, digest: str) -> Caller | None:
-        """Who shows the API key with this SHA-256 (64 hexadecimal digits), if it is good now."""
+    def by_key(self, digest: str) -> tuple[Caller, int] | None:
+        """Who shows the API key with this SHA-256 (64 hexadecimal digits), and until when it is good, in seconds; None
+        if it is not good now."""
         now = self._vault.clock()
         with self._ledger.view() as state:
             key = state.apikeys.get(digest)
             if key is None or not apikeys.good(state, key, now):
                 return None
-            return _caller(Speaker(state.principals[key.principal], key.method), key.id)
+            return _caller(Speaker(state.principals[key.principal], key.method), key.id), key.expires_at
 
     def by_token(self, token: str) -> tuple[Caller, int]:
         """Who shows this ID token, and until when it is good, in seconds; AuthRequired, in the same words for everybody

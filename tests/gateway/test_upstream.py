@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable
 
 import pytest
 
+from strongroom.crypto.authority import Authority
 from strongroom.errors import BackendError, UsageError
 from strongroom.gateway.upstream import Timeouts, Upstream
 
@@ -131,6 +133,56 @@ def test_a_gigabyte_is_not_kept():
 
     head = b"HTTP/1.1 200 OK\r\ncontent-length: 1073741824\r\n\r\n"
     assert asked([head, *[bytes(1 << 20)] * 64], take=slowly)[0]
+
+
+def test_what_waits_when_an_answer_is_given_up_is_not_given_out():
+    """A version that is frozen, while its reader is slow, gives out nothing more."""
+
+    found = []
+
+    async def cut(reply):
+        async for piece in reply.pieces():
+            found.append(piece)
+            await asyncio.sleep(0.2)
+            assert reply._connection.waiting
+            reply.abort()
+
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert code([head, b"1\r\na\r\n", b"1\r\nb\r\n"], take=cut, close=False) == "upstream.aborted"
+    assert found == [b"a"]
+
+
+def test_certificates_of_the_settings_are_trusted_and_no_others(tmp_path):
+    ours, others = Authority(tmp_path / "ours", "Ours"), Authority(tmp_path / "others", "Others")
+    (tmp_path / "ours.pem").write_text(ours.pem)
+    (tmp_path / "others.pem").write_text(others.pem)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with ours.issued(["127.0.0.1"]) as certificate:
+        context.load_cert_chain(certificate)
+
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        await writer.drain()
+        writer.close()
+
+    async def get(trusted):
+        server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+        upstream = Upstream(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=FAST, trusted=trusted)
+        try:
+            return await (await upstream.get("/v1/models")).read()
+        finally:
+            upstream.close()
+            server.close()
+
+    assert asyncio.run(get(tmp_path / "ours.pem")) == b"ok"
+    for each in (tmp_path / "others.pem", None):
+        with pytest.raises(BackendError, match="can't be reached"):
+            asyncio.run(get(each))
+    for url, trusted in (("https://h", tmp_path / "none.pem"), ("http://h", tmp_path / "ours.pem")):
+        with pytest.raises(UsageError) as caught:
+            Upstream(url, trusted=trusted)
+        assert caught.value.code == "upstream.ca"
 
 
 def test_more_than_64_mebibytes_are_malformed():

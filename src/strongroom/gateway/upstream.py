@@ -7,11 +7,13 @@ sends is bounded before it is kept: its head, a body that is read whole, and wha
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -38,7 +40,8 @@ class Timeouts:
 
 
 class Upstream:
-    """Where requests go. `headers`: lines that each request carries, such as the channel's secret."""
+    """Where requests go. `headers`: lines that each request carries, such as the channel's secret; `trusted`: a file of
+    certificates to trust instead of the machine's. UsageError ``upstream.url``, ``upstream.ca``."""
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class Upstream:
         *,
         timeouts: Timeouts | None = None,
         headers: tuple[tuple[str, str], ...] = (),
+        trusted: Path | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
@@ -58,7 +62,7 @@ class Upstream:
                 "upstream.url", f"{url!r:.80} is no http(s)://HOST:PORT[/PATH]", hint="--upstream http://127.0.0.1:8000"
             )
         self.url, self.host, self.port = url, host, port
-        self._tls = parts.scheme == "https"
+        self._tls = _context(url, trusted) if parts.scheme == "https" or trusted is not None else None
         self._path = parts.path.rstrip("/").removesuffix("/v1")  # base URLs of clients end so
         self.timeouts = timeouts or Timeouts()
         lines = [f"host: {parts.netloc}", "content-type: application/json", "accept-encoding: identity"]
@@ -118,9 +122,7 @@ class Upstream:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.timeouts.connect):
-                _, connection = await loop.create_connection(
-                    _Connection, self.host, self.port, ssl=True if self._tls else None
-                )
+                _, connection = await loop.create_connection(_Connection, self.host, self.port, ssl=self._tls)
         except TimeoutError:
             raise self._failed("upstream.timeout", f"did not connect within {self.timeouts.connect:g} s") from None
         return connection
@@ -140,6 +142,15 @@ class Upstream:
     def close(self) -> None:
         while self._idle:
             self._idle.pop()[0].abort()
+
+
+def _context(url: str, trusted: Path | None) -> ssl.SSLContext:
+    if not url.lower().startswith("https:"):
+        raise UsageError("upstream.ca", f"{url!r:.80} is not https, and shows no certificate to trust")
+    try:
+        return ssl.create_default_context(cafile=trusted)
+    except OSError as error:
+        raise UsageError("upstream.ca", f"can't trust the certificates in {trusted}: {error}") from None
 
 
 class _ClosedEarly(Exception):
@@ -334,6 +345,8 @@ class Reply:
         connection, timeouts = self._connection, self._upstream.timeouts
         try:
             while True:
+                if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
+                    raise connection.failure
                 if connection.pieces:  # all that is there, as one: each costs its taker a write
                     piece = connection.pieces.popleft() if len(connection.pieces) == 1 else connection.all()
                     connection.taken(len(piece))
@@ -366,7 +379,7 @@ class Reply:
             self._connection._wake()  # noqa: SLF001 - the two are one
 
 
-def unexpected(status: int) -> Any:
+def unexpected(status: int) -> BackendError:
     """The error for an answer that is not 200."""
     if status in (429, 503):
         return BackendError("upstream.unavailable", "the inference server has more to do than it can", retry_after=1)

@@ -102,6 +102,7 @@ def _upstream(at: At, settings: Settings) -> Upstream:
         at.url,
         timeouts=Timeouts(first=times.first_byte, between=times.between, whole=times.whole),
         headers=tuple(headers),
+        trusted=Path(at.ca) if at.ca else None,
     )
 
 

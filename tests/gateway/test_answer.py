@@ -73,9 +73,7 @@ def test_log_probabilities_are_cut_and_rounded():
 def test_every_token_whose_log_probability_is_told_is_counted(route):
     """An upstream could say that there were two tokens, and list a thousand."""
     one = {"token": "a", "logprob": -1.0}
-    listed = (
-        {"content": [one] * 1000} if route == "chat" else {"tokens": ["a"] * 1000, "token_logprobs": [-1.0] * 1000}
-    )
+    listed = {"content": [one] * 1000} if route == "chat" else {"tokens": ["a"] * 1000, "token_logprobs": [-1.0] * 1000}
     made = shape(route, logprobs=2)
     made.whole(whole(choice={"text": "Hi", "logprobs": listed}))
     assert made.meter.tokens() == (1000, True)

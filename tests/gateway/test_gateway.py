@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from uvicorn.server import ServerState
 
 from gateway.places import (
     ANA,
@@ -30,6 +32,7 @@ from gateway.places import (
     token,
     whole,
 )
+from strongroom.gateway.listen import Connection, configure
 from strongroom.gateway.records import verify
 from strongroom.watch import meter
 
@@ -284,6 +287,54 @@ def test_a_client_that_goes_away_is_charged_for_what_came(place):
     # Upstream never came to say how many tokens it were: 8 bits for each byte of UTF-8.
     assert record["bits"] % (8 * len(" word")) == 0
     assert 8 * 3 * len(" word") < record["bits"] < record["reserved"]
+
+
+def test_a_client_that_goes_away_before_the_answer_begins_keeps_no_place(place):
+    """An inference server sends the head of an answer that comes whole when it has made all of it."""
+    gateway = place.gateway()
+    place.inference.script = lambda _: [3600.0, whole()]
+    time.sleep(1.2)
+    before = len(place.records())
+    body = json.dumps(chat()).encode()
+    assert gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=0.5) == b""
+    record = eventually(lambda: place.records()[before:])[0]
+    assert (record["status"], record["code"], record["bits"]) == (499, "disconnected", 0)
+    assert gateway.get("/readyz")[1]["ready"]
+
+
+def test_a_version_that_is_frozen_ends_what_has_not_begun(place):
+    gateway = place.gateway()
+    place.inference.script = lambda _: [3600.0, whole()]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(gateway.post, chat())
+        eventually(lambda: place.inference.asked)
+        with place.room(OWNER) as room:
+            room.revoke(REF, reason="it may have leaked")
+            try:
+                status, _, found = asked.result(10)
+            finally:
+                room.thaw(REF, reason="it has not")
+    assert (status, found["error"]["code"]) == (403, "frozen")
+
+
+def test_whoever_has_gone_before_it_is_watched_for_is_told_of_at_once():
+    """While a request is admitted nobody looks whether its client is there still."""
+
+    async def run():
+        config = configure(lambda *_: None)
+        made = Connection(config, ServerState(), {})
+        server = await asyncio.get_running_loop().create_server(lambda: made, "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.close()
+        told, gone = [], asyncio.Event()
+        made.when_gone(gone.set)
+        await gone.wait()
+        forget = made.when_gone(lambda: told.append("gone"))
+        forget()
+        server.close()
+        return told
+
+    assert asyncio.run(run()) == ["gone"]
 
 
 def test_a_budget_holds_however_many_ask_at_once(place):

@@ -198,7 +198,7 @@ class GatewayApp:
             flight.meter = shape.meter
             value = shape.whole(body)
             _check_size(shape.meter, flight)
-        self._flights.check(flight)
+        flight.check()
         self._tolls.settle(flight)
         await self._recorded(flight, 200, "")
         await _send(send, 200, orjson.dumps(value), flight.headers)
@@ -336,7 +336,8 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    if asked is not None and max(meter.channel, meter.chunks, meter.listed, meter.reported or 0) > flight.most * asked.n:
+    tokens = max(meter.channel, meter.chunks, meter.listed, meter.reported or 0)
+    if asked is not None and tokens > flight.most * asked.n:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.answer import Meter
-from strongroom.gateway.door import Door
+from strongroom.gateway.door import Caller, Door
+from strongroom.gateway.queue import Place
 from strongroom.gateway.request import Asked
 from strongroom.gateway.upstream import Reply
+from strongroom.watch.budget import Reservation
+
+
+class Admission(Protocol):
+    """That it was let through by limits, of this process or over Redis. `done` may have to be awaited."""
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]: ...
+    def done(self, tokens: int) -> Awaitable[None] | None: ...
 
 
 @dataclass(eq=False)
 class Flight:
-    """One request of an authenticated caller. `most`: tokens for each of its answers; `bits` are charged, of the
-    `reserved`."""
+    """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
+    all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of the
+    door's answers when it was allowed, -1 before."""
 
     route: str
-    caller: Any
+    caller: Caller
     token: str
     identifier: str
     destination: str
@@ -35,9 +46,9 @@ class Flight:
     reserved: int = 0
     text_most: int = 0
     bits: int = 0
-    admission: Any = None  # by limits
-    toll: Any = None  # of budgets
-    place: Any = None  # at an upstream
+    admission: Admission | None = None
+    toll: Reservation | None = None
+    place: Place | None = None  # at an upstream
     reply: Reply | None = None
     begun: bool = False  # its status has been sent
     recorded: bool = False
@@ -46,8 +57,32 @@ class Flight:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
+    _waits: asyncio.Task[object] | None = None  # its task, while it can be interrupted
+    _interrupted: bool = False
+
     def __post_init__(self) -> None:
         self.headers.append((b"x-request-id", self.identifier.encode()))
+
+    def check(self) -> None:
+        """Whatever has ended it: to be asked before anything is begun or given out."""
+        if self.why is not None:
+            raise self.why
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While it waits for a place, or for an answer to begin, which takes as long as the answer where that comes
+        whole: what ends it is raised at once, and frees the place."""
+        self.check()
+        self._waits = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            # Cancelled by `cut` alone, and not by a server that ends, too.
+            if self._interrupted and self._waits is not None and not self._waits.uncancel():
+                self.check()
+            raise
+        finally:
+            self._waits = None
 
     def leave(self) -> None:
         """The caller has gone."""
@@ -58,6 +93,9 @@ class Flight:
         self.why = self.why or why
         if self.reply is not None:
             self.reply.abort()
+        if self._waits is not None and not self._interrupted:
+            self._interrupted = True
+            self._waits.cancel()
 
 
 class Flights:
@@ -89,11 +127,6 @@ class Flights:
             if epoch == self._door.epoch:
                 flight.epoch = epoch
                 return
-
-    def check(self, flight: Flight) -> None:
-        """Whatever has ended it, before an answer is given."""
-        if flight.why is not None:
-            raise flight.why
 
     def _changed(self) -> None:
         for flight in self._under_way:

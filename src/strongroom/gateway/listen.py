@@ -31,15 +31,18 @@ class Connection(HttpToolsProtocol):
     _in_head = False
     _head_size = 0
     _address = ""
+    _gone = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._told: list[Callable[[], object]] = []
 
     def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
-        """Call `tell` when the client goes, until what this returns is called. A task that waits for it in `receive`,
-        as ASGI has it, would cost more than the checks of a request together."""
+        """Call `tell` when the client goes, or now if it has gone, until what this returns is called. A task that waits
+        for it in `receive`, as ASGI has it, would cost more than the checks of a request together."""
         self._told.append(tell)
+        if self._gone:
+            tell()
         return partial(self._told.remove, tell)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -59,6 +62,7 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self._gone = True
         for tell in list(self._told):
             tell()
 

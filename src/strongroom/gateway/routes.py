@@ -76,19 +76,18 @@ class Routes:
         failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
         for backend, name in self._in_turn(flight.ref):
             size = flight.most * (flight.asked.n if flight.asked else 1)
-            flight.place = await backend.queue.enter(flight.caller.principal, size)
-            if flight.why is not None:
-                raise flight.why
             try:
-                reply = await backend.upstream.post(_PATHS[flight.route], orjson.dumps({**body, "model": name}))
+                with flight.interruptible():
+                    flight.place = await backend.queue.enter(flight.caller.principal, size)
+                    reply = flight.reply = await backend.upstream.post(
+                        _PATHS[flight.route], orjson.dumps({**body, "model": name})
+                    )
             except BackendError as error:
                 if error.code != "upstream.unavailable":
                     raise
                 failure = error
             else:
-                flight.reply = reply
-                if flight.why is not None:
-                    raise flight.why
+                flight.check()
                 if reply.status not in (429, 503):
                     return reply
                 failure = BackendError("upstream.unavailable", "the inference server has too much to do")

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
 from strongroom.gateway.filters import Filter
@@ -15,7 +15,7 @@ from strongroom.gateway.limits import Limits
 from strongroom.gateway.request import invalid
 from strongroom.gateway.settings import Settings
 from strongroom.watch import meter
-from strongroom.watch.budget import Budgets, Reservation
+from strongroom.watch.budget import Alarm, Budgets, Reservation
 from strongroom.watch.rules import Spender
 
 if TYPE_CHECKING:
@@ -90,9 +90,10 @@ class Tolls:
     async def give(self, flight: Flight) -> None:
         """After the request: what it had not used."""
         self.settle(flight)
-        done = flight.admission.done(flight.meter.prompt + flight.meter.tokens()[0])
-        if done is not None:  # over Redis
-            await done
+        if flight.admission is not None:
+            done = flight.admission.done(flight.meter.prompt + flight.meter.tokens()[0])
+            if done is not None:  # over Redis
+                await done
 
     async def _reserve(self, flight: Flight) -> Reservation:
         caller = flight.caller
@@ -149,7 +150,7 @@ def _beside(flight: Flight) -> int:
     return 0 if asked is None or asked.logprobs is None else asked.logprobs + 1
 
 
-def told(alarm: Any) -> None:
+def told(alarm: Alarm) -> None:
     """A budget that passes a part of its limit is in the log of this machine."""
     _log.warning(
         "budget of %s %s, %s: %d %% of %d bits used (%s)",

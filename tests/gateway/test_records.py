@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 
 import pytest
 
@@ -74,6 +75,27 @@ def test_durable_means_on_disk(tmp_path):
 
     assert asyncio.run(one()) == 1
     records.close()
+
+
+def test_an_entry_counts_what_its_chain_has_and_no_more(tmp_path, monkeypatch):
+    """A record that comes while the ones before are written is in the next entry."""
+    entered, more, written = [], threading.Event(), os.fdatasync
+
+    def sync(file):
+        written(file)
+        if not more.is_set():
+            more.set()
+            records.add(RECORD)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    monkeypatch.setattr("strongroom.gateway.records._ENTRY_EVERY", 0.0)
+    records = made(tmp_path, entered)
+    records.close()
+    lines = [json.loads(line) for line in records.path.read_bytes().splitlines()]
+    assert (len(entered), entered[-1][1]["records"]) >= (2, 4)
+    for _, body in entered:
+        assert body["records"] == sum(each["requests"] for _, each in entered if each["records"] <= body["records"])
+    assert sum(body["bits"] for _, body in entered) == sum(each["bits"] for each in lines)
 
 
 def test_refusals_are_counted(tmp_path):

@@ -39,10 +39,15 @@ class _Sums:
     tokens: int = 0
     bits: int = 0
 
+    def add(self, other: _Sums) -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @dataclass
 class _Unwritten:
     lines: list[bytes] = field(default_factory=list)
+    sums: dict[str, _Sums] = field(default_factory=dict)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -63,7 +68,7 @@ class Records:
             ) from None
         self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
         self._unwritten = _Unwritten()
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, _Sums] = {}  # of what was written and not entered; the thread's alone
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._failure: BackendError | None = None
@@ -86,11 +91,8 @@ class Records:
             self._head = digest(line)
             self._count += 1
             self._unwritten.lines.append(line)
-            sums = self._sums.setdefault(record["ref"], _Sums())
-            sums.requests += 1
-            sums.refused += record["status"] >= 400
-            sums.tokens += record["tokens"]
-            sums.bits += record["bits"]
+            sums = self._unwritten.sums.setdefault(record["ref"], _Sums())
+            sums.add(_Sums(1, record["status"] >= 400, record["tokens"], record["bits"]))
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
@@ -118,7 +120,7 @@ class Records:
             self._write()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
-            if last:
+            if last and not self._unwritten.lines:  # none came while these were written
                 return
 
     def _write(self) -> None:
@@ -139,14 +141,17 @@ class Records:
                     f"can't write {self.path.name}: {error.strerror}",
                     hint="make room on the disk, then start the gateway again",
                 )
+        # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
+        # left the room all the same.
+        for ref, sums in taken.sums.items():
+            self._sums.setdefault(ref, _Sums()).add(sums)
         for waiter in taken.waiting:
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
 
     def _enter(self) -> None:
         """An entry for each version. What can't be entered now is entered later, with what comes until then."""
-        with self._lock:
-            taken, self._sums = self._sums, {}
+        taken, self._sums = self._sums, {}
         for ref, sums in taken.items():
             body = {
                 "gateway": self.stream,
@@ -158,10 +163,7 @@ class Records:
             try:
                 self._append(ref, body)
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                with self._lock:
-                    now = self._sums.setdefault(ref, _Sums())
-                    for name, value in vars(sums).items():
-                        setattr(now, name, getattr(now, name) + value)
+                self._sums.setdefault(ref, _Sums()).add(sums)
         self._entered_at = time.monotonic()
 
 

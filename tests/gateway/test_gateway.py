@@ -233,6 +233,32 @@ def test_a_record_before_the_answer(place):
     assert [each["code"] for each in place.records()[before + 1 :]] == ["reserved", ""]
 
 
+def test_a_stream_that_the_gateways_end_cuts_is_recorded(place, monkeypatch):
+    """What it has given out was charged: without a record nobody could say to whom it went."""
+
+    def hasty(*args):
+        config = configure(*args)
+        config.timeout_graceful_shutdown = 1
+        return config
+
+    monkeypatch.setattr("gateway.places.configure", hasty)
+    gateway = place.gateway()
+    place.inference.script = streamed(100_000, 0.02)
+    time.sleep(1.2)
+    before = len(place.records())
+    asking = threading.Thread(
+        target=lambda: gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=20)
+    )
+    body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
+    asking.start()
+    eventually(lambda: place.inference.asked)
+    time.sleep(0.3)
+    place.stop_gateways()
+    asking.join(20)
+    (record,) = place.records()[before:]
+    assert (record["status"], record["code"], record["tokens"] > 3) == (500, "internal", True)
+
+
 def test_two_hundred_streams_are_charged_for_what_was_sent(place):
     gateway = place.gateway(
         """

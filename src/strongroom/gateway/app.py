@@ -89,6 +89,7 @@ class GatewayApp:
             await self._routes.find()
         except StrongroomError as error:
             self.failure = error
+            await self._close()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         watching = asyncio.create_task(self._door.watch())
@@ -100,13 +101,16 @@ class GatewayApp:
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
+        await self._close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _close(self) -> None:
         self._routes.close()
         if self.verified is not None:
             self.verified.close()
-        self._tolls.close()
+        await self._tolls.close()
         await asyncio.to_thread(self._records.close)
         self._door.close()
-        await send({"type": "lifespan.shutdown.complete"})
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -140,6 +144,11 @@ class GatewayApp:
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
             await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, send)
+        except asyncio.CancelledError:  # the server ends: what was given out is recorded all the same
+            if flight is not None and not flight.recorded:
+                with contextlib.suppress(BackendError):
+                    self._record(flight, 500, "internal")
+            raise
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
@@ -255,6 +264,12 @@ class GatewayApp:
             await _send(send, status, body, [*refusal.headers_of(error), *flight.headers, *closing])
 
     async def _recorded(self, flight: Flight, status: int, code: str) -> None:
+        """Record it; back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
+        self._record(flight, status, code)
+        if self._tolls.durable_before:
+            await self._records.durable()
+
+    def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, _ = flight.meter.tokens()
         asked, seconds = flight.asked, time.monotonic() - flight.started
         flight.recorded = status != 100
@@ -279,8 +294,6 @@ class GatewayApp:
                 "stream": self._records.stream,
             }
         )
-        if self._tolls.durable_before:
-            await self._records.durable()
 
     @property
     def under_way(self) -> int:

@@ -29,8 +29,8 @@ class Admission(Protocol):
 @dataclass(eq=False)
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
-    all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of the
-    door's answers when it was allowed, -1 before."""
+    all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
+    the door's answers when it was allowed, -1 before."""
 
     route: str
     caller: Caller

@@ -55,11 +55,13 @@ class Tolls:
             with suppress(StrongroomError):  # the next round gives it back
                 await asyncio.to_thread(self._budgets.tend)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._tending is not None:
             self._tending.cancel()
+        if not isinstance(self._limits, Limits):
+            await self._limits.close()
         with suppress(StrongroomError):  # what can't be given back stays charged
-            self._budgets.close()
+            await asyncio.to_thread(self._budgets.close)
 
     async def take(self, flight: Flight) -> None:
         """Before anything is generated: all of it is taken, or nothing. LimitExceeded, BudgetExceeded, UsageError

@@ -23,6 +23,8 @@ from infer.small import TEMPLATE, make_room
 from strongroom.client import Room
 from strongroom.errors import BackendError, Denied, LimitExceeded, UsageError
 from strongroom.infer.app import InferApp
+from strongroom.infer.embed import Embedder
+from strongroom.infer.engine import Engine
 from strongroom.infer.sampling import Sampling
 from strongroom.infer.server import Settings, load
 from strongroom.infer.standing import Standing
@@ -309,6 +311,20 @@ def test_whoever_comes_when_too_many_are_there_is_told_so(model):
     app = InferApp(model, None, together=0)
     (head, body) = asyncio.run(spoken(app, {"model": "acme/small", "prompt": [5]}, 99))
     assert (head["status"], json.loads(body["body"])["error"]["code"]) == (429, "infer.busy")
+
+
+def test_whoever_wants_embeddings_hears_that_the_model_failed(model, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Embedder, "vectors", fail)
+    engine = Engine(None)
+    engine.start()
+    app = InferApp(replace(model, engine=engine), None)
+    body = {"model": "acme/small", "input": [[5, 6]]}
+    head, answer = asyncio.run(asyncio.wait_for(spoken(app, body, 99, "/v1/embeddings"), 60))
+    assert (head["status"], json.loads(answer["body"])["error"]["code"]) == (503, "infer.failed")
+    assert not engine.alive
 
 
 @pytest.mark.model

@@ -169,6 +169,7 @@ class Answer:
             yield self._event({"choices": [], "usage": self._usage()})
         yield DONE
 
+    # As gateway/answer.py has it, in one line; sharing that would need the gateway's extra where only infer's is.
     def _event(self, value: dict[str, Any]) -> bytes:
         kind = self._kind + ".chunk" if self._wanted.chat else self._kind
         return b"data: " + orjson.dumps({**self._head, "object": kind, **value}) + b"\n\n"

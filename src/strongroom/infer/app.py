@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from strongroom.errors import AuthRequired, LimitExceeded, NotFound, StrongroomError, UsageError
+from strongroom.errors import AuthRequired, BackendError, LimitExceeded, NotFound, StrongroomError, UsageError
 from strongroom.infer.answers import Answer, Choice
 from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
@@ -217,8 +217,15 @@ class InferApp:
         done: asyncio.Future[NDArray[np.float32]] = loop.create_future()
 
         def work(why: StrongroomError | None) -> None:
-            found = embedder.vectors(prompts) if why is None else None
-            loop.call_soon_threadsafe(settle, found, why)
+            found = None
+            try:
+                found = embedder.vectors(prompts) if why is None else None
+            except Exception as error:
+                # The engine ends of it, and tells the jobs that it has: this is none.
+                why = BackendError("infer.failed", f"the model could not be run: {type(error).__name__}: {error}")
+                raise
+            finally:
+                loop.call_soon_threadsafe(settle, found, why)
 
         def settle(found: NDArray[np.float32] | None, why: StrongroomError | None) -> None:
             if done.done():

@@ -1,4 +1,8 @@
-"""What a body asks for: OpenAI's fields, and those of servers inside a boundary (vLLM's names where it has one)."""
+"""What a body asks for: OpenAI's fields, and those of servers inside a boundary (vLLM's names where it has one).
+
+Not the gateway's reader, gateway/request.py, though both read the same names: that one lets nothing through that is not
+in its tables, and gives out a body; this one trusts who asks, takes tokens and what steers them, and gives out jobs.
+"""
 
 from __future__ import annotations
 

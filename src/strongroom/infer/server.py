@@ -43,7 +43,8 @@ class Settings:
 
 
 def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None]]:
-    """Its model in memory, and a running engine; and what ends its other processes."""
+    """Its model in memory, and a running engine; and what ends its other processes. UsageError ``transformers.*`` for
+    a model or a tokenizer that can't be had from a room, ``infer.unsupported``."""
     import torch
     import transformers
 
@@ -71,9 +72,7 @@ def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None
     text = model.config.get_text_config()
     words, longest = int(text.vocab_size), int(getattr(text, "max_position_embeddings", 0) or 2048)
     prompts = Prompts.of(weights)
-    with contextlib.suppress(UsageError):
-        tokenizer = tokenizer_from_room(weights)
-    spelling = Spelling(tokenizer if prompts is not None else None, words)
+    spelling = Spelling(tokenizer_from_room(weights) if prompts is not None else None, words)
     stops = spelling.stops() | _stops(model)
     engine = Engine(rows, waiting=settings.waiting)
     engine.start()
@@ -201,6 +200,7 @@ def serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=_END,
     )
+    # Without the gateway's protection from slow clients: the gateway is the only client, or whoever is on this machine.
     server = uvicorn.Server(config)
 
     def ended(error: StrongroomError) -> None:

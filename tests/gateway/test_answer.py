@@ -196,6 +196,8 @@ def test_an_event_that_never_ends():
         list(events.feed(b"x" * 65536))
     with pytest.raises(BackendError, match="too long"):
         list(events.feed(b"x"))
+    with pytest.raises(BackendError, match="too long"):  # or comes at once
+        list(Events().feed(b"data: " + b"x" * (1 << 20) + b"\n\n"))
 
 
 def test_events_end_once():

@@ -74,6 +74,7 @@ def test_features_are_actions_of_the_policy():
 @pytest.mark.parametrize(
     ("more", "param"),
     [
+        ({"model": "no name"}, "model"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
@@ -146,6 +147,8 @@ def test_token_numbers_are_no_prompt():
         b'{"a":Infinity}',
         b'{"a":1e999}',
         b'{"a":' + b"9" * 21 + b"}",
+        b'{"a":18446744073709551616}',
+        b'{"a":-9223372036854775809}',
         b'{"a":' + b"[" * 33 + b"]" * 33 + b"}",
         b"[" * 500_000,
         b'{"a":' * 100_000,

@@ -316,6 +316,8 @@ class Events:
         if len(self._rest) > _LINE_MOST:
             raise malformed("has an event that is too long")
         for line in lines:
+            if len(line) > _LINE_MOST:
+                raise malformed("has an event that is too long")
             line = line.removesuffix(b"\r")  # noqa: PLW2901 - the same line
             if line:
                 if line.startswith(b"data:"):

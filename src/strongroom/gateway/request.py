@@ -66,7 +66,8 @@ class Asked:
     steers: str = ""
 
     @property
-    def prompt_bytes(self) -> int:
+    def characters(self) -> int:
+        """Of everything that the model reads."""
         return sum(len(text) for text in self.texts)
 
 
@@ -173,9 +174,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > 20:
+    value = int(digits) if len(digits) <= 20 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
         raise UsageError("body.malformed", "a number in the body has more than 64 bits")
-    return int(digits)
+    return value
 
 
 def _real(digits: str) -> float:
@@ -237,7 +239,7 @@ def _text(name: str, value: Any) -> str:
 def _model(asked: Asked, value: Any) -> None:
     text = _text("model", value)
     if not _may_name(text):
-        raise UsageError("model.not_found", f"there is no model {text!r:.80} that you may use", param="model")
+        raise invalid("model", "is not NAME or NAME@N")
     asked.model = text
 
 

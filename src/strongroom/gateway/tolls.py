@@ -72,7 +72,7 @@ class Tolls:
         if asked.most is not None and asked.most > most:
             raise invalid("max_tokens", f"is more than the {most} that you may ask for")
         flight.most = asked.most or min(most, self._settings.answer.max_tokens_default)
-        tokens = 1 + asked.prompt_bytes // 4
+        tokens = 1 + asked.characters // 4
         if asked.route != "embeddings":
             tokens += flight.most * asked.n
         if isinstance(self._limits, Limits):

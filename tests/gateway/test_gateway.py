@@ -489,6 +489,24 @@ def test_an_answer_that_is_none(place, script, code):
     assert gateway.post(chat())[0] == 200  # and the next one is answered
 
 
+def test_an_answer_that_is_no_stream_may_take_as_long_as_the_whole(place):
+    gateway = place.gateway(FAST)
+    place.inference.script = lambda _: [1.0, whole()]  # its first byte comes when all of it has been generated
+    assert gateway.post(chat())[0] == 200
+    assert gateway.post(chat(stream=True))[2]["error"]["code"] == "upstream_timeout"
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "413 Too Large", "422 Unprocessable"])
+def test_what_upstream_finds_too_long_is_the_callers_to_shorten(place, status):
+    gateway = place.gateway()
+    place.inference.script = lambda _: [framed(b'{"error": "secret of theirs"}', status)]
+    answered, _, found = gateway.post(chat())
+    assert answered == 400  # a client tries 5xx again
+    assert found["error"]["code"] == "parameter_invalid"
+    assert "context" in found["error"]["message"]
+    assert "secret" not in str(found)
+
+
 @pytest.mark.parametrize(
     ("script", "code"),
     [

@@ -256,7 +256,7 @@ def _most(name: str) -> Take:
     def take(asked: Asked, value: Any) -> None:
         given = _whole(name, value, 1, 1 << 20)
         if asked.most is not None and asked.most != given:
-            raise invalid(name, "is another number than max_tokens")
+            raise invalid(name, "is another number than the other of max_tokens and max_completion_tokens")
         asked.most = given
 
     return take
@@ -361,7 +361,7 @@ def _logit_bias(asked: Asked, value: Any) -> None:
 
 def _response_format(asked: Asked, value: Any) -> None:  # noqa: ARG001 - what is allowed changes nothing
     if value != {"type": "text"}:
-        raise forbidden("response_format", "but for text steers what is generated, and is not for callers")
+        raise forbidden("response_format", "of any type but text steers what is generated, and is not for callers")
 
 
 def _dimensions(asked: Asked, value: Any) -> None:

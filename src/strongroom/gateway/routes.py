@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import orjson
 
 from strongroom.core.ids import Ref
-from strongroom.errors import BackendError, StrongroomError, UsageError
+from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.upstream import Reply, Upstream
@@ -39,17 +39,11 @@ class Routes:
 
     async def find(self) -> None:
         """Ask what they serve, where nobody has said. UsageError ``upstream.model`` if that is nothing that can be a
-        version in the room."""
+        version in the room; BackendError ``upstream.*``, AuthRequired ``upstream.refused``, each with what to do."""
         for backend in self._backends:
             if backend.models:
                 continue
-            try:
-                reply = await backend.upstream.get("/v1/models")
-                identifiers = [str(each["id"]) for each in orjson.loads(await reply.read())["data"]]
-            except (ValueError, TypeError, KeyError):
-                raise BackendError(
-                    "upstream.malformed", f"{backend.upstream.url} does not say what it serves"
-                ) from None
+            identifiers = await _listed(backend.upstream)
             for identifier in identifiers:
                 try:
                     backend.models[str(Ref.parse(identifier))] = identifier
@@ -80,7 +74,7 @@ class Routes:
                 with flight.interruptible():
                     flight.place = await backend.queue.enter(flight.caller.principal, size)
                     reply = flight.reply = await backend.upstream.post(
-                        _PATHS[flight.route], orjson.dumps({**body, "model": name})
+                        _PATHS[flight.route], orjson.dumps({**body, "model": name}), whole=not body.get("stream")
                     )
             except BackendError as error:
                 if error.code != "upstream.unavailable":
@@ -120,6 +114,36 @@ class Routes:
     def close(self) -> None:
         for backend in self._backends:
             backend.upstream.close()
+
+
+async def _listed(upstream: Upstream) -> list[str]:
+    """The names of the models that an inference server says it has."""
+    named = "--model NAME@N=NAME-AT-UPSTREAM says which version a model is, and then it is not asked"
+    try:
+        reply = await upstream.get("/v1/models")
+        body = await reply.read()
+    except BackendError as error:
+        raise BackendError(
+            error.code,
+            f"{upstream.url} is to say which models it has: {error.message}",
+            hint=f"start it first, e.g. strongroom infer REF --channel FILE; or {named}",
+        ) from None
+    if reply.status in (401, 403):
+        raise AuthRequired(
+            "upstream.refused",
+            f"{upstream.url} refuses the gateway: it wants another secret, or one at all (status {reply.status})",
+            hint="strongroom infer: --channel with the file that it was started with; "
+            "others: key = FILE, of [[upstream]] in --settings FILE",
+        )
+    try:
+        return [str(each["id"]) for each in orjson.loads(body)["data"]]
+    except (ValueError, TypeError, KeyError):
+        raise BackendError(
+            "upstream.malformed",
+            f"{upstream.url} does not say what it serves: a list of models was expected at /v1/models, "
+            f"and it answered with status {reply.status}",
+            hint=named,
+        ) from None
 
 
 def _name(backend: Backend, ref: str) -> str | None:

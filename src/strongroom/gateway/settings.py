@@ -83,7 +83,7 @@ class Answer:
 class Timeouts:
     """Of an upstream, in seconds."""
 
-    first_byte: float = _of(60.0, "until an answer begins", least=0.01, most=3600)
+    first_byte: float = _of(60.0, "until a stream begins; other answers have the whole", least=0.01, most=3600)
     between: float = _of(30.0, "from one chunk to the next", least=0.01, most=3600)
     whole: float = _of(600.0, "for an answer in all", least=0.01, most=86_400)
 

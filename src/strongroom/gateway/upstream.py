@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from strongroom.errors import BackendError, UsageError
+from strongroom.errors import BackendError, StrongroomError, UsageError
 
 _BODY_MOST = 64 << 20  # bytes of an answer, whole or streamed
 _WAITING_MOST = 256 << 10  # bytes of a stream that wait; then the connection is no longer read
@@ -77,29 +77,32 @@ class Upstream:
         """Whether it is worth a try: after several failures in a row an upstream is left alone for a while."""
         return self._clock() >= self._closed_until
 
-    async def post(self, path: str, body: bytes) -> Reply:
+    async def post(self, path: str, body: bytes, *, whole: bool = False) -> Reply:
         """Begin a request; back when the head of the answer is there. BackendError ``upstream.unavailable``,
-        ``upstream.timeout``, ``upstream.malformed``.
+        ``upstream.timeout``, ``upstream.malformed``. `whole`: of an answer that is no stream, the first byte comes when
+        all of it has been generated, so it may take as long as the whole.
 
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
         return await self._send(
             b"POST %s HTTP/1.1\r\n%s\r\ncontent-length: %d\r\n\r\n%s"
-            % ((self._path + path).encode("ascii"), self._head, len(body), body)
+            % ((self._path + path).encode("ascii"), self._head, len(body), body),
+            self.timeouts.whole if whole else self.timeouts.first,
         )
 
     async def get(self, path: str) -> Reply:
         """As `post`, without a body."""
-        return await self._send(b"GET %s HTTP/1.1\r\n%s\r\n\r\n" % ((self._path + path).encode("ascii"), self._head))
+        request = b"GET %s HTTP/1.1\r\n%s\r\n\r\n" % ((self._path + path).encode("ascii"), self._head)
+        return await self._send(request, self.timeouts.first)
 
-    async def _send(self, request: bytes) -> Reply:
+    async def _send(self, request: bytes, first: float) -> Reply:
         while True:
             connection = self._kept()
             fresh = connection is None
             try:
                 connection = connection or await self._connect()
-                reply = await connection.ask(request, self)
+                reply = await connection.ask(request, self, first)
             except _ClosedEarly:
                 if not fresh:
                     continue
@@ -179,14 +182,14 @@ class _Connection(asyncio.Protocol):
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    async def ask(self, request: bytes, upstream: Upstream) -> Reply:
+    async def ask(self, request: bytes, upstream: Upstream, first: float) -> Reply:
         assert self._transport is not None  # noqa: S101 - made by create_connection
         self._fresh()
         self._transport.write(request)
         reply = Reply(self, upstream)
         try:
             while not self.status and self.failure is None and not self.closed:
-                await self.wait(upstream.timeouts.first)
+                await self.wait(first)
         except BaseException:
             self.abort()
             raise
@@ -379,8 +382,20 @@ class Reply:
             self._connection._wake()  # noqa: SLF001 - the two are one
 
 
-def unexpected(status: int) -> BackendError:
-    """The error for an answer that is not 200."""
+def unexpected(status: int) -> StrongroomError:
+    """The error for an answer that is not 200. What an upstream says beside its status is not passed on."""
     if status in (429, 503):
         return BackendError("upstream.unavailable", "the inference server has more to do than it can", retry_after=1)
-    return BackendError("upstream.malformed", f"the inference server answered with status {status}")
+    if status in (400, 413, 422):
+        # All else that was asked has been validated here; clients try a status of 5xx again, and it would help nothing.
+        return UsageError(
+            "parameter.invalid",
+            f"the inference server refuses this request (status {status}): most often prompt and max_tokens together "
+            "are longer than the model's context; ask with a shorter prompt, or for fewer max_tokens",
+        )
+    why = {
+        401: ": the channel or key that the gateway has for it is not the right one",
+        403: ": the channel or key that the gateway has for it is not the right one",
+        404: ": it has no model under the name that the gateway has for this one (--model REF=NAME)",
+    }.get(status, "")
+    return BackendError("upstream.malformed", f"the inference server answered with status {status}{why}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -14,7 +16,7 @@ from typing import Any
 
 import uvicorn
 
-from strongroom.errors import BackendError
+from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
@@ -53,19 +55,21 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
     if plan.workers == 1:
         _serve(plan, listener, ready, 0)
         return
-    signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
+    before = signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
     children: list[Any] = []
     try:
         # One after the other: where a key store asks for a passphrase, one asks at a time.
         for number in range(plan.workers):
             started = context.Event()
-            child = context.Process(target=_serve, args=(plan, listener, started.set, number))
+            heard, told = context.Pipe(duplex=False)
+            child = context.Process(target=_worker, args=(plan, listener, started.set, number, told))
             child.start()
             children.append(child)
             while not started.wait(0.1):
                 if child.exitcode is not None:
-                    raise BackendError("gateway.start", "a worker of the gateway ended while it started")
+                    why, hint = heard.recv() if heard.poll() else ("a worker of the gateway ended while it started", "")
+                    raise BackendError("gateway.start", why, hint=hint)
         ready()
         # One that ended by itself has lost what it had drawn of budgets and limits: all are started again together.
         connection.wait([child.sentinel for child in children])
@@ -77,6 +81,16 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             child.terminate()
         for child in children:
             child.join()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int, told: Any) -> None:
+    """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
+    try:
+        _serve(plan, listener, ready, number)
+    except StrongroomError as error:
+        told.send((error.message, error.hint))
+        sys.exit(error.exit_code)
 
 
 def _interrupted(*_: object) -> None:
@@ -90,8 +104,14 @@ def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None], numbe
         app = application(vault, plan.settings, plan.records, workers=plan.workers)
         plan.observe(app, number)
         server = _Server(configure(app, plan.certificate), ready)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+        # Why it did not start is said once, by whoever catches it, with what to do.
+        logging.getLogger("uvicorn.error").addFilter(lambda _: app.failure is None)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                server.run(sockets=[listener])
+        except SystemExit:  # uvicorn's way to end when an application does not start
+            if app.failure is None:
+                raise
         if app.failure is not None:
             raise app.failure
     finally:

@@ -155,6 +155,7 @@ def _beside(flight: Flight) -> int:
 def told(alarm: Alarm) -> None:
     """A budget that passes a part of its limit is in the log of this machine."""
     _log.warning(
-        "budget of %s %s, %s: %d %% of %d bits used (%s)",
-        alarm.scope, alarm.who, alarm.window, alarm.percent, alarm.limit, alarm.ref,
+        "budget of %s, %s: %d %% of %d bits used or reserved; beyond it %s is refused: strongroom budget %s",
+        f"{alarm.scope} {alarm.who}".strip(), alarm.window, alarm.percent, alarm.limit,
+        "all" if alarm.hard else "nothing", alarm.ref,
     )  # fmt: skip

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
+_CHANNEL = "--channel takes the file that strongroom infer was started with; of [[upstream]] key and channel are files"
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
@@ -124,9 +125,7 @@ def _verified(settings: Settings) -> Verified | None:
 def _secret(path: Path) -> str:
     text = _line(path)
     if not _SECRET.fullmatch(text):
-        raise UsageError(
-            "gateway.channel", f"{path} has no secret of 64 hexadecimal digits", hint="openssl rand -hex 32"
-        )
+        raise UsageError("gateway.channel", f"{path} has no secret of 64 hexadecimal digits", hint=_CHANNEL)
     return text
 
 
@@ -134,7 +133,7 @@ def _line(path: Path) -> str:
     try:
         text = path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("gateway.secret", f"can't read {path}: {error}") from None
+        raise UsageError("gateway.secret", f"can't read {path}: {error}", hint=_CHANNEL) from None
     if not text or "\n" in text or "\r" in text:
-        raise UsageError("gateway.secret", f"{path} has not one line")
+        raise UsageError("gateway.secret", f"{path} has not one line", hint=_CHANNEL)
     return text

@@ -97,16 +97,20 @@ def channel(path: Path) -> str:
         text = path.read_text(encoding="ascii").strip()
         open_to_all = bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("infer.channel", f"can't read {path}: {error}") from None
+        raise UsageError("infer.channel", f"can't read {path}: {error}", hint=_new_secret(path)) from None
     if not _SECRET.fullmatch(text):
         raise UsageError(
             "infer.channel",
             f"{path} does not hold 32 bytes in hexadecimal",
-            hint=f"(umask 077; openssl rand -hex 32 > {path})",
+            hint=_new_secret(path),
         )
     if open_to_all:
         raise UsageError("infer.channel", f"others may read {path}", hint=f"chmod 600 {path}")
     return text
+
+
+def _new_secret(path: Path) -> str:
+    return f"(umask 077; openssl rand -hex 32 > {path})"
 
 
 def listener(where: str, *, private: bool) -> tuple[socket.socket, str]:

@@ -1,0 +1,72 @@
+"""A gateway that does not start says why, once, and what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+
+import pytest
+
+from gateway.places import framed
+from strongroom.errors import StrongroomError
+from strongroom.gateway import serving
+from strongroom.gateway.settings import Settings
+
+REFUSED = framed(json.dumps({"error": "channel"}).encode(), "401 Unauthorized")
+
+
+def failing(place, port: int, workers: int = 1) -> StrongroomError:
+    settings = Settings.parse(f'[[upstream]]\nurl = "http://127.0.0.1:{port}"\n')
+    plan = serving.Plan(place.folder, settings, place.folder / "inference", workers)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(StrongroomError) as caught:
+        serving.run(plan, listener, ready=pytest.fail)
+    return caught.value
+
+
+def test_an_inference_server_that_is_not_there_is_to_be_started(place, caplog):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    error = failing(place, port)
+    assert error.code == "upstream.unavailable"
+    assert f"http://127.0.0.1:{port}" in error.message
+    assert "strongroom infer" in error.hint
+    assert "--model" in error.hint
+    assert not caplog.records  # said once, by whoever catches it
+
+
+def test_of_several_workers_one_says_why(place, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    error = failing(place, port, workers=2)
+    assert error.code == "gateway.start"
+    assert f"http://127.0.0.1:{port}" in error.message
+    assert "strongroom infer" in error.hint
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "word"),
+    [(REFUSED, "upstream.refused", "--channel"), (framed(b"<html>"), "upstream.malformed", "--model")],
+)
+def test_one_that_does_not_say_what_it_serves(place, answer, code, word):
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await reader.read()  # the connection is kept until the gateway closes it
+        writer.close()
+
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        error = failing(place, server.sockets[0].getsockname()[1])
+    finally:
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.call_later, 0.1, loop.stop)
+        thread.join(10)
+        loop.close()
+    assert error.code == code
+    assert word in error.hint

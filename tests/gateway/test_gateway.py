@@ -169,6 +169,12 @@ def test_whoever_may_not_infer_is_told_of_no_model(place):
     assert gateway.get("/v1/models", as_=BEN)[1]["data"] == []
 
 
+def test_what_policy_does_not_permit_says_what_would_change_that(place):
+    status, _, found = place.gateway().post(chat(logprobs=True))
+    assert (status, found["error"]["code"]) == (403, "permission_denied")
+    assert "permit infer_logprobs by its name: strongroom policy propose" in found["error"]["hint"]
+
+
 def test_a_frozen_version_gives_out_nothing_more(place):
     gateway = place.gateway()
     place.inference.script = streamed(400, 0.05)

@@ -159,8 +159,10 @@ class Door:
                 denied: StrongroomError | None = None
                 try:
                     await self._ask(self._callers.decide, caller, action, ref)
-                except (Denied, Conflict) as error:
+                except Conflict as error:
                     denied = error
+                except Denied as error:
+                    denied = error if action == "infer" else _not_permitted(error, action)
                 except NotFound:
                     denied = missing(model)
                 except AuthRequired:  # suspended since the key was looked up
@@ -210,6 +212,14 @@ class Door:
 def missing(model: str) -> NotFound:
     """One error for what is not there and for what is not the caller's to know of."""
     return NotFound("model.not_found", f"there is no model {model!r:.80} that you may use", param="model")
+
+
+def _not_permitted(error: Denied, action: str) -> Denied:
+    """As the policy says it, with what would change that: no lease does."""
+    if error.code == "version.frozen":
+        return error
+    hint = f"a rule has to permit {action} by its name: strongroom policy propose FILE --reason TEXT"
+    return Denied(error.code, error.message, hint=hint, **error.evidence)
 
 
 def _nobody() -> AuthRequired:

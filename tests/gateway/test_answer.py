@@ -88,6 +88,44 @@ def test_the_private_channel_is_counted_and_goes_no_further():
     assert made.meter.sampled == [5, 6, 7]
 
 
+@pytest.mark.parametrize(("tokens", "expected"), [(0, (34, False)), (6, (34, False)), (7, (7, True))])
+def test_a_channel_that_counts_too_little_is_not_believed(tokens, expected):
+    """The server writes both: text that it gives out for nothing would be a way out for weights."""
+    made = shape()
+    said = {"tokens": [5] * tokens, "logprobs": [-1.0] * tokens}
+    made.whole(whole(choice={"message": {"content": "x" * 100}, "strongroom": said}))
+    assert made.meter.tokens() == expected
+    made = shape(stream=True)
+    for _ in range(5):
+        made.piece(piece("x", strongroom={"tokens": [], "logprobs": []}))
+    assert made.meter.tokens()[0] == 5
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+def test_log_probabilities_count_as_the_tokens_that_they_are_of(route):
+    """A server could put megabytes into those of tokens that no text has."""
+    row = {"token": "ab", "logprob": -1.0, "top_logprobs": [{"token": "cde", "logprob": -2.0}] * 3}
+    columns = {"tokens": ["ab"] * 9, "token_logprobs": [-1.0] * 9, "top_logprobs": [{"cde": -2.0}] * 9}
+    made = shape(route, stream=True, logprobs=1)
+    assert made.piece(piece("", logprobs={"content": [row] * 9} if route == "chat" else columns))
+    assert made.meter.tokens()[0] == 9
+    assert (made.meter.listed, made.meter.spelled) == (9, 9 * 5)
+    made.piece(b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1}}')
+    assert made.meter.tokens() == (9, True)
+    empty = {"content": []} if route == "chat" else {"tokens": [], "token_logprobs": []}
+    assert made.piece(piece("", logprobs=empty)) == b""
+
+
+def test_a_prompt_has_no_more_tokens_than_it_can_have():
+    """They go into the limits of whoever asked: one answer must not use up years of them."""
+    usage = {"prompt_tokens": 1 << 40, "completion_tokens": 2}
+    made = shape(texts=["Hi", "é"])
+    found = made.whole(whole(usage=usage))
+    assert found["usage"]["prompt_tokens"] == made.meter.prompt == 4 * 3 + 1024 + 2 * 64
+    body = json.dumps({"data": [{"index": 0, "embedding": [1.0]}], "usage": usage}).encode()
+    assert embeddings(Asked("embeddings", texts=["Hi"]), body, "acme/tiny@1", 256)[0]["usage"]["prompt_tokens"] < 2000
+
+
 @pytest.mark.parametrize(
     ("reported", "text", "expected"),
     [(2, "Hi", (2, True)), (0, "x" * 100, (34, False)), (1, "x" * 17, (6, False)), (7, "x" * 100, (7, True))],

@@ -20,6 +20,22 @@ from strongroom.watch.budget import Budgets
 from strongroom.watch.rules import RULES
 
 
+def charged(**given) -> int:
+    """Bits of an answer with five log-probabilities beside each token, of a vocabulary of 1024."""
+    limits = Limits(Settings(), time.monotonic)
+    tolls = Tolls(Settings(), limits, None, lambda _: 1024, ())  # type: ignore[arg-type] - no budget is asked
+    asked = Asked("chat", logprobs=5)
+    return tolls._bits(SimpleNamespace(meter=Meter(**given), asked=asked, ref=REF))
+
+
+def test_log_probabilities_cost_what_they_carry_however_an_answer_ends():
+    each = 10 + 6 * (10 + 24)
+    assert charged(text_bytes=30, chunks=10, listed=10, spelled=300, reported=10) == 10 * each
+    assert charged(text_bytes=30, chunks=10, listed=10, spelled=300) == 10 * (each - 10) + 8 * 30  # it was cut
+    assert charged(listed=10, spelled=300) == 10 * (each - 10)
+    assert charged(listed=10, spelled=10 * 6 * 16 + 5, reported=10) == 10 * each + 8 * 5
+
+
 def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp_path):
     """Nothing has been generated yet, and nobody is left to settle it."""
     database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)

@@ -16,7 +16,8 @@ from strongroom.gateway.request import Asked
 
 _LINE_MOST = 1 << 20  # bytes of one event
 _FINISHED = ("stop", "length", "content_filter")
-_BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
+BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
+_PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, and to each of its texts
 _TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
 DONE = b"data: [DONE]\n\n"
 
@@ -29,6 +30,7 @@ class Meter:
     chunks: int = 0  # pieces that had text
     channel: int = 0  # tokens, by the private channel
     listed: int = 0  # tokens whose log-probabilities were given out
+    spelled: int = 0  # bytes of the tokens that these name
     channelled: bool = False
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
@@ -37,12 +39,12 @@ class Meter:
 
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
-        if self.channelled:
-            return max(self.channel, self.listed), True
-        counted = self.reported is not None and self.reported * _BYTES_A_TOKEN >= self.text_bytes
-        if counted:
-            return max(self.reported or 0, self.chunks, self.listed), True
-        return max(self.chunks, self.listed, -(-self.text_bytes // 3)), False
+        # Of both words the server is the author: on the channel, too, one could send much and count little.
+        least = max(self.chunks, self.listed)
+        said = self.channel if self.channelled else self.reported
+        if said is not None and said * BYTES_A_TOKEN >= self.text_bytes:
+            return max(said, least), True
+        return max(least, -(-self.text_bytes // 3)), False
 
 
 class Shape:
@@ -178,7 +180,7 @@ class Shape:
         for each in (tokens, prompt):
             if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each <= 1 << 40:
                 raise malformed("has a usage that is not counted in tokens")
-        self.meter.reported, self.meter.prompt = tokens, prompt or 0
+        self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt or 0)
 
     def _channel(self, value: Any) -> None:
         """The private channel's part (section 7) goes into the meter and no further."""
@@ -204,8 +206,12 @@ class Shape:
         if not isinstance(value, dict):
             raise malformed("has log-probabilities of another form")
         made = _of_chat(value, most) if self._chat else _of_text(value, most)
+        named = made["content"] if self._chat else made["tokens"]
+        if not named:  # an event for nothing would be free
+            return None
         # Each is charged: a list that is longer than the answer would carry bits that nobody counts.
-        self.meter.listed += len(made["content" if self._chat else "tokens"])
+        self.meter.listed += len(named)
+        self.meter.spelled += _spelled(made)
         return made
 
 
@@ -214,6 +220,20 @@ def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:
     if not isinstance(content, list):
         raise malformed("has log-probabilities of another form")
     return {"content": [{**_likely(each), "top_logprobs": _beside(each, most)} for each in content]}
+
+
+def _spelled(made: dict[str, Any]) -> int:
+    """Bytes of all tokens that log-probabilities name."""
+    if "content" in made:
+        return sum(len(each["bytes"]) for row in made["content"] for each in (row, *row["top_logprobs"]))
+    names = [*made["tokens"], *(token for each in made["top_logprobs"] or () for token in each)]
+    return sum(len(token.encode(errors="replace")) for token in names)
+
+
+def _prompt(asked: Asked, said: int) -> int:
+    """Tokens of a prompt, by upstream's word as far as that can be: it goes into its caller's limits."""
+    fixed, each = _PROMPT_MORE
+    return min(said, 4 * asked.characters + fixed + each * len(asked.texts))
 
 
 def _beside(each: dict[str, Any], most: int) -> list[dict[str, Any]]:
@@ -281,6 +301,7 @@ def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[s
     usage = value.get("usage")
     prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else 0
     prompt = prompt if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < 1 << 40 else 0
+    prompt = _prompt(asked, prompt)
     return {
         "object": "list",
         "data": data,

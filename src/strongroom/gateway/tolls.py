@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
+from strongroom.gateway.answer import BYTES_A_TOKEN
 from strongroom.gateway.filters import Filter
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from strongroom.gateway.limits_redis import RedisLimits
 
 DIMENSIONS = 256  # of an embedding
-_TOKEN_BYTES = 16  # of text that a token is at most, on the average
 _SLACK = 256  # bytes of text beyond that: single tokens are longer
 _TEND = 10.0  # seconds between two rounds over budgets that nobody uses
 
@@ -118,7 +118,7 @@ class Tolls:
         assert asked is not None  # noqa: S101 - read before
         if asked.route == "embeddings":
             return meter.embeddings(min(asked.dimensions or DIMENSIONS, DIMENSIONS), count=asked.inputs)
-        flight.text_most = flight.most * asked.n * _TOKEN_BYTES + _SLACK
+        flight.text_most = flight.most * asked.n * BYTES_A_TOKEN + _SLACK
         return meter.bound(flight.most * asked.n, self._vocabulary(flight.ref), logprobs=_beside(flight))
 
     def settle(self, flight: Flight) -> None:
@@ -129,15 +129,19 @@ class Tolls:
         if flight.route == "embeddings":
             flight.bits = meter.embeddings(1, count=flight.numbers)
         else:
-            tokens, counted = flight.meter.tokens()
-            words, beside = self._vocabulary(flight.ref), _beside(flight)
-            if counted:
-                flight.bits = meter.bound(tokens, words, logprobs=beside)
-            else:  # a stream that was cut: its text, and the log-probabilities that had come with it
-                listed = flight.meter.listed
-                said = meter.bound(listed, words, logprobs=beside) - meter.bound(listed, words)
-                flight.bits = 8 * flight.meter.text_bytes + said
+            flight.bits = self._bits(flight)
         toll.settle(flight.bits)
+
+    def _bits(self, flight: Flight) -> int:
+        given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)
+        tokens, counted = given.tokens()
+        if counted:
+            bits = meter.bound(tokens, words, logprobs=beside)
+        else:  # a stream that was cut: its text, and the log-probabilities that had come with it
+            said = meter.bound(given.listed, words, logprobs=beside) - meter.bound(given.listed, words)
+            bits = 8 * given.text_bytes + said
+        # A name of a token that is longer than tokens are could be anything.
+        return bits + 8 * max(0, given.spelled - BYTES_A_TOKEN * given.listed * beside)
 
 
 def _free(asked: asyncio.Future[Reservation]) -> None:

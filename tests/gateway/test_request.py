@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strongroom.errors import StrongroomError, UsageError
+from strongroom.gateway.refusal import body_of
 from strongroom.gateway.request import NEVER, Forms, parsed
 from strongroom.gateway.settings import Settings
 
@@ -165,6 +166,33 @@ def test_bodies_that_two_readers_could_read_differently_are_refused(body):
 def test_brackets_inside_a_text_are_no_depth():
     text = "[{" * 100 + '"'
     assert parsed(json.dumps({"a": text}).encode()) == {"a": text}
+
+
+@pytest.mark.parametrize("end", [b"", b"\\", b'"', b'"}'])
+def test_a_text_without_an_end_is_read_once(end):
+    """Quotation marks in it were each taken for a beginning: half a million of them held a gateway up for hours."""
+    with pytest.raises(UsageError) as caught:
+        parsed(b'{"a":' + b"[" * 33 + b'"' + b'\\"' * 500_000 + end)
+    assert caught.value.code == "body.malformed"
+    deep = b'{"a":"' + b'[\\"' * 50 + b'","b":'
+    assert parsed(deep + b"1}")["b"] == 1
+    with pytest.raises(UsageError):
+        parsed(deep + b"[" * 32 + b"]" * 32 + b"}")
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0316", "\uff9e\u0301", "\u0f73\u0316"])
+def test_marks_are_not_piled_up(marks):
+    """To normalise a mebibyte of them took four minutes."""
+    body = {"model": "acme/tiny@1", "prompt": "a" + marks * 150_000}
+    with pytest.raises(UsageError, match="marks"):
+        FORMS.read("completions", json.dumps(body, ensure_ascii=False).encode())
+    assert FORMS.read("completions", json.dumps({**body, "prompt": ("a" + marks * 15) * 3}).encode()).texts
+
+
+def test_names_that_are_no_text_can_be_answered():
+    with pytest.raises(UsageError) as caught:
+        FORMS.read("chat", b'{"\\ud800":1}')
+    assert b'"param":"?"' in body_of(caught.value)
 
 
 def test_a_body_has_at_most_a_mebibyte():

@@ -29,6 +29,8 @@ _PASSED_OVER = 4096  # bytes of what is taken and not passed on
 _ROLES = ("system", "developer", "user", "assistant")
 _LOGPROBS = 5
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_PILE = bytes([1]) * 31  # marks in a row; no text has more than 30 (UAX #15, section 13)
+_MADE_OF_MARKS = re.compile("[\u0f73\u0f75\u0f81\uff9e\uff9f]")  # but none themselves
 # Refused under every policy: each lets a caller steer what it then reads exactly, or read what was not generated.
 NEVER = frozenset(
     {
@@ -95,7 +97,8 @@ class Forms:
             elif name in NEVER:
                 raise forbidden(name)
             elif not self._drop:
-                raise UsageError("parameter.unknown", f"the parameter {name!r:.80} is not known here", param=name[:80])
+                shown = name[:80].encode(errors="replace").decode()  # half a character can't be answered with
+                raise UsageError("parameter.unknown", f"the parameter {name!r:.80} is not known here", param=shown)
         required = _REQUIRED[route]
         for name in ("model", required):
             if value.get(name) is None:
@@ -114,11 +117,19 @@ class Forms:
     def _check(self, text: str, param: str) -> None:
         if _CONTROL.search(text):
             raise invalid(param, "has control characters, or half a character")
+        if not text.isascii() and _piled(text):
+            raise invalid(param, "has more than 30 marks on one character")
         # Some tokenizers normalise first: a wide form of a control token is one, too.
-        for form in (text,) if text.isascii() else (text, unicodedata.normalize("NFKC", text)):
+        for form in (text,) if text.isascii() else (text, unicodedata.normalize("NFKC", text.replace("\ufdfa", " "))):
             found = self._tokens.search(form)
             if found:
                 raise invalid(param, f"has {found[0]!r:.70}, which the model takes for a mark of its own")
+
+
+def _piled(text: str) -> bool:
+    """To normalise a text sorts its marks, in a time that goes with the square of how many there are in a row."""
+    marks = map(unicodedata.combining, _MADE_OF_MARKS.sub("\u0301", text))
+    return _PILE in bytes(map(bool, marks))
 
 
 def parsed(body: bytes) -> dict[str, Any]:
@@ -150,7 +161,8 @@ def parsed(body: bytes) -> dict[str, Any]:
     return value
 
 
-_STRINGS = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# Nothing is tried twice: of a text without an end, each quotation mark in it would be a beginning to try again.
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 
 
 def _too_deep(body: bytes) -> bool:

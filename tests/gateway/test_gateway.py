@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import subprocess
@@ -604,18 +605,62 @@ def test_bombs(place):
     assert gateway.post(chat())[0] == 200
 
 
+def flooded(gateway, begin: bytes, piece: bytes, most: int = 64 << 20) -> int:
+    """How many bytes of `piece`, again and again, were taken after `begin` until the gateway closed the connection."""
+    with socket.create_connection(("127.0.0.1", gateway.port), 10) as connection:
+        connection.sendall(begin)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < most:
+                connection.sendall(piece)
+                sent += len(piece)
+        return sent
+
+
+def test_nobody_sends_trailers_or_chunks_without_end(place):
+    """Trailers were kept, as headers are, for as long as they came, of people without a key as well."""
+    gateway = place.gateway()
+    begin = b"GET /healthz HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    line = b"x: " + b"y" * 1000 + b"\r\n"
+    assert flooded(gateway, begin + b"0\r\n", line * 100) < 32 << 20
+    assert flooded(gateway, begin + b"0\r\nx: ", b"y" * 100_000) < 32 << 20
+    assert flooded(gateway, begin + b"1;x=", b"y" * 100_000) < 32 << 20
+    # What trailers say is not what the head says, and a body in the smallest chunks is one.
+    body = json.dumps(chat("Hello " * 20_000)).encode()
+    small = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\nauthorization: Bearer x\r\n\r\n"
+    found = gateway.raw(requested(place, "transfer-encoding: chunked", "connection: close", body=small))
+    assert found.startswith(b"HTTP/1.1 200")
+
+
+def test_what_follows_an_upgrade_is_not_listened_to(place, caplog):
+    gateway = place.gateway()
+    begin = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
+    found = gateway.raw(begin + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", seconds=5)
+    assert found.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in found
+    assert "pgrade" not in caplog.text
+
+
 def test_whoever_is_slow_is_cut_off(place, monkeypatch):
     from strongroom.gateway import app, listen
 
     monkeypatch.setattr(listen, "_HEAD_TIME", 0.5)
     monkeypatch.setattr(app, "_BODY_TIME", 0.5)
+    monkeypatch.setattr(listen, "_BODY_TIME", 1.5)
     gateway = place.gateway()
     begun = time.monotonic()
     assert gateway.raw(b"", seconds=5) == b""
     assert gateway.raw(b"POST /v1/chat/comp", seconds=5) == b""
     slow = gateway.raw(requested(place, "content-length: 500", body=b"{"), seconds=5)
     assert b"400" in slow.split(b"\r\n")[0]
-    assert time.monotonic() - begun < 4
+    # Nor does a body have for ever that nobody waits for.
+    with socket.create_connection(("127.0.0.1", gateway.port), 8) as connection:
+        connection.sendall(b"POST /v1/none HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(200):
+                connection.sendall(b"x")
+                time.sleep(0.05)
+    assert time.monotonic() - begun < 8
 
 
 def test_other_routes(place):

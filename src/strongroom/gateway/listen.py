@@ -17,19 +17,22 @@ from strongroom.errors import BackendError
 
 _HEAD_TIME = 20.0  # seconds in which a request has to begin on a new connection, and its head to have come
 _TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent
-_HEAD_MOST = 64 << 10  # bytes
+_BODY_TIME = 30.0  # seconds in which what follows a head has to come, whether anybody still reads it or not
+_HEAD_MOST = 64 << 10  # bytes, of trailers and of what is around chunks, too
+_FRAMING = 8  # bytes that a body of chunks may take for each of its own
 CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
 _FROM_ONE = 2000  # connections at a time from one address
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is closed when a head comes slowly or is too long, and when what was sent is not taken."""
+    """A connection that is closed when a request comes slowly, when its head or trailers are too long, and when what was
+    sent is not taken."""
 
     _from: ClassVar[Counter[str]] = Counter()
     _waiting: TimerHandle | None = None
     _taking: TimerHandle | None = None
-    _in_head = False
-    _head_size = 0
+    _in_message = _ended = False
+    _beside = _body = 0  # bytes that are no body since the message began, and bytes of body in this piece
     _address = ""
     _gone = False
 
@@ -67,25 +70,46 @@ class Connection(HttpToolsProtocol):
             tell()
 
     def data_received(self, data: bytes) -> None:
+        self._body, self._ended = 0, False
         super().data_received(data)
-        if self._in_head:
-            self._head_size += len(data)
-            if self._head_size > _HEAD_MOST:
+        if not self._in_message:
+            return
+        if not self._ended:  # else this piece has some of the message before
+            self._beside = max(0, self._beside + len(data) - _FRAMING * self._body)
+            if self._beside > _HEAD_MOST:
                 self.transport.abort()
+        if self._waiting is None:
+            self._waiting = self.loop.call_later(_BODY_TIME, self.transport.abort)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self.scope[CONNECTION] = self  # type: ignore[literal-required]
-        self._in_head, self._head_size = True, 0
+        self._in_message, self._beside = True, 0
         if self._waiting is None:
             self._waiting = self.loop.call_later(_HEAD_TIME, self.transport.abort)
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._in_time()
+        super().on_headers_complete()
+        self.headers = []  # trailers are no headers: nobody reads them
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_message, self._ended = False, True
+        self._in_time()
+        super().on_message_complete()
+
+    def _in_time(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
             self._waiting = None
-        super().on_headers_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        # What follows is not looked at: each piece of it would be a line in this machine's log.
+        self.cycle.keep_alive = False
 
     def pause_writing(self) -> None:
         super().pause_writing()

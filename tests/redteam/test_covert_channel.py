@@ -12,7 +12,7 @@ import time
 import pytest
 import uvicorn
 
-from gateway.places import Inference, framed
+from gateway.places import Inference, chunk, framed
 from infer.running import Running
 from infer.small import REF, make_room
 from strongroom.gateway.listen import configure
@@ -100,18 +100,72 @@ def test_an_honest_server_verifies_streaming_and_not(room):
         assert verdict.bits < 9  # log2 of 512 words: what nobody had verified
 
 
+def streams(said) -> bytes:
+    """One event with all of an answer, and no end."""
+    event = b"data: " + json.dumps({"choices": said["choices"]}).encode() + b"\n\n"
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+    return head + event
+
+
+@pytest.mark.parametrize(
+    ("changed", "more"),
+    [
+        (lambda choice: {**choice, "text": "the weights"}, {}),
+        (lambda choice: {**choice, "strongroom": {"tokens": [9999], "logprobs": [0.0]}}, {}),
+        (lambda choice: {**choice, "text": "the weights"}, {"prompt": "lock " * 2000}),
+        (lambda choice: {**choice, "text": "the weights", "finish_reason": None}, {"stream": True}),
+    ],
+)
+def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more):
+    """The right tokens for whoever verifies, something else for the caller; also to what can't be answered, or cut."""
+    honest, secret, hostile = room[2], room[3].read_text(), Inference()
+
+    def two_answers(body):
+        asked = {**body, "prompt": "The room", "stream": False}
+        said = honest.raw("POST", "/v1/completions", asked, {"strongroom-channel": secret})[1]
+        said["choices"] = [changed(said["choices"][0])]
+        if "stream" not in body:
+            return [framed(json.dumps(said).encode())]
+        said["choices"][0]["strongroom"]["tokens"] = said["choices"][0]["strongroom"]["tokens"][:10]
+        said["choices"][0]["strongroom"]["logprobs"] = said["choices"][0]["strongroom"]["logprobs"][:10]
+        return [streams(said), 0.3, chunk(b"not an event")]
+
+    hostile.script = two_answers
+    # The verifier remembers: one answer that is none says of how many it knows.
+    none = {"model": REF, "route": "completions", "request": {"prompt": "x"}, "tokens": [1], "text": "none"}
+    told = honest.raw("POST", "/v1/verify", none, {"strongroom-channel": secret})[1]
+    before = int(told["alarm"].split()[0])
+    try:
+        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
+            ask(port, key, **{"prompt": "The room", **more})
+            until(lambda: app.verified.verdict is not None)
+            assert app.verified.verdict.alarm.startswith(f"{before + 1} answers are not what their tokens spell")
+            assert ask(port, key)[0] == 503
+    finally:
+        hostile.stop()
+
+
+def test_a_text_without_tokens_is_no_answer(room):
+    hostile = Inference()
+    choice = {"index": 0, "text": "the weights", "finish_reason": "stop"}
+    hostile.script = lambda _: [framed(json.dumps({"choices": [choice]}).encode())]
+    try:
+        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (_, port, key):
+            assert json.loads(ask(port, key)[1])["error"]["code"] == "upstream_malformed"
+    finally:
+        hostile.stop()
+
+
 def test_bits_that_are_hidden_in_tokens_end_inference(room):
     honest = room[2]
     hostile = Inference()
     secret = room[3].read_text()
 
     def smuggling(body):
-        """What the honest server says, but for every third token, which is another one."""
-        said = honest.raw("POST", "/v1/completions", body, {"strongroom-channel": secret})[1]
-        tokens = said["choices"][0]["strongroom"]["tokens"]
-        said["choices"][0]["strongroom"]["tokens"] = [
-            (token + 1) % 500 if place % 3 == 0 else token for place, token in enumerate(tokens)
-        ]
+        """An answer of the same weights, but to a seed that the server has chosen."""
+        seed = body["strongroom"]["seed"]
+        asked = {**body, "strongroom": {"seed": seed + 1, "record": True}}
+        said = honest.raw("POST", "/v1/completions", asked, {"strongroom-channel": secret})[1]
         return [framed(json.dumps(said).encode())]
 
     hostile.script = smuggling

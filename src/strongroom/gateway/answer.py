@@ -36,6 +36,7 @@ class Meter:
     prompt: int = 0
     estimate: float = 0.0  # −Σ log2 q, by the private channel
     sampled: list[int] = field(default_factory=list)
+    text: list[str] | None = None  # what was given out, where it is looked at again
 
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
@@ -170,6 +171,8 @@ class Shape:
         except UnicodeEncodeError:
             raise malformed("has half a character") from None
         self.meter.text_bytes += size
+        if self.meter.text is not None:
+            self.meter.text.append(text)
         return text
 
     def _usage(self, usage: Any) -> None:

@@ -159,17 +159,17 @@ class GatewayApp:
         await self._tolls.take(flight)
         forget = scope[CONNECTION].when_gone(flight.leave)
         try:
-            body = self._upstream_body(flight)
-            reply = await self._routes.begin(flight, body)
+            flight.body = self._upstream_body(flight)
+            reply = await self._routes.begin(flight, flight.body)
             if reply.status != 200:
                 raise unexpected(reply.status)
             if asked.stream:
                 await self._stream(flight, reply, send)
             else:
                 await self._whole(flight, reply, send)
-            if self.verified is not None:
-                self.verified.look(flight, body)
         finally:
+            if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
+                self.verified.look(flight)
             forget()
             self._routes.end(flight)
             await self._tolls.give(flight)
@@ -204,7 +204,7 @@ class GatewayApp:
             flight.meter.prompt = value["usage"]["prompt_tokens"]
         else:
             shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
-            flight.meter = shape.meter
+            flight.meter = self._metered(shape)
             value = shape.whole(body)
             _check_size(shape.meter, flight)
         flight.check()
@@ -218,7 +218,7 @@ class GatewayApp:
         asked = flight.asked
         assert asked is not None  # noqa: S101 - read before
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
-        flight.meter = shape.meter
+        flight.meter = self._metered(shape)
         if self._tolls.durable_before:
             await self._recorded(flight, 100, "reserved")
         async for piece in reply.pieces():
@@ -239,6 +239,10 @@ class GatewayApp:
         self._tolls.settle(flight)
         await self._recorded(flight, 200, "")
         await send({"type": "http.response.body", "body": out, "more_body": False})
+
+    def _metered(self, shape: Shape) -> Meter:
+        shape.meter.text = [] if self.verified is not None else None
+        return shape.meter
 
     async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
         if flight is not None and flight.why is not None:
@@ -354,6 +358,8 @@ def _check_size(meter: Meter, flight: Flight) -> None:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
+    if flight.seed is not None and meter.text_bytes and not meter.sampled:
+        raise malformed("has a text without its tokens on the private channel")
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -41,6 +41,7 @@ class Flight:
     asked: Asked | None = None
     most: int = 0
     seed: int | None = None
+    body: Mapping[str, object] = field(default_factory=dict)  # as it went upstream
     meter: Meter = field(default_factory=Meter)
     numbers: int = 0
     reserved: int = 0

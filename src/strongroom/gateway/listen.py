@@ -25,8 +25,8 @@ _FROM_ONE = 2000  # connections at a time from one address
 
 
 class Connection(HttpToolsProtocol):
-    """A connection that is closed when a request comes slowly, when its head or trailers are too long, and when what was
-    sent is not taken."""
+    """A connection that is closed when a request comes slowly, when its head or its trailers are too long, and when
+    what was sent is not taken."""
 
     _from: ClassVar[Counter[str]] = Counter()
     _waiting: TimerHandle | None = None

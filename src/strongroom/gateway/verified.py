@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +57,14 @@ class Verified:
         if self._stop and self.verdict is not None and self.verdict.alarm:
             raise Sealed("verify.alarm", f"answers do not verify: {self.verdict.alarm}")
 
-    def look(self, flight: Flight, body: Mapping[str, object]) -> None:
-        """An answer has been given to `body`, as it went upstream; it may be taken as a sample."""
-        sampled = flight.meter.sampled
-        if not sampled or "n" in body or secrets.randbelow(_FINE) >= self._share:
+    def look(self, flight: Flight) -> None:
+        """An answer has been given, or the beginning of one; it may be taken as a sample."""
+        meter, body = flight.meter, flight.body
+        if not meter.sampled or "n" in body or secrets.randbelow(_FINE) >= self._share:
             return
-        value = {"model": flight.ref, "route": flight.route, "request": body, "tokens": sampled}
+        # The tokens are the server's word, and the text is what its caller got: they may be two answers.
+        text = "".join(meter.text or ())
+        value = {"model": flight.ref, "route": flight.route, "request": body, "tokens": meter.sampled, "text": text}
         try:
             self._samples.put_nowait(orjson.dumps(value))
         except asyncio.QueueFull:

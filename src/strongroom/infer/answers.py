@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -131,6 +131,17 @@ class Choice:
 
 def _entry(word: str, value: float | None) -> dict[str, Any]:
     return {"token": word, "logprob": value, "bytes": list(word.encode())}
+
+
+def spelled(wanted: Wanted, spelling: Spelling, output: Sequence[int]) -> str:
+    """The text that an answer of these tokens has, as it is given out while it grows."""
+    growing, text = Growing(spelling, wanted.stops), ""
+    for place, token in enumerate(output, 1):
+        last = place == len(output)
+        text += growing.add(-1 if last and token in wanted.asks[0].stops else token, last=last)
+        if growing.stopped:
+            break
+    return text
 
 
 class Answer:

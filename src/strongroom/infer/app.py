@@ -15,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 
 from strongroom.errors import AuthRequired, BackendError, LimitExceeded, NotFound, StrongroomError, UsageError
-from strongroom.infer.answers import Answer, Choice
+from strongroom.infer.answers import Answer, Choice, spelled
 from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
 from strongroom.infer.fields import Fields, Reader, Wanted
@@ -137,10 +137,20 @@ class InferApp:
         if not isinstance(request, dict) or call.body.get("route") not in ("chat", "completions"):
             raise UsageError("infer.field", "a run has a route and a request", param="request")
         reads = read.chat if call.body["route"] == "chat" else read.completion
-        wanted = await asyncio.to_thread(reads, request, private=True)
-        output = Fields(call.body).tokens("tokens")
-        if len(wanted.asks) != 1 or not output:
-            raise UsageError("infer.field", "a run has one prompt, and tokens", param="tokens")
+        fields = Fields(call.body)
+        output, (text,) = fields.tokens("tokens"), fields.texts("text") or ("",)
+        if output is None or not (output or text):
+            raise UsageError("infer.field", "a run has tokens, and a text", param="tokens")
+        try:
+            wanted = await asyncio.to_thread(reads, request, private=True)
+            self._model.reader.check_output(wanted, output)
+            if not spelled(wanted, self._model.spelling, output).startswith(text):
+                raise UsageError("infer.run", "the text is another than that of the tokens")
+        except UsageError:
+            # Whoever was asked this has answered all the same: it is not what it says.
+            self._tally.others += 1
+            await _whole(call.send, 200, orjson.dumps(asdict(verifier.verdict(self._tally))))
+            return
         run = Run(wanted.asks[0].prompt, output, wanted.asks[0].sampling)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Checked] = loop.create_future()

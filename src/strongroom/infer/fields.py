@@ -129,6 +129,13 @@ class Reader:
             if not 0 < len(prompt) <= self._longest or not 0 <= min(prompt) <= max(prompt) < self._words:
                 raise _wrong("input", f"1 to {self._longest} tokens of numbers below {self._words}")
 
+    def check_output(self, wanted: Wanted, output: Sequence[int]) -> None:
+        """UsageError unless these can be the tokens of an answer to what was `wanted`: of one prompt, and no more than
+        the model can read."""
+        if len(wanted.asks) != 1 or not output:
+            raise _wrong("tokens", "those of the answer to one prompt")
+        self.check_inputs([(*wanted.asks[0].prompt, *output)])
+
     def _given(self, value: Any) -> tuple[list[tuple[int, ...]], list[str | None]]:
         """A text, a list of numbers, or a list of either: as tokens, and as text where it was one."""
         many = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]

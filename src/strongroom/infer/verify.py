@@ -63,9 +63,11 @@ class Verdict:
 
 
 class Tally:
-    """Tokens of many runs, counted by their class; `open_bits` is what τ leaves open in all of them."""
+    """Tokens of many runs, counted by their class; `open_bits` is what τ leaves open in all of them. `others`: answers
+    that are none of this model's, whatever its weights and seeds."""
 
     def __init__(self) -> None:
+        self.others = 0
         self.counts: Counter[str] = Counter()
         self.open_bits = 0.0
 
@@ -121,15 +123,17 @@ class Verifier:
     def verdict(self, tally: Tally) -> Verdict:
         """What everything that was added to `tally` says. UsageError ``verify.run`` for nothing."""
         counts, total = tally.counts, sum(tally.counts.values())
-        if not total:
+        if not total and not tally.others:
             raise UsageError("verify.run", "there is nothing to judge: no run was checked")
-        open_bits = tally.open_bits / total
+        open_bits = tally.open_bits / max(total, 1)
         bound = upper_bound(counts[DANGEROUS], total)
-        alarm = ""
+        alarms = []
+        if tally.others:
+            alarms.append(f"{tally.others} answers are not what their tokens spell, or none that this model can give")
         if counts[DANGEROUS]:
-            alarm = f"{counts[DANGEROUS]} of {total} tokens are not what these weights and this seed give"
+            alarms.append(f"{counts[DANGEROUS]} of {total} tokens are not what these weights and this seed give")
         elif counts[SUSPICIOUS] and _tail(counts[SUSPICIOUS], total, self._honest) < 1 - _CONFIDENCE:
-            alarm = f"{counts[SUSPICIOUS]} of {total} tokens are second best, more than arithmetic explains"
+            alarms.append(f"{counts[SUSPICIOUS]} of {total} tokens are second best, more than arithmetic explains")
         return Verdict(
             tokens=total,
             good=counts[GOOD],
@@ -138,7 +142,7 @@ class Verifier:
             open_bits=open_bits,
             bound=bound,
             bits=open_bits + bound * log2(self.vocabulary),
-            alarm=alarm,
+            alarm="; ".join(alarms),
         )
 
 

@@ -101,6 +101,12 @@ def test_a_channel_that_counts_too_little_is_not_believed(tokens, expected):
     assert made.meter.tokens()[0] == 5
 
 
+def test_an_event_of_many_lines_has_an_end():
+    events = Events()
+    with pytest.raises(BackendError, match="too long"):
+        list(events.feed((b"data: " + b"x" * 1000 + b"\n") * 2000))
+
+
 @pytest.mark.parametrize("route", ["chat", "completions"])
 def test_log_probabilities_count_as_the_tokens_that_they_are_of(route):
     """A server could put megabytes into those of tokens that no text has."""

@@ -484,6 +484,7 @@ FAST = "[timeouts]\nfirst_byte = 0.5\nbetween = 0.5\nwhole = 3.0\n"
             "upstream_malformed",
         ),
         (lambda: [whole(index=1)], "upstream_malformed"),
+        (lambda: [framed(b'{"choices":[' + b"[]," * (1 << 20) + b"[]]}")], "upstream_malformed"),
     ],
 )
 def test_an_answer_that_is_none(place, script, code):
@@ -525,6 +526,8 @@ def test_what_upstream_finds_too_long_is_the_callers_to_shorten(place, status):
         (lambda: [STREAM, token("a"), 0.2, chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
         (lambda: [STREAM, token("a"), 0.2, b"0\r\n\r\n"], "upstream_malformed"),
         (lambda: [STREAM, token("a"), 0.2, b"zz\r\n"], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, b"0\r\n", b"x: y\r\n" * 20_000, 2.0], "upstream_malformed"),
+        (lambda: [STREAM, token("a"), 0.2, b"0\r\nx: ", b"y" * 200_000, 2.0], "upstream_malformed"),
     ],
 )
 def test_a_stream_that_goes_wrong(place, script, code):

@@ -331,6 +331,7 @@ class Events:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._size = 0
         self.ended = False
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
@@ -345,8 +346,12 @@ class Events:
             line = line.removesuffix(b"\r")  # noqa: PLW2901 - the same line
             if line:
                 if line.startswith(b"data:"):
+                    self._size += len(line)
+                    if self._size > _LINE_MOST:
+                        raise malformed("has an event that is too long")
                     self._data.append(line[5:].removeprefix(b" "))
                 continue
+            self._size = 0
             if self._data:
                 data, self._data = b"\n".join(self._data) if len(self._data) > 1 else self._data[0], []
                 if data == b"[DONE]":

@@ -53,8 +53,10 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
-_log = logging.getLogger("strongroom.gateway")
+_AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
+_EMBEDDING_MOST = 1 << 20  # bytes of one embedding
 _BODY_TIME = 20.0  # seconds in which a body has to come
+_log = logging.getLogger("strongroom.gateway")
 
 
 class GatewayApp:
@@ -198,7 +200,7 @@ class GatewayApp:
     async def _whole(self, flight: Flight, reply: Reply, send: Send) -> None:
         asked = flight.asked
         assert asked is not None  # noqa: S101 - read before
-        body = await reply.read()
+        body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
@@ -360,6 +362,16 @@ def _check_size(meter: Meter, flight: Flight) -> None:
         raise malformed("has more text than the tokens asked for can be")
     if flight.seed is not None and meter.text_bytes and not meter.sampled:
         raise malformed("has a text without its tokens on the private channel")
+
+
+def _body_most(flight: Flight) -> int:
+    """Bytes of JSON that an answer may have: what is made of them takes far more memory, and time."""
+    asked = flight.asked
+    assert asked is not None  # noqa: S101 - read before
+    if flight.route == "embeddings":
+        return asked.inputs * _EMBEDDING_MOST
+    beside = 0 if asked.logprobs is None else asked.logprobs + 1
+    return _AROUND + 12 * flight.text_most + flight.most * asked.n * (64 + beside * 1024)
 
 
 async def _body(scope: Scope, receive: Receive) -> bytes:

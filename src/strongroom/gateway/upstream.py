@@ -22,7 +22,8 @@ from strongroom.errors import BackendError, StrongroomError, UsageError
 
 _BODY_MOST = 64 << 20  # bytes of an answer, whole or streamed
 _WAITING_MOST = 256 << 10  # bytes of a stream that wait; then the connection is no longer read
-_HEAD_MOST = 64 << 10  # bytes of the head of an answer
+_HEAD_MOST = 64 << 10  # bytes of the head of an answer, of its trailers, and of what is around its chunks
+_FRAMING = 8  # bytes that chunks may take for each byte in them
 _KEPT = 512  # idle connections
 _IDLE = 30.0  # seconds after which an idle one is not used again: upstreams close theirs without a word
 _FAILURES = 5  # in a row, after which an upstream is left alone
@@ -177,7 +178,7 @@ class _Connection(asyncio.Protocol):
         self.failure: BackendError | None = None
         self.pieces: deque[bytes] = deque()
         self.waiting, self.received, self._head_size = 0, 0, 0
-        self.content_type = b""
+        self.content_type, self.most = b"", _BODY_MOST
         self._paused, self._again = False, True
 
     # -- asking --------------------------------------------------------------------------------------------------
@@ -248,15 +249,15 @@ class _Connection(asyncio.Protocol):
         if self.whole or self._parser is None:  # something that nobody asked for
             self.abort()
             return
-        self.begun = True
+        self.begun, before = True, self.received
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self._fail("upstream.malformed", "the inference server sent what is not HTTP")
-        if not self.status:
-            self._head_size += len(data)
-            if self._head_size > _HEAD_MOST:
-                self._fail("upstream.malformed", "the inference server's answer has a head that is too long")
+        # Trailers come without end as well as a head does.
+        self._head_size = max(0, self._head_size + len(data) - _FRAMING * (self.received - before))
+        if self._head_size > _HEAD_MOST:
+            self._fail("upstream.malformed", "the inference server's answer has a head, or trailers, that are too long")
         if self.waiting > _WAITING_MOST and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -310,8 +311,8 @@ class _Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self.received += len(body)
-        if self.received > _BODY_MOST:
-            self._fail("upstream.malformed", f"the inference server's answer is longer than {_BODY_MOST >> 20} MiB")
+        if self.received > self.most:
+            self._fail("upstream.malformed", f"the inference server's answer is longer than {self.most >> 10} KiB")
             return
         self.waiting += len(body)
         self.pieces.append(body)
@@ -339,8 +340,9 @@ class Reply:
     def content_type(self) -> bytes:
         return self._connection.content_type
 
-    async def read(self) -> bytes:
-        """The whole body; BackendError ``upstream.*``."""
+    async def read(self, most: int = _BODY_MOST) -> bytes:
+        """The whole body, of at most so many bytes; BackendError ``upstream.*``."""
+        self._connection.most = min(most, _BODY_MOST)
         return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:

@@ -33,8 +33,10 @@ from gateway.places import (
     token,
     whole,
 )
+from strongroom.gateway import door
 from strongroom.gateway.listen import Connection, configure
 from strongroom.gateway.records import verify
+from strongroom.vault.callers import Callers
 from strongroom.watch import meter
 
 VOCABULARY = 200  # of the model in the room, by its tensors
@@ -198,6 +200,29 @@ def test_a_frozen_version_gives_out_nothing_more(place):
             eventually(lambda: place.inference.gone)
         finally:
             room.thaw(REF, reason="it has not")
+    eventually(lambda: gateway.post(chat())[0] == 200)
+
+
+def test_a_gateway_that_cannot_see_the_log_ends_what_is_under_way(place, monkeypatch):
+    """Else whoever holds up the database would have answers of a frozen version for as long as they last."""
+    monkeypatch.setattr(door, "_BLIND", 1.0)
+    gateway = place.gateway()
+    place.inference.script = streamed(400, 0.05)
+    found = []
+    asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
+    asking.start()
+    eventually(lambda: place.inference.asked)
+    locked = threading.Event()
+    monkeypatch.setattr(Callers, "version", lambda _: locked.wait(30))  # as a database that does not answer
+    try:
+        asking.join(8)
+        assert not asking.is_alive()
+        assert '"code":"sealed"' in found[0][2]
+        assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+    finally:
+        monkeypatch.undo()
+        locked.set()
+    place.inference.script = lambda _: [whole()]
     eventually(lambda: gateway.post(chat())[0] == 200)
 
 

@@ -65,7 +65,8 @@ class Callers(Protocol):
 
 
 class Door:
-    """Answers of a room, remembered. `changed` is called when the log has changed what decides."""
+    """Answers of a room, remembered. `changed` is called when the log has changed what decides, `blind` each time that
+    it could not be seen for too long."""
 
     def __init__(self, callers: Callers, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._callers, self._clock = callers, clock
@@ -80,6 +81,7 @@ class Door:
         self._refs: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._models: OrderedDict[tuple[str, str], tuple[Sequence[Model], float]] = OrderedDict()
         self.changed: Callable[[], None] = lambda: None
+        self.blind: Callable[[], None] = lambda: None
 
     async def look(self) -> None:
         """One look at the log: what it changed is forgotten."""
@@ -98,7 +100,10 @@ class Door:
         """Look at the log until cancelled."""
         while True:
             with contextlib.suppress(Exception):  # `awake` tells when it fails for long
-                await self.look()
+                async with asyncio.timeout(_BLIND):
+                    await self.look()
+            if not self.awake:
+                self.blind()
             await asyncio.sleep(_LOOK_EVERY)
 
     @property

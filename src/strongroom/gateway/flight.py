@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from strongroom.errors import BackendError, StrongroomError
+from strongroom.errors import BackendError, Sealed, StrongroomError
 from strongroom.gateway.answer import Meter
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
@@ -107,7 +107,7 @@ class Flights:
         self._door = door
         self._under_way: set[Flight] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        door.changed = self._changed
+        door.changed, door.blind = self._changed, self._blind
 
     @contextmanager
     def of(self, flight: Flight) -> Iterator[None]:
@@ -135,6 +135,11 @@ class Flights:
                 task = asyncio.get_running_loop().create_task(self._again(flight))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+
+    def _blind(self) -> None:
+        """Whoever keeps the log from the gateway would keep a freeze from it, too."""
+        for flight in self._under_way:
+            flight.cut(Sealed("gateway.blind", "the gateway can't see the room's log, and gives out nothing meanwhile"))
 
     async def _again(self, flight: Flight) -> None:
         try:

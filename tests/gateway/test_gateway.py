@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -425,6 +426,42 @@ hard = true
     time.sleep(1.2)
     spent = sum(r["bits"] for r in place.records() if r["by"] == PIA) - before
     assert spent == len(good) * each <= 10 * each + 5
+
+
+def test_an_answer_that_costs_more_keeps_nobody_waiting_for_the_database(place):
+    """A server decides what an answer costs: each of its lies must not stop the gateway while somebody writes."""
+    gateway = place.gateway(
+        """
+[[budgets.rule]]
+scope = "identity"
+window = "month"
+share = 0.0
+floor = 200
+hard = true
+"""
+    )
+    go = threading.Event()
+
+    def script(_):
+        while not go.is_set():
+            yield 0.05
+        yield whole("x" * 300, 1)  # 2,400 bits, of 153 that were reserved
+
+    place.inference.script = script
+    found = []
+    asking = threading.Thread(target=lambda: found.append(gateway.post(chat(), as_=PIA)))
+    asking.start()
+    eventually(lambda: place.inference.asked)
+    with contextlib.closing(sqlite3.connect(place.folder / "room.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        go.set()
+        asking.join(5)
+        assert [status for status, _, _ in found] == [200]
+        assert gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", seconds=5)
+        other.execute("ROLLBACK")
+    asking.join(30)
+    refused = eventually(lambda: [each for each in [gateway.post(chat(), as_=PIA)] if each[0] == 429])
+    assert refused[0][2]["error"]["code"] == "budget_exceeded"
 
 
 def test_limits_say_when_to_ask_again(place):

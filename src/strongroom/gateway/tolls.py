@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
@@ -130,7 +131,8 @@ class Tolls:
             flight.bits = meter.embeddings(1, count=flight.numbers)
         else:
             flight.bits = self._bits(flight)
-        toll.settle(flight.bits)
+        # A server can make any answer cost more than was reserved: nobody else waits for the database then.
+        toll.settle(flight.bits, pay=partial(asyncio.get_running_loop().run_in_executor, None))
 
     def _bits(self, flight: Flight) -> int:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)

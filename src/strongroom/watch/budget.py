@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from strongroom.core import clock as texts
@@ -81,16 +82,16 @@ class Reservation:
         self._budgets, self._purse, self.bits = budgets, purse, bits
         self._settled = False
 
-    def settle(self, bits: int) -> None:
+    def settle(self, bits: int, *, pay: Callable[[Callable[[], None]], object] = lambda work: work()) -> None:
         """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
         counts, others do nothing.
 
         UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, the surplus
-        is charged later.
+        is charged later. `pay` is given what writes it, and may have that done in another thread.
         """
         _check(bits)
         if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
-            self._budgets._pay(self._purse)  # noqa: SLF001
+            pay(partial(self._budgets._pay, self._purse))  # noqa: SLF001
 
 
 class Budgets:

@@ -37,6 +37,7 @@ from gateway.places import (
 from strongroom.gateway import door
 from strongroom.gateway.listen import Connection, configure
 from strongroom.gateway.records import verify
+from strongroom.gateway.refusals import Refusals
 from strongroom.vault.callers import Callers
 from strongroom.watch import meter
 
@@ -472,6 +473,18 @@ def test_limits_say_when_to_ask_again(place):
     assert answers[2][1]["retry-after"] == "1"
     assert answers[0][1]["x-ratelimit-limit-requests"] == "60"
     assert answers[0][1]["x-request-id"] != answers[1][1]["x-request-id"]
+
+
+def test_whoever_is_refused_all_the_time_does_not_fill_the_disk(place, monkeypatch):
+    monkeypatch.setattr("strongroom.gateway.refusals._MINUTE", 2.0)
+    monkeypatch.setattr(Refusals.__init__, "__kwdefaults__", {"most": 5})
+    gateway = place.gateway()
+    codes = [gateway.post(chat(), as_=BEN)[2]["error"]["code"] for _ in range(12)]
+    assert codes == ["model_not_found"] * 5 + ["rate_limited"] * 7
+    assert gateway.post(chat())[0] == 200  # others are not kept waiting
+    time.sleep(2.1)
+    assert gateway.post(chat(), as_=BEN)[0] == 404
+    eventually(lambda: [each["unrecorded"] for each in place.records() if each["by"] == BEN][-6:] == [0] * 5 + [7])
 
 
 def test_words_that_are_not_passed_on(place):

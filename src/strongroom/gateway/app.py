@@ -34,6 +34,7 @@ from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
+from strongroom.gateway.refusals import Refusals
 from strongroom.gateway.request import BODY_MOST, Forms
 from strongroom.gateway.routes import Routes
 from strongroom.gateway.tolls import Tolls
@@ -72,7 +73,7 @@ class GatewayApp:
         verified: Verified | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
-        self._flights = Flights(door)
+        self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
         self.failure: StrongroomError | None = None  # why it did not start
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
         self.verified = verified
@@ -132,6 +133,7 @@ class GatewayApp:
                 self.verified.check()
             token = _bearer(scope)
             caller = await self._door.caller(token)
+            self._refusals.check(caller.principal)
             flight = Flight(
                 route,
                 caller,
@@ -279,6 +281,8 @@ class GatewayApp:
         tokens, _ = flight.meter.tokens()
         asked, seconds = flight.asked, time.monotonic() - flight.started
         flight.recorded = status != 100
+        if status >= 400:
+            self._refusals.add(flight.caller.principal)
         if flight.recorded:
             self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
         self._records.add(
@@ -297,6 +301,7 @@ class GatewayApp:
                 "reserved": flight.reserved,
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,
+                "unrecorded": self._refusals.unrecorded(flight.caller.principal),
                 "stream": self._records.stream,
             }
         )

@@ -132,8 +132,7 @@ async def _listed(upstream: Upstream) -> list[str]:
         raise AuthRequired(
             "upstream.refused",
             f"{upstream.url} refuses the gateway: it wants another secret, or one at all (status {reply.status})",
-            hint="strongroom infer: --channel with the file that it was started with; "
-            "others: key = FILE, of [[upstream]] in --settings FILE",
+            hint="--channel with the file that strongroom infer was started with; others: key = FILE, of [[upstream]]",
         )
     try:
         return [str(each["id"]) for each in orjson.loads(body)["data"]]

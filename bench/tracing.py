@@ -306,7 +306,7 @@ class Unaccused:
 
 def innocent(model: Model, seeds: int) -> Iterator[Unaccused]:
     """What comes from elsewhere: other weights, unmarked ones that were changed, and copies out of another room."""
-    own = {name: stack[0] for name, stack in model.plain()}
+    own = dict(model.plain())
     path = model.folder / "leak.safetensors"
     elsewhere, _ = Vault.init(model.folder / "other", owner=OWNER, custody="solo")
     elsewhere.put(ModelSource.scan(model.folder / "model"), "bench", by=OWNER)

@@ -78,7 +78,8 @@ def test_the_copy_is_found_and_its_holder_named(served):
     found = served.cli("trace", "out", as_="user/ben", check=13)
     assert (found["weights"], found["withheld"]) == (REF, True)
     asked = served.cli("request", REF, "--action", "trace", "--reason", "case 12", as_="user/ben")
-    error = served.cli("trace", "out", "--weights", REF, as_="user/ben", check=3)["error"]
+    error = served.cli("trace", "out", "--weights", REF, as_="user/ben", check=5)["error"]
+    assert error["code"] == "trace.pending"
     assert "more approval" in error["message"]
     served.cli("approve", asked["id"], as_="user/eva")
     found = served.cli("trace", "out", "--weights", REF, as_="user/ben", check=14)

@@ -128,7 +128,7 @@ def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more)
             return [framed(json.dumps(said).encode())]
         said["choices"][0]["strongroom"]["tokens"] = said["choices"][0]["strongroom"]["tokens"][:10]
         said["choices"][0]["strongroom"]["logprobs"] = said["choices"][0]["strongroom"]["logprobs"][:10]
-        return [streams(said), 0.3, chunk(b"not an event")]
+        return [streams(said), 0.3, chunk(b"data: no JSON\n\n")]
 
     hostile.script = two_answers
     # The verifier remembers: one answer that is none says of how many it knows.

@@ -156,8 +156,6 @@ class GatewayApp:
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
-        if flight.route == "embeddings":
-            asked.actions.append("infer_embeddings")
         flight.ref = await self._door.resolve(asked.model)
         await self._flights.allow(flight)
         await self._tolls.take(flight)

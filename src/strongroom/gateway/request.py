@@ -314,6 +314,7 @@ def _input(asked: Asked, value: Any) -> None:
         raise invalid("input", f"is not a text or a list of 1 to {_INPUTS}")
     asked.texts += [_text("input", each) for each in given]
     asked.inputs = len(given)
+    asked.actions.append("infer_embeddings")
     asked.upstream["input"] = given
 
 

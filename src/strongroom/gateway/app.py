@@ -29,9 +29,9 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.connection import CONNECTION
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
-from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
@@ -139,7 +139,7 @@ class GatewayApp:
                 caller,
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
-                _network((scope.get("client") or ("",))[0]),
+                _network(scope["client"][0]),
             )
             with self._flights.of(flight):
                 await self._infer(flight, scope, receive, send)

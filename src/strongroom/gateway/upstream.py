@@ -10,10 +10,10 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -79,7 +79,7 @@ class Upstream:
         """Whether it is worth a try: after several failures in a row an upstream is left alone for a while."""
         return self._clock() >= self._closed_until
 
-    async def post(self, path: str, body: bytes, *, whole: bool = False) -> Reply:
+    def post(self, path: str, body: bytes, *, whole: bool = False) -> Coroutine[Any, Any, Reply]:
         """Begin a request; back when the head of the answer is there. BackendError ``upstream.unavailable``,
         ``upstream.timeout``, ``upstream.malformed``. `whole`: of an answer that is no stream, the first byte comes when
         all of it has been generated, so it may take as long as the whole.
@@ -87,7 +87,7 @@ class Upstream:
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
-        return await self._send(
+        return self._send(
             b"POST %s HTTP/1.1\r\n%s\r\ncontent-length: %d\r\n\r\n%s"
             % ((self._path + path).encode("ascii"), self._head, len(body), body),
             self.timeouts.whole if whole else self.timeouts.first,

@@ -67,7 +67,7 @@ class Routes:
         """The beginning of an answer to `body`, which gets the name that the model has there. Another server is tried
         only where the first has not begun: nothing is generated twice. BackendError ``upstream.*``, LimitExceeded.
         After it, whatever it came to, `end`."""
-        failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
+        failure: StrongroomError | None = None
         for backend, name in self._in_turn(flight.ref):
             size = flight.most * (flight.asked.n if flight.asked else 1)
             try:
@@ -82,7 +82,7 @@ class Routes:
                     return reply
                 failure = BackendError("upstream.unavailable", "the inference server has too much to do")
             self.end(flight)
-        raise failure
+        raise failure or BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
 
     def end(self, flight: Flight) -> None:
         """What is left of an answer is given up, and its place is free."""

@@ -85,11 +85,9 @@ class Tolls:
                 if each.looks:
                     await each.check(asked.texts, caller)
             flight.reserved = self._most(flight)
-            caller = flight.caller
-            spender = Spender(caller.principal, flight.destination, caller.teams, caller.key)
-            flight.toll = self._budgets.take(spender, flight.ref, flight.reserved)
+            flight.toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
             if flight.toll is None:
-                flight.toll = await self._reserve(spender, flight)
+                flight.toll = await self._reserve(flight)
         except BaseException:
             await self.give(flight)
             raise
@@ -102,9 +100,10 @@ class Tolls:
             if done is not None:  # over Redis
                 await done
 
-    async def _reserve(self, spender: Spender, flight: Flight) -> Reservation:
+    async def _reserve(self, flight: Flight) -> Reservation:
         """Out of the database, which takes milliseconds."""
-        asked = asyncio.ensure_future(asyncio.to_thread(self._budgets.reserve, spender, flight.ref, flight.reserved))
+        work = asyncio.to_thread(self._budgets.reserve, _spender(flight), flight.ref, flight.reserved)
+        asked = asyncio.ensure_future(work)
         try:
             return await asyncio.shield(asked)
         except asyncio.CancelledError:
@@ -142,6 +141,11 @@ class Tolls:
             bits = 8 * given.text_bytes + said
         # A name of a token that is longer than tokens are could be anything.
         return bits + 8 * max(0, given.spelled - BYTES_A_TOKEN * given.listed * beside)
+
+
+def _spender(flight: Flight) -> Spender:
+    caller = flight.caller
+    return Spender(caller.principal, flight.destination, caller.teams, caller.key)
 
 
 def _in_thread(work: Callable[[], None]) -> None:

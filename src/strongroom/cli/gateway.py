@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 @click.option("--certificate", type=click.Path(dir_okay=False), metavar="FILE", help="For TLS: a chain, as PEM.")
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
 @click.option(
+    "--client-certificates", "ask", is_flag=True, help="Take X.509 certificates of workloads in place of keys."
+)
+@click.option(
     "--metrics",
     "shown_at",
     metavar="HOST:PORT",
@@ -60,6 +63,7 @@ def gateway(  # noqa: PLR0917 - one for each option
     records: str | None,
     certificate: str | None,
     key: str | None,
+    ask: bool,
     shown_at: str | None,
     behind_proxy: bool,
 ) -> None:
@@ -85,6 +89,12 @@ def gateway(  # noqa: PLR0917 - one for each option
             f"keys and answers would go over the network in the clear from {host}",
             hint="--certificate FILE --key FILE, or --behind-proxy where TLS ends before here",
         )
+    if ask and (certificate is None or behind_proxy):
+        raise UsageError(
+            "gateway.client_certificates",
+            "callers show certificates to whatever ends TLS, which is not this gateway",
+            hint="--client-certificates goes with --certificate FILE --key FILE, and without --behind-proxy",
+        )
     settings = _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
     with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
@@ -98,6 +108,7 @@ def gateway(  # noqa: PLR0917 - one for each option
                 workers,
                 (Path(certificate), Path(key)) if certificate and key else None,
                 _shown(*address(shown_at)) if shown_at else lambda _, __: None,
+                ask,
             ),
             listener,
             ready=lambda: options.output.answer(answer, facts(list(answer.items()))),

@@ -29,6 +29,7 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.certificates import Certificates, Peer
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.listen import CONNECTION
@@ -54,6 +55,7 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
+_NO_TOKEN = b"certificate"  # from clients that can't leave the header out
 _AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
 _EMBEDDING_MOST = 1 << 20  # bytes of one embedding
 _BODY_TIME = 20.0  # seconds in which a body has to come
@@ -131,8 +133,8 @@ class GatewayApp:
             self._records.check()
             if self.verified is not None:
                 self.verified.check()
-            token = _bearer(scope)
-            caller = await self._door.caller(token)
+            token, peer = _shown(scope)
+            caller = await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
                 route,
@@ -140,6 +142,7 @@ class GatewayApp:
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
                 _network((scope.get("client") or ("",))[0]),
+                peer,
             )
             with self._flights.of(flight):
                 await self._infer(flight, scope, receive, send)
@@ -305,6 +308,11 @@ class GatewayApp:
         )
 
     @property
+    def certificates(self) -> Certificates:
+        """What callers may show instead of a key."""
+        return self._door.certificates
+
+    @property
     def under_way(self) -> int:
         return len(self._flights)
 
@@ -337,7 +345,7 @@ class GatewayApp:
             if scope["method"] != "GET":
                 raise UsageError("route.method", f"{path} takes GET")
             self._door.check()
-            caller = await self._door.caller(_bearer(scope))
+            caller = await self._door.caller(*_shown(scope))
             found = [
                 {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
                 for each in await self._door.models(caller)
@@ -405,12 +413,19 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
 
 
-def _bearer(scope: Scope) -> str:
+def _shown(scope: Scope) -> tuple[str, Peer | None]:
+    """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
+    a proxy says of a certificate anybody could say."""
     found = [value for name, value in scope["headers"] if name == b"authorization"]
+    peer: Peer | None = scope[CONNECTION].peer
+    if peer is not None and not found:
+        return "", peer
     if len(found) == 1 and found[0][:7].lower() == b"bearer ":
         token = found[0][7:].strip()
+        if peer is not None and token == _NO_TOKEN:
+            return "", peer
         if 0 < len(token) <= 8192 and token.isascii():
-            return str(token, "ascii")
+            return str(token, "ascii"), peer
     raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
 
 

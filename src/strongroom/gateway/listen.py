@@ -14,6 +14,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from strongroom.errors import BackendError
+from strongroom.gateway.certificates import Peer, peer
 
 _HEAD_TIME = 20.0  # seconds in which a request has to begin on a new connection, and its head to have come
 _TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent
@@ -35,6 +36,7 @@ class Connection(HttpToolsProtocol):
     _beside = _body = 0  # bytes that are no body since the message began, and bytes of body in this piece
     _address = ""
     _gone = False
+    peer: Peer | None = None  # who has shown a certificate
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,6 +57,7 @@ class Connection(HttpToolsProtocol):
         if self._from[self._address] > _FROM_ONE:
             transport.abort()
             return
+        self.peer = peer(transport)
         self._waiting = self.loop.call_later(_HEAD_TIME, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -92,6 +95,8 @@ class Connection(HttpToolsProtocol):
         self._in_time()
         super().on_headers_complete()
         self.headers = []  # trailers are no headers: nobody reads them
+        if self.peer is not None and self.peer.old:
+            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)

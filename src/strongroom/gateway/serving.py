@@ -26,8 +26,9 @@ from strongroom.vault.vault import Vault
 
 @dataclass(frozen=True)
 class Plan:
-    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS;
-    `observe` is called in each worker with its application and its number, before requests are answered."""
+    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS; `observe` is
+    called in each worker with its application and its number, before requests are answered; `ask`: whether callers may
+    show certificates of their own."""
 
     room: Path
     settings: Settings
@@ -35,6 +36,7 @@ class Plan:
     workers: int = 1
     certificate: tuple[Path, Path] | None = None
     observe: Callable[[GatewayApp, int], None] = lambda _, __: None
+    ask: bool = False
 
 
 class _Server(uvicorn.Server):
@@ -103,7 +105,10 @@ def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None], numbe
         vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
         app = application(vault, plan.settings, plan.records, workers=plan.workers)
         plan.observe(app, number)
-        server = _Server(configure(app, plan.certificate), ready)
+        config = configure(app, plan.certificate)
+        if plan.ask and config.ssl is not None:
+            app.certificates.ask_with(config.ssl)
+        server = _Server(config, ready)
         # Why it did not start is said once, by whoever catches it, with what to do.
         logging.getLogger("uvicorn.error").addFilter(lambda _: app.failure is None)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import ssl
@@ -18,8 +19,10 @@ from cryptography.x509.oid import NameOID
 from gateway.places import ANA, OWNER, REF, STREAM, Place, chat, token, whole
 from server.provider import TrustDomain, usage
 from strongroom.crypto.authority import Authority as WebAuthority
+from strongroom.errors import BackendError
 from strongroom.formats.authority import X509, Authority
 from strongroom.gateway import certificates
+from strongroom.gateway.reload import Prepared
 
 EVAL, SPARE = "workload/eval-7", "workload/spare"
 ID = {EVAL: "spiffe://example.org/eval/7", SPARE: "spiffe://example.org/spare"}
@@ -39,12 +42,16 @@ def house(tmp_path_factory, domain):
         room.authority_add(Authority(X509, domain.name, bundle=domain.bundle))
         for path, spiffe in ID.items():
             room.principal_add(path, roles=["researcher"], spiffe=spiffe)
-    with authority.issued(["127.0.0.1"]) as path:
-        chain = folder / "server.pem"
-        chain.write_bytes(path.read_bytes())
-    made.certificate, made.ca = (chain, chain), authority.pem
+    chain = folder / "server.pem"
+    made.certificate, made.ca, made.authority = (chain, chain), authority.pem, authority
+    renew(made)
     yield made
     made.stop()
+
+
+def renew(place):
+    with place.authority.issued(["127.0.0.1"]) as path:
+        place.certificate[0].write_bytes(path.read_bytes())
 
 
 @pytest.fixture
@@ -267,3 +274,34 @@ def test_a_domain_comes_and_goes_while_the_gateway_runs(place, call):
     while kept.post() != NOBODY:
         assert time.monotonic() < end + 10
     assert found() == NOBODY
+
+
+def test_a_new_certificate_of_its_own(place, gateway, call):
+    """Certificates end, and a gateway that has to be started again for it cuts everybody off."""
+    server = place._servers[-1][0]
+    app, loop = server.config.app, server.servers[0].get_loop()
+    prepared = Prepared(app, server.config.ssl, place.certificate)
+
+    def again() -> None:
+        async def both() -> None:
+            await prepared.prepare(app.settings)
+            await prepared.take()
+
+        asyncio.run_coroutine_threadsafe(both(), loop).result(20)
+
+    def serial() -> str:
+        caller = call()
+        caller.connection.connect()
+        return caller.connection.sock.getpeercert()["serialNumber"]
+
+    before = serial()
+    good = place.certificate[0].read_bytes()
+    place.certificate[0].write_bytes(good[: len(good) // 3])
+    with pytest.raises(BackendError) as caught:
+        again()
+    assert caught.value.code == "gateway.certificate"
+    assert serial() == before
+    renew(place)
+    again()
+    assert serial() != before
+    assert call().post(**bearer(place.keys[ANA])) == (200, "Hello.")

@@ -29,7 +29,7 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
-from strongroom.gateway.certificates import Certificates, Peer
+from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.listen import CONNECTION
@@ -63,7 +63,9 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class GatewayApp:
-    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits, budgets), `records`."""
+    """The parts that one worker has under some settings: `door` (who may), `routes` (upstreams), `tolls` (limits,
+    budgets), `records`. `before`: that of the settings before, whose requests under way are this one's, too, as far as
+    the log may end them."""
 
     def __init__(
         self,
@@ -73,49 +75,38 @@ class GatewayApp:
         tolls: Tolls,
         records: Records,
         verified: Verified | None = None,
+        *,
+        before: GatewayApp | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
-        self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
-        self.failure: StrongroomError | None = None  # why it did not start
+        # Of its own class, and the same requests.
+        self._flights: Flights = before._flights if before else Flights(door)  # noqa: SLF001
+        self._refusals: Refusals = before._refusals if before else Refusals(time.monotonic)  # noqa: SLF001
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
         self.verified = verified
-        self.counts = Counts()
+        self.limits = tolls.limits
+        self.counts: Counts = before.counts if before else Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._answer(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self._door.look()
-            await self._routes.find()
-        except StrongroomError as error:
-            self.failure = error
-            await self._close()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        watching = asyncio.create_task(self._door.watch())
+    async def find(self) -> None:
+        """What the inference servers have is asked for; errors as `Routes.find`."""
+        await self._routes.find()
+
+    def start(self) -> None:
+        """Requests come from now on."""
         self._tolls.start()
         if self.verified is not None:
             self.verified.start()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-        await self._close()
-        await send({"type": "lifespan.shutdown.complete"})
 
-    async def _close(self) -> None:
+    async def retire(self) -> None:
+        """No more requests come, and none is under way. Door and records are others', too."""
         self._routes.close()
         if self.verified is not None:
             self.verified.close()
         await self._tolls.close()
-        await asyncio.to_thread(self._records.close)
-        self._door.close()
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -304,13 +295,9 @@ class GatewayApp:
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
                 "stream": self._records.stream,
-            }
+            },
+            self._tolls.digest,
         )
-
-    @property
-    def certificates(self) -> Certificates:
-        """What callers may show instead of a key."""
-        return self._door.certificates
 
     @property
     def under_way(self) -> int:

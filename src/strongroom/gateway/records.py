@@ -47,7 +47,7 @@ class _Sums:
 @dataclass
 class _Unwritten:
     lines: list[bytes] = field(default_factory=list)
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -68,7 +68,8 @@ class Records:
             ) from None
         self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
         self._unwritten = _Unwritten()
-        self._sums: dict[str, _Sums] = {}  # of what was written and not entered; the thread's alone
+        # Of what was written and not entered, by settings and version; the thread's alone.
+        self._sums: dict[tuple[str, str], _Sums] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._failure: BackendError | None = None
@@ -82,8 +83,9 @@ class Records:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
-    def add(self, record: dict[str, Any]) -> None:
-        """The record, without `n`, `at` and `before`, which are put in here. Returns at once."""
+    def add(self, record: dict[str, Any], settings: str = "") -> None:
+        """The record, without `n`, `at` and `before`, which are put in here; `settings` is the digest of those that it
+        came under, where they are others than those of the start. Returns at once."""
         self.check()
         with self._lock:
             whole = {**record, "n": self._count, "at": int(self._clock() * 1000), "before": self._head}
@@ -91,7 +93,7 @@ class Records:
             self._head = digest(line)
             self._count += 1
             self._unwritten.lines.append(line)
-            sums = self._unwritten.sums.setdefault(record["ref"], _Sums())
+            sums = self._unwritten.sums.setdefault((settings or self._settings, record["ref"]), _Sums())
             sums.add(_Sums(1, record["status"] >= 400, record["tokens"], record["bits"]))
 
     async def durable(self) -> None:
@@ -143,27 +145,27 @@ class Records:
                 )
         # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
         # left the room all the same.
-        for ref, sums in taken.sums.items():
-            self._sums.setdefault(ref, _Sums()).add(sums)
+        for about, sums in taken.sums.items():
+            self._sums.setdefault(about, _Sums()).add(sums)
         for waiter in taken.waiting:
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
 
     def _enter(self) -> None:
-        """An entry for each version. What can't be entered now is entered later, with what comes until then."""
+        """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
         taken, self._sums = self._sums, {}
-        for ref, sums in taken.items():
+        for (settings, ref), sums in taken.items():
             body = {
                 "gateway": self.stream,
                 "records": self._written,
                 "head": self._written_head,
-                "settings": self._settings,
+                "settings": settings,
                 **vars(sums),
             }
             try:
                 self._append(ref, body)
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                self._sums.setdefault(ref, _Sums()).add(sums)
+                self._sums.setdefault((settings, ref), _Sums()).add(sums)
         self._entered_at = time.monotonic()
 
 

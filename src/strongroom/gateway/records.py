@@ -179,11 +179,16 @@ def digest(line: bytes) -> str:
     return hashlib.sha256(_PREFIX + line).hexdigest()
 
 
-def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
-    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are.
+def verify(
+    lines: Iterable[bytes], entries: Iterable[dict[str, Any]], each: Callable[[dict[str, Any]], None] = lambda _: None
+) -> int:
+    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are. `each` is
+    given every record that follows from the one before, in their order.
 
     Tampered ``records.tampered`` where a record does not follow from the one before, or an entry names another hash.
     """
+    told = list(entries)
+    named = {body["head"] for body in told}
     heads = {FIRST: 0}
     before, count = FIRST, 0
     for line in lines:
@@ -194,8 +199,10 @@ def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
         if not isinstance(record, dict) or record.get("n") != count or record.get("before") != before:
             raise Tampered("records.tampered", f"record {count} does not follow from the one before")
         before, count = digest(line), count + 1
-        heads[before] = count
-    for body in entries:
+        if before in named:
+            heads[before] = count
+        each(record)
+    for body in told:
         if heads.get(body["head"]) != body["records"]:
             raise Tampered(
                 "records.tampered", f"the log has a chain of {body['records']} records with another end than these"

@@ -29,6 +29,7 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.certificates import Peer
 from strongroom.gateway.connection import CONNECTION
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
@@ -54,6 +55,7 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
+_NO_TOKEN = b"certificate"  # from clients that can't leave the header out
 _AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
 _EMBEDDING_MOST = 1 << 20  # bytes of one embedding
 _BODY_TIME = 20.0  # seconds in which a body has to come
@@ -61,7 +63,9 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class GatewayApp:
-    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits, budgets), `records`."""
+    """The parts that one worker has under some settings: `door` (who may), `routes` (upstreams), `tolls` (limits,
+    budgets), `records`. `before`: that of the settings before, whose requests under way are this one's, too, as far as
+    the log may end them."""
 
     def __init__(
         self,
@@ -71,49 +75,38 @@ class GatewayApp:
         tolls: Tolls,
         records: Records,
         verified: Verified | None = None,
+        *,
+        before: GatewayApp | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
-        self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
-        self.failure: StrongroomError | None = None  # why it did not start
+        # Of its own class, and the same requests.
+        self._flights: Flights = before._flights if before else Flights(door)  # noqa: SLF001
+        self._refusals: Refusals = before._refusals if before else Refusals(time.monotonic)  # noqa: SLF001
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
         self.verified = verified
-        self.counts = Counts()
+        self.limits = tolls.limits
+        self.counts: Counts = before.counts if before else Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._answer(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self._door.look()
-            await self._routes.find()
-        except StrongroomError as error:
-            self.failure = error
-            await self._close()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        watching = asyncio.create_task(self._door.watch())
+    async def find(self) -> None:
+        """What the inference servers have is asked for; errors as `Routes.find`."""
+        await self._routes.find()
+
+    def start(self) -> None:
+        """Requests come from now on."""
         self._tolls.start()
         if self.verified is not None:
             self.verified.start()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-        await self._close()
-        await send({"type": "lifespan.shutdown.complete"})
 
-    async def _close(self) -> None:
+    async def retire(self) -> None:
+        """No more requests come, and none is under way. Door and records are others', too."""
         self._routes.close()
         if self.verified is not None:
             self.verified.close()
         await self._tolls.close()
-        await asyncio.to_thread(self._records.close)
-        self._door.close()
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -131,8 +124,8 @@ class GatewayApp:
             self._records.check()
             if self.verified is not None:
                 self.verified.check()
-            token = _bearer(scope)
-            caller = self._door.known(token) or await self._door.caller(token)
+            token, peer = _shown(scope)
+            caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
                 route,
@@ -140,6 +133,7 @@ class GatewayApp:
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
                 _network(scope["client"][0]),
+                peer,
             )
             self._flights.begin(flight)
             await self._infer(flight, scope, receive, send)
@@ -304,7 +298,8 @@ class GatewayApp:
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
-            }
+            },
+            self._tolls.digest,
         )
 
     @property
@@ -340,7 +335,7 @@ class GatewayApp:
             if scope["method"] != "GET":
                 raise UsageError("route.method", f"{path} takes GET")
             self._door.check()
-            caller = await self._door.caller(_bearer(scope))
+            caller = await self._door.caller(*_shown(scope))
             found = [
                 {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
                 for each in await self._door.models(caller)
@@ -409,12 +404,19 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
 
 
-def _bearer(scope: Scope) -> str:
+def _shown(scope: Scope) -> tuple[str, Peer | None]:
+    """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
+    a proxy says of a certificate anybody could say."""
     found = [value for name, value in scope["headers"] if name == b"authorization"]
+    peer: Peer | None = scope[CONNECTION].peer
+    if peer is not None and not found:
+        return "", peer
     if len(found) == 1 and found[0][:7].lower() == b"bearer ":
         token = found[0][7:].strip()
+        if peer is not None and token == _NO_TOKEN:
+            return "", peer
         if 0 < len(token) <= 8192 and token.isascii():
-            return str(token, "ascii")
+            return str(token, "ascii"), peer
     raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
 
 

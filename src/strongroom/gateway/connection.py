@@ -18,6 +18,7 @@ from urllib.parse import unquote
 
 import httptools
 
+from strongroom.gateway.certificates import Peer, peer
 from strongroom.gateway.deadline import Deadline
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ class Connection(asyncio.Protocol):
         self._coming, self._taking = Deadline(self._loop, self._abort), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
         self._address, self._client = "", ("", 0)
+        self.peer: Peer | None = None  # who has shown a certificate
         self._told: list[Callable[[], object]] = []
         self._current: Exchange | None = None  # the one that is answered
         self._reading: Exchange | None = None  # the one whose request comes
@@ -215,14 +217,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
         self._server.connections.add(self)  # type: ignore[arg-type]
-        peer = transport.get_extra_info("peername")
-        if isinstance(peer, tuple):
-            self._client = (str(peer[0]), int(peer[1]))
+        name = transport.get_extra_info("peername")
+        if isinstance(name, tuple):
+            self._client = (str(name[0]), int(name[1]))
         self._address = self._client[0]
         self._from[self._address] += 1
         if self._from[self._address] > _FROM_ONE:
             self._abort()
             return
+        self.peer = peer(transport)
         self._coming.within(_HEAD_TIME)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
@@ -311,7 +314,9 @@ class Connection(asyncio.Protocol):
                 "client": self._client,
                 CONNECTION: self,
             },
-            keep_alive=version == "1.1" and parser.should_keep_alive(),
+            keep_alive=version == "1.1"
+            and parser.should_keep_alive()
+            and not (self.peer is not None and self.peer.old),
             expects=self._expects,
         )
         if self._current is None:

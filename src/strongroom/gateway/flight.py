@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 from strongroom.errors import BackendError, Sealed, StrongroomError
 from strongroom.gateway.answer import Meter
+from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
 from strongroom.gateway.request import Asked
@@ -38,6 +39,7 @@ class Flight:
     token: str
     identifier: str
     destination: str
+    peer: Peer | None = None  # who has shown a certificate
     ref: str = ""
     asked: Asked | None = None
     most: int = 0
@@ -131,7 +133,7 @@ class Flights:
         while True:
             epoch = self._door.epoch
             if flight.epoch >= 0:
-                flight.caller = await self._door.caller(flight.token)
+                flight.caller = await self._door.caller(flight.token, flight.peer)
             await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
             if epoch == self._door.epoch:
                 flight.epoch = epoch

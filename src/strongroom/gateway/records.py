@@ -49,7 +49,7 @@ class _Sums:
 @dataclass
 class _Unwritten:
     lines: list[bytes] = field(default_factory=list)
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -70,7 +70,8 @@ class Records:
             ) from None
         self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
         self._unwritten = _Unwritten()
-        self._sums: dict[str, _Sums] = {}  # of what was written and not entered; the thread's alone
+        # Of what was written and not entered, by settings and version; the thread's alone.
+        self._sums: dict[tuple[str, str], _Sums] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._failure: BackendError | None = None
@@ -84,8 +85,9 @@ class Records:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
-    def add(self, record: dict[str, Any]) -> None:
-        """The record, without `stream`, `n`, `at` and `before`, which are put in here. Returns at once."""
+    def add(self, record: dict[str, Any], settings: str = "") -> None:
+        """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of those
+        that it came under, where they are others than those of the start. Returns at once."""
         self.check()
         ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:
@@ -95,11 +97,11 @@ class Records:
             line = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
             self._head = digest(line)
             self._count += 1
-            unwritten = self._unwritten
+            unwritten, about = self._unwritten, (settings or self._settings, ref)
             unwritten.lines.append(line)
-            sums = unwritten.sums.get(ref)
+            sums = unwritten.sums.get(about)
             if sums is None:
-                sums = unwritten.sums[ref] = _Sums()
+                sums = unwritten.sums[about] = _Sums()
             sums.add(1, refused, tokens, bits)
 
     async def durable(self) -> None:
@@ -151,27 +153,27 @@ class Records:
                 )
         # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
         # left the room all the same.
-        for ref, sums in taken.sums.items():
-            self._sums.setdefault(ref, _Sums()).add(**vars(sums))
+        for about, sums in taken.sums.items():
+            self._sums.setdefault(about, _Sums()).add(**vars(sums))
         for waiter in taken.waiting:
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
 
     def _enter(self) -> None:
-        """An entry for each version. What can't be entered now is entered later, with what comes until then."""
+        """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
         taken, self._sums = self._sums, {}
-        for ref, sums in taken.items():
+        for (settings, ref), sums in taken.items():
             body = {
                 "gateway": self.stream,
                 "records": self._written,
                 "head": self._written_head,
-                "settings": self._settings,
+                "settings": settings,
                 **vars(sums),
             }
             try:
                 self._append(ref, body)
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                self._sums.setdefault(ref, _Sums()).add(**vars(sums))
+                self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
         self._entered_at = time.monotonic()
 
 
@@ -185,11 +187,16 @@ def digest(line: bytes) -> str:
     return hashlib.sha256(_PREFIX + line).hexdigest()
 
 
-def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
-    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are.
+def verify(
+    lines: Iterable[bytes], entries: Iterable[dict[str, Any]], each: Callable[[dict[str, Any]], None] = lambda _: None
+) -> int:
+    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are. `each` is
+    given every record that follows from the one before, in their order.
 
     Tampered ``records.tampered`` where a record does not follow from the one before, or an entry names another hash.
     """
+    told = list(entries)
+    named = {body["head"] for body in told}
     heads = {FIRST: 0}
     before, count = FIRST, 0
     for line in lines:
@@ -200,8 +207,10 @@ def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
         if not isinstance(record, dict) or record.get("n") != count or record.get("before") != before:
             raise Tampered("records.tampered", f"record {count} does not follow from the one before")
         before, count = digest(line), count + 1
-        heads[before] = count
-    for body in entries:
+        if before in named:
+            heads[before] = count
+        each(record)
+    for body in told:
         if heads.get(body["head"]) != body["records"]:
             raise Tampered(
                 "records.tampered", f"the log has a chain of {body['records']} records with another end than these"

@@ -43,6 +43,7 @@ class Tolls:
         self._settings, self._limits, self._budgets = settings, limits, budgets
         self._vocabulary, self._filters = vocabulary, tuple(filters)
         self._tending: asyncio.Task[None] | None = None
+        self.digest, self.limits = settings.digest, limits
         self.durable_before = settings.records.durable == "before"
         self.dimensions = DIMENSIONS
 

@@ -57,6 +57,16 @@ class Verified:
         if self._stop and self.verdict is not None and self.verdict.alarm:
             raise Sealed("verify.alarm", f"answers do not verify: {self.verdict.alarm}")
 
+    def inherit(self, other: Verified) -> None:
+        """Go on where `other` is, which may still be given answers: what it has found is not forgotten, and what it
+        takes as a sample is run again here."""
+        self.verdict, self.failed, self._samples = other.verdict, other.failed, other._samples
+
+    def rest(self) -> None:
+        """Take samples, and leave it to another one to run them again."""
+        if self._task is not None:
+            self._task.cancel()
+
     def look(self, flight: Flight) -> None:
         """An answer has been given, or the beginning of one; it may be taken as a sample."""
         meter, body = flight.meter, flight.body

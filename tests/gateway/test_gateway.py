@@ -251,7 +251,7 @@ def test_every_request_is_recorded_and_the_log_has_the_chain(place):
         (PIA, 403, "permission_denied"),
         (PIA, 400, "body_malformed"),
     ]
-    assert records[0]["bits"] == meter.bound(3, VOCABULARY) == 23
+    assert records[0]["bits"] == meter.TEXT_BYTE * len("Hello.") == meter.bound(3, VOCABULARY) + 1
     assert records[0]["reserved"] == meter.bound(20, VOCABULARY)
     assert "Hi" not in newest.read_text()
     assert "Hello" not in newest.read_text()
@@ -412,7 +412,7 @@ floor = {10 * each + 5}
 hard = true
 """
     )
-    place.inference.script = lambda _: [0.2, whole("x" * 40, 20)]
+    place.inference.script = lambda _: [0.2, whole("x" * 38, 20)]
     time.sleep(1.2)
     before = sum(r["bits"] for r in place.records() if r["by"] == PIA)
     with ThreadPoolExecutor(40) as pool:

@@ -98,6 +98,10 @@ def test_an_honest_server_verifies_streaming_and_not(room):
         assert (verdict.alarm, verdict.dangerous, app.verified.failed) == ("", 0, 0)
         assert verdict.good == verdict.tokens
         assert verdict.bits < 9  # log2 of 512 words: what nobody had verified
+        assert app.misspelled == 0
+    lines = [line for path in (room[0] / "inference").glob("*.jsonl") for line in path.read_text().splitlines()]
+    spent = [json.loads(line) for line in lines]
+    assert all(each["bits"] == 9 * each["tokens"] for each in spent)
 
 
 def streams(said) -> bytes:
@@ -141,6 +145,22 @@ def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more)
             until(lambda: app.verified.verdict is not None)
             assert app.verified.verdict.alarm.startswith(f"{before + 1} answers are not what their tokens spell")
             assert ask(port, key)[0] == 503
+            assert app.misspelled == 1
+    finally:
+        hostile.stop()
+
+
+def test_what_is_told_to_be_long_tokens_is_charged_as_if_it_hid_all(room):
+    """Whoever lies by no more than 16 bytes a token: the gateway knows itself what these tokens spell."""
+    hostile, text = Inference(), "the weights, as they are, in as few of the tokens as can be said" * 5
+    choice = {"index": 0, "text": text, "finish_reason": "stop"}
+    said = {"choices": [{**choice, "strongroom": {"tokens": [300] * 40, "logprobs": [-1.0] * 40}}]}
+    hostile.script = lambda _: [framed(json.dumps(said).encode())]
+    try:
+        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
+            assert ask(port, key)[0] == 200
+            assert app.misspelled == 1
+            assert app.counts.bits == 8 * len(text) > 7 * 9 * 40
     finally:
         hostile.stop()
 

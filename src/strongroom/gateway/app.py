@@ -206,7 +206,7 @@ class GatewayApp:
             flight.meter.prompt = value["usage"]["prompt_tokens"]
         else:
             shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
-            flight.meter = self._metered(shape)
+            flight.meter = self._metered(shape, flight)
             value = shape.whole(body)
             _check_size(shape.meter, flight)
         flight.check()
@@ -220,7 +220,7 @@ class GatewayApp:
         asked = flight.asked
         assert asked is not None  # noqa: S101 - read before
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
-        flight.meter = self._metered(shape)
+        flight.meter = self._metered(shape, flight)
         if self._tolls.durable_before:
             await self._recorded(flight, 100, "reserved")
         async for piece in reply.pieces():
@@ -242,8 +242,8 @@ class GatewayApp:
         await self._recorded(flight, 200, "")
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
-    def _metered(self, shape: Shape) -> Meter:
-        shape.meter.text = [] if self.verified is not None else None
+    def _metered(self, shape: Shape, flight: Flight) -> Meter:
+        shape.meter.text = {} if self.verified is not None or flight.spelling is not None else None
         return shape.meter
 
     async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
@@ -305,6 +305,10 @@ class GatewayApp:
         )
 
     @property
+    def misspelled(self) -> int:
+        return self._tolls.misspelled
+
+    @property
     def under_way(self) -> int:
         return len(self._flights)
 
@@ -363,7 +367,7 @@ def _check_size(meter: Meter, flight: Flight) -> None:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
-    if flight.seed is not None and meter.text_bytes and not meter.sampled:
+    if flight.seed is not None and meter.text_bytes and not meter.channel:
         raise malformed("has a text without its tokens on the private channel")
 
 

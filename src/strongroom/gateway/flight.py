@@ -14,6 +14,7 @@ from strongroom.gateway.answer import Meter
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
 from strongroom.gateway.request import Asked
+from strongroom.gateway.spelt import Spelling
 from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
 
@@ -43,6 +44,7 @@ class Flight:
     seed: int | None = None
     body: Mapping[str, object] = field(default_factory=dict)  # as it went upstream
     meter: Meter = field(default_factory=Meter)
+    spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
     numbers: int = 0
     reserved: int = 0
     text_most: int = 0

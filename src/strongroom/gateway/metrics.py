@@ -64,6 +64,11 @@ class GatewayMetrics:
         yield answers
         yield CounterMetricFamily("strongroom_gateway_tokens", "Tokens that were given out", value=counts.tokens)
         yield CounterMetricFamily("strongroom_gateway_bits", "Bits that were charged", value=counts.bits)
+        yield CounterMetricFamily(
+            "strongroom_gateway_misspelled",
+            "Answers that were not what their tokens spell",
+            value=self._app.misspelled,
+        )
         buckets, total = counts.buckets()
         seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
         seconds.add_metric((), buckets, total)

@@ -63,8 +63,9 @@ class Verified:
         if not meter.sampled or "n" in body or secrets.randbelow(_FINE) >= self._share:
             return
         # The tokens are the server's word, and the text is what its caller got: they may be two answers.
-        text = "".join(meter.text or ())
-        value = {"model": flight.ref, "route": flight.route, "request": body, "tokens": meter.sampled, "text": text}
+        text = "".join((meter.text or {}).get(0, ()))
+        tokens = meter.sampled.get(0, [])
+        value = {"model": flight.ref, "route": flight.route, "request": body, "tokens": tokens, "text": text}
         try:
             self._samples.put_nowait(orjson.dumps(value))
         except asyncio.QueueFull:

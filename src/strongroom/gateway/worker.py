@@ -19,6 +19,7 @@ from strongroom.gateway.request import Forms
 from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
+from strongroom.gateway.spelt import Spellings
 from strongroom.gateway.tolls import Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
@@ -72,7 +73,7 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         Door(callers),
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
         Routes(backends, channelled=channelled),
-        Tolls(settings, limits, budgets, vocabulary, filters),
+        Tolls(settings, limits, budgets, vocabulary, filters, Spellings(callers.spelling) if channelled else None),
         Records(records, callers.record, settings.digest),
         _verified(settings),
     )

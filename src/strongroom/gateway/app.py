@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -33,6 +33,7 @@ from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
+from strongroom.gateway.probe import Probe
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
 from strongroom.gateway.request import BODY_MOST, Forms
@@ -40,6 +41,9 @@ from strongroom.gateway.routes import Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
 from strongroom.gateway.verified import Verified
+
+if TYPE_CHECKING:
+    from strongroom.gateway.tracing import Tracing
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -71,12 +75,14 @@ class GatewayApp:
         tolls: Tolls,
         records: Records,
         verified: Verified | None = None,
+        probe: Probe | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
         self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
         self.failure: StrongroomError | None = None  # why it did not start
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
-        self.verified = verified
+        self.verified, self._probe, self.tracing = verified, probe, tracing
         self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,8 +103,9 @@ class GatewayApp:
             return
         watching = asyncio.create_task(self._door.watch())
         self._tolls.start()
-        if self.verified is not None:
-            self.verified.start()
+        for each in (self.verified, self._probe):
+            if each is not None:
+                each.start()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         watching.cancel()
@@ -108,11 +115,13 @@ class GatewayApp:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _close(self) -> None:
-        self._routes.close()
-        if self.verified is not None:
-            self.verified.close()
+        for each in (self._probe, self._routes, self.verified):
+            if each is not None:
+                each.close()
         await self._tolls.close()
         await asyncio.to_thread(self._records.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
         self._door.close()
 
     # -- one request ---------------------------------------------------------------------------------------------
@@ -141,6 +150,8 @@ class GatewayApp:
                 f"{self._prefix}{next(self._numbers):x}",
                 _network((scope.get("client") or ("",))[0]),
             )
+            if self.tracing is not None:
+                flight.trace = self.tracing.begin(flight, scope["headers"])
             with self._flights.of(flight):
                 await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
@@ -158,13 +169,19 @@ class GatewayApp:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
         flight.ref = await self._door.resolve(asked.model)
         await self._flights.allow(flight)
+        if flight.trace is not None:
+            flight.trace.part("limits")
         await self._tolls.take(flight)
         forget = scope[CONNECTION].when_gone(flight.leave)
         try:
             flight.body = self._upstream_body(flight)
+            if flight.trace is not None:
+                flight.trace.upstream(flight)
             reply = await self._routes.begin(flight, flight.body)
             if reply.status != 200:
                 raise unexpected(reply.status)
+            if flight.trace is not None:
+                flight.trace.part("answer")
             if asked.stream:
                 await self._stream(flight, reply, send)
             else:
@@ -283,6 +300,8 @@ class GatewayApp:
             self._refusals.add(flight.caller.principal)
         if flight.recorded:
             self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
+            if flight.trace is not None:
+                flight.trace.end(flight, status, code, tokens)
         self._records.add(
             {
                 "by": flight.caller.principal,
@@ -315,7 +334,7 @@ class GatewayApp:
     def problems(self) -> list[str]:
         """Why nothing is answered now, if that is so."""
         found = [] if self._door.awake else ["the room's log can't be seen"]
-        if not self._routes.available:
+        if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found.append("no inference server answers")
         try:
             self._records.check()

@@ -19,6 +19,16 @@ from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
 
 
+class Trace(Protocol):
+    """As tracing.py has it."""
+
+    header: bytes
+
+    def part(self, name: str) -> None: ...
+    def upstream(self, flight: Flight) -> None: ...
+    def end(self, flight: Flight, status: int, code: str, tokens: int) -> None: ...
+
+
 class Admission(Protocol):
     """That it was let through by limits, of this process or over Redis. `done` may have to be awaited."""
 
@@ -56,6 +66,7 @@ class Flight:
     begun: bool = False  # its status has been sent
     recorded: bool = False
     why: StrongroomError | None = None
+    trace: Trace | None = None
     epoch: int = -1
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)

@@ -57,6 +57,10 @@ class Routes:
                 )
 
     @property
+    def upstreams(self) -> list[Upstream]:
+        return [backend.upstream for backend in self._backends]
+
+    @property
     def available(self) -> bool:
         return any(backend.upstream.available for backend in self._backends)
 
@@ -74,7 +78,10 @@ class Routes:
                 with flight.interruptible():
                     flight.place = await backend.queue.enter(flight.caller.principal, size)
                     reply = flight.reply = await backend.upstream.post(
-                        _PATHS[flight.route], orjson.dumps({**body, "model": name}), whole=not body.get("stream")
+                        _PATHS[flight.route],
+                        orjson.dumps({**body, "model": name}),
+                        whole=not body.get("stream"),
+                        more=b"" if flight.trace is None else flight.trace.header,
                     )
             except BackendError as error:
                 if error.code != "upstream.unavailable":

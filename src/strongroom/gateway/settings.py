@@ -180,6 +180,30 @@ class Verify:
     channel: str = _of("", "the file with the secret of its private channel")
     share: float = _of(0.01, "of the answers", most=1)
     stop: bool = _of(default=False, doc="an alarm ends all inference of this gateway; otherwise it is told")
+    term: int = _of(0, "a higher number begins a new tally, when an alarm has been looked into: the log sees it")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether upstreams are there, asked before a caller finds out."""
+
+    every: float = _of(5.0, "seconds between two looks at each inference server; 0: none", most=3600)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Spans of each request, for OpenTelemetry (section 8 of the specification)."""
+
+    endpoint: str = _of("", "where they go, OTLP over HTTP: http://127.0.0.1:4318/v1/traces; empty: none are made")
+    key: str = _of("", "a file with a bearer token that the receiver asks for")
+    ca: str = _of("", "a file of certificates to trust instead of the machine's")
+    share: float = _of(1.0, "of the requests", most=1)
+    parent: str = _of(
+        "link",
+        "a caller's `traceparent`: linked to, taken as the parent, or not looked at",
+        among=("link", "trust", "ignore"),
+    )
+    service: str = _of("strongroom-gateway", "`service.name`")
 
 
 @dataclass(frozen=True)
@@ -211,6 +235,8 @@ class Settings:
     upstream: tuple[Upstream, ...] = ()
     redis: Redis = Redis()
     verify: Verify = Verify()
+    probe: Probe = Probe()
+    traces: Traces = Traces()
 
     @classmethod
     def read(cls, path: Path) -> Settings:
@@ -369,6 +395,8 @@ def _check(settings: Settings) -> None:
         _check_url("upstream.url", upstream.url, ("http", "https"))
     if settings.requests.classifier:
         _check_url("requests.classifier", settings.requests.classifier, ("http", "https"))
+    if settings.traces.endpoint:
+        _check_url("traces.endpoint", settings.traces.endpoint, ("http", "https"))
     if settings.redis.url:
         _check_url("redis.url", settings.redis.url, ("redis", "rediss"))
 

@@ -92,6 +92,8 @@ class Tolls:
             if self._spellings is not None and asked.route != "embeddings":
                 flight.spelling = await self._spellings.of(flight.ref)
             flight.reserved = self._most(flight)
+            if flight.trace is not None:
+                flight.trace.part("budget")
             flight.toll = await self._reserve(flight)
         except BaseException:
             await self.give(flight)
@@ -180,4 +182,13 @@ def told(alarm: Alarm) -> None:
         "budget of %s, %s: %d %% of %d bits used or reserved; beyond it %s is refused: strongroom budget %s",
         f"{alarm.scope} {alarm.who}".strip(), alarm.window, alarm.percent, alarm.limit,
         "all" if alarm.hard else "nothing", alarm.ref,
+    )  # fmt: skip
+
+
+def too_small(ref: str, size: int) -> None:
+    """Said once, and not as an alarm at each part of a limit that one answer passes."""
+    _log.warning(
+        "%s is too small for its budget to mean anything: all that is worth stealing of it is %d bits, and budgets "
+        "that are shares of that are less than one answer. They sound no alarm; of limits that refuse, floors count",
+        ref, size,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
@@ -29,21 +29,17 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.beside import Beside
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
-from strongroom.gateway.probe import Probe
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
 from strongroom.gateway.request import BODY_MOST, Forms
 from strongroom.gateway.routes import Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
-from strongroom.gateway.verified import Verified
-
-if TYPE_CHECKING:
-    from strongroom.gateway.tracing import Tracing
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -74,15 +70,15 @@ class GatewayApp:
         routes: Routes,
         tolls: Tolls,
         records: Records,
-        verified: Verified | None = None,
-        probe: Probe | None = None,
-        tracing: Tracing | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
         self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
         self.failure: StrongroomError | None = None  # why it did not start
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
-        self.verified, self._probe, self.tracing = verified, probe, tracing
+        beside = beside or Beside()
+        self.verified, self._probe = beside.verified, beside.probe
+        self.tracing, self.capture = beside.tracing, beside.capture
         self.counts = Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,6 +92,8 @@ class GatewayApp:
         try:
             await self._door.look()
             await self._routes.find()
+            if self.capture is not None:  # nobody's prompts are kept that the log does not say of
+                await asyncio.to_thread(self._records.announce, self.capture.key_id)
         except StrongroomError as error:
             self.failure = error
             await self._close()
@@ -120,8 +118,9 @@ class GatewayApp:
                 each.close()
         await self._tolls.close()
         await asyncio.to_thread(self._records.close)
-        if self.tracing is not None:
-            await asyncio.to_thread(self.tracing.close)
+        for last in (self.capture, self.tracing):
+            if last is not None:
+                await asyncio.to_thread(last.close)
         self._door.close()
 
     # -- one request ---------------------------------------------------------------------------------------------
@@ -140,6 +139,8 @@ class GatewayApp:
             self._records.check()
             if self.verified is not None:
                 self.verified.check()
+            if self.capture is not None:
+                self.capture.check()
             token = _bearer(scope)
             caller = await self._door.caller(token)
             self._refusals.check(caller.principal)
@@ -260,7 +261,8 @@ class GatewayApp:
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, shape: Shape, flight: Flight) -> Meter:
-        shape.meter.text = {} if self.verified is not None or flight.spelling is not None else None
+        kept = self.verified is not None or flight.spelling is not None
+        shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
         return shape.meter
 
     async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
@@ -291,6 +293,8 @@ class GatewayApp:
         self._record(flight, status, code)
         if self._tolls.durable_before:
             await self._records.durable()
+            if self.capture is not None:
+                await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, _ = flight.meter.tokens()
@@ -302,7 +306,8 @@ class GatewayApp:
             self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
             if flight.trace is not None:
                 flight.trace.end(flight, status, code, tokens)
-        self._records.add(
+        captured = self.capture.take(flight) if self.capture is not None and flight.recorded else None
+        number, head = self._records.add(
             {
                 "by": flight.caller.principal,
                 "key": flight.caller.key,
@@ -320,8 +325,11 @@ class GatewayApp:
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
                 "stream": self._records.stream,
+                **({} if captured is None else {"capture": captured.commitment}),
             }
         )
+        if captured is not None and self.capture is not None:
+            self.capture.add(captured, number, head)
 
     @property
     def misspelled(self) -> int:
@@ -336,10 +344,12 @@ class GatewayApp:
         found = [] if self._door.awake else ["the room's log can't be seen"]
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found.append("no inference server answers")
-        try:
-            self._records.check()
-        except BackendError as error:
-            found.append(error.message)
+        for each in (self._records, self.capture):
+            try:
+                if each is not None:
+                    each.check()
+            except BackendError as error:
+                found.append(error.message)
         return found
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -350,7 +360,10 @@ class GatewayApp:
             return
         if path == "/readyz":
             problems = self.problems()
-            body = orjson.dumps({"ready": not problems, "problems": problems})
+            told = {"ready": not problems, "problems": problems}
+            if self.capture is not None:
+                told["capture"] = self.capture.key_id
+            body = orjson.dumps(told)
             await _send(send, 503 if problems else 200, body, [])
             return
         if path == "/openapi.json":

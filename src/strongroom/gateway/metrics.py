@@ -69,6 +69,12 @@ class GatewayMetrics:
             "Answers that were not what their tokens spell",
             value=self._app.misspelled,
         )
+        if self._app.capture is not None:
+            yield CounterMetricFamily(
+                "strongroom_gateway_captured",
+                "Requests that were sealed with their answers",
+                value=self._app.capture.count,
+            )
         buckets, total = counts.buckets()
         seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
         seconds.add_metric((), buckets, total)

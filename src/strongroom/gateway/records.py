@@ -73,6 +73,7 @@ class Records:
         self._wake = threading.Event()
         self._failure: BackendError | None = None
         self._closing = False
+        self._capture = ""
         self._entered_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -82,8 +83,9 @@ class Records:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
-    def add(self, record: dict[str, Any]) -> None:
-        """The record, without `n`, `at` and `before`, which are put in here. Returns at once."""
+    def add(self, record: dict[str, Any]) -> tuple[int, str]:
+        """The record, without `n`, `at` and `before`, which are put in here. Returns at once, with its number and its
+        hash."""
         self.check()
         with self._lock:
             whole = {**record, "n": self._count, "at": int(self._clock() * 1000), "before": self._head}
@@ -93,6 +95,13 @@ class Records:
             self._unwritten.lines.append(line)
             sums = self._unwritten.sums.setdefault(record["ref"], _Sums())
             sums.add(_Sums(1, record["status"] >= 400, record["tokens"], record["bits"]))
+            return self._count - 1, self._head
+
+    def announce(self, capture: str) -> None:
+        """From now on the log's entries say to which key prompts and answers are sealed; back when the first of them
+        is there. Whatever keeps the log from being written."""
+        self._capture = capture
+        self._append("", self._body(_Sums()))
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
@@ -153,18 +162,21 @@ class Records:
         """An entry for each version. What can't be entered now is entered later, with what comes until then."""
         taken, self._sums = self._sums, {}
         for ref, sums in taken.items():
-            body = {
-                "gateway": self.stream,
-                "records": self._written,
-                "head": self._written_head,
-                "settings": self._settings,
-                **vars(sums),
-            }
             try:
-                self._append(ref, body)
+                self._append(ref, self._body(sums))
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
                 self._sums.setdefault(ref, _Sums()).add(sums)
         self._entered_at = time.monotonic()
+
+    def _body(self, sums: _Sums) -> dict[str, Any]:
+        return {
+            "gateway": self.stream,
+            "records": self._written,
+            "head": self._written_head,
+            "settings": self._settings,
+            **vars(sums),
+            **({"capture": self._capture} if self._capture else {}),
+        }
 
 
 def _set(waiter: asyncio.Future[None]) -> None:

@@ -125,7 +125,15 @@ class Records:
     durable: str = _of(
         "after", "a record is on disk within a second, or before anything is answered", among=("after", "before")
     )
-    capture: str = _of("off", "prompts and answers; this release keeps none", among=("off",))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Prompts and answers that are kept, sealed (section 9 of the specification)."""
+
+    key: str = _of("", "the public key of whoever may read them (`strongroom capture keygen`); empty: none are kept")
+    who: tuple[str, ...] = _of((), "principals whose requests are kept; empty: everybody's, of these models")
+    models: tuple[str, ...] = _of((), "NAME or NAME@N; empty: all, of these principals. One of both lists is needed")
 
 
 @dataclass(frozen=True)
@@ -237,6 +245,7 @@ class Settings:
     verify: Verify = Verify()
     probe: Probe = Probe()
     traces: Traces = Traces()
+    capture: Capture = Capture()
 
     @classmethod
     def read(cls, path: Path) -> Settings:
@@ -395,10 +404,18 @@ def _check(settings: Settings) -> None:
         _check_url("upstream.url", upstream.url, ("http", "https"))
     if settings.requests.classifier:
         _check_url("requests.classifier", settings.requests.classifier, ("http", "https"))
+    _check_capture(settings.capture)
     if settings.traces.endpoint:
         _check_url("traces.endpoint", settings.traces.endpoint, ("http", "https"))
     if settings.redis.url:
         _check_url("redis.url", settings.redis.url, ("redis", "rediss"))
+
+
+def _check_capture(capture: Capture) -> None:
+    if capture.key and not re.fullmatch("[0-9a-f]{64}", capture.key, re.ASCII):
+        raise _malformed("capture.key", "is a public key of 64 hexadecimal digits", capture.key)
+    if bool(capture.key) != bool(capture.who or capture.models):  # what everybody says is never kept by an oversight
+        raise _malformed("capture", "has a key, and says whose requests or of which models", capture)
 
 
 def _check_url(path: str, url: str, schemes: tuple[str, ...]) -> None:

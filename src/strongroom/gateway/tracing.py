@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,6 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags, set_span_in_context
 from opentelemetry.trace.status import Status, StatusCode
 
-from strongroom import __version__
-
 if TYPE_CHECKING:
     from strongroom.gateway.flight import Flight
     from strongroom.gateway.settings import Traces
@@ -29,6 +28,7 @@ _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "emb
 _OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 # Numbers alone: `stop` is a text of the caller's, and the seed is between gateway and upstream.
 _ASKED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
+_VERSION = version("strongroom")
 _TIMEOUT = 5  # seconds until a receiver counts as down; what it was sent is lost then
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -40,11 +40,11 @@ class Tracing:
     def __init__(self, settings: Traces, exporter: SpanExporter) -> None:
         self._provider = TracerProvider(
             sampler=ParentBased(TraceIdRatioBased(settings.share)),
-            resource=Resource({"service.name": settings.service, "service.version": __version__}),
+            resource=Resource({"service.name": settings.service, "service.version": _VERSION}),
             shutdown_on_exit=False,
         )
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
-        self._tracer = self._provider.get_tracer("strongroom.gateway", __version__)
+        self._tracer = self._provider.get_tracer("strongroom.gateway", _VERSION)
         self._parent = settings.parent
 
     def begin(self, flight: Flight, headers: Headers) -> Trace:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from strongroom.errors import UsageError
 from strongroom.gateway.app import GatewayApp
+from strongroom.gateway.beside import Beside
+from strongroom.gateway.capture import Capture
 from strongroom.gateway.door import Door
 from strongroom.gateway.filters import Classifier, Filter, Words
 from strongroom.gateway.limits import Limits
@@ -73,16 +75,20 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
     filters: list[Filter] = [Words(settings.requests.words, settings.requests.patterns)]
     if settings.requests.classifier:
         filters.append(Classifier(settings.requests.classifier))
+    kept = Records(records, callers.record, settings.digest)
     routes = Routes(backends, channelled=channelled)
     return GatewayApp(
         Door(callers),
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
         routes,
         Tolls(settings, limits, budgets, vocabulary, filters, Spellings(callers.spelling) if channelled else None),
-        Records(records, callers.record, settings.digest),
-        _verified(settings, vault, vocabulary),
-        Probe(routes.upstreams, settings.probe.every) if settings.probe.every else None,
-        _tracing(settings),
+        kept,
+        Beside(
+            _verified(settings, vault, vocabulary),
+            Probe(routes.upstreams, settings.probe.every) if settings.probe.every else None,
+            _tracing(settings),
+            Capture(settings.capture, kept.path) if settings.capture.key else None,
+        ),
     )
 
 

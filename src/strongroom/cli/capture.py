@@ -53,7 +53,7 @@ def keygen(options: Options, file: Path) -> None:
     captured opens only for the record that it was sealed with, and has to be what that record says. Whether the
     records are those that the log has is another question, which takes the room.""",
 )
-@click.argument("files", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE...", nargs=-1)
+@click.argument("files", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE...", nargs=-1)
 @click.option(
     "--key", type=click.Path(dir_okay=False, path_type=Path), required=True, metavar="FILE", help="The private half."
 )

@@ -95,11 +95,13 @@ def swapped(lines):
         ({"sealed": lambda lines: lines[1:]}, "is not there"),
         ({"sealed": lambda lines: []}, "is not there"),
         ({"sealed": swapped}, "does not open"),
+        ({"sealed": lambda lines: [lines[1], lines[0], lines[2]]}, "not in its place"),
+        ({"sealed": lambda lines: [*lines, lines[0]]}, "of a record that is not there"),
         ({"sealed": lambda lines: [lines[0].replace('"sealed":"', '"sealed":"A'), *lines[1:]]}, "is none|not open"),
         ({"sealed": lambda lines: ["{}", *lines[1:]]}, "is none"),
-        ({"records": lambda lines: lines[:-1]}, "records that are not there"),
+        ({"records": lambda lines: lines[:-1]}, "of a record that is not there"),
         ({"records": lambda lines: [lines[0].replace("200", "201"), *lines[1:]]}, "does not follow"),
-        ({"records": lambda lines: []}, "records that are not there"),
+        ({"records": lambda lines: []}, "of a record that is not there"),
     ],
 )
 def test_what_was_changed_is_found_out(kept, tmp_path, change, why):

@@ -22,18 +22,19 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
     UsageError ``capture.no_records``, ``capture.other_key``; Tampered ``records.tampered``, ``capture.tampered``: a
     record does not follow from the one before, what was captured is not what its record says, or it is not there.
     """
-    lines = _lines(path.with_suffix(".jsonl"))
-    verify(lines, ())
-    sealed = {each["record"]: each for each in map(_sealed, _lines(path))}
-    for line in lines:
-        record = decode(line, what="record")
-        said, name = record.get("capture"), digest(line)
-        found = sealed.pop(name, None)
-        if said is None and found is None:
+    records = path.with_suffix(".jsonl")
+    verify(_lines(records), ())  # before anything is shown that may be another record's
+    sealed = map(_sealed, _lines(path))
+    for line in _lines(records):
+        record, name = decode(line, what="record"), digest(line)
+        said = record.get("capture")
+        if said is None:
             continue
-        if said is None or found is None:
-            what = "is not there" if found is None else "is of a record that says nothing of it"
-            raise Tampered("capture.tampered", f"what was captured of record {record['n']} {what}")
+        found = next(sealed, None)
+        if found is None or found["record"] != name:
+            raise Tampered(
+                "capture.tampered", f"what was captured of record {record['n']} is not there, or not in its place"
+            )
         if found["key"] != key.key_id:
             raise UsageError(
                 "capture.other_key",
@@ -44,13 +45,16 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
         if commitment(content) != said:
             raise Tampered("capture.tampered", f"what was captured of record {record['n']} is not what the record says")
         yield {"record": record, **_content(content)}
-    if sealed:
-        raise Tampered("capture.tampered", f"there is something of {len(sealed)} records that are not there")
+    if next(sealed, None) is not None:
+        raise Tampered("capture.tampered", "something was captured of a record that is not there")
 
 
-def _lines(path: Path) -> list[bytes]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, which may have gigabytes, as they are read."""
     try:
-        return path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            for line in file:
+                yield line.removesuffix(b"\n")
     except OSError as error:
         raise UsageError(
             "capture.no_records",
@@ -76,5 +80,5 @@ def _content(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(content[_SALT:])
         return {"route": value["route"], "ref": value["ref"], "asked": value["asked"], "answers": value["answers"]}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise Tampered("capture.tampered", "what was captured is no request") from None

@@ -39,7 +39,7 @@ class Capture:
         self.key_id = self._sealer.key_id
         self.path = records.with_suffix(".sealed")
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise _unwritable(self.path, error) from None
         self.count = 0

@@ -24,17 +24,18 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
     """
     records = path.with_suffix(".jsonl")
     verify(_lines(records), ())  # before anything is shown that may be another record's
-    sealed = map(_sealed, _lines(path))
+    sealed, early = map(_sealed, _lines(path)), dict[str, dict[str, Any]]()
     for line in _lines(records):
         record, name = decode(line, what="record"), digest(line)
         said = record.get("capture")
         if said is None:
             continue
-        found = next(sealed, None)
-        if found is None or found["record"] != name:
-            raise Tampered(
-                "capture.tampered", f"what was captured of record {record['n']} is not there, or not in its place"
-            )
+        while name not in early:
+            found = next(sealed, None)
+            if found is None:
+                raise Tampered("capture.tampered", f"what was captured of record {record['n']} is not there")
+            early[found["record"]] = found
+        found = early.pop(name)
         if found["key"] != key.key_id:
             raise UsageError(
                 "capture.other_key",
@@ -45,7 +46,7 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
         if commitment(content) != said:
             raise Tampered("capture.tampered", f"what was captured of record {record['n']} is not what the record says")
         yield {"record": record, **_content(content)}
-    if next(sealed, None) is not None:
+    if early or next(sealed, None) is not None:
         raise Tampered("capture.tampered", "something was captured of a record that is not there")
 
 

@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class Records:
         self._failure: BackendError | None = None
         self._closing = False
         self._capture = ""
+        self._announced: tuple[str, Future[None]] | None = None
         self._entered_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -98,10 +100,13 @@ class Records:
             return self._count - 1, self._head
 
     def announce(self, capture: str) -> None:
-        """From now on the log's entries say to which key prompts and answers are sealed; back when the first of them
-        is there. Whatever keeps the log from being written."""
-        self._capture = capture
-        self._append("", self._body(_Sums()))
+        """From now on the log's entries say to which key prompts and answers are sealed (empty: to none); back when the
+        first of them is there. Not on the event loop. Whatever keeps the log from being written."""
+        told = Future[None]()
+        with self._lock:
+            self._announced = (capture, told)
+        self._wake.set()
+        told.result()
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
@@ -127,6 +132,8 @@ class Records:
             self._wake.clear()
             last = self._closing
             self._write()
+            if self._announced is not None:
+                self._tell()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
             if last and not self._unwritten.lines:  # none came while these were written
@@ -167,6 +174,20 @@ class Records:
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
                 self._sums.setdefault(ref, _Sums()).add(sums)
         self._entered_at = time.monotonic()
+
+    def _tell(self) -> None:
+        with self._lock:
+            announced, self._announced = self._announced, None
+        if announced is None:
+            return
+        before, self._capture = self._capture, announced[0]
+        try:
+            self._append("", self._body(_Sums()))
+        except BaseException as error:  # noqa: BLE001 - it is whoever waits that has to know
+            self._capture = before
+            announced[1].set_exception(error)
+        else:
+            announced[1].set_result(None)
 
     def _body(self, sums: _Sums) -> dict[str, Any]:
         return {

@@ -44,8 +44,8 @@ class Spellings:
             found = await asyncio.to_thread(self._read, ref)
         except UsageError as error:  # it will not be known later, either
             _log.warning("%s: %s; its answers are charged by their bytes where these are more", ref, error.message)
-        except StrongroomError as error:
-            _log.warning("%s: %s", ref, error.message)
+        except (StrongroomError, OSError) as error:
+            _log.warning("%s: it is not known yet what its tokens spell: %s", ref, error)
             return None
         finally:
             self._asked.pop(ref, None)

@@ -46,19 +46,20 @@ class Spelling:
         character written in one of two ways. So beside its tokens a text says how long it is and two bits more."""
         if not text:
             return True
-        written: list[Sequence[int]] = [[each for each in tokens if each not in self._control]]
-        if len(written[0]) < len(tokens):
-            written.append(tokens)
-        return any(self._begins(each, text) for each in written)
+        if self._begins(tokens, text):
+            return True
+        if self._control.isdisjoint(tokens):
+            return False
+        return self._begins([each for each in tokens if each not in self._control], text)
 
     def _begins(self, tokens: Sequence[int], text: str) -> bool:
         words = self._tokens
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < len(words):
+        if not tokens or min(tokens) < 0:
             return False
-        pieces = [words[each] for each in tokens]
-        if None in pieces:
+        try:
+            spelled = b"".join([words[each] for each in tokens])  # type: ignore[misc]  # None is what fails
+        except (IndexError, TypeError):  # numbers of no token
             return False
-        spelled = b"".join(pieces)  # type: ignore[arg-type]  # none is None
         for said in (text, " " + text) if self._spaced else (text,):
             if spelled.startswith(said.encode()):
                 return True

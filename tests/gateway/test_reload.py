@@ -13,11 +13,15 @@ import time
 
 import pytest
 
-from gateway.places import STREAM, Gateway, chat, ended, token
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token
+from gateway.test_gateway import eventually
+from strongroom.crypto.capture import CaptureKey
 from strongroom.gateway import generations
+from strongroom.gateway.captured import opened
 from strongroom.gateway.records import verify
 from strongroom.gateway.settings import Settings
-from strongroom.gateway.verified import Verdict
+from strongroom.watch.tallies import Verified as Kept
+from strongroom.watch.verdict import Tally
 
 
 class Running:
@@ -179,7 +183,33 @@ def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
     )
     gateway = place.gateway(settings, channel=tmp_path / "channel")
     app = place._servers[-1][0].config.app
-    app.verified.verdict = Verdict(1, 0, 0, 1, 1.0, "hidden")
+    app.verified._judge(Kept(REF, 0, "float32", Tally(others=1)))
     assert gateway.post(chat())[2]["error"]["code"] == "sealed"
     _take(place, app, settings + "[answer]\nmax_tokens = 2048\n")
     assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+
+
+def test_the_log_says_of_what_is_captured_before_it_is_and_when_it_is_over(place):
+    gateway = place.gateway()
+    app = place._servers[-1][0].config.app
+    key = CaptureKey()
+
+    def told():
+        """What each `inference` entry of this gateway says that is captured, and under which settings."""
+        stream = app._records.stream
+        with place.room(OWNER) as room:
+            bodies = [each["body"] for each in map(json.loads, room.log.export("jsonl")) if each["type"] == "inference"]
+        return [(body.get("capture", ""), body["settings"]) for body in bodies if body["gateway"] == stream]
+
+    upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+    assert gateway.get("/readyz")[1].get("capture") is None
+    _take(place, app, f'[capture]\nkey = "{key.public_key.hex()}"\nwho = ["{ANA}"]\n{upstream}')
+    assert told()[-1] == (key.key_id, app.settings.digest)
+    assert gateway.get("/readyz")[1]["capture"] == key.key_id
+    assert gateway.post(chat("Keep this"))[0] == 200
+    path = app.capture.path
+    _take(place, app, upstream)
+    eventually(lambda: told()[-1] == ("", app.settings.digest))
+    assert gateway.post(chat("And not this"))[0] == 200
+    place.stop_gateways()
+    assert [each["asked"]["messages"][0]["content"] for each in opened(path, key)] == ["Keep this"]

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection
 
     from strongroom.policy.state import State
-    from strongroom.policy.usage import Usage
     from strongroom.vault.vault import Vault
 
 _ACTIONS = ("infer", *FEATURES)
@@ -224,12 +223,6 @@ class Callers:
             return Draft(entry)
 
         return self._custodian.decide(append).index
-
-    def usage(self, ref: str, begin: int) -> Usage:
-        """What `inference` entries about `ref` come to, from the day on that the time `begin` (seconds) is in, at most
-        400 days back."""
-        with self._ledger.view() as state:
-            return usage.since(state, ref, begin)
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -30,9 +30,9 @@ from strongroom.errors import (
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.certificates import Peer
+from strongroom.gateway.connection import CONNECTION
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
-from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
@@ -125,18 +125,18 @@ class GatewayApp:
             if self.verified is not None:
                 self.verified.check()
             token, peer = _shown(scope)
-            caller = await self._door.caller(token, peer)
+            caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
                 route,
                 caller,
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
-                _network((scope.get("client") or ("",))[0]),
+                _network(scope["client"][0]),
                 peer,
             )
-            with self._flights.of(flight):
-                await self._infer(flight, scope, receive, send)
+            self._flights.begin(flight)
+            await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
             await self._refuse(error, flight, send)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
@@ -147,11 +147,15 @@ class GatewayApp:
                 with contextlib.suppress(BackendError):
                     self._record(flight, 500, "internal")
             raise
+        finally:
+            if flight is not None:
+                self._flights.end(flight)
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
-        flight.ref = await self._door.resolve(asked.model)
-        await self._flights.allow(flight)
+        flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
+        if not self._flights.allowed(flight):
+            await self._flights.allow(flight)
         await self._tolls.take(flight)
         forget = scope[CONNECTION].when_gone(flight.leave)
         try:
@@ -294,7 +298,6 @@ class GatewayApp:
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
-                "stream": self._records.stream,
             },
             self._tolls.digest,
         )
@@ -353,9 +356,10 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    tokens = max(meter.channel, meter.chunks, meter.listed, meter.reported or 0)
-    if asked is not None and tokens > flight.most * asked.n:
-        raise malformed("has more tokens than were asked for")
+    if asked is not None:
+        most = flight.most * asked.n
+        if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
+            raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
     if flight.seed is not None and meter.text_bytes and not meter.sampled:

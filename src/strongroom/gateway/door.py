@@ -121,12 +121,16 @@ class Door:
         if not self.awake:
             raise Sealed("gateway.blind", "the gateway can't see the room's log, and answers nothing meanwhile")
 
+    def known(self, token: str, peer: Peer | None = None) -> Caller | None:
+        """As `caller`, from memory alone."""
+        return self._remembered(self._callers_by_token, _digest(token)) if peer is None else None
+
     async def caller(self, token: str, peer: Peer | None = None) -> Caller:
         """Whoever a bearer token stands for, or a certificate, or both: then `token` may be empty, and counts if it is
         not. AuthRequired ``apikey.invalid``, one error for every reason."""
         if peer is not None:
             return await self._certified(token, peer)
-        digest = hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
+        digest = _digest(token)
         found = self._remembered(self._callers_by_token, digest)
         if found is not None:
             return found
@@ -169,17 +173,27 @@ class Door:
         """By our clock, for what ends at the Unix time `ends`: nobody is remembered for longer than they are known."""
         return self._clock() + min(_DECISION, max(0.0, ends - time.time()))
 
+    def resolved(self, model: str) -> str | None:
+        """As `resolve`, from memory alone."""
+        return self._remembered(self._refs, model)
+
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
-        found: str | None = self._remembered(self._refs, model)
-        if found is not None:
-            return found
         epoch = self.epoch
         try:
             ref = await self._ask(self._callers.resolve, model)
         except NotFound:
             raise missing(model) from None
         return str(self._keep(self._refs, model, ref, self._clock() + _DECISION, epoch))
+
+    def allowed(self, caller: Caller, actions: list[str], ref: str) -> bool:
+        """Whether every action is known to be, from memory alone."""
+        now = self._clock()
+        for action in actions:
+            kept = self._decisions.get((caller.principal, caller.method, action, ref))
+            if kept is None or kept[0] is not None or kept[1] < now:
+                return False
+        return True
 
     async def allow(self, caller: Caller, actions: list[str], ref: str, model: str) -> None:
         """Every action, or Denied; NotFound ``model.not_found`` where not even `infer` is allowed, so that nobody
@@ -241,6 +255,11 @@ class Door:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._looker.shutdown(cancel_futures=True)
+
+
+def _digest(token: str) -> str:
+    """What stands for a token in memory: no token is kept."""
+    return hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
 
 
 def missing(model: str) -> NotFound:

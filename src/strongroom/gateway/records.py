@@ -39,9 +39,11 @@ class _Sums:
     tokens: int = 0
     bits: int = 0
 
-    def add(self, other: _Sums) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    def add(self, requests: int, refused: int, tokens: int, bits: int) -> None:
+        self.requests += requests
+        self.refused += refused
+        self.tokens += tokens
+        self.bits += bits
 
 
 @dataclass
@@ -84,17 +86,23 @@ class Records:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
     def add(self, record: dict[str, Any], settings: str = "") -> None:
-        """The record, without `n`, `at` and `before`, which are put in here; `settings` is the digest of those that it
-        came under, where they are others than those of the start. Returns at once."""
+        """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of those
+        that it came under, where they are others than those of the start. Returns at once."""
         self.check()
+        ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:
-            whole = {**record, "n": self._count, "at": int(self._clock() * 1000), "before": self._head}
-            line = orjson.dumps(whole, option=orjson.OPT_SORT_KEYS)
+            record |= {
+                "stream": self.stream, "n": self._count, "at": int(self._clock() * 1000), "before": self._head
+            }  # fmt: skip
+            line = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
             self._head = digest(line)
             self._count += 1
-            self._unwritten.lines.append(line)
-            sums = self._unwritten.sums.setdefault((settings or self._settings, record["ref"]), _Sums())
-            sums.add(_Sums(1, record["status"] >= 400, record["tokens"], record["bits"]))
+            unwritten, about = self._unwritten, (settings or self._settings, ref)
+            unwritten.lines.append(line)
+            sums = unwritten.sums.get(about)
+            if sums is None:
+                sums = unwritten.sums[about] = _Sums()
+            sums.add(1, refused, tokens, bits)
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
@@ -146,7 +154,7 @@ class Records:
         # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
         # left the room all the same.
         for about, sums in taken.sums.items():
-            self._sums.setdefault(about, _Sums()).add(sums)
+            self._sums.setdefault(about, _Sums()).add(**vars(sums))
         for waiter in taken.waiting:
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
@@ -165,7 +173,7 @@ class Records:
             try:
                 self._append(ref, body)
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                self._sums.setdefault((settings, ref), _Sums()).add(sums)
+                self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
         self._entered_at = time.monotonic()
 
 

@@ -86,8 +86,8 @@ class Records:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
     def add(self, record: dict[str, Any], settings: str = "") -> None:
-        """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of those
-        that it came under, where they are others than those of the start. Returns at once."""
+        """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of
+        those that it came under, where they are others than those of the start. Returns at once."""
         self.check()
         ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:

@@ -141,6 +141,15 @@ def test_there_is_a_whole_body_of_every_type():
     assert WHOLE.keys() == BODIES.keys()
 
 
+def test_an_account_of_inference_may_say_to_whom_it_is_captured_and_nothing_empty():
+    value = whole("inference")
+    value["body"]["capture"] = "ab" * 32
+    assert Entry.decode(spelled(value)).encode() == spelled(value)
+    for wrong in ("", "ab", None, 5):
+        value["body"]["capture"] = wrong
+        refused(value)
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 class TestEachType:
     def test_has_one_spelling(self, kind):

@@ -66,11 +66,13 @@ def ended(tokens: int) -> bytes:
 
 class Inference:
     """An inference server in a thread. `script` gets a request's body and says what to send: bytes, and seconds to
-    wait. `asked`: the bodies that came; `gone`: how many connections were closed by the other side in an answer."""
+    wait. `asked`: the bodies that came, `heads` theirs in small letters; `gone`: how many connections were closed by
+    the other side in an answer."""
 
     def __init__(self) -> None:
         self.script: Script = lambda _: [whole()]
         self.asked: list[dict[str, Any]] = []
+        self.heads: list[bytes] = []
         self.sent = 0  # tokens that `counted` scripts have sent
         self.gone = 0
         self._ready = threading.Event()
@@ -101,6 +103,7 @@ class Inference:
                     continue
                 length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
                 body = json.loads(await reader.readexactly(length))
+                self.heads.append(head)
                 self.asked.append(body)
                 for each in self.script(body):
                     if isinstance(each, float):

@@ -85,7 +85,7 @@ def test_the_private_channel_is_counted_and_goes_no_further():
     assert "strongroom" not in json.dumps(found)
     assert made.meter.tokens() == (3, True)
     assert made.meter.estimate == pytest.approx(3.0)
-    assert made.meter.sampled == [5, 6, 7]
+    assert made.meter.sampled == {0: [5, 6, 7]}
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(0, (34, False)), (6, (34, False)), (7, (7, True))])

@@ -126,7 +126,7 @@ def test_nothing_said():
     assert Settings.parse("") == Settings()
     assert Settings().budgets.rules == RULES
     assert Settings().requests.unknown_fields == "refuse"
-    assert Settings().records.capture == "off"
+    assert Settings().capture.key == ""
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_nothing_said():
         ("[requests]\nunknown_fields = 'pass'", "settings.malformed", "refuse, drop"),
         ("[requests]\npatterns = ['(']", "settings.malformed", "regular expressions"),
         ("[requests]\nwords = [5]", "settings.malformed", "texts"),
-        ("[records]\ncapture = 'on'", "settings.malformed", "capture"),
+        ("[records]\ncapture = 'on'", "settings.unknown", "capture"),
         ("[[budgets.rule]]\nshare = 0.5", "settings.malformed", "scope"),
         ("[[budgets.rule]]\nscope='key'\nwindow='day'", "settings.malformed", "budgets.rule.scope"),
         ("[[budgets.rule]]\nscope='team'\nwindow='day'\n" * 2, "settings.malformed", "once"),

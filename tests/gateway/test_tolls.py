@@ -15,25 +15,51 @@ from strongroom.gateway.request import Asked
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.tolls import Tolls
 from strongroom.storage.db import Database
+from strongroom.vault.spelling import Spelling
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
 from strongroom.watch.rules import RULES
 
 
-def charged(**given) -> int:
-    """Bits of an answer with five log-probabilities beside each token, of a vocabulary of 1024."""
+def charged(*, logprobs: int | None = 5, spelling: Spelling | None = None, **given) -> int:
+    """Bits of an answer, with five log-probabilities beside each token, of a vocabulary of 1024."""
     limits = Limits(Settings(), time.monotonic)
     tolls = Tolls(Settings(), limits, None, lambda _: 1024, ())  # type: ignore[arg-type] - no budget is asked
-    asked = Asked("chat", logprobs=5)
-    return tolls._bits(SimpleNamespace(meter=Meter(**given), asked=asked, ref=REF))
+    asked = Asked("chat", logprobs=logprobs)
+    found = tolls._bits(SimpleNamespace(meter=Meter(**given), asked=asked, ref=REF, spelling=spelling))
+    assert tolls.misspelled <= 1
+    return found
 
 
 def test_log_probabilities_cost_what_they_carry_however_an_answer_ends():
     each = 10 + 6 * (10 + 24)
-    assert charged(text_bytes=30, chunks=10, listed=10, spelled=300, reported=10) == 10 * each
-    assert charged(text_bytes=30, chunks=10, listed=10, spelled=300) == 10 * (each - 10) + 8 * 30  # it was cut
-    assert charged(listed=10, spelled=300) == 10 * (each - 10)
-    assert charged(listed=10, spelled=10 * 6 * 16 + 5, reported=10) == 10 * each + 8 * 5
+    assert charged(text_bytes=25, chunks=10, listed=10, spelled=150, reported=10) == 10 * each
+    assert charged(text_bytes=30, chunks=10, listed=10, spelled=150) == 10 * (each - 10) + 8 * 30  # it was cut
+    assert charged(listed=10, spelled=150) == 10 * (each - 10)
+    assert charged(listed=10, spelled=10 * 6 * 15 + 5, reported=10) == 10 * each + 10 * 6 * (4 * 15 - 10) + 4 * 5
+
+
+def test_text_is_charged_at_least_half_of_what_it_could_carry_whatever_it_is_said_to_be():
+    """An upstream that writes any bytes it likes, and says that each token has 16 of them."""
+    said = {"logprobs": None, "chunks": 1}
+    assert charged(text_bytes=100, reported=100, **said) == 10 * 100  # honest: one byte a token
+    assert charged(text_bytes=250, reported=100, **said) == 10 * 100  # two and a half
+    assert charged(text_bytes=1600, reported=100, **said) == 4 * 1600
+    assert charged(text_bytes=1601, reported=100, **said) == 8 * 1601
+    assert charged(text_bytes=1600, channel=100, channelled=True, sampled={0: [1] * 100}, **said) == 4 * 1600
+
+
+def test_on_the_channel_a_text_that_its_tokens_do_not_spell_is_charged_as_if_it_hid_all():
+    """By lengths alone a server would say that all its tokens were the longest of the vocabulary."""
+    spelling = Spelling([b"a", b"bc", b" " * 80], (), spaced=False)
+    given = {"logprobs": None, "channelled": True, "channel": 3, "spelling": spelling}
+    assert charged(text_bytes=4, sampled={0: [0, 1, 0]}, text={0: ["ab", "ca"]}, **given) == 30
+    assert charged(text_bytes=240, sampled={0: [2, 2, 2]}, text={0: [" " * 240]}, **given) == 30
+    assert charged(text_bytes=240, sampled={0: [2, 2, 2]}, text={0: ["x" * 240]}, **given) == 8 * 240
+    # Each choice by its own tokens.
+    two = {"sampled": {0: [0], 1: [1, 0]}, "text_bytes": 4}
+    assert charged(text={0: ["a"], 1: ["bca"]}, **two, **given) == 30
+    assert charged(text={0: ["bca"], 1: ["a"]}, **two, **given) == 32
 
 
 def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp_path):
@@ -74,7 +100,7 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
     budgets = Budgets(database, RULES, lambda _: 10**9, time.time)
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
-    flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", REF, Asked("chat", logprobs=5), most=20)
+    flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", ref=REF, asked=Asked("chat", logprobs=5), most=20)
     flight.meter = Meter(text_bytes=30, chunks=10, listed=10)
 
     async def work():

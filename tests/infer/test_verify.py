@@ -15,8 +15,9 @@ from infer.test_engine import PROMPTS, heard, tokens
 from strongroom.errors import UsageError
 from strongroom.infer.engine import Ask
 from strongroom.infer.sampling import Sampling, scores, steered
-from strongroom.infer.verify import HONEST, TAU, Run, Verifier, check_all, upper_bound
+from strongroom.infer.verify import Run, Verifier, check_all
 from strongroom.load.transformers import from_room
+from strongroom.watch.verdict import upper_bound
 
 SAMPLINGS = [
     Sampling(seed=1),
@@ -54,7 +55,7 @@ def test_honest_runs_are_what_these_weights_give(weights, runs):
 
 def test_honest_runs_in_other_arithmetic_are_within_tau(small_room, weights, runs):
     rough = from_room(AutoModelForCausalLM, small_room.load("acme/small"), dtype="bfloat16").eval()
-    found = check_all(Verifier(rough, tau=TAU["bfloat16"], honest=HONEST["bfloat16"]), runs)
+    found = check_all(Verifier(rough, "bfloat16"), runs)
     assert found.dangerous == 0
     assert found.alarm == ""
     assert found.suspicious > 0  # the test would see nothing if there was no difference
@@ -88,7 +89,7 @@ def test_bits_hidden_in_the_choice_of_two_are_caught(weights):
 
 def test_a_server_that_hides_within_tau_is_seen_by_its_share(weights):
     """With a τ as wide as the gaps, nothing is dangerous: then too many second best tell."""
-    verifier, run = Verifier(weights, tau=50.0, honest=0.03), Run((5, 80, 300), (1,), Sampling(seed=9))
+    verifier, run = Verifier(weights, "bfloat16", tau=50.0), Run((5, 80, 300), (1,), Sampling(seed=9))
     hostile, ones = covert(weights, run, [0, 1] * 30)
     found = check_all(verifier, [hostile])
     assert (found.dangerous, found.suspicious, ones) == (0, 30, 30)

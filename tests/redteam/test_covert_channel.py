@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import secrets
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -15,10 +17,16 @@ import uvicorn
 from gateway.places import Inference, chunk, framed
 from infer.running import Running
 from infer.small import REF, make_room
+from strongroom.client import Room
+from strongroom.gateway.answer import Meter
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
+from strongroom.gateway.upstream import Upstream
+from strongroom.gateway.verified import Verified
 from strongroom.gateway.worker import application
+from strongroom.storage.db import Database
 from strongroom.vault.vault import Vault
+from strongroom.watch.tallies import Tallies
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +43,13 @@ def room(small, tmp_path_factory):
     running.stop()
 
 
+TERMS = itertools.count(1)
+
+
 @contextlib.contextmanager
-def gateway(room, upstream: str):
-    """A gateway before `upstream`, whose answers are all run again by the running server."""
+def gateway(room, upstream: str, term: int | None = None):
+    """A gateway before `upstream`, whose answers are all run again by the running server; with a tally of its own
+    unless it gets a `term`."""
     folder, key, running, channel = room
     settings = Settings.parse(
         f"""
@@ -46,6 +58,7 @@ url = "{running.url}"
 channel = "{channel}"
 share = 1.0
 stop = true
+term = {next(TERMS) if term is None else term}
 [[upstream]]
 url = "{upstream}"
 channel = "{channel}"
@@ -92,12 +105,16 @@ def test_an_honest_server_verifies_streaming_and_not(room):
     with gateway(room, room[2].url) as (app, port, key):
         for more in ({}, {"temperature": 0.7, "top_p": 0.9}, {"stream": True}, {"temperature": 0}):
             assert ask(port, key, **more)[0] == 200
-        until(lambda: app.verified.verdict is not None and app.verified.verdict.tokens >= 100)
+        until(lambda: REF in app.verified.verdicts and app.verified.verdicts[REF].tokens >= 100)
         until(app.verified._samples.empty)
-        verdict = app.verified.verdict
+        verdict = app.verified.verdicts[REF]
         assert (verdict.alarm, verdict.dangerous, app.verified.failed) == ("", 0, 0)
         assert verdict.good == verdict.tokens
         assert verdict.bits < 9  # log2 of 512 words: what nobody had verified
+        assert app.misspelled == 0
+    lines = [line for path in (room[0] / "inference").glob("*.jsonl") for line in path.read_text().splitlines()]
+    spent = [json.loads(line) for line in lines]
+    assert all(each["bits"] == 9 * each["tokens"] for each in spent)
 
 
 def streams(said) -> bytes:
@@ -131,16 +148,28 @@ def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more)
         return [streams(said), 0.3, chunk(b"data: no JSON\n\n")]
 
     hostile.script = two_answers
-    # The verifier remembers: one answer that is none says of how many it knows.
-    none = {"model": REF, "route": "completions", "request": {"prompt": "x"}, "tokens": [1], "text": "none"}
-    told = honest.raw("POST", "/v1/verify", none, {"strongroom-channel": secret})[1]
-    before = int(told["alarm"].split()[0])
     try:
         with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
             ask(port, key, **{"prompt": "The room", **more})
-            until(lambda: app.verified.verdict is not None)
-            assert app.verified.verdict.alarm.startswith(f"{before + 1} answers are not what their tokens spell")
+            until(lambda: REF in app.verified.verdicts)
+            assert app.verified.verdicts[REF].alarm.startswith("1 answers are not what their tokens spell")
             assert ask(port, key)[0] == 503
+            assert app.misspelled == 1
+    finally:
+        hostile.stop()
+
+
+def test_what_is_told_to_be_long_tokens_is_charged_as_if_it_hid_all(room):
+    """Whoever lies by no more than 16 bytes a token: the gateway knows itself what these tokens spell."""
+    hostile, text = Inference(), "the weights, as they are, in as few of the tokens as can be said" * 5
+    choice = {"index": 0, "text": text, "finish_reason": "stop"}
+    said = {"choices": [{**choice, "strongroom": {"tokens": [300] * 40, "logprobs": [-1.0] * 40}}]}
+    hostile.script = lambda _: [framed(json.dumps(said).encode())]
+    try:
+        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
+            assert ask(port, key)[0] == 200
+            assert app.misspelled == 1
+            assert app.counts.bits == 8 * len(text) > 7 * 9 * 40
     finally:
         hostile.stop()
 
@@ -168,14 +197,52 @@ def test_bits_that_are_hidden_in_tokens_end_inference(room):
         said = honest.raw("POST", "/v1/completions", asked, {"strongroom-channel": secret})[1]
         return [framed(json.dumps(said).encode())]
 
-    hostile.script = smuggling
+    hostile.script, term = smuggling, next(TERMS)
     try:
-        with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
+        with gateway(room, f"http://127.0.0.1:{hostile.port}", term) as (app, port, key):
             assert ask(port, key)[0] == 200
-            until(lambda: app.verified.verdict is not None and app.verified.verdict.alarm)
-            assert "not what these weights and this seed give" in app.verified.verdict.alarm
+            until(lambda: REF in app.verified.verdicts and app.verified.verdicts[REF].alarm)
+            assert "not what these weights and this seed give" in app.verified.verdicts[REF].alarm
             status, body = ask(port, key)
             assert status == 503
             assert json.loads(body)["error"]["code"] == "sealed"
+        # No end of the gateway clears the alarm, be its next server honest; a new term, which the log sees, does.
+        with gateway(room, honest.url, term) as (_, port, key):
+            assert ask(port, key)[0] == 503
+        with Room(room[0] / "room") as opened:
+            found = opened.budget(REF)
+        assert found["verified"]["term"] == term
+        assert found["verified"]["dangerous"] > 0
+        assert found["verified"]["hidden_bits"] > found["logged"]["tokens"] > 0
+        with gateway(room, honest.url) as (app, port, key):
+            assert ask(port, key)[0] == 200
+            until(lambda: REF in app.verified.verdicts)
+            assert not app.verified.verdicts[REF].alarm
     finally:
         hostile.stop()
+
+
+def test_each_of_several_answers_is_run_again_by_its_own_seed(room):
+    """Policy permits n to nobody at first; a hostile server that hides bits in the second answer only is found."""
+    verifier, secret = room[2], {"strongroom-channel": room[3].read_text()}
+    request = {"prompt": "The room", "max_tokens": 30, "n": 3, "strongroom": {"seed": (1 << 64) - 2, "record": True}}
+    answer = verifier.raw("POST", "/v1/completions", {"model": REF, **request}, secret)[1]
+    flight = SimpleNamespace(ref=REF, route="completions", body=request, meter=Meter(text={}))
+    for index, each in enumerate(answer["choices"]):
+        flight.meter.sampled[index] = each["strongroom"]["tokens"]
+        flight.meter.text[index] = [each["text"]]
+    assert len({tuple(each) for each in flight.meter.sampled.values()}) == 3
+
+    def verified():
+        """What the verifier says of each choice."""
+        database = Database.open(f"sqlite:///{room[0]}/room/room.db")
+        asked = Verified(Upstream(verifier.url), 1.0, Tallies(database, next(TERMS)), lambda _: 512, stop=False)
+        database.close()
+        asked.look(flight)
+        bodies = [json.loads(asked._samples.get_nowait()[1]) for _ in range(3)]
+        return [verifier.raw("POST", "/v1/verify", body, secret)[1]["run"] for body in bodies]
+
+    assert [(run["good"], run["others"]) for run in verified()] == [(len(t), 0) for t in flight.meter.sampled.values()]
+    flight.meter.sampled[1], flight.meter.text[1] = flight.meter.sampled[2], flight.meter.text[2]
+    found = verified()
+    assert [run["dangerous"] > 0 for run in found] == [False, True, False]

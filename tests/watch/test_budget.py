@@ -290,6 +290,21 @@ def test_alarms_at_half_at_80_and_at_100(desk):
     assert IDENTITY // 2 <= first.used < IDENTITY * 0.6
 
 
+def test_of_weights_smaller_than_an_answer_it_is_said_once_and_no_alarm_is_sounded(desk):
+    told = []
+    worker = desk.worker(DEFAULTS, size=1_000_000, small=lambda *said: told.append(said))
+    for _ in range(10):
+        worker.reserve(ANA, REF, 9000).settle(9000)
+    # One percent a month, a tenth for good: of 1 Mbit that is less than an answer, and 100,000 bits.
+    assert told == [(REF, 1_000_000)]
+    assert [(each.window, each.percent) for each in desk.alarms if each.scope == "team"] == [
+        ("lifetime", 50),
+        ("lifetime", 80),
+    ]
+    assert worker.report(REF)["too_small"]
+    assert not desk.worker(DEFAULTS, size=100_000_000).report(REF)["too_small"]
+
+
 def test_everybody_is_all_versions_of_a_name(desk):
     worker = desk.worker((Rule("everybody", "day", 0.01, hard=True),))
     worker.reserve(ANA, "acme/tiny@1", 60_000)

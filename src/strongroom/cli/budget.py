@@ -43,6 +43,13 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
             f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "
             f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to"
         )
+    if found["too_small"]:
+        options.output.warn(
+            f"{found['ref']} is too small for its budget to mean anything: budgets that are alarms are less than one "
+            "answer, and sound none; of those that refuse, floors count"
+        )
+    if found["verified"] is not None and found["verified"]["alarm"]:
+        options.output.warn(f"answers do not verify: {found['verified']['alarm']}")
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -73,6 +80,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *table(header, rows, right=(3, 4, 5, 6)),
         "",
         f"left as answers so far: {_bits(found['gone_bits'])}, {found['gone_bits'] * 100 / size:.3g} % of it",
+        *_verified(found),
         "To carry it off as answers takes",
         f"  at the current rate, {_bits(found['bits_a_day'])} a day: {_long(times['current_seconds'])}",
         f"  one caller, at the greatest allowed rate: {_long(times['caller_seconds'])}",
@@ -82,6 +90,18 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{counted(found['releases'], 'release')} of the weights themselves, each the whole artefact"
         + (":" if held else ""),
         *(f"  {line}" for line in held),
+    ]
+
+
+def _verified(found: dict[str, Any]) -> list[str]:
+    """E_v: how much of that could be hidden bits all the same."""
+    said = found["verified"]
+    if said is None:
+        return []
+    return [
+        f"run again: {said['tokens']:,} tokens, of which {said['good']:,} good, {said['suspicious']:,} suspicious, "
+        f"{said['dangerous']:,} dangerous ({said['arithmetic']}, term {said['term']})",
+        f"  at most {said['bits']:.3g} bits a token could still be hidden: {_bits(said['hidden_bits'])} of what left",
     ]
 
 

@@ -79,6 +79,7 @@ def gateway(  # noqa: PLR0917 - one for each option
             "gateway.not_installed", "the gateway is not installed", hint="pip install 'strongroom[gateway]'"
         ) from None
     from strongroom.cli.serve import address
+    from strongroom.crypto.capture import key_id
 
     host, port = address(where)
     if (certificate is None) != (key is None):
@@ -106,6 +107,8 @@ def gateway(  # noqa: PLR0917 - one for each option
         shown = f"[{host}]" if ":" in host else host
         url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}/v1"
         answer = {"url": url, "settings": settings.digest, "workers": workers}
+        if settings.capture.key:
+            answer["capture"] = key_id(bytes.fromhex(settings.capture.key))
         serving.run(
             serving.Plan(
                 options.folder,

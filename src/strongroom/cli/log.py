@@ -92,6 +92,7 @@ def _gist(item: dict[str, Any]) -> str:
         case "inference":
             told = (
                 f"{body['requests']} requests, {body['refused']} refused, {body['tokens']} tokens, {body['bits']} bits"
+                + (f"; captured for {body['capture'][:16]}" if "capture" in body else "")
             )
         case "refused":
             told = f"{body['action']}: {body['rule'] or body['code']}"

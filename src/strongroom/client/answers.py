@@ -191,6 +191,16 @@ BUDGETS: dict[str, Kind] = {
     "exfiltration": _object({f"{name}_seconds": or_null(COUNT) for name in ("current", "caller", "together", "alarm")}),
     "artefacts": _list(_object({"holder": TEXT, **dict.fromkeys(("releases", "copies", "last"), COUNT)})),
     "logged": _object(dict.fromkeys(("requests", "refused", "tokens", "bits"), COUNT)),
+    "too_small": lambda value: isinstance(value, bool),
+    "verified": or_null(
+        _object(
+            {
+                **dict.fromkeys(("tokens", "good", "suspicious", "dangerous", "others", "term", "hidden_bits"), COUNT),
+                **dict.fromkeys(("open_bits", "bound", "bits"), _number),
+                **dict.fromkeys(("alarm", "arithmetic"), TEXT),
+            }
+        )
+    ),
 }
 ACTED: dict[str, Kind] = {
     **dict.fromkeys(("type", "ref"), TEXT),

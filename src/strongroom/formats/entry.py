@@ -193,7 +193,11 @@ BODIES: dict[str, dict[str, Kind]] = {
     },
 }
 # What it may have beside: absent, and not empty, where there is none.
-OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": DIGEST}, "genesis": {"recovery": DIGEST}}
+OPTIONAL: dict[str, dict[str, Kind]] = {
+    "principal": {"subject": DIGEST},
+    "genesis": {"recovery": DIGEST},
+    "inference": {"capture": DIGEST},
+}
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {
     "principal": frozenset({"oidc", "spiffe", "contact"}),

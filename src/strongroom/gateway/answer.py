@@ -36,8 +36,8 @@ class Meter:
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
     estimate: float = 0.0  # −Σ log2 q, by the private channel
-    sampled: list[int] = field(default_factory=list)
-    text: list[str] | None = None  # what was given out, where it is looked at again
+    sampled: dict[int, list[int]] = field(default_factory=dict)  # of each choice, by the private channel
+    text: dict[int, list[str]] | None = None  # what was given out of each, where it is looked at again
 
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
@@ -96,8 +96,8 @@ class Shape:
             text = ""
         if not isinstance(text, str):
             raise malformed("has a choice without a text")
-        text = self._text(text)
-        self._channel(choice.get("strongroom"))
+        text = self._text(text, index)
+        self._channel(choice.get("strongroom"), index)
         made: dict[str, Any] = {"index": index}
         made |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
         made["logprobs"] = self._logprobs(choice.get("logprobs"))
@@ -134,12 +134,12 @@ class Shape:
         if not isinstance(text, str):
             raise malformed("has a piece that is not a text")
         reason = _reason(choice.get("finish_reason"))
-        self._channel(choice.get("strongroom"))
+        self._channel(choice.get("strongroom"), index)
         logprobs = self._logprobs(choice.get("logprobs"))
         if not text and not reason and logprobs is None and index in self._begun:
             return None
         if text:
-            text = self._text(text)
+            text = self._text(text, index)
             self.meter.chunks += 1
         if reason:
             self._finished.add(index)
@@ -166,14 +166,14 @@ class Shape:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _text(self, text: str) -> str:
+    def _text(self, text: str, index: int) -> str:
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
             raise malformed("has half a character") from None
         self.meter.text_bytes += size
         if self.meter.text is not None:
-            self.meter.text.append(text)
+            self.meter.text.setdefault(index, []).append(text)
         return text
 
     def _usage(self, usage: Any) -> None:
@@ -186,7 +186,7 @@ class Shape:
                 raise malformed("has a usage that is not counted in tokens")
         self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt or 0)
 
-    def _channel(self, value: Any) -> None:
+    def _channel(self, value: Any, index: int) -> None:
         """The private channel's part (section 7) goes into the meter and no further."""
         if value is None:
             return
@@ -201,7 +201,7 @@ class Shape:
             meter.estimate -= min(0.0, logprob) / math.log(2) if math.isfinite(logprob) else 0.0
         meter.channelled = True
         meter.channel += len(tokens)
-        meter.sampled += tokens
+        meter.sampled.setdefault(index, []).extend(tokens)
 
     def _logprobs(self, value: Any) -> dict[str, Any] | None:
         most = self._asked.logprobs

@@ -29,6 +29,7 @@ from strongroom.errors import (
 )
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
+from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
 from strongroom.gateway.connection import CONNECTION
 from strongroom.gateway.door import Door
@@ -40,7 +41,6 @@ from strongroom.gateway.request import BODY_MOST, Forms
 from strongroom.gateway.routes import Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
-from strongroom.gateway.verified import Verified
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -74,7 +74,7 @@ class GatewayApp:
         routes: Routes,
         tolls: Tolls,
         records: Records,
-        verified: Verified | None = None,
+        beside: Beside | None = None,
         *,
         before: GatewayApp | None = None,
     ) -> None:
@@ -83,7 +83,9 @@ class GatewayApp:
         self._flights: Flights = before._flights if before else Flights(door)  # noqa: SLF001
         self._refusals: Refusals = before._refusals if before else Refusals(time.monotonic)  # noqa: SLF001
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
-        self.verified = verified
+        beside = beside or Beside()
+        self.verified, self._probe = beside.verified, beside.probe
+        self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         self.counts: Counts = before.counts if before else Counts()
 
@@ -92,21 +94,28 @@ class GatewayApp:
             await self._answer(scope, receive, send)
 
     async def find(self) -> None:
-        """What the inference servers have is asked for; errors as `Routes.find`."""
+        """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
+        that it does not say of. Errors as `Routes.find`, and of the log."""
         await self._routes.find()
+        if self.capture is not None:
+            await asyncio.to_thread(self._records.announce, self.capture.key_id, self._tolls.digest)
 
     def start(self) -> None:
         """Requests come from now on."""
         self._tolls.start()
-        if self.verified is not None:
-            self.verified.start()
+        for each in (self.verified, self._probe):
+            if each is not None:
+                each.start()
 
     async def retire(self) -> None:
         """No more requests come, and none is under way. Door and records are others', too."""
-        self._routes.close()
-        if self.verified is not None:
-            self.verified.close()
+        for each in (self._probe, self._routes, self.verified):
+            if each is not None:
+                each.close()
         await self._tolls.close()
+        for last in (self.capture, self.tracing):
+            if last is not None:
+                await asyncio.to_thread(last.close)
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -124,6 +133,8 @@ class GatewayApp:
             self._records.check()
             if self.verified is not None:
                 self.verified.check()
+            if self.capture is not None:
+                self.capture.check()
             token, peer = _shown(scope)
             caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
@@ -135,6 +146,8 @@ class GatewayApp:
                 _network(scope["client"][0]),
                 peer,
             )
+            if self.tracing is not None:
+                flight.trace = self.tracing.begin(flight, scope["headers"])
             self._flights.begin(flight)
             await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
@@ -156,13 +169,19 @@ class GatewayApp:
         flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
         if not self._flights.allowed(flight):
             await self._flights.allow(flight)
+        if flight.trace is not None:
+            flight.trace.part("limits")
         await self._tolls.take(flight)
         forget = scope[CONNECTION].when_gone(flight.leave)
         try:
             flight.body = self._upstream_body(flight)
+            if flight.trace is not None:
+                flight.trace.upstream(flight)
             reply = await self._routes.begin(flight, flight.body)
             if reply.status != 200:
                 raise unexpected(reply.status)
+            if flight.trace is not None:
+                flight.trace.part("answer")
             if asked.stream:
                 await self._stream(flight, reply, send)
             else:
@@ -204,7 +223,7 @@ class GatewayApp:
             flight.meter.prompt = value["usage"]["prompt_tokens"]
         else:
             shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
-            flight.meter = self._metered(shape)
+            flight.meter = self._metered(shape, flight)
             value = shape.whole(body)
             _check_size(shape.meter, flight)
         flight.check()
@@ -218,7 +237,7 @@ class GatewayApp:
         asked = flight.asked
         assert asked is not None  # noqa: S101 - read before
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
-        flight.meter = self._metered(shape)
+        flight.meter = self._metered(shape, flight)
         if self._tolls.durable_before:
             await self._recorded(flight, 100, "reserved")
         async for piece in reply.pieces():
@@ -240,8 +259,9 @@ class GatewayApp:
         await self._recorded(flight, 200, "")
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
-    def _metered(self, shape: Shape) -> Meter:
-        shape.meter.text = [] if self.verified is not None else None
+    def _metered(self, shape: Shape, flight: Flight) -> Meter:
+        kept = self.verified is not None or flight.spelling is not None
+        shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
         return shape.meter
 
     async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
@@ -272,6 +292,8 @@ class GatewayApp:
         self._record(flight, status, code)
         if self._tolls.durable_before:
             await self._records.durable()
+            if self.capture is not None:
+                await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, _ = flight.meter.tokens()
@@ -281,7 +303,10 @@ class GatewayApp:
             self._refusals.add(flight.caller.principal)
         if flight.recorded:
             self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
-        self._records.add(
+            if flight.trace is not None:
+                flight.trace.end(flight, status, code, tokens)
+        captured = self.capture.take(flight) if self.capture is not None and flight.recorded else None
+        number, head = self._records.add(
             {
                 "by": flight.caller.principal,
                 "key": flight.caller.key,
@@ -298,9 +323,16 @@ class GatewayApp:
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
+                **({} if captured is None else {"capture": captured.commitment}),
             },
             self._tolls.digest,
         )
+        if captured is not None and self.capture is not None:
+            self.capture.add(captured, number, head)
+
+    @property
+    def misspelled(self) -> int:
+        return self._tolls.misspelled
 
     @property
     def under_way(self) -> int:
@@ -309,12 +341,14 @@ class GatewayApp:
     def problems(self) -> list[str]:
         """Why nothing is answered now, if that is so."""
         found = [] if self._door.awake else ["the room's log can't be seen"]
-        if not self._routes.available:
+        if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found.append("no inference server answers")
-        try:
-            self._records.check()
-        except BackendError as error:
-            found.append(error.message)
+        for each in (self._records, self.capture):
+            try:
+                if each is not None:
+                    each.check()
+            except BackendError as error:
+                found.append(error.message)
         return found
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -325,7 +359,10 @@ class GatewayApp:
             return
         if path == "/readyz":
             problems = self.problems()
-            body = orjson.dumps({"ready": not problems, "problems": problems})
+            told = {"ready": not problems, "problems": problems}
+            if self.capture is not None:
+                told["capture"] = self.capture.key_id
+            body = orjson.dumps(told)
             await _send(send, 503 if problems else 200, body, [])
             return
         if path == "/openapi.json":
@@ -362,7 +399,7 @@ def _check_size(meter: Meter, flight: Flight) -> None:
             raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
-    if flight.seed is not None and meter.text_bytes and not meter.sampled:
+    if flight.seed is not None and meter.text_bytes and not meter.channel:
         raise malformed("has a text without its tokens on the private channel")
 
 

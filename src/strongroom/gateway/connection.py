@@ -300,6 +300,7 @@ class Connection(asyncio.Protocol):
         self._coming.met()
         parser, url = self._parser, self._url
         version = parser.get_http_version()
+        old = self.peer is not None and self.peer.old  # its certificate has to be shown again
         if not url.startswith(b"/"):  # with the scheme and host, as proxies are asked
             url = httptools.parse_url(url).path or b"/"
         path = url.partition(b"?")[0].decode("ascii")
@@ -314,9 +315,7 @@ class Connection(asyncio.Protocol):
                 "client": self._client,
                 CONNECTION: self,
             },
-            keep_alive=version == "1.1"
-            and parser.should_keep_alive()
-            and not (self.peer is not None and self.peer.old),
+            keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
             expects=self._expects,
         )
         if self._current is None:

@@ -14,10 +14,21 @@ from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
 from strongroom.gateway.request import Asked
+from strongroom.gateway.spelt import Spelling
 from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
 
 T = TypeVar("T")
+
+
+class Trace(Protocol):
+    """As tracing.py has it."""
+
+    header: bytes
+
+    def part(self, name: str) -> None: ...
+    def upstream(self, flight: Flight) -> None: ...
+    def end(self, flight: Flight, status: int, code: str, tokens: int) -> None: ...
 
 
 class Admission(Protocol):
@@ -46,6 +57,7 @@ class Flight:
     seed: int | None = None
     body: Mapping[str, object] = field(default_factory=dict)  # as it went upstream
     meter: Meter = field(default_factory=Meter)
+    spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
     numbers: int = 0
     reserved: int = 0
     text_most: int = 0
@@ -57,6 +69,7 @@ class Flight:
     begun: bool = False  # its status has been sent
     recorded: bool = False
     why: StrongroomError | None = None
+    trace: Trace | None = None
     epoch: int = -1
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)

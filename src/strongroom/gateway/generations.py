@@ -15,6 +15,7 @@ from strongroom.errors import StrongroomError, UsageError
 
 if TYPE_CHECKING:
     from strongroom.gateway.app import GatewayApp, Receive, Scope, Send
+    from strongroom.gateway.capture import Capture
     from strongroom.gateway.certificates import Certificates
     from strongroom.gateway.door import Door
     from strongroom.gateway.metrics import Counts
@@ -86,15 +87,26 @@ class Generations:
         if not before.requests:
             self._retire(before)
 
-    @staticmethod
-    async def drop(app: GatewayApp) -> None:
+    async def drop(self, app: GatewayApp) -> None:
         """What was prepared is not wanted."""
         await app.retire()
+        await self._say_what_is_captured()
 
     def _retire(self, generation: _Generation) -> None:
-        task = asyncio.get_running_loop().create_task(generation.app.retire())
+        task = asyncio.get_running_loop().create_task(self._retired(generation))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+    async def _retired(self, generation: _Generation) -> None:
+        await generation.app.retire()
+        await self._say_what_is_captured()
+
+    async def _say_what_is_captured(self) -> None:
+        """The log was told of more before it began; that it is over is said when it is."""
+        capture = self._newest.app.capture
+        with contextlib.suppress(Exception):  # the next entries say it
+            key = "" if capture is None else capture.key_id
+            await asyncio.to_thread(self._records.announce, key, self._settings.digest)
 
     # -- from start to end ---------------------------------------------------------------------------------------
 
@@ -148,6 +160,14 @@ class Generations:
     @property
     def verified(self) -> Verified | None:
         return self._newest.app.verified
+
+    @property
+    def capture(self) -> Capture | None:
+        return self._newest.app.capture
+
+    @property
+    def misspelled(self) -> int:
+        return self._newest.app.misspelled
 
     def problems(self) -> list[str]:
         """Why nothing is answered now, if that is so."""

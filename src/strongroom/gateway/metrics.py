@@ -64,6 +64,17 @@ class GatewayMetrics:
         yield answers
         yield CounterMetricFamily("strongroom_gateway_tokens", "Tokens that were given out", value=counts.tokens)
         yield CounterMetricFamily("strongroom_gateway_bits", "Bits that were charged", value=counts.bits)
+        yield CounterMetricFamily(
+            "strongroom_gateway_misspelled",
+            "Answers that were not what their tokens spell",
+            value=self._app.misspelled,
+        )
+        if self._app.capture is not None:
+            yield CounterMetricFamily(
+                "strongroom_gateway_captured",
+                "Requests that were sealed with their answers",
+                value=self._app.capture.count,
+            )
         buckets, total = counts.buckets()
         seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
         seconds.add_metric((), buckets, total)
@@ -87,20 +98,24 @@ class GatewayMetrics:
         yield CounterMetricFamily(
             "strongroom_gateway_not_verified", "Samples that could not be run again", value=verified.failed
         )
-        verdict = verified.verdict
-        if verdict is None:
+        verdicts = list(verified.verdicts.values())
+        if not verdicts:
             return
         tokens = GaugeMetricFamily(
             "strongroom_gateway_verified_tokens", "Tokens that were run again, by their class", labels=("class",)
         )
         for name in ("good", "suspicious", "dangerous"):
-            tokens.add_metric((name,), getattr(verdict, name))
+            tokens.add_metric((name,), sum(getattr(each, name) for each in verdicts))
         yield tokens
         yield GaugeMetricFamily(
-            "strongroom_gateway_smuggled_bits", "Bits a token that could still be smuggled out", value=verdict.bits
+            "strongroom_gateway_smuggled_bits",
+            "Bits a token that could still be smuggled out, of the version where it is most",
+            value=max(each.bits for each in verdicts),
         )
         yield GaugeMetricFamily(
-            "strongroom_gateway_verify_alarm", "Whether answers do not verify", value=1 if verdict.alarm else 0
+            "strongroom_gateway_verify_alarm",
+            "Whether answers do not verify",
+            value=1 if any(each.alarm for each in verdicts) else 0,
         )
 
     def exposition(self) -> bytes:

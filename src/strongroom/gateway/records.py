@@ -15,6 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ class Records:
         self._wake = threading.Event()
         self._failure: BackendError | None = None
         self._closing = False
+        self._capture = ""
+        self._announced: list[tuple[str, str, Future[None]]] = []
         self._entered_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -85,9 +88,10 @@ class Records:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
-    def add(self, record: dict[str, Any], settings: str = "") -> None:
+    def add(self, record: dict[str, Any], settings: str = "") -> tuple[int, str]:
         """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of
-        those that it came under, where they are others than those of the start. Returns at once."""
+        those that it came under, where they are others than those of the start. Returns at once, with its number and
+        its hash."""
         self.check()
         ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:
@@ -103,6 +107,19 @@ class Records:
             if sums is None:
                 sums = unwritten.sums[about] = _Sums()
             sums.add(1, refused, tokens, bits)
+            return self._count - 1, self._head
+
+    def announce(self, capture: str, settings: str = "") -> None:
+        """From now on the log's entries say to which key prompts and answers are sealed (empty: to none), under
+        settings of this digest; back when the first of them is there. Not on the event loop. Whatever keeps the log
+        from being written."""
+        told = Future[None]()
+        with self._lock:
+            if not self._announced and capture == self._capture:
+                return
+            self._announced.append((capture, settings or self._settings, told))
+        self._wake.set()
+        told.result()
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
@@ -128,6 +145,8 @@ class Records:
             self._wake.clear()
             last = self._closing
             self._write()
+            if self._announced:
+                self._tell()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
             if last and not self._unwritten.lines:  # none came while these were written
@@ -163,18 +182,34 @@ class Records:
         """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
         taken, self._sums = self._sums, {}
         for (settings, ref), sums in taken.items():
-            body = {
-                "gateway": self.stream,
-                "records": self._written,
-                "head": self._written_head,
-                "settings": settings,
-                **vars(sums),
-            }
             try:
-                self._append(ref, body)
+                self._append(ref, self._body(settings, sums))
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
                 self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
         self._entered_at = time.monotonic()
+
+    def _tell(self) -> None:
+        with self._lock:
+            announced, self._announced = self._announced, []
+        for capture, settings, told in announced:
+            before, self._capture = self._capture, capture
+            try:
+                self._append("", self._body(settings, _Sums()))
+            except BaseException as error:  # noqa: BLE001 - it is whoever waits that has to know
+                self._capture = before
+                told.set_exception(error)
+            else:
+                told.set_result(None)
+
+    def _body(self, settings: str, sums: _Sums) -> dict[str, Any]:
+        return {
+            "gateway": self.stream,
+            "records": self._written,
+            "head": self._written_head,
+            "settings": settings,
+            **vars(sums),
+            **({"capture": self._capture} if self._capture else {}),
+        }
 
 
 def _set(waiter: asyncio.Future[None]) -> None:

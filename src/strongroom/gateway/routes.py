@@ -57,6 +57,10 @@ class Routes:
                 )
 
     @property
+    def upstreams(self) -> list[Upstream]:
+        return [backend.upstream for backend in self._backends]
+
+    @property
     def available(self) -> bool:
         return any(backend.upstream.available for backend in self._backends)
 
@@ -117,7 +121,10 @@ async def _sent(flight: Flight, backend: Backend, size: int, body: dict[str, obj
     queue = backend.queue
     flight.place = queue.free_place() or await queue.enter(flight.caller.principal, size)
     reply = flight.reply = await backend.upstream.post(
-        _PATHS[flight.route], orjson.dumps(body), whole=not body.get("stream")
+        _PATHS[flight.route],
+        orjson.dumps(body),
+        whole=not body.get("stream"),
+        more=b"" if flight.trace is None else flight.trace.header,
     )
     return reply
 

@@ -125,7 +125,15 @@ class Records:
     durable: str = _of(
         "after", "a record is on disk within a second, or before anything is answered", among=("after", "before")
     )
-    capture: str = _of("off", "prompts and answers; this release keeps none", among=("off",))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Prompts and answers that are kept, sealed (section 9 of the specification)."""
+
+    key: str = _of("", "the public key of whoever may read them (`strongroom capture keygen`); empty: none are kept")
+    who: tuple[str, ...] = _of((), "principals whose requests are kept; empty: everybody's, of these models")
+    models: tuple[str, ...] = _of((), "NAME or NAME@N; empty: all, of these principals. One of both lists is needed")
 
 
 @dataclass(frozen=True)
@@ -180,6 +188,30 @@ class Verify:
     channel: str = _of("", "the file with the secret of its private channel")
     share: float = _of(0.01, "of the answers", most=1)
     stop: bool = _of(default=False, doc="an alarm ends all inference of this gateway; otherwise it is told")
+    term: int = _of(0, "a higher number begins a new tally, when an alarm has been looked into: the log sees it")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether upstreams are there, asked before a caller finds out."""
+
+    every: float = _of(5.0, "seconds between two looks at each inference server; 0: none", most=3600)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Spans of each request, for OpenTelemetry (section 8 of the specification)."""
+
+    endpoint: str = _of("", "where they go, OTLP over HTTP: http://127.0.0.1:4318/v1/traces; empty: none are made")
+    key: str = _of("", "a file with a bearer token that the receiver asks for")
+    ca: str = _of("", "a file of certificates to trust instead of the machine's")
+    share: float = _of(1.0, "of the requests", most=1)
+    parent: str = _of(
+        "link",
+        "a caller's `traceparent`: linked to, taken as the parent, or not looked at",
+        among=("link", "trust", "ignore"),
+    )
+    service: str = _of("strongroom-gateway", "`service.name`")
 
 
 @dataclass(frozen=True)
@@ -211,6 +243,9 @@ class Settings:
     upstream: tuple[Upstream, ...] = ()
     redis: Redis = Redis()
     verify: Verify = Verify()
+    probe: Probe = Probe()
+    traces: Traces = Traces()
+    capture: Capture = Capture()
 
     @classmethod
     def read(cls, path: Path) -> Settings:
@@ -372,8 +407,18 @@ def _check(settings: Settings) -> None:
         _check_url("upstream.url", upstream.url, ("http", "https"))
     if settings.requests.classifier:
         _check_url("requests.classifier", settings.requests.classifier, ("http", "https"))
+    _check_capture(settings.capture)
+    if settings.traces.endpoint:
+        _check_url("traces.endpoint", settings.traces.endpoint, ("http", "https"))
     if settings.redis.url:
         _check_url("redis.url", settings.redis.url, ("redis", "rediss"))
+
+
+def _check_capture(capture: Capture) -> None:
+    if capture.key and not re.fullmatch("[0-9a-f]{64}", capture.key, re.ASCII):
+        raise _malformed("capture.key", "is a public key of 64 hexadecimal digits", capture.key)
+    if bool(capture.key) != bool(capture.who or capture.models):  # what everybody says is never kept by an oversight
+        raise _malformed("capture", "has a key, and says whose requests or of which models", capture)
 
 
 def _check_url(path: str, url: str, schemes: tuple[str, ...]) -> None:

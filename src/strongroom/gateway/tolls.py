@@ -15,6 +15,7 @@ from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
 from strongroom.gateway.request import invalid
 from strongroom.gateway.settings import Settings
+from strongroom.gateway.spelt import Spellings, spelled
 from strongroom.watch import meter
 from strongroom.watch.budget import Alarm, Budgets, Reservation
 from strongroom.watch.rules import Spender
@@ -30,7 +31,8 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class Tolls:
-    """One worker's. `vocabulary` gives the number of tokens that a version knows."""
+    """One worker's. `vocabulary` gives the number of tokens that a version knows, `spellings` what they spell, where
+    all upstreams tell their tokens."""
 
     def __init__(
         self,
@@ -39,8 +41,11 @@ class Tolls:
         budgets: Budgets,
         vocabulary: Callable[[str], int],
         filters: Sequence[Filter],
+        spellings: Spellings | None = None,
     ) -> None:
         self._settings, self._limits, self._budgets = settings, limits, budgets
+        self._spellings = spellings
+        self.misspelled = 0  # answers that were not what their tokens spell
         self._vocabulary, self._filters = vocabulary, tuple(filters)
         self._tending: asyncio.Task[None] | None = None
         self.digest, self.limits = settings.digest, limits
@@ -85,7 +90,11 @@ class Tolls:
             for each in self._filters:
                 if each.looks:
                     await each.check(asked.texts, caller)
+            if self._spellings is not None and asked.route != "embeddings":
+                flight.spelling = await self._spellings.of(flight.ref)
             flight.reserved = self._most(flight)
+            if flight.trace is not None:
+                flight.trace.part("budget")
             flight.toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
             if flight.toll is None:
                 flight.toll = await self._reserve(flight)
@@ -135,13 +144,22 @@ class Tolls:
     def _bits(self, flight: Flight) -> int:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)
         tokens, counted = given.tokens()
-        if counted:
-            bits = meter.bound(tokens, words, logprobs=beside)
-        else:  # a stream that was cut: its text, and the log-probabilities that had come with it
-            said = meter.bound(given.listed, words, logprobs=beside) - meter.bound(given.listed, words)
-            bits = 8 * given.text_bytes + said
-        # A name of a token that is longer than tokens are could be anything.
-        return bits + 8 * max(0, given.spelled - BYTES_A_TOKEN * given.listed * beside)
+        if flight.spelling is not None and given.sampled:
+            tokens = max(given.channel, given.chunks, given.listed)
+            bits, counted = meter.bound(tokens, words), True
+            if not spelled(flight.spelling, given.sampled, given.text or {}):
+                bits = max(bits, meter.ANY_BYTE * given.text_bytes)  # text that no tokens account for may be anything
+                self.misspelled += 1
+                _log.warning("an answer of %s is not what its tokens spell: it is charged as if it hid all", flight.ref)
+        elif counted:
+            bits = max(meter.bound(tokens, words), meter.TEXT_BYTE * given.text_bytes)
+        else:  # a stream that was cut, or a word that can't be true
+            bits = meter.ANY_BYTE * given.text_bytes
+        if beside:  # log-probabilities of each token, or of those that came before the end; and their names are text
+            named = tokens if counted else given.listed
+            bits += meter.bound(named, words, logprobs=beside) - meter.bound(named, words)
+            bits += max(0, meter.TEXT_BYTE * given.spelled - meter.bound(given.listed * beside, words))
+        return bits
 
 
 def _spender(flight: Flight) -> Spender:
@@ -171,4 +189,13 @@ def told(alarm: Alarm) -> None:
         "budget of %s, %s: %d %% of %d bits used or reserved; beyond it %s is refused: strongroom budget %s",
         f"{alarm.scope} {alarm.who}".strip(), alarm.window, alarm.percent, alarm.limit,
         "all" if alarm.hard else "nothing", alarm.ref,
+    )  # fmt: skip
+
+
+def too_small(ref: str, size: int) -> None:
+    """Said once, and not as an alarm at each part of a limit that one answer passes."""
+    _log.warning(
+        "%s is too small for its budget to mean anything: all that is worth stealing of it is %d bits, and budgets "
+        "that are shares of that are less than one answer. They sound no alarm; of limits that refuse, floors count",
+        ref, size,
     )  # fmt: skip

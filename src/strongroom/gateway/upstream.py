@@ -79,17 +79,17 @@ class Upstream:
         """Whether it is worth a try: after several failures in a row an upstream is left alone for a while."""
         return self._clock() >= self._closed_until
 
-    def post(self, path: str, body: bytes, *, whole: bool = False) -> Coroutine[Any, Any, Reply]:
+    def post(self, path: str, body: bytes, *, whole: bool = False, more: bytes = b"") -> Coroutine[Any, Any, Reply]:
         """Begin a request; back when the head of the answer is there. BackendError ``upstream.unavailable``,
         ``upstream.timeout``, ``upstream.malformed``. `whole`: of an answer that is no stream, the first byte comes when
-        all of it has been generated, so it may take as long as the whole.
+        all of it has been generated, so it may take as long as the whole. `more`: lines of the head, each after CR LF.
 
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
         return self._send(
-            b"POST %s HTTP/1.1\r\n%s\r\ncontent-length: %d\r\n\r\n%s"
-            % ((self._path + path).encode("ascii"), self._head, len(body), body),
+            b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s"
+            % ((self._path + path).encode("ascii"), self._head, more, len(body), body),
             self.timeouts.whole if whole else self.timeouts.first,
         )
 

@@ -6,43 +6,41 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 
-from strongroom.errors import BackendError, Sealed
+from strongroom.errors import BackendError, Sealed, StrongroomError
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.upstream import Upstream
+from strongroom.watch.tallies import Tallies
+from strongroom.watch.tallies import Verified as Kept
+from strongroom.watch.verdict import Tally, Verdict
 
 _WAITING = 64  # samples; more are not taken while so many wait
 _FINE = 1 << 32
 _log = logging.getLogger("strongroom.gateway")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What the verifier says of all that it was sent, in tokens; `bits` a token could still be smuggled out; `alarm`
-    says what is wrong, or nothing."""
-
-    tokens: int
-    good: int
-    suspicious: int
-    dangerous: int
-    bits: float
-    alarm: str
-
-
 class Verified:
     """Sends a `share` (0 to 1) of the answers to `verifier`, a ``strongroom infer`` beside the one that answers, over
-    its private channel. Which ones, nobody knows before. `stop`: whether an alarm ends all inference here."""
+    its private channel. Which ones, nobody knows before. `stop`: whether an alarm ends all inference here. `tallies`
+    keeps what came of it; `vocabulary` is the number of tokens that a version knows."""
 
-    def __init__(self, verifier: Upstream, share: float, *, stop: bool) -> None:
+    def __init__(
+        self, verifier: Upstream, share: float, tallies: Tallies, vocabulary: Callable[[str], int], *, stop: bool
+    ) -> None:
         self._verifier, self._share, self._stop = verifier, int(share * _FINE), stop
-        self._samples: asyncio.Queue[bytes] = asyncio.Queue(_WAITING)
+        self._tallies, self._vocabulary = tallies, vocabulary
+        self._samples: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(_WAITING)
         self._task: asyncio.Task[None] | None = None
-        self.verdict: Verdict | None = None
+        self._unkept: dict[tuple[str, str], Tally] = {}  # what the database did not take yet
+        self.verdicts: dict[str, Verdict] = {}  # by version
+        self._alarm = ""
         self.failed = 0  # samples that were not verified
+        for each in tallies.now():  # an alarm does not end with whoever raised it
+            self._judge(each)
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -54,13 +52,19 @@ class Verified:
 
     def check(self) -> None:
         """Sealed ``verify.alarm`` after an alarm, where that is to end inference."""
-        if self._stop and self.verdict is not None and self.verdict.alarm:
-            raise Sealed("verify.alarm", f"answers do not verify: {self.verdict.alarm}")
+        if self._stop and self._alarm:
+            raise Sealed(
+                "verify.alarm",
+                f"answers do not verify: {self._alarm}",
+                hint="when that has been looked into: a higher term in [verify] of the settings begins a new tally",
+            )
 
     def inherit(self, other: Verified) -> None:
         """Go on where `other` is, which may still be given answers: what it has found is not forgotten, and what it
         takes as a sample is run again here."""
-        self.verdict, self.failed, self._samples = other.verdict, other.failed, other._samples
+        self.failed, self._samples = other.failed, other._samples
+        if self._tallies.term == other._tallies.term:  # else a new tally begins
+            self._unkept, self.verdicts, self._alarm = other._unkept, other.verdicts, other._alarm
 
     def rest(self) -> None:
         """Take samples, and leave it to another one to run them again."""
@@ -70,28 +74,46 @@ class Verified:
     def look(self, flight: Flight) -> None:
         """An answer has been given, or the beginning of one; it may be taken as a sample."""
         meter, body = flight.meter, flight.body
-        if not meter.sampled or "n" in body or secrets.randbelow(_FINE) >= self._share:
-            return
-        # The tokens are the server's word, and the text is what its caller got: they may be two answers.
-        text = "".join(meter.text or ())
-        value = {"model": flight.ref, "route": flight.route, "request": body, "tokens": meter.sampled, "text": text}
-        try:
-            self._samples.put_nowait(orjson.dumps(value))
-        except asyncio.QueueFull:
-            self.failed += 1  # a verifier that is too slow is seen, too
+        # Each choice of several is an answer of its own. Its tokens are the server's word, and the text is what its
+        # caller got: they may be two answers.
+        for index, tokens in meter.sampled.items():
+            if secrets.randbelow(_FINE) >= self._share:
+                continue
+            text = "".join((meter.text or {}).get(index, ()))
+            value: dict[str, Any] = {"model": flight.ref, "route": flight.route, "request": body}
+            value |= {"choice": index, "tokens": tokens, "text": text}
+            try:
+                self._samples.put_nowait((flight.ref, orjson.dumps(value)))
+            except asyncio.QueueFull:
+                self.failed += 1  # a verifier that is too slow is seen, too
 
     async def _run(self) -> None:
         while True:
-            body = await self._samples.get()
+            ref, body = await self._samples.get()
             try:
                 said = await self._ask(body)
-                self.verdict = Verdict(**{name: said[name] for name in Verdict.__dataclass_fields__})
+                arithmetic, run = str(said["arithmetic"]), _tally(said["run"])
             except (BackendError, ValueError, TypeError, KeyError) as error:
                 self.failed += 1
                 _log.warning("an answer was not verified: %s", error)
                 continue
-            if self.verdict.alarm:
-                _log.error("verified inference: %s", self.verdict.alarm)
+            key = (ref, arithmetic)
+            run += self._unkept.pop(key, Tally())
+            try:
+                found = await asyncio.to_thread(self._tallies.add, ref, arithmetic, run)
+            except StrongroomError as error:
+                _log.warning("the tally of verified inference is not kept yet: %s", error)
+                self._unkept[key] = run
+                found = Kept(ref, 0, arithmetic, run)
+            self._judge(found)
+            if alarm := self.verdicts[ref].alarm:
+                _log.error("verified inference of %s: %s", ref, alarm)
+
+    def _judge(self, found: Kept) -> None:
+        """What all gateways of the room have had verified, of one version."""
+        if found.tally.tokens or found.tally.others:
+            self.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
+            self._alarm = "; ".join(each.alarm for each in self.verdicts.values() if each.alarm)
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         reply = await self._verifier.post("/v1/verify", body)
@@ -100,3 +122,12 @@ class Verified:
             raise BackendError("verify.refused", f"the verifier answered with status {reply.status}")
         found: dict[str, Any] = orjson.loads(answer)
         return found
+
+
+def _tally(value: Any) -> Tally:
+    """One run, as a verifier counts it. ValueError."""
+    counts = [value[name] for name in ("good", "suspicious", "dangerous", "others", "open_bits")]
+    if not all(type(each) in (int, float) and 0 <= each < 1 << 32 for each in counts):
+        raise ValueError("the verifier's counts are none")
+    good, suspicious, dangerous, others = map(int, counts[:4])
+    return Tally(good, suspicious, dangerous, others, float(counts[4]))

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strongroom.errors import NotFound, UsageError
 from strongroom.gateway.app import GatewayApp
+from strongroom.gateway.beside import Beside
+from strongroom.gateway.capture import Capture
 from strongroom.gateway.door import Door
 from strongroom.gateway.filters import Classifier, Filter, Words
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.limits import Limits
+from strongroom.gateway.probe import Probe
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import Forms
 from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
-from strongroom.gateway.tolls import Tolls, told
+from strongroom.gateway.spelt import Spellings
+from strongroom.gateway.tolls import Tolls, told, too_small
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
 from strongroom.vault.callers import Callers
 from strongroom.vault.vault import Vault
 from strongroom.watch.budget import Budgets
 from strongroom.watch.effective import effective_bits
+from strongroom.watch.tallies import Tallies
 
 if TYPE_CHECKING:
     from strongroom.gateway.limits_redis import RedisLimits
+    from strongroom.gateway.tracing import Tracing
 
 _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
@@ -86,7 +93,7 @@ def _made(
     def vocabulary(ref: str) -> int:
         return callers.model(ref).vocabulary or _VOCABULARY
 
-    budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told)
+    budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told, small=too_small)
     limits = _limits(vault, settings, workers, before)
     backends = [
         Backend(
@@ -101,13 +108,19 @@ def _made(
     filters: list[Filter] = [Words(settings.requests.words, settings.requests.patterns)]
     if settings.requests.classifier:
         filters.append(Classifier(settings.requests.classifier))
+    routes = Routes(backends, channelled=channelled)
     return GatewayApp(
         door,
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
-        Routes(backends, channelled=channelled),
-        Tolls(settings, limits, budgets, vocabulary, filters),
+        routes,
+        Tolls(settings, limits, budgets, vocabulary, filters, Spellings(callers.spelling) if channelled else None),
         records,
-        _verified(settings),
+        Beside(
+            _verified(settings, vault, vocabulary),
+            Probe(routes.upstreams, settings.probe.every) if settings.probe.every else None,
+            _tracing(settings),
+            Capture(settings.capture, records.path) if settings.capture.key else None,
+        ),
         before=before,
     )
 
@@ -142,7 +155,7 @@ def _upstream(at: At, settings: Settings) -> Upstream:
     )
 
 
-def _verified(settings: Settings) -> Verified | None:
+def _verified(settings: Settings, vault: Vault, vocabulary: Callable[[str], int]) -> Verified | None:
     """What runs answers again. UsageError ``settings.verify`` where no upstream can say which tokens it drew."""
     verify = settings.verify
     if not verify.url:
@@ -154,7 +167,23 @@ def _verified(settings: Settings) -> Verified | None:
             hint="strongroom infer REF --channel FILE, and channel = FILE in [[upstream]] and in [verify]",
         )
     secret = ("strongroom-channel", _secret(Path(verify.channel)))
-    return Verified(Upstream(verify.url, headers=(secret,)), verify.share, stop=verify.stop)
+    tallies = Tallies(vault.db, verify.term)
+    return Verified(Upstream(verify.url, headers=(secret,)), verify.share, tallies, vocabulary, stop=verify.stop)
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    traces = settings.traces
+    if not traces.endpoint:
+        return None
+    try:
+        from strongroom.gateway.tracing import sending
+    except ImportError:
+        raise UsageError(
+            "traces.not_installed",
+            "OpenTelemetry, of which the settings speak, is not installed",
+            hint="pip install 'strongroom[gateway,otel]'",
+        ) from None
+    return sending(traces, _line(Path(traces.key)) if traces.key else "")
 
 
 def _secret(path: Path) -> str:

@@ -7,7 +7,7 @@ import base64
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,14 @@ from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine, Event, Job, PromptLogprobs, Token
 from strongroom.infer.fields import Fields, Reader, Wanted
 from strongroom.infer.text import Spelling
-from strongroom.infer.verify import Checked, Run, Tally, Verifier
+from strongroom.infer.verify import Checked, Run, Verifier
+from strongroom.watch.verdict import Tally
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _BODY = 16 << 20
 _INPUTS = 4096
+_SEEDS = 1 << 64
 _JSON = [(b"content-type", b"application/json")]
 _EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")]
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -148,10 +150,11 @@ class InferApp:
                 raise UsageError("infer.run", "the text is another than that of the tokens")
         except UsageError:
             # Whoever was asked this has answered all the same: it is not what it says.
-            self._tally.others += 1
-            await _whole(call.send, 200, orjson.dumps(asdict(verifier.verdict(self._tally))))
+            await self._judged(call, verifier, Tally(others=1))
             return
-        run = Run(wanted.asks[0].prompt, output, wanted.asks[0].sampling)
+        ask = wanted.asks[0]
+        choice = fields.whole("choice", 0, 0, ask.choices - 1)
+        run = Run(ask.prompt, output, replace(ask.sampling, seed=(ask.sampling.seed + choice) % _SEEDS))
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Checked] = loop.create_future()
 
@@ -166,8 +169,13 @@ class InferApp:
                 loop.call_soon_threadsafe(_settle, done, found)
 
         self._model.engine.call(work)
-        self._tally.add(await done)
-        await _whole(call.send, 200, orjson.dumps(asdict(verifier.verdict(self._tally))))
+        await self._judged(call, verifier, verifier.tallied(await done))
+
+    async def _judged(self, call: _Call, verifier: Verifier, run: Tally) -> None:
+        """What all runs since this server began come to, and this one alone."""
+        self._tally += run
+        said = {**asdict(verifier.verdict(self._tally)), "run": asdict(run), "arithmetic": verifier.arithmetic}
+        await _whole(call.send, 200, orjson.dumps(said))
 
     async def _generate(self, wanted: Wanted, receive: Receive, send: Send) -> None:
         events: asyncio.Queue[tuple[int, list[Event]]] = asyncio.Queue()

@@ -54,7 +54,7 @@ def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None
     from strongroom.infer.fields import Reader
     from strongroom.infer.rows import Rows
     from strongroom.infer.text import Prompts, Spelling
-    from strongroom.infer.verify import HONEST, TAU, Verifier
+    from strongroom.infer.verify import Verifier
     from strongroom.load.transformers import from_room, tokenizer_from_room
 
     if settings.threads is not None:
@@ -80,7 +80,7 @@ def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None
     reader = Reader(prompts, words, longest, most=settings.most, stops=stops)
     names = (ref, ref.partition("@")[0])
     exact = "float32" if model.dtype is torch.float32 else "bfloat16"
-    verifier = Verifier(model, tau=TAU[exact], honest=HONEST[exact]) if writes else None
+    verifier = Verifier(model, exact) if writes else None
     made = Model(names, engine, reader, spelling, Embedder(model), verifier, now())
     return made, prompts.close if prompts is not None else lambda: None
 

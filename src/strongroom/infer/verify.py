@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, lgamma, log, log1p, log2
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,11 @@ from numpy.typing import NDArray
 
 from strongroom.errors import UsageError
 from strongroom.infer.sampling import Floats, Sampling, nucleus, scores, steered
+from strongroom.watch.verdict import HONEST, Tally, Verdict, verdict
 
 GOOD, SUSPICIOUS, DANGEROUS = "good", "suspicious", "dangerous"
 # Measured on SmolLM2-135M: see docs/explanation/extraction.md. In logits, that is scores times temperature.
 TAU = {"float32": 1e-3, "bfloat16": 0.5}
-# The share of suspicious tokens that honest runs stay below, from the same measurement.
-HONEST = {"float32": 1e-3, "bfloat16": 0.03}
-_CONFIDENCE = 0.99
 
 
 @dataclass(frozen=True)
@@ -47,40 +44,13 @@ class Checked:
     choices: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """All runs of a sample. `open_bits` is what τ leaves open, a token; `bound` the share of dangerous tokens that the
-    sample does not exclude; `bits` what could still be smuggled out, a token. `alarm`: what is wrong, or nothing."""
-
-    tokens: int
-    good: int
-    suspicious: int
-    dangerous: int
-    open_bits: float
-    bound: float
-    bits: float
-    alarm: str
-
-
-class Tally:
-    """Tokens of many runs, counted by their class; `open_bits` is what τ leaves open in all of them. `others`: answers
-    that are none of this model's, whatever its weights and seeds."""
-
-    def __init__(self) -> None:
-        self.others = 0
-        self.counts: Counter[str] = Counter()
-        self.open_bits = 0.0
-
-    def add(self, checked: Checked) -> None:
-        self.counts.update(checked.classes)
-        self.open_bits += float(np.log2(checked.choices).sum())
-
-
 class Verifier:
-    """Checks runs with the room's own weights: a causal model of transformers. `tau` in logits."""
+    """Checks runs with the room's own weights: a causal model of transformers. `arithmetic`: float32 where server and
+    verifier both compute in it, else bfloat16; `tau` in logits, that of the arithmetic unless it is given."""
 
-    def __init__(self, model: Any, *, tau: float = TAU["float32"], honest: float = HONEST["float32"]) -> None:
-        self._model, self._tau, self._honest = model, tau, honest
+    def __init__(self, model: Any, arithmetic: str = "float32", *, tau: float | None = None) -> None:
+        self._model, self.arithmetic = model, arithmetic
+        self._tau = TAU[arithmetic] if tau is None else tau
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
     def check(self, run: Run) -> Checked:
@@ -113,37 +83,19 @@ class Verifier:
             return GOOD, 0.0, int(near.sum())
         return (SUSPICIOUS if near[token] else DANGEROUS), behind, int(near.sum())
 
+    def tallied(self, checked: Checked) -> Tally:
+        """One run, counted."""
+        counts = Counter(checked.classes)
+        open_bits = float(np.log2(checked.choices).sum())
+        return Tally(counts[GOOD], counts[SUSPICIOUS], counts[DANGEROUS], open_bits=open_bits)
+
     def judge(self, checked: Iterable[Checked]) -> Verdict:
         """What all of them say together."""
-        tally = Tally()
-        for each in checked:
-            tally.add(each)
-        return self.verdict(tally)
+        return self.verdict(sum(map(self.tallied, checked), Tally()))
 
     def verdict(self, tally: Tally) -> Verdict:
-        """What everything that was added to `tally` says. UsageError ``verify.run`` for nothing."""
-        counts, total = tally.counts, sum(tally.counts.values())
-        if not total and not tally.others:
-            raise UsageError("verify.run", "there is nothing to judge: no run was checked")
-        open_bits = tally.open_bits / max(total, 1)
-        bound = upper_bound(counts[DANGEROUS], total)
-        alarms = []
-        if tally.others:
-            alarms.append(f"{tally.others} answers are not what their tokens spell, or none that this model can give")
-        if counts[DANGEROUS]:
-            alarms.append(f"{counts[DANGEROUS]} of {total} tokens are not what these weights and this seed give")
-        elif counts[SUSPICIOUS] and _tail(counts[SUSPICIOUS], total, self._honest) < 1 - _CONFIDENCE:
-            alarms.append(f"{counts[SUSPICIOUS]} of {total} tokens are second best, more than arithmetic explains")
-        return Verdict(
-            tokens=total,
-            good=counts[GOOD],
-            suspicious=counts[SUSPICIOUS],
-            dangerous=counts[DANGEROUS],
-            open_bits=open_bits,
-            bound=bound,
-            bits=open_bits + bound * log2(self.vocabulary),
-            alarm="; ".join(alarms),
-        )
+        """What everything in `tally` says. UsageError ``verify.run`` for nothing."""
+        return verdict(tally, self.vocabulary, HONEST[self.arithmetic])
 
 
 def _places(logits: NDArray[np.float32], run: Run) -> Iterable[tuple[Floats, int, int, Sampling]]:
@@ -151,38 +103,6 @@ def _places(logits: NDArray[np.float32], run: Run) -> Iterable[tuple[Floats, int
     for position, token in enumerate(run.output):
         yield steered(logits[position], run.sampling, counts), token, position, run.sampling
         counts[token] += 1
-
-
-def upper_bound(found: int, total: int, confidence: float = _CONFIDENCE) -> float:
-    """Clopper-Pearson: the largest share under which `found` or fewer of `total` are not yet less likely than
-    1 - `confidence`."""
-    if found >= total:
-        return 1.0
-    low, high = found / total, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if 1 - _tail(found + 1, total, middle) > 1 - confidence:
-            low = middle
-        else:
-            high = middle
-    return high
-
-
-def _tail(least: int, total: int, share: float) -> float:
-    """The probability of `least` or more of `total`, at `share` each."""
-    if not 0 < share < 1:
-        return float(share >= 1 or least <= 0)
-    below = (
-        exp(
-            lgamma(total + 1)
-            - lgamma(count + 1)
-            - lgamma(total - count + 1)
-            + count * log(share)
-            + (total - count) * log1p(-share)
-        )
-        for count in range(least)
-    )
-    return max(0.0, 1.0 - sum(below))
 
 
 def check_all(verifier: Verifier, runs: Sequence[Run]) -> Verdict:

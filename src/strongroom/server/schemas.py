@@ -174,6 +174,16 @@ COMPONENTS: dict[str, Schema] = {
             ),
             "artefacts": _list(_object({"holder": TEXT, **_counts("releases", "copies", "last")})),
             "logged": _object(_counts("requests", "refused", "tokens", "bits")),
+            "too_small": {"type": "boolean"},
+            "verified": _or_null(
+                _object(
+                    {
+                        **_counts("tokens", "good", "suspicious", "dangerous", "others", "term", "hidden_bits"),
+                        **{name: {"type": "number", "minimum": 0} for name in ("open_bits", "bound", "bits")},
+                        **_all("alarm", "arithmetic"),
+                    }
+                )
+            ),
         }
     ),
     "Acted": _object({**_all("type", "ref"), **_counts("at", "entry"), "body": {"type": "object"}}),

@@ -24,9 +24,10 @@ from strongroom.policy.query import FEATURES, Query
 from strongroom.policy.speaker import Speaker, active
 from strongroom.vault.logins import Logins, issuer_of
 from strongroom.vault.originals import Originals
+from strongroom.vault.spelling import Spelling, spelling_of
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import Connection
+    from sqlalchemy.engine import Connection, Row
 
     from strongroom.policy.state import State
     from strongroom.vault.vault import Vault
@@ -155,11 +156,7 @@ class Callers:
 
     def model(self, ref: str) -> ModelInfo:
         """What a version is, whoever asks; NotFound ``version.missing``."""
-        with self._ledger.view() as state:
-            version = state.versions.get(ref)
-            if version is None or version.shredded:
-                raise _missing(ref)
-            name = version.version
+        name = self._named(ref)
         with self._lock:
             known = self._models.get(name)
         if known is None:
@@ -224,14 +221,30 @@ class Callers:
 
         return self._custodian.decide(append).index
 
+    def spelling(self, ref: str) -> Spelling:
+        """What the tokens of a version spell: read anew each time, which takes a second. NotFound ``version.missing``,
+        UsageError ``spelling.unknown``."""
+        return spelling_of(self._opened(ref, self._named(ref))[1])
+
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _read(self, ref: str, version: str) -> ModelInfo:
+    def _named(self, ref: str) -> str:
+        """The identifier that the log has of a version that is there."""
+        with self._ledger.view() as state:
+            version = state.versions.get(ref)
+            if version is None or version.shredded:
+                raise _missing(ref)
+            return version.version
+
+    def _opened(self, ref: str, version: str) -> tuple[Row[Any], Originals]:
         row = self._vault.find(ref)
         record = self._vault.record(row)
         if record.version.hex() != version:
             raise Tampered("record.swapped", f"the database says that {ref} is another version than the log has")
-        originals = Originals(self._vault.image(record), record)
+        return row, Originals(self._vault.image(record), record)
+
+    def _read(self, ref: str, version: str) -> ModelInfo:
+        row, originals = self._opened(ref, version)
         vocabulary, hidden = originals.logits()
         try:
             created = int(datetime.strptime(row.created_at, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC).timestamp())

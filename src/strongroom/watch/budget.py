@@ -20,7 +20,7 @@ from strongroom.errors import BackendError, BudgetExceeded, UsageError
 from strongroom.storage.db import Database
 from strongroom.watch.counters import Change, Counters, Key
 from strongroom.watch.report import Used, report
-from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
+from strongroom.watch.rules import ANSWER, Rule, Spender, counted_ref, window_at
 
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
@@ -96,8 +96,9 @@ class Reservation:
 
 class Budgets:
     """The budgets of one worker. Thread-safe. `sizes` gives W_eff in bits of a version, `clock` Unix time in seconds;
-    `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit; `uses` are the
-    releases and copies that the log knows of."""
+    `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit; `small` once for
+    a version so small that budgets which are alarms are less than one answer, with its W_eff: they sound none; `uses`
+    are the releases and copies that the log knows of."""
 
     def __init__(
         self,
@@ -107,11 +108,13 @@ class Budgets:
         clock: Callable[[], float],
         *,
         alarm: Callable[[Alarm], None] = lambda _: None,
+        small: Callable[[str, int], None] = lambda *_: None,
         uses: Callable[[], Iterable[Used]] = tuple,
     ) -> None:
         self._table = Counters(store)
         self._rules, self._sizes, self._clock = tuple(rules), sizes, clock
-        self._alarm, self._uses = alarm, uses
+        self._alarm, self._small, self._uses = alarm, small, uses
+        self._known_small: set[str] = set()
         self._memory = threading.Lock()  # held for moments only
         self._drawing = threading.Lock()  # held during transactions; taken before the other
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
@@ -174,6 +177,9 @@ class Budgets:
     def _draw(self, who: Spender, ref: str, bits: int) -> Reservation:
         size = self._sizes(ref)
         with self._drawing:
+            if ref not in self._known_small and not all(rule.means(size) for rule in self._rules):
+                self._known_small.add(ref)
+                self._small(ref, size)
             if drawn := self.take(who, ref, bits):  # by another thread, while this one waited
                 return drawn
             held: dict[_Counter, int] = {}
@@ -182,6 +188,7 @@ class Budgets:
                     purse = self._purse(who, ref, size, change.now)
                     self._hold(purse, bits, held)
                     spare, alarms = self._plan(change, purse, bits, held)
+                    alarms = [each for each in alarms if each.hard or each.limit >= ANSWER]
             except BaseException:
                 with self._memory:
                     for counter, amount in held.items():

@@ -17,6 +17,7 @@ from strongroom.errors import Tampered
 from strongroom.storage.db import Database, egress
 
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
+VERIFIED = "verified"  # no counter of bits: see `tallies`
 _LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
 _KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
@@ -46,7 +47,9 @@ class Counters:
 
     def look(self, now: int, refs: Collection[str]) -> tuple[int, list[tuple[Key, int]]]:
         """What time it is, and every counter of `refs`."""
-        wanted = sa.select(*_COLUMNS, egress.c.used).where(egress.c.ref.in_([*refs, _CLOCK["ref"]]))
+        wanted = sa.select(*_COLUMNS, egress.c.used).where(
+            egress.c.ref.in_([*refs, _CLOCK["ref"]]), egress.c.scope != VERIFIED
+        )
         with self._store.reading() as tx:
             rows = [(Key(*row[:5]), row[5]) for row in tx.execute(wanted)]
         clock = next((used for key, used in rows if key.scope == "clock"), 0)

@@ -7,6 +7,10 @@ from functools import lru_cache
 
 _EMBEDDING_BITS = 8  # a dimension: one of 255 steps
 _LOGPROB_BITS = 24  # the significand of a float32: what one log-probability can say, rounded or not
+# What is charged for a byte of text, in bits: where nothing says how many tokens it was, and at least. UTF-8 has at
+# most 7.18 bits a byte, so whoever says that text is few tokens gains 1.8 times what is charged; honest text has about
+# 4.2 bytes a token, and is charged little more for it (docs/explanation/egress.md).
+ANY_BYTE, TEXT_BYTE = 8, 4
 _UNIT = 32  # log2 V is kept in units of 2^-32 bits, rounded up: a bound must not be below what it bounds
 
 

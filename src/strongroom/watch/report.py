@@ -36,7 +36,8 @@ def report(
     ``budgets``: scope, window, who (empty: all callers), used, limit, left (bits), hard, resets_at (Unix time, or
     None); used is what workers have drawn, up to a 16th of what was left each more than has left. ``exfiltration``:
     seconds that `size` bits would take: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given
-    the weights themselves; each time was one whole artefact.
+    the weights themselves; each time was one whole artefact. ``too_small``: budgets that are alarms are less than one
+    answer, and mean nothing.
     """
     used = dict(rows)
     budgets = []
@@ -70,6 +71,7 @@ def report(
     return {
         "ref": ref,
         "effective_bits": size,
+        "too_small": not all(rule.means(size) for rule in rules),
         "at": now,
         "gone_bits": used.get(Key("model", "lifetime", 0, "", ref), 0),
         "bits_a_day": math.ceil(rate * SECONDS["day"]),

@@ -10,9 +10,12 @@ from strongroom.vault.callers import Callers
 from strongroom.watch.budget import Budgets
 from strongroom.watch.effective import BITS_PER_PARAMETER, COMPRESSION, effective_bits
 from strongroom.watch.rules import RULES, Rule
+from strongroom.watch.tallies import Tallies, shown
 
 if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
+
+_VOCABULARY = 1 << 20  # tokens, where nothing says how many there are
 
 
 def report(
@@ -28,7 +31,8 @@ def report(
     for in the log, which nobody can take back, in up to 400 days. NotFound ``version.missing``."""
     row = vault.find(ref)
     name = f"{row.name}@{row.number}"
-    parameters = Callers(vault).model(name).parameters
+    model = Callers(vault).model(name)
+    parameters = model.parameters
     size = effective_bits(parameters, bits_per_parameter=bits_per_parameter, compression=compression)
     with vault.custodian.ledger.view() as state:
         uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
@@ -40,4 +44,5 @@ def report(
         "bits_per_parameter": bits_per_parameter,
         "compression": compression,
         "logged": logged,
+        "verified": shown(Tallies(vault.db).newest(name), model.vocabulary or _VOCABULARY, logged["tokens"]),
     }

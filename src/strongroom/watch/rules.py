@@ -13,6 +13,7 @@ SCOPES = ("identity", "destination", "team", "model", "everybody")
 WINDOWS = ("hour", "day", "month", "lifetime")
 SECONDS = {"hour": 3600, "day": 86_400, "month": 2_629_746}  # of a month on the average: for rates, not for windows
 MBIT = 1_000_000
+ANSWER = 16_384  # bits of an answer of 1,024 tokens, of a vocabulary of 65,536
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Rule:
     def limit(self, size: int) -> int:
         """In bits, for weights whose W_eff is `size`; the same on every machine."""
         return max(self.floor, math.floor(size * Fraction(repr(self.share))))
+
+    def means(self, size: int) -> bool:
+        """Whether it says anything of weights of this size: an alarm at less than one answer is none."""
+        return self.hard or self.limit(size) >= ANSWER
 
 
 RULES = (

@@ -1,0 +1,96 @@
+"""The tallies of verified inference in the room's database, so that no gateway's end, and no verifier's, clears an
+alarm (spec/gateway.md, section 7). They are counters like those of egress, and in the same table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any
+
+import sqlalchemy as sa
+
+from strongroom.storage.db import Database, egress
+from strongroom.watch.counters import VERIFIED, Counters, Key
+from strongroom.watch.verdict import HONEST, Tally, Verdict, verdict
+
+_CLASSES = ("good", "suspicious", "dangerous", "others", "open")
+_OPEN = 1_000_000  # parts of a bit: the table has whole numbers
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One version's tally under one term. `arithmetic`: what was computed in, of server and verifier the rougher."""
+
+    ref: str
+    term: int
+    arithmetic: str
+    tally: Tally
+
+    def verdict(self, vocabulary: int) -> Verdict:
+        """What it says."""
+        return verdict(self.tally, vocabulary, HONEST.get(self.arithmetic, HONEST["float32"]))
+
+
+class Tallies:
+    """Those of one room. `term` counts up when an alarm has been looked into: what was verified before is kept, and no
+    longer added to. Errors are those of the database."""
+
+    def __init__(self, store: Database, term: int = 0) -> None:
+        self._store, self.term = store, term
+
+    def add(self, ref: str, arithmetic: str, tally: Tally) -> Verified:
+        """Count runs, of every gateway; what all of this term come to."""
+        counts = (tally.good, tally.suspicious, tally.dangerous, tally.others, ceil(tally.open_bits * _OPEN))
+        keys = [Key(VERIFIED, name, self.term, arithmetic, ref) for name in _CLASSES]
+        with Counters(self._store).changing(int(time.time())) as change:
+            change.add(dict(zip(keys, counts, strict=True)))
+            used = change.used(keys)
+        return Verified(ref, self.term, arithmetic, _tally({key.period: used[key] for key in keys}))
+
+    def now(self) -> list[Verified]:
+        """All of this term."""
+        return _found(self._rows(egress.c.start == self.term))
+
+    def newest(self, ref: str) -> Verified | None:
+        """What is known of a version: of its newest term, and of several kinds of arithmetic the one with an alarm, or
+        with most tokens."""
+        found = _found(self._rows(egress.c.ref == ref))
+        last = max((each.term for each in found), default=0)
+        return max(
+            (each for each in found if each.term == last),
+            key=lambda each: (each.tally.dangerous + each.tally.others > 0, each.tally.tokens),
+            default=None,
+        )
+
+    def _rows(self, which: sa.ColumnElement[bool]) -> Sequence[Any]:
+        columns = (egress.c.ref, egress.c.start, egress.c.who, egress.c.period, egress.c.used)
+        with self._store.reading() as tx:
+            return tx.execute(sa.select(*columns).where(egress.c.scope == VERIFIED, which)).all()
+
+
+def _found(rows: Iterable[Any]) -> list[Verified]:
+    by: dict[tuple[str, int, str], dict[str, int]] = {}
+    for ref, term, arithmetic, name, count in rows:
+        by.setdefault((ref, term, arithmetic), {})[name] = count
+    return [Verified(*key, _tally(counts)) for key, counts in sorted(by.items())]
+
+
+def _tally(counts: dict[str, int]) -> Tally:
+    good, suspicious, dangerous, others, parts = (counts.get(name, 0) for name in _CLASSES)
+    return Tally(good, suspicious, dangerous, others, parts / _OPEN)
+
+
+def shown(found: Verified | None, vocabulary: int, tokens: int) -> dict[str, Any] | None:
+    """For `strongroom budget`: the verdict, and E_v, the bits that could still be hidden in `tokens` given out."""
+    if found is None or not (found.tally.tokens or found.tally.others):
+        return None
+    said = found.verdict(vocabulary)
+    return {
+        **asdict(said),
+        "others": found.tally.others,
+        "term": found.term,
+        "arithmetic": found.arithmetic,
+        "hidden_bits": ceil(said.bits * tokens),
+    }

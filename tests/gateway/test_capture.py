@@ -1,0 +1,207 @@
+"""What a gateway captures is for one reader, belongs to its record, and is never kept in secret."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+
+import pytest
+
+from cli.desk import strongroom
+from gateway.places import ANA, OWNER, PIA, REF, chat, chunk, ended, token, whole
+from gateway.test_gateway import eventually
+from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key_id
+from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
+from strongroom.gateway import serving
+from strongroom.gateway.captured import opened
+from strongroom.gateway.settings import Settings
+from strongroom.vault.callers import Callers
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def kept(house, tmp_path_factory):
+    """Three captured requests of one principal among others, and what they were sealed in; the gateway has ended."""
+    key = CaptureKey()
+    durable = '[records]\ndurable = "before"\n'
+    gateway = house.gateway(f'{durable}[capture]\nkey = "{key.public_key.hex()}"\nwho = ["{ANA}"]\n')
+    app = house._servers[-1][0].config.loaded_app
+    assert gateway.get("/readyz")[1]["capture"] == key.key_id
+    house.inference.script = lambda _: [whole("Marmalade.")]
+    assert gateway.post(chat("Raspberry", temperature=0.5))[0] == 200
+    assert gateway.post(chat("Not this one"), as_=PIA)[0] == 200
+    house.inference.script = lambda _: [STREAM, token("Quin"), token("ces"), ended(2)]
+    assert gateway.post(chat("Pear", stream=True))[0] == 200
+    assert gateway.post(chat("Refused", logprobs=True))[0] == 403  # nothing of it went upstream
+    house.inference.script = lambda _: [STREAM, token("Cut"), 0.5, chunk(b"data: no JSON\n\n")]
+    assert gateway.post(chat("Apple", stream=True))[0] == 200
+    path = app.capture.path
+    house.stop_gateways()
+    return house, key, path
+
+
+def test_what_was_captured_is_for_whoever_has_the_key(kept):
+    _, key, path = kept
+    found = list(opened(path, key))
+    assert [(each["record"]["by"], each["asked"]["messages"][0]["content"], each["answers"]) for each in found] == [
+        (ANA, "Raspberry", ["Marmalade."]),
+        (ANA, "Pear", ["Quinces"]),
+        (ANA, "Apple", ["Cut"]),
+    ]
+    assert found[0]["asked"]["temperature"] == 0.5
+    assert [each["record"]["status"] for each in found] == [200, 200, 502]
+    written = path.read_text() + path.with_suffix(".jsonl").read_text()
+    for word in ("Raspberry", "Marmalade", "Quin", "Pear"):
+        assert word not in written
+    with pytest.raises(UsageError, match="sealed to another key"):
+        list(opened(path, CaptureKey()))
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_the_log_says_so_before_anything_is_captured(kept):
+    house, key, path = kept
+    with house.room(OWNER) as room:
+        entries = [each for each in room.log.tail(60) if each["type"] == "inference"]
+        assert room.log.verify()
+    mine = [each for each in entries if each["body"]["gateway"] == path.stem]
+    first = min(mine, key=lambda each: each["index"])
+    assert (first["ref"], first["body"]["records"], first["body"]["requests"]) == ("", 0, 0)
+    assert {each["body"]["capture"] for each in mine} == {key.key_id} == {key_id(key.public_key)}
+    assert all("capture" not in each["body"] for each in entries if each not in mine)
+
+
+def changed(path, folder, sealed=lambda lines: lines, records=lambda lines: lines):
+    """The two files, with their lines changed."""
+    folder.mkdir()
+    for suffix, change in ((".sealed", sealed), (".jsonl", records)):
+        lines = path.with_suffix(suffix).read_text().splitlines()
+        (folder / f"s{suffix}").write_text("".join(f"{line}\n" for line in change(lines)))
+    return folder / "s.sealed"
+
+
+def swapped(lines):
+    """Of two captured requests each has what was said in the other."""
+    first, second, *rest = map(json.loads, lines)
+    first["sealed"], second["sealed"] = second["sealed"], first["sealed"]
+    return [json.dumps(each, sort_keys=True, separators=(",", ":")) for each in (first, second, *rest)]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sealed": lambda lines: lines[1:]}, "is not there"),
+        ({"sealed": lambda lines: []}, "is not there"),
+        ({"sealed": swapped}, "does not open"),
+        ({"sealed": lambda lines: [*lines, lines[0]]}, "of a record that is not there"),
+        ({"sealed": lambda lines: [lines[0].replace('"sealed":"', '"sealed":"A'), *lines[1:]]}, "is none|not open"),
+        ({"sealed": lambda lines: ["{}", *lines[1:]]}, "is none"),
+        ({"records": lambda lines: lines[:-1]}, "of a record that is not there"),
+        ({"records": lambda lines: [lines[0].replace("200", "201"), *lines[1:]]}, "does not follow"),
+        ({"records": lambda lines: []}, "of a record that is not there"),
+    ],
+)
+def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
+    _, key, path = kept
+    with pytest.raises(Tampered, match=why):
+        list(opened(changed(path, tmp_path / "changed", **change), key))
+
+
+def test_in_whatever_order(kept, tmp_path):
+    _, key, path = kept
+    turned = changed(path, tmp_path / "turned", sealed=lambda lines: lines[::-1])
+    assert list(opened(turned, key)) == list(opened(path, key))
+
+
+def test_nobody_can_seal_something_else_to_a_record(kept, tmp_path):
+    """The public key is everybody's: only the record tells that this is what was said."""
+    _, key, path = kept
+
+    def forged(lines):
+        value = json.loads(lines[0])
+        content = bytes(32) + b'{"route":"chat","ref":"acme/tiny@1","asked":{},"answers":["I confess"]}'
+        sealed = CaptureSealer(key.public_key).seal(content, bytes.fromhex(value["record"]))
+        value["sealed"] = base64.b64encode(sealed).decode()
+        return [json.dumps(value, sort_keys=True, separators=(",", ":")), *lines[1:]]
+
+    with pytest.raises(Tampered, match="not what the record says"):
+        list(opened(changed(path, tmp_path / "forged", sealed=forged), key))
+
+
+def test_from_the_command_line(kept, tmp_path):
+    _, key, path = kept
+    made = strongroom("capture", "keygen", "mine", "--json", cwd=tmp_path)
+    assert made.code == 0
+    assert (tmp_path / "mine").stat().st_mode & 0o077 == 0
+    public = CaptureKey(bytes.fromhex((tmp_path / "mine").read_text().strip())).public_key
+    assert made.json == {"public_key": public.hex(), "key": key_id(public), "file": "mine"}
+    assert strongroom("capture", "keygen", "mine", "--json", cwd=tmp_path).error["code"] == "capture.exists"
+    (tmp_path / "theirs").write_text(key.private_bytes().hex())
+    assert "chmod 600" in strongroom("capture", "open", str(path), "--key", "theirs", cwd=tmp_path).err
+    (tmp_path / "theirs").chmod(0o600)
+    shown = strongroom("capture", "open", str(path), "--key", "theirs", cwd=tmp_path)
+    assert (shown.code, "  > user: Pear\n  < Quinces\n" in shown.out) == (0, True)
+    found = strongroom("capture", "open", str(path), "--key", "theirs", "--record", "0", "--json", cwd=tmp_path).json
+    assert [each["answers"] for each in found["captured"]] == [["Marmalade."]]
+    tampered = changed(path, tmp_path / "changed", sealed=lambda lines: lines[1:])
+    assert strongroom("capture", "open", str(tampered), "--key", "theirs", cwd=tmp_path).code == 6
+    other = strongroom("capture", "open", str(path), "--key", "mine", "--json", cwd=tmp_path)
+    assert other.error["code"] == "capture.other_key"
+
+
+def test_what_can_not_be_captured_is_not_answered(place):
+    key = CaptureKey().public_key.hex()
+    gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
+    app = place._servers[-1][0].config.loaded_app
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, app.capture._file)
+    os.close(full)
+    assert gateway.post(chat())[0] == 200  # it is found out as it is written
+    eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
+    assert "captured" in gateway.get("/readyz")[1]["problems"][0]
+
+
+def test_a_room_whose_log_cannot_be_written_captures_nothing(place, monkeypatch):
+    def fails(*_):
+        raise BackendError("db.down", "the database is down")
+
+    monkeypatch.setattr(Callers, "record", fails)
+    upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+    settings = Settings.parse(f'[capture]\nkey = "{CaptureKey().public_key.hex()}"\nwho = ["{ANA}"]\n{upstream}')
+    plan = serving.Plan(place.folder, settings, place.folder / "inference")
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(BackendError, match="database is down"):
+        serving.run(plan, listener, ready=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'key = "{"ab" * 32}"',
+        'who = ["user/ana"]',
+        'key = "no"\nwho = ["user/ana"]',
+        f'key = "{"AB" * 32}"\nwho = ["user/ana"]',
+    ],
+)
+def test_settings_that_capture_by_oversight(text):
+    with pytest.raises(UsageError) as caught:
+        Settings.parse(f"[capture]\n{text}\n")
+    assert caught.value.code == "settings.malformed"
+
+
+def test_keys_that_are_none():
+    for key in (bytes(32), b"\1" + bytes(31), b"short"):
+        with pytest.raises(UsageError, match="public half"):
+            CaptureSealer(key)
+    with pytest.raises(UsageError, match="private half"):
+        CaptureKey(b"short")
+    key = CaptureKey()
+    sealer = CaptureSealer(key.public_key)
+    assert key.open(sealer.seal(b"x", bytes(32)), bytes(32)) == b"x"
+    for sealed, record in ((sealer.seal(b"x", bytes(32)), b"\1" * 32), (b"", bytes(32)), (bytes(60), bytes(32))):
+        with pytest.raises(StrongroomError) as caught:
+            key.open(sealed, record)
+        assert caught.value.code == "capture.tampered"
+    assert commitment(b"a") != commitment(b"b")
+    assert key.private_bytes().hex() not in repr(key)

@@ -85,3 +85,11 @@ def test_whoever_infers_is_told_of_keys(team):
     for feature in ("infer_logprobs", "infer_embeddings", "infer_steering", "infer_many"):
         assert feature not in ended.out
     assert "apikey" not in team.run("reach", "user/ben", "--as", "user/olga").err
+
+
+def test_a_key_that_policy_gives_nothing_is_made_and_says_so(team):
+    ended = team.run("apikey", "new", "--as", "user/ben")  # an officer, who asks no model anything
+    assert (ended.code, is_one(ended.out.strip())) == (0, True)
+    assert "strongroom: policy lets user/ben infer on no version that is here" in ended.err
+    assert "strongroom --as user/ben reach user/ben --all" in ended.err
+    assert "infer on no version" not in team.run("apikey", "new", "--as", "user/pat").err

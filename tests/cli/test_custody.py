@@ -349,3 +349,41 @@ def test_review_names_everybody_who_may_and_explains_its_exit_codes(team):
     assert error["hint"] == "an officer or executive runs: strongroom principal role user/ana researcher auditor"
     text = " ".join(team.run("review", "--help").out.split())
     assert "11 for one that is for your information, 12 for low, 13 for medium, 14 for high severity" in text
+
+
+def test_teams_are_joined_and_left(team):
+    team.run("principal", "add", "team/evals", "--as", "user/olga")
+    ended = team.run("principal", "team", "user/ana", "team/evals", "team/red", "--as", "user/ben")
+    assert (ended.code, ended.out) == (0, "user/ana: team/evals, team/red\n")
+    assert "teams      team/evals, team/red" in team.run("principal", "show", "user/ana", "--as", "user/ben").out
+    found = team.run("principal", "show", "user/ana", "--as", "user/ben", "--json").json
+    assert (found["teams"], found["roles"]) == (["team/evals", "team/red"], ["researcher"])
+    assert team.run("principal", "team", "user/ana", "--as", "user/ben").out == "user/ana: no team\n"
+    for words, code, error in (
+        (("user/ben", "team/evals", "--as", "user/ben"), 3, "grant.own"),
+        (("user/ana", "team/evals", "--as", "user/ada"), 3, "denied.default"),
+        (("user/ana", "user/ben", "--as", "user/ben"), 2, "principal.team"),
+        (("team/evals", "team/red", "--as", "user/ben"), 2, "principal.team"),
+        (("user/ana", "Evals", "--as", "user/ben"), 2, "principal.malformed"),
+        (("user/ana", "--as", "user/ben"), 2, "principal.unchanged"),
+        (("user/nobody", "team/evals", "--as", "user/ben"), 8, "principal.missing"),
+    ):
+        ended = team.run("principal", "team", *words, "--json")
+        assert (ended.code, ended.error["code"]) == (code, error)
+    assert team.run("log", "verify", "--as", "user/olga").code == 0
+
+
+def test_a_lease_that_was_used_is_revoked_all_the_same(team):
+    """An inference server that took its keys under the only use ends by that."""
+    identifier = ask(team, "--uses", "1")
+    for who in ("user/ben", "user/eva"):
+        assert team.run("approve", identifier, "--as", who).code == 0
+    assert run(team).code == 0
+    assert run(team).code == 3
+    assert team.run("requests", identifier, "--as", "user/ben", "--json").json["state"] == "used"
+    done = team.run("revoke", identifier, "--reason", "done", "--as", "user/ben", "--json").json
+    assert [each["id"] for each in done["ended"]] == [identifier]
+    found = team.run("requests", identifier, "--as", "user/ben", "--json").json
+    assert (found["state"], found["lease"]["ended"]) == ("revoked", f"revoked in entry {done['entry']}")
+    again = team.run("revoke", identifier, "--reason", "done", "--as", "user/ben", "--json")
+    assert (again.code, again.error["code"]) == (2, "revoke.over")

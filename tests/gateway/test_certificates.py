@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,8 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Name, NameAttribute, UniformResourceIdentifier
 from cryptography.x509.oid import NameOID
 
-from gateway.places import ANA, OWNER, REF, STREAM, Place, chat, token, whole
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, token, whole
 from server.provider import TrustDomain, usage
+from strongroom.cli.main import execute
 from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.errors import BackendError
 from strongroom.formats.authority import X509, Authority
@@ -305,3 +309,30 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
     again()
     assert serial() != before
     assert call().post(**bearer(place.keys[ANA])) == (200, "Hello.")
+
+
+def test_as_it_is_started(place, call, domain, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    chain = str(place.certificate[0])
+    command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
+    upstream = ["--upstream", f"http://127.0.0.1:{place.inference.port}", "--listen", f"127.0.0.1:{port}"]
+    tls = ["--certificate", chain, "--key", chain]
+    process = subprocess.Popen([*command, *upstream, *tls, "--client-certificates"], stdout=subprocess.PIPE)
+    try:
+        assert json.loads(process.stdout.readline())["url"] == f"https://127.0.0.1:{port}/v1"
+        caller = Caller(Gateway(place, port), tmp_path, domain.svid(ID[EVAL]))
+        assert caller.post() == (200, "Hello.")
+        caller.connection.close()
+    finally:
+        process.terminate()
+        process.wait(40)
+        process.stdout.close()
+
+
+@pytest.mark.parametrize("more", [[], ["--certificate", "x", "--key", "x", "--behind-proxy"]])
+def test_certificates_are_shown_to_whoever_ends_tls(place, capsys, more):
+    """Behind a proxy they would be the proxy's, or words in a header."""
+    upstream = ["--upstream", "http://127.0.0.1:1"]
+    code = execute(["--room", str(place.folder), "--json", "gateway", *upstream, "--client-certificates", *more])
+    assert (code, json.loads(capsys.readouterr().out)["error"]["code"]) == (2, "gateway.client_certificates")

@@ -68,6 +68,13 @@ def test_all_that_was_answered(ask):
     assert row[:5] == [ANA, REF, "4", "0", "12"]
 
 
+def test_whoever_checks_the_room_is_told_of_them(kept, capsys):
+    for command in (["log", "verify"], ["fsck"]):
+        assert execute(["--room", str(kept.folder), "--as", "user/olga", *command]) == 0
+        assert "strongroom --room" in (said := capsys.readouterr().err)
+        assert " records " in said
+
+
 def test_some_of_them(ask):
     assert [each["by"] for each in ask("--by", PIA)[1]["records"]] == [PIA] * 4
     assert ask("--ref", REF)[1]["requests"] == 6  # the others named none that was read

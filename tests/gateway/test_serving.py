@@ -36,6 +36,18 @@ def test_an_inference_server_that_is_not_there_is_to_be_started(place, caplog):
     assert not caplog.records  # said once, by whoever catches it
 
 
+@pytest.mark.parametrize("ref", ["acme/tiny@99", "acme/other", "Acme Tiny"])
+def test_a_version_that_there_is_not(place, ref):
+    """Everybody would be told, for ever, that there is no such model."""
+    settings = Settings.parse(f'[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = {{ "{ref}" = "tiny" }}\n')
+    plan = serving.Plan(place.folder, settings, place.folder / "inference", 1)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(StrongroomError) as caught:
+        serving.run(plan, listener, ready=pytest.fail)
+    assert caught.value.code == "gateway.model"
+    assert ref in caught.value.message
+    assert "strongroom ls" in caught.value.hint
+
+
 def test_of_several_workers_one_says_why(place, capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

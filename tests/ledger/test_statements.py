@@ -240,6 +240,21 @@ class TestPeople:
         log.person("user/new", roles=["researcher"])
         log.verify()
 
+    def test_whoever_may_grant_puts_others_into_teams_and_takes_them_out(self, log):
+        log.person("user/ben", teams=["team/x", "team/y"])
+        log.person("user/ben", teams=["team/x"])
+        log.person("user/ana", teams=["team/z"], by="user/ben")
+        log.person("user/ana")  # to leave takes nobody else
+        log.verify()
+
+    @pytest.mark.parametrize(
+        ("path", "by"), [("user/ana", "user/ana"), ("user/bis", "user/ben"), ("user/ben", "user/bis")]
+    )
+    def test_nobody_joins_a_team_by_their_own_hand(self, log, path, by):
+        """Under no name: what policy permits the team would be theirs."""
+        log.person(path, by=by, teams=["team/x"])
+        log.refused("log.unfounded")
+
     def test_a_change_is_of_the_record_that_there_is(self, log):
         log.people["user/eva"] -= 1
         log.person("user/eva", state="suspended")

@@ -37,6 +37,7 @@ from strongroom.policy.explain import what_is_missing
 from strongroom.policy.facts import CEILINGS, subject
 from strongroom.policy.speaker import OWN_KEY, Speaker
 from strongroom.policy.state import State
+from strongroom.vault.requests import describe_ended
 
 ROOM = "ab" * 16
 NOW = 1_790_000_000
@@ -976,12 +977,29 @@ class TestRevoking:
         asked, used = book.ask("user/oto"), book.lease("user/oto", uses=1, ref=OTHER)
         book.release("user/oto", ref=OTHER)
         book.deny("user/ben", asked)
-        for target in (asked.id, used.id):
-            refused("revoke.over", book.revoke, "user/ben", target)
+        refused("revoke.over", book.revoke, "user/ben", asked.id)
+        book.revoke("user/ben", used.id)
+        refused("revoke.over", book.revoke, "user/ben", used.id)
         for target in (lease.id, REF, "user/ana"):
             book.revoke("user/ben", target)
             assert refused("revoke.over", book.revoke, "user/bob", target).evidence["state"]
             refused("denied.default", book.revoke, "user/oto", target)
+
+    def test_of_a_lease_that_was_used_ends_what_was_given_under_it(self, book):
+        """Whoever took the keys under its only use has them for as long as it lasts."""
+        lease = book.lease(uses=1)
+        book.release()
+        book.revoke("user/ben", lease.id)
+        assert book.state.leases[lease.id].ended == f"revoked in entry {len(book.entries) - 1}"
+        assert [each["id"] for each in describe_ended(book.state, len(book.entries) - 1, book.now)["ended"]] == [
+            lease.id
+        ]
+
+    def test_of_a_lease_that_was_used_and_whose_time_is_over_is_none(self, book):
+        lease = book.lease(uses=1)
+        book.release()
+        book.now += 3601
+        refused("revoke.over", book.revoke, "user/ben", lease.id)
 
     def test_of_a_name_says_which_versions_it_has(self, book):
         assert REF in refused("revoke.unknown", book.revoke, "user/ben", "acme/tiny").hint

@@ -25,6 +25,7 @@ from strongroom.formats.authority import (
 )
 from strongroom.formats.statement import Statement
 from strongroom.gateway.door import Door
+from strongroom.policy import usage
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import FEATURES
 from strongroom.policy.usage import DAY, KEPT
@@ -34,6 +35,13 @@ from vault.test_custody_room import Team
 from vault.test_logins import CI, HOUR, Lobby, oidc
 
 REF = "acme/tiny@1"
+
+
+def used(team, ref, begin):
+    with team.olga._vault.custodian.ledger.view() as state:
+        return usage.since(state, ref, begin)
+
+
 ACCOUNT = {
     "gateway": "0" * 32,
     "records": 3,
@@ -303,12 +311,12 @@ class TestAccounts:
         team.callers.record("", {**ACCOUNT, "records": 9, "tokens": 0})
         with team.olga._vault.custodian.ledger.view() as state:
             assert set(state.gateways) == {ACCOUNT["gateway"]}
-        assert team.callers.usage(REF, 0).as_json() == {"requests": 6, "refused": 2, "tokens": 20, "bits": 340}
-        assert team.callers.usage(REF, team.clock()).tokens == 10
-        assert team.callers.usage("", 0).tokens == 0
+        assert used(team, REF, 0).as_json() == {"requests": 6, "refused": 2, "tokens": 20, "bits": 340}
+        assert used(team, REF, team.clock()).tokens == 10
+        assert used(team, "", 0).tokens == 0
         team.later((KEPT - 1) * DAY)
         team.callers.record(REF, {**ACCOUNT, "gateway": "8" * 32})
-        assert team.callers.usage(REF, 0).tokens == 20  # of the first day no more
+        assert used(team, REF, 0).tokens == 20  # of the first day no more
         with team.olga._vault.custodian.ledger.view() as state:
             assert len(state.usage) == 2
             assert list(state.gateways) == ["8" * 32]  # nobody has heard of the other for a year
@@ -336,7 +344,7 @@ def test_threads_ask_at_once(team):
     for each in threads:
         each.join()
     assert failures == []
-    assert team.callers.usage(REF, 0).requests == 120
+    assert used(team, REF, 0).requests == 120
     assert team.olga.log.verify()["ok"]
 
 
@@ -398,7 +406,7 @@ class TestTokens:
         assert until == pytest.approx(time.time() + 300, abs=10)
         lobby.callers.decide(caller, "infer", REF)
         assert lobby.callers.by_token(token) == (caller, until)  # it is for more than one request
-        lobby.offset = 299
+        lobby.offset = 240  # and not the last second, which a busy machine has slept through
         lobby.callers.by_token(token)
         lobby.offset = 301
         refuses(lobby, token)
@@ -495,7 +503,7 @@ class TestCertificates:
         assert caller == Caller("workload/ci", ("partner",), (), "workload/ci", "", "x509")
         assert until == pytest.approx(now + 3600, abs=10)
         lobby.callers.decide(caller, "infer", REF)
-        lobby.offset = 3599
+        lobby.offset = 3540
         lobby.callers.by_certificate(chain, now)
         lobby.offset = 3601
         self.refused(lobby, chain, now, "login.refused")

@@ -101,6 +101,13 @@ def _gist(item: dict[str, Any]) -> str:
     return told
 
 
+def _has_records(options: Options) -> bool:
+    try:
+        return any((options.folder / "inference").glob("*.jsonl"))
+    except UsageError:  # a served room, which keeps them on its own host
+        return False
+
+
 def _checked(*keys: str) -> None:
     """UsageError ``log.vkey``: a typo in a verifier key is a mistake of whoever types, and no sign of tampering."""
     from strongroom.formats.note import VerifierKey
@@ -172,6 +179,8 @@ def verify(options: Options, folder: Path | None, verifier: str | None, witnesse
         ),
     ]
     output.answer({**found, "seconds": round(took, 3)}, lines)
+    if folder is None and _has_records(options):
+        output.note("  → strongroom records compares what gateways have kept of each request with it")
     if not found["witnessed_by"] and verifier is None:
         output.note("  → nobody else has cosigned: that there is only one log rests on what this machine remembers")
 

@@ -157,6 +157,22 @@ def role(options: Options, path: str, roles: tuple[str, ...]) -> None:
     _told(options, done, f"{path}: {', '.join(done['roles']) or 'no role'}")
 
 
+@command(
+    "team",
+    explain="""The teams replace those that it had; without any it is in none. What policy permits a team, its members
+    may; limits and budgets of a team are for all of them together. Nobody puts themselves into a team, under any
+    name.""",
+)
+@click.argument("path", metavar="PRINCIPAL")
+@click.argument("teams", nargs=-1, metavar="[team/NAME]...")
+@pass_options
+def team(options: Options, path: str, teams: tuple[str, ...]) -> None:
+    """Put a principal into these teams, and no others."""
+    with options.open() as room:
+        done = room.principal_change(path, teams=teams)
+    _told(options, done, f"{path}: {', '.join(done['teams']) or 'no team'}")
+
+
 def _state(name: str, state: str, text: str, explain: str) -> click.Command:
     @command(name, explain=explain)
     @click.argument("path", metavar="PRINCIPAL")
@@ -177,6 +193,7 @@ for each in (
     bind,
     key,
     role,
+    team,
     _state(
         "suspend",
         "suspended",

@@ -42,8 +42,8 @@ class Registry:
             raise Conflict(
                 "principal.exists",
                 f"{path} is already registered",
-                hint=f"strongroom principal role {path} ROLE, or for another key: "
-                f"strongroom principal key {path} --public-key KEY",
+                hint=f"strongroom principal role {path} ROLE, strongroom principal team {path} team/NAME, or for "
+                f"another key: strongroom principal key {path} --public-key KEY",
             )
         identities = self._room.identities
         before = self._room.custodian.known(path).entry if path in known else None
@@ -79,11 +79,20 @@ class Registry:
                 identities.remove(path)
             raise
 
-    def change(self, path: str, roles: Sequence[str] | None, state: str | None) -> dict[str, Any]:
-        """Other roles, or another state."""
+    def change(
+        self, path: str, roles: Sequence[str] | None, teams: Sequence[str] | None, state: str | None
+    ) -> dict[str, Any]:
+        """Other roles or teams, or another state. UsageError ``principal.team`` for what is no team."""
+        for team in teams or ():
+            if not parse_principal(team).startswith("team/") or path.startswith("team/"):
+                raise UsageError(
+                    "principal.team",
+                    f"{path} can't be in {team}: teams, team/NAME, have users and workloads in them",
+                    hint=f"strongroom principal team {path} team/NAME",
+                )
         old = self._room.custodian.known(path) if state == "removed" else self._there(path)
         # Only what is changed is said: of the rest this client knows what a server says.
-        return self._change(path, old.entry, roles=roles, state=state)
+        return self._change(path, old.entry, roles=roles, teams=teams, state=state)
 
     def key(self, path: str, public_key: str) -> dict[str, Any]:
         """Another key, in place of the one that is lost, or that somebody else may have."""

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from strongroom.vault.verify import VerifyReport
     from strongroom.vault.versions import VersionInfo
 
+    _Texts = Sequence[str] | None
+
 __all__ = ["Progress", "Room", "RoomLog", "open", "read_once", "room_folder", "safe_open", "verify_log"]
 
 
@@ -462,10 +464,10 @@ class Room:
         return self._registry.add(path, roles, teams, person, public_key, oidc, spiffe)
 
     def principal_change(
-        self, path: str, *, roles: Sequence[str] | None = None, state: str | None = None
+        self, path: str, *, roles: _Texts = None, teams: _Texts = None, state: str | None = None
     ) -> dict[str, Any]:
-        """Give a principal other roles, or another state: active, suspended, removed."""
-        return self._registry.change(path, roles, state)
+        """Give a principal other roles or teams, or another state: active, suspended, removed."""
+        return self._registry.change(path, roles, teams, state)
 
     def principal_key(self, path: str, public_key: str) -> dict[str, Any]:
         """Give a principal another key, 64 hexadecimal digits. Its leases and logins end, and its passkeys."""

@@ -65,6 +65,16 @@ def grants(path: str, key: str, roles: Sequence[str]) -> bool:
     return bool(key) and not path.startswith("team/") and bool(_GRANTERS & set(roles))
 
 
+def gains(before: Record | None, body: Mapping[str, Any]) -> bool:
+    """Whether a change gives rights that there were not: a role, a team, an end of suspension, another person's
+    approvals. Nobody gives these to themselves."""
+    if before is None:
+        return bool(body["roles"] or body["teams"])
+    gained = {*body["roles"], *body["teams"]} - {*before.roles, *before.teams}
+    revived = not before.active and body["state"] == "active"
+    return bool(gained) or revived or before.person != body["person"]
+
+
 def weighty(before: Record | None, body: Mapping[str, Any]) -> bool:
     """Whether a change makes, or makes over, somebody whose approval counts: what one person alone must not do, or
     that person could invent the others. Taking rights away is never held up."""

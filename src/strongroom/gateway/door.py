@@ -276,4 +276,4 @@ def _not_permitted(error: Denied, action: str) -> Denied:
 
 
 def _nobody() -> AuthRequired:
-    return AuthRequired("apikey.invalid", "the API key is not one that is good here")
+    return AuthRequired("apikey.invalid", "the API key, token or certificate is not one that is good here")

@@ -179,7 +179,7 @@ def encoded() -> bytes:
     document = {
         "openapi": "3.1.0",
         "info": {"title": "Strongroom gateway", "version": "1", "license": {"name": "Apache-2.0"}},
-        "security": [{"key": []}],
+        "security": [{"key": []}, {"certificate": []}],
         "paths": {
             "/v1/chat/completions": _asks("Answer a conversation.", _CHAT, "messages", _completion("chat.completion")),
             "/v1/completions": _asks("Continue a text.", _COMPLETIONS, "prompt", _completion("text_completion")),
@@ -194,7 +194,10 @@ def encoded() -> bytes:
         },
         "components": {
             "schemas": {"Error": _ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "strongroom apikey new"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "strongroom apikey new"},
+                "certificate": {"type": "mutualTLS", "description": "where it is started with --client-certificates"},
+            },
         },
     }
     return orjson.dumps(document, option=orjson.OPT_INDENT_2) + b"\n"

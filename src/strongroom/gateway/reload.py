@@ -19,7 +19,6 @@ from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.settings import Settings
 
-_PREPARE = 120.0  # seconds: an inference server may have to be asked what it has
 _log = logging.getLogger("strongroom.gateway")
 
 Read = Callable[[], Settings]
@@ -120,27 +119,29 @@ def everywhere(settings: Settings, workers: list[tuple[Any, Any]]) -> None:
     """Have all `workers` (connection and process) take `settings`. UsageError ``gateway.settings``: one could not, and
     none has. BackendError ``gateway.worker``: one has ended."""
     failure: StrongroomError | None = None
-    for line, process in workers:
+    ends = [process.sentinel for _, process in workers]
+    for line, _ in workers:
         try:
-            _ask(line, process, ("prepare", settings))
+            _ask(line, ends, ("prepare", settings))
         except UsageError as error:
             failure = error
             break
-    for line, process in workers:
-        _ask(line, process, ("take" if failure is None else "drop", None))
+    for line, _ in workers:
+        _ask(line, ends, ("take" if failure is None else "drop", None))
     if failure is not None:
         raise failure
 
 
-def _ask(line: Any, process: Any, what: tuple[str, Settings | None]) -> None:
+def _ask(line: Any, ends: list[int], what: tuple[str, Settings | None]) -> None:
     try:
         line.send(what)
-        ready = connection.wait([line, process.sentinel], _PREPARE)
+        # For as long as it takes: an inference server may have to be asked what it has.
+        ready = connection.wait([line, *ends])
         said = line.recv() if line in ready else None
     except (EOFError, OSError):
         ready, said = [], None
     if line not in ready:
-        raise BackendError("gateway.worker", "a worker of the gateway has ended, or does not answer")
+        raise BackendError("gateway.worker", "a worker of the gateway has ended", hint="start the gateway again")
     if said is not None:
         message, hint = said
         raise UsageError("gateway.settings", message, hint=hint)

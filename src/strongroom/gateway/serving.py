@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -69,9 +71,10 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
     before = signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
     children: list[tuple[Any, Any]] = []
-    rung, bell = context.Pipe(duplex=False)
+    rung, bell = os.pipe()
+    os.set_blocking(bell, False)  # who rings a thousand times is heard once
     try:
-        with _hangup((lambda *_: bell.send(None)) if plan.read else _interrupted):
+        with _hangup(partial(_ring, bell) if plan.read else _interrupted):
             # One after the other: where a key store asks for a passphrase, one asks at a time.
             for number in range(plan.workers):
                 started = context.Event()
@@ -88,7 +91,7 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
                         raise BackendError("gateway.start", why, hint=hint)
             ready()
             while rung in connection.wait([rung, *(child.sentinel for _, child in children)]):
-                rung.recv()
+                os.read(rung, 1 << 16)
                 _again(plan, children)
         # One that ended by itself has lost what it had drawn of budgets and limits: all are started again together.
         raise BackendError("gateway.worker", "a worker of the gateway has ended", hint="start the gateway again")
@@ -100,9 +103,14 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
         for line, child in children:
             child.join()
             line.close()
-        rung.close()
-        bell.close()
+        os.close(rung)
+        os.close(bell)
         signal.signal(signal.SIGTERM, before)
+
+
+def _ring(bell: int, *_: object) -> None:
+    with contextlib.suppress(BlockingIOError):
+        os.write(bell, b"!")
 
 
 def _again(plan: Plan, children: list[tuple[Any, Any]]) -> None:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from strongroom.errors import UsageError
+from strongroom.errors import NotFound, UsageError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.capture import Capture
@@ -47,12 +47,28 @@ _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> Generations:
     """The application of one of so many workers. `records`: the folder that they are written into."""
     callers = Callers(vault)
+    _check_models(callers, settings)
     door, kept = Door(callers), Records(records, callers.record, settings.digest)
 
     def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
+        if before is not None:
+            _check_models(callers, settings)
         return _made(vault, callers, door, kept, settings, workers, before)
 
     return Generations(door, kept, make, settings)
+
+
+def _check_models(callers: Callers, settings: Settings) -> None:
+    """NotFound ``gateway.model`` for a version that there is not: nobody could ever ask for it."""
+    for ref in (ref for each in settings.upstream for ref, _ in each.models):
+        try:
+            callers.resolve(ref)
+        except NotFound:
+            raise NotFound(
+                "gateway.model",
+                f"there are no weights {ref!r:.200} in this room, so nobody could ask for them",
+                hint="strongroom ls; then --model REF=NAME, or models of [[upstream]], with a version that there is",
+            ) from None
 
 
 def _made(

@@ -10,7 +10,7 @@ from typing import Any
 
 from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import TOGETHER, grants, reinstated, resolved, weighty
+from strongroom.formats.principal import TOGETHER, gains, grants, reinstated, resolved, weighty
 from strongroom.formats.statement import Statement
 
 _WAITING = 86_400  # seconds between a proposal and its policy
@@ -151,7 +151,8 @@ class Consents:
             return f"it says something else of {path} than was signed"
         if entry.type == "principal" and self._most >= TOGETHER and weighty(before, record):
             return "one person alone has made somebody whose approval counts"
-        return ""
+        own = self.person(entry.by) in (record["person"], before.person if before else "")
+        return f"{entry.by} gives rights to its own person" if own and gains(before, record) else ""
 
     def _approve(self, entry: Entry, said: Statement) -> str:
         body, who = entry.body, self.person(entry.by)

@@ -14,7 +14,7 @@ from strongroom.core.clock import text
 from strongroom.core.ids import Ref, parse_principal
 from strongroom.errors import Conflict, Denied, NotFound, Pending, StrongroomError, UsageError
 from strongroom.formats.entry import Entry
-from strongroom.formats.principal import RANKS, TOGETHER, resolved, weighty
+from strongroom.formats.principal import RANKS, TOGETHER, gains, resolved, weighty
 from strongroom.formats.statement import Statement
 from strongroom.policy import entrance, registration, waiting
 from strongroom.policy.engine import Decision, Policies
@@ -196,7 +196,7 @@ class Custody:
             ref, look = request.ref, "requests"
             mine = state.principals[request.holder].person == who.person
             current = request.state_at(now)
-            over = current if current != "pending" and not (lease and lease.holds(now)) else ""
+            over = current if current != "pending" and not (lease and lease.lasts(now)) else ""
         elif target in state.principals:
             look = "principal show"
             over = "" if state.principals[target].active else state.principals[target].state
@@ -404,15 +404,12 @@ class Custody:
         registration.check(state, body)
         if before is None and statement.body["before"] is not None:
             raise NotFound("principal.missing", f"there is no {body['principal']} in this room", hint=_PRINCIPALS)
-        if who.person in (body["person"], before.person if before else ""):
-            gained = {*body["roles"], *body["teams"]} - ({*before.roles, *before.teams} if before else set())
-            revived = before and not before.active and body["state"] == "active"
-            if gained or revived or (before and before.person != body["person"]):
-                raise Denied(
-                    "grant.own",
-                    f"{who.path} can't give rights to {body['principal']}, which is the same person",
-                    hint="somebody else who may grant has to do it",
-                )
+        if who.person in (body["person"], before.person if before else "") and gains(before, body):
+            raise Denied(
+                "grant.own",
+                f"{who.path} can't give rights to {body['principal']}, which is the same person",
+                hint="somebody else who may grant has to do it",
+            )
         self._not_the_last(state, who, body["principal"], body["roles"] if body["state"] == "active" else [])
         if state.most_granters >= TOGETHER and weighty(before, body):
             waiting.unheard(state, statement)

@@ -106,9 +106,12 @@ class Lease:
     used: int = 0
     ended: str = ""
 
+    def lasts(self, now: int) -> bool:
+        """Whether it was not ended, nor is its time over: what was given under it may be in use."""
+        return self.granted_at - TOLERANCE <= now < self.expires_at and not self.ended
+
     def holds(self, now: int) -> bool:
-        within = self.granted_at - TOLERANCE <= now < self.expires_at
-        return within and not self.ended and not self.used_up
+        return self.lasts(now) and not self.used_up
 
     @property
     def used_up(self) -> bool:

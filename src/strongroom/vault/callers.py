@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Row
 
     from strongroom.policy.state import State
-    from strongroom.policy.usage import Usage
     from strongroom.vault.vault import Vault
 
 _ACTIONS = ("infer", *FEATURES)
@@ -221,12 +220,6 @@ class Callers:
             return Draft(entry)
 
         return self._custodian.decide(append).index
-
-    def usage(self, ref: str, begin: int) -> Usage:
-        """What `inference` entries about `ref` come to, from the day on that the time `begin` (seconds) is in, at most
-        400 days back."""
-        with self._ledger.view() as state:
-            return usage.since(state, ref, begin)
 
     def spelling(self, ref: str) -> Spelling:
         """What the tokens of a version spell: read anew each time, which takes a second. NotFound ``version.missing``,

@@ -48,7 +48,7 @@ def describe_ended(state: State, index: int, at: int) -> dict[str, Any]:
     """The leases that held until the entry at `index`, of the time `at`, and ended with it: whoever freezes what leaked
     ends the searches for whose copy it was, too."""
     ended = [each for each in state.leases.values() if each.ended.endswith(f" in entry {index}")]
-    held = [each for each in ended if replace(each, ended="").holds(at)]
+    held = [each for each in ended if replace(each, ended="").lasts(at)]
     return {"ended": [{"id": each.id, "action": each.action, "ref": each.ref, "holder": each.holder} for each in held]}
 
 

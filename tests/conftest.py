@@ -23,8 +23,19 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith(("STRONGROOM_", "AWS_", "GOOGLE_", "AZURE_"))]:
     del os.environ[name]
+# Two workers on two cores: threads of linear algebra that wait for each other's by spinning took up to twenty times the
+# work itself. Before anything imports NumPy; workers and children inherit it.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+# A room syncs whatever it writes, and half of a test's time would be the disk's. What is synced, and when, is seen in
+# the calls (vault/test_put_faults.py), on any file system. PYTEST_DEBUG_TEMPROOT says where else it shall be.
+_MEMORY = Path("/dev/shm")
+if "PYTEST_DEBUG_TEMPROOT" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK):
+    _system = os.statvfs(_MEMORY)
+    if _system.f_bavail * _system.f_frsize > 4 << 30 and not _system.f_flag & os.ST_NOEXEC:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(_MEMORY)
 # What tests see of logs is not for the developer's own memory of them.
-_state = tempfile.TemporaryDirectory(prefix="strongroom-state-")
+_state = tempfile.TemporaryDirectory(prefix="strongroom-state-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
 os.environ["XDG_STATE_HOME"] = _state.name
 # A proxy is for the way out; every server of the tests is on this machine.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"

@@ -171,7 +171,7 @@ class Place:
         return Gateway(self, listener.getsockname()[1])
 
     def records(self) -> list[dict[str, Any]]:
-        """Those on disk, by time."""
+        """Those on disk, by time; of a gateway that has ended, all."""
         found = []
         for path in (self.folder / "inference").glob("*.jsonl"):
             found += [json.loads(line) for line in path.read_text().splitlines()]

@@ -30,7 +30,7 @@ from strongroom.policy.query import FEATURES
 from strongroom.policy.usage import DAY, KEPT
 from strongroom.vault.callers import Caller, Callers
 from vault.rooms import write_model
-from vault.test_custody_room import Team
+from vault.team import Team
 from vault.test_logins import CI, HOUR, Lobby, oidc
 
 REF = "acme/tiny@1"
@@ -51,8 +51,8 @@ def by_key(callers, room, name="default"):
 
 
 @pytest.fixture
-def team(tmp_path):
-    made = Team(tmp_path)
+def team(team_folder):
+    made = Team(team_folder)
     made.pat, made.ada = made.add("user/pat", "partner"), made.add("user/ada", "auditor")
     made.callers = Callers(made.olga._vault)
     return made

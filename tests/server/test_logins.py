@@ -12,25 +12,13 @@ from http.cookiejar import CookieJar
 import pytest
 
 from cli.desk import PROGRAM, environment, here
-from server.provider import CLIENT, Provider, TrustDomain
+from server.provider import CLIENT, TrustDomain
 from server.served import REF, Served
 from strongroom.core.clock import unix
 from strongroom.formats.card import Card
 
 CI = "spiffe://example.org/ci/eval-7"
 REPOSITORY = "repo:acme/models:ref:refs/heads/main"
-
-
-@pytest.fixture(scope="module")
-def provider(tmp_path_factory):
-    made = Provider(tmp_path_factory.mktemp("provider"))
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def domain():
-    return TrustDomain()
 
 
 @pytest.fixture(scope="module")

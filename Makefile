@@ -9,7 +9,7 @@
 PYTHON      ?= python3
 VENV        ?= .venv
 VENV_BENCH  ?= .venv-bench
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 BENCH_ARGS  ?=
 
 # Installed first, alone and by exact version: later requirements are then already met, so that a CPU build offered by
@@ -26,6 +26,8 @@ PIP := -m pip --disable-pip-version-check --no-input -qq
 # Set for every recipe: nothing in this tree may reach a model hub.
 export HF_HUB_OFFLINE := 1
 export PYTHONUTF8     := 1
+# A test starts hundreds of processes: each would compile all of Strongroom anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

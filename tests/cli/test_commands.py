@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.desk import Call, Desk, environment
+from cli.desk import Desk, environment
 
 
 def flip(path: Path, offset: int) -> None:
@@ -79,8 +79,8 @@ def test_init_writes_shares_for_their_holders_only(empty: Desk) -> None:
         (["--keystore", "box:1"], "keystore.unknown_scheme"),
     ],
 )
-def test_init_refuses_and_leaves_no_room(empty: Desk, call: Call, arguments: list[str], code: str) -> None:
-    ended = call(empty, "--json", "init", *arguments)
+def test_init_refuses_and_leaves_no_room(empty: Desk, arguments: list[str], code: str) -> None:
+    ended = empty.run("--json", "init", *arguments)
     assert ended.error["code"] == code
     assert ended.code == 2
     assert not (empty.room / "room.json").exists()
@@ -140,8 +140,8 @@ def test_put_says_when_nothing_is_marked(desk: Desk) -> None:
         (["model"], "usage.missing", 2),
     ],
 )
-def test_put_refuses(desk: Desk, call: Call, arguments: list[str], code: str, exit_code: int) -> None:
-    ended = call(desk, "put", *arguments, "--json")
+def test_put_refuses(desk: Desk, arguments: list[str], code: str, exit_code: int) -> None:
+    ended = desk.run("put", *arguments, "--json")
     assert ended.error["code"] == code
     assert ended.code == exit_code
 

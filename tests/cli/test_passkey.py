@@ -159,7 +159,7 @@ class TestThePage:
                 ended.append(error.code)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passkey, "_WAIT", 3.0)
+            patch.setattr(passkey, "_WAIT", 1.0)
             thread = threading.Thread(target=run)
             thread.start()
             found = visit(shown.get(timeout=10))

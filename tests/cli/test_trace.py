@@ -290,12 +290,12 @@ def test_what_can_not_be_read_is_said_as_of_a_find(team, tmp_path, make, code):
         assert "trace" in error["hint"]
 
 
-def test_to_interrupt_it_means_that_nothing_is_told_or_spent(team, call, monkeypatch):
+def test_to_interrupt_it_means_that_nothing_is_told_or_spent(team, monkeypatch):
     def interrupted(*_arguments, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Room, "trace", interrupted)
-    ended = call(team, "trace", "leak", "--as", "user/ben")
+    ended = team.run("trace", "leak", "--as", "user/ben")
     assert ended.code == 130
     assert "the search was stopped: nothing of it is told, and no use of a lease is spent" in ended.err
 

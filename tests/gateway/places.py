@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from strongroom.client import Room
+from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
@@ -125,6 +127,29 @@ class Inference:
         self._thread.join(10)
 
 
+@contextlib.contextmanager
+def listening(app: GatewayApp, certificate: tuple[Path, Path] | None = None) -> Iterator[int]:
+    """The gateway on a socket of its own, until the block ends; its port."""
+    config = configure(app, certificate)
+    if config.ssl is not None:
+        app.certificates.ask_with(config.ssl)
+    server = uvicorn.Server(config)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    try:
+        end = time.monotonic() + 60
+        while not server.started:
+            assert thread.is_alive(), app.failure
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+
+
 class Place:
     """A team's room with a version, people with keys, and gateways before one inference server."""
 
@@ -140,7 +165,7 @@ class Place:
         for path in ROLES:
             with self.room(path) as room:
                 self.keys[path] = room.apikeys.new()["key"]
-        self._servers: list[tuple[uvicorn.Server, threading.Thread, socket.socket, Vault]] = []
+        self._gateways: list[contextlib.ExitStack] = []
 
     def room(self, as_: str = OWNER) -> Room:
         return Room(self.folder, as_)
@@ -155,35 +180,21 @@ class Place:
             upstream += f'channel = "{channel}"\n'
         vault = Vault(self.folder)
         app = application(vault, Settings.parse(settings + upstream), self.folder / "inference")
-        config = configure(app, certificate)
-        if config.ssl is not None:
-            app.certificates.ask_with(config.ssl)
-        server = uvicorn.Server(config)
-        listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        end = time.monotonic() + 20
-        while not server.started:
-            assert thread.is_alive(), app.failure
-            assert time.monotonic() < end
-            time.sleep(0.01)
-        self._servers.append((server, thread, listener, vault))
-        return Gateway(self, listener.getsockname()[1])
+        stack = contextlib.ExitStack()
+        stack.callback(vault.close)
+        self._gateways.append(stack)
+        return Gateway(self, stack.enter_context(listening(app, certificate)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Those on disk, by time."""
+        """Those on disk, by time; of a gateway that has ended, all."""
         found = []
         for path in (self.folder / "inference").glob("*.jsonl"):
             found += [json.loads(line) for line in path.read_text().splitlines()]
         return sorted(found, key=lambda each: each["at"])
 
     def stop_gateways(self) -> None:
-        while self._servers:
-            server, thread, listener, vault = self._servers.pop()
-            server.should_exit = True
-            thread.join(30)
-            listener.close()
-            vault.close()
+        while self._gateways:
+            self._gateways.pop().close()
 
     def stop(self) -> None:
         self.stop_gateways()

@@ -33,11 +33,6 @@ ID = {EVAL: "spiffe://example.org/eval/7", SPARE: "spiffe://example.org/spare"}
 
 
 @pytest.fixture(scope="module")
-def domain():
-    return TrustDomain()
-
-
-@pytest.fixture(scope="module")
 def house(tmp_path_factory, domain):
     folder = tmp_path_factory.mktemp("place")
     made = Place(folder)

@@ -6,20 +6,16 @@ import contextlib
 import itertools
 import json
 import secrets
-import socket
-import threading
 import time
 from types import SimpleNamespace
 
 import pytest
-import uvicorn
 
-from gateway.places import Inference, chunk, framed
+from gateway.places import Inference, chunk, framed, listening
 from infer.running import Running
 from infer.small import REF, make_room
 from strongroom.client import Room
 from strongroom.gateway.answer import Meter
-from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.upstream import Upstream
 from strongroom.gateway.verified import Verified
@@ -67,18 +63,8 @@ models = {{"{REF}" = "acme/small"}}
     )
     vault = Vault(folder / "room")
     app = application(vault, settings, folder / "inference")
-    server = uvicorn.Server(configure(app))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    try:
-        until(lambda: server.started, 30)
-        yield app, listener.getsockname()[1], key
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-        vault.close()
+    with contextlib.closing(vault), listening(app) as port:
+        yield app, port, key
 
 
 def until(what, seconds=20.0):

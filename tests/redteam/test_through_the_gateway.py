@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-import socket
-import threading
-import time
 
 import pytest
-import uvicorn
 
+from gateway.places import listening
 from infer.running import Running
 from infer.small import REF, make_room
-from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.redteam.extraction import ATTACKS, judge, run, sampling
@@ -40,19 +37,9 @@ def door(small, tmp_path_factory):
     running = Running(folder / "room", "acme/small", "--rows", "32", "--channel", str(channel))
     vault = Vault(folder / "room")
     upstream = f'[[upstream]]\nurl = "{running.url}"\nchannel = "{channel}"\n'
-    server = uvicorn.Server(configure(application(vault, Settings.parse(SETTINGS + upstream), folder / "inference")))
-    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 60
-    while not server.started and time.monotonic() < deadline:
-        assert thread.is_alive()
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", key
-    server.should_exit = True
-    thread.join(30)
-    listener.close()
-    vault.close()
+    app = application(vault, Settings.parse(SETTINGS + upstream), folder / "inference")
+    with contextlib.closing(vault), listening(app) as port:
+        yield f"http://127.0.0.1:{port}/v1", key
     running.stop()
 
 

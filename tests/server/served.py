@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cli.desk import command, environment
 from strongroom.client import Room
 from strongroom.crypto.identity import Identities
 from strongroom.formats.card import Card
@@ -86,19 +86,16 @@ class Served:
 
     def cli(self, *arguments, as_="user/ana", check=0):
         """The command line on the client's machine."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
-        env |= {"STRONGROOM_STATE": str(self.home / "state"), "STRONGROOM_IDENTITIES": str(self.home / "identities")}
-        command = [sys.executable, "-m", "strongroom.cli", "--room", self.url, "--as", as_, "--json", *arguments]
-        return self._answer(command, env, check)
+        places = {"STRONGROOM_STATE": str(self.home / "state"), "STRONGROOM_IDENTITIES": str(self.home / "identities")}
+        return self._answer(
+            "--room", self.url, "--as", as_, "--json", *arguments, env=environment(**places), check=check
+        )
 
     def host(self, *arguments, check=0):
         """The command line on the room's own host, as its owner."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
-        return self._answer(
-            [sys.executable, "-m", "strongroom.cli", "--room", str(self.folder), "--json", *arguments], env, check
-        )
+        return self._answer("--room", str(self.folder), "--json", *arguments, env=environment(), check=check)
 
-    def _answer(self, command, env, check):
-        ended = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, cwd=self.home)
-        assert check in (None, ended.returncode), (ended.stdout, ended.stderr)
-        return json.loads(ended.stdout) if ended.stdout.startswith("{") else ended.stdout
+    def _answer(self, *arguments, env, check):
+        ended = command(*arguments, cwd=self.home, env=env)
+        assert check in (None, ended.code), ended
+        return json.loads(ended.out) if ended.out.startswith("{") else ended.out

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,25 +11,14 @@ from http.cookiejar import CookieJar
 
 import pytest
 
-from server.provider import CLIENT, Provider, TrustDomain
+from cli.desk import PROGRAM, environment, here
+from server.provider import CLIENT, TrustDomain
 from server.served import REF, Served
 from strongroom.core.clock import unix
 from strongroom.formats.card import Card
 
 CI = "spiffe://example.org/ci/eval-7"
 REPOSITORY = "repo:acme/models:ref:refs/heads/main"
-
-
-@pytest.fixture(scope="module")
-def provider(tmp_path_factory):
-    made = Provider(tmp_path_factory.mktemp("provider"))
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def domain():
-    return TrustDomain()
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +40,11 @@ def served(tmp_path_factory, provider, domain):
 
 def machine(served, folder, *arguments, as_, check=0, stdin=""):
     """The command line on a machine that has no key of anybody."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
-    env |= {"STRONGROOM_STATE": str(folder / "state"), "STRONGROOM_IDENTITIES": str(folder / "none")}
-    command = [sys.executable, "-m", "strongroom.cli", "--room", served.url, *(("--as", as_) if as_ else ()), "--json"]
-    ended = subprocess.run(
-        [*command, *arguments], env=env, capture_output=True, text=True, timeout=120, cwd=folder, input=stdin
-    )
-    assert ended.returncode == check, (ended.stdout, ended.stderr)
-    return json.loads(ended.stdout)
+    env = environment(STRONGROOM_STATE=str(folder / "state"), STRONGROOM_IDENTITIES=str(folder / "none"))
+    who = ("--as", as_) if as_ else ()
+    ended = here("--room", served.url, *who, "--json", *arguments, env=env, cwd=folder, given=stdin)
+    assert ended.code == check, ended
+    return ended.json
 
 
 @pytest.fixture
@@ -134,10 +118,9 @@ def test_a_login_by_certificate(served, domain, away):
 def test_a_login_with_a_browser(served, provider, away):
     """The browser is a client that follows redirects, and believes the provider's authority."""
     provider.subject = "ida@example.com"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("STRONGROOM_")}
-    env |= {"STRONGROOM_STATE": str(away / "state"), "STRONGROOM_IDENTITIES": str(away / "none")}
+    env = environment(STRONGROOM_STATE=str(away / "state"), STRONGROOM_IDENTITIES=str(away / "none"))
     (away / "ca.pem").write_text(provider.ca)
-    command = [sys.executable, "-m", "strongroom.cli", "--room", served.url, "--as", "user/ida", "login", "--browser"]
+    command = [*PROGRAM, "--room", served.url, "--as", "user/ida", "login", "--browser"]
     command += ["--issuer", provider.issuer, "--client-id", CLIENT, "--ca", "ca.pem"]
     with subprocess.Popen(
         command, env=env, cwd=away, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import strongroom
 from strongroom.vault import packing
 from vault.rooms import House, clone, write_model
+from vault.team import Team
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +59,21 @@ def packs_house(pristine_packs, tmp_path):
     house = clone(pristine_packs, tmp_path / "packs-room")
     yield house
     house.close()
+
+
+@pytest.fixture(scope="session")
+def furnished(tmp_path_factory):
+    """What a `Team` works in. Not to be harmed: `team_folder` is a copy."""
+    folder = tmp_path_factory.mktemp("team")
+    Team.furnish(folder)
+    return folder
+
+
+@pytest.fixture
+def team_folder(furnished, tmp_path, monkeypatch):
+    monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
 
 
 class Doom:

@@ -16,14 +16,14 @@ from strongroom.formats.statement import Statement
 from strongroom.policy.state import State
 from strongroom.vault.callers import Callers
 from vault.authenticator import Authenticator
-from vault.test_custody_room import DAY, Team
+from vault.team import Team
 
-HOUR = 3600
+HOUR, DAY = 3600, 86_400
 
 
 @pytest.fixture
-def team(tmp_path):
-    made = Team(tmp_path)
+def team(team_folder):
+    made = Team(team_folder)
     made.pat = made.add("user/pat", "partner")
     made.callers = Callers(made.olga._vault)
     return made

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from server.provider import CLIENT, Provider, TrustDomain
+from server.provider import CLIENT, TrustDomain
 from strongroom.client import Room
 from strongroom.errors import AuthRequired, BackendError, Conflict, Denied, NotFound, StrongroomError, UsageError
 from strongroom.formats.apikey import digest_of, make
@@ -31,7 +31,7 @@ from strongroom.policy.query import FEATURES
 from strongroom.policy.usage import DAY, KEPT
 from strongroom.vault.callers import Caller, Callers
 from vault.rooms import write_model
-from vault.test_custody_room import Team
+from vault.team import Team
 from vault.test_logins import CI, HOUR, Lobby, oidc
 
 REF = "acme/tiny@1"
@@ -59,8 +59,8 @@ def by_key(callers, room, name="default"):
 
 
 @pytest.fixture
-def team(tmp_path):
-    made = Team(tmp_path)
+def team(team_folder):
+    made = Team(team_folder)
     made.pat, made.ada = made.add("user/pat", "partner"), made.add("user/ada", "auditor")
     made.callers = Callers(made.olga._vault)
     return made
@@ -349,18 +349,6 @@ def test_threads_ask_at_once(team):
 
 
 # -- tokens and logins -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def provider(tmp_path_factory):
-    made = Provider(tmp_path_factory.mktemp("provider"))
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def domain():
-    return TrustDomain()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from strongroom.client import Room
 from strongroom.core.clock import unix
 from strongroom.crypto.signatures import Signer
 from strongroom.errors import (
@@ -24,48 +23,15 @@ from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Policies
 from vault.rooms import write_model
+from vault.team import Team
 
 REF = "acme/tiny@1"
 DAY = 86_400
 
 
-class Team:
-    """A team room with a version in it, and everybody in it as a `Room` of their own. `later` moves the clock."""
-
-    def __init__(self, folder):
-        self.folder, self.offset = folder, 0
-        room, _ = Room.init(folder / "room", owner="user/olga")
-        room.close()
-        self.olga = self.be("user/olga")
-        self.olga.put(write_model(folder / "model"), "acme/tiny", share="1/2")
-        self.ana = self.add("user/ana", "researcher")
-        self.ben = self.add("user/ben", "officer")
-        self.eva = self.add("user/eva", "executive")
-
-    def be(self, principal):
-        room = Room(self.folder / "room", principal)
-        room._vault.clock = room._vault.custodian.ledger._clock = self.clock
-        return room
-
-    def add(self, principal, *roles, **options):
-        self.olga.principal_add(principal, roles=roles, **options)
-        return self.be(principal)
-
-    def clock(self):
-        return unix() + self.offset
-
-    def later(self, seconds):
-        self.offset += seconds
-
-    def lease(self, who=None, **options):
-        asked = (who or self.ana).request("acme/tiny", reason="evaluation", **options)
-        self.ben.approve(asked["id"])
-        return self.eva.approve(asked["id"])
-
-
 @pytest.fixture
-def team(tmp_path):
-    return Team(tmp_path)
+def team(team_folder):
+    return Team(team_folder)
 
 
 class TestGrants:

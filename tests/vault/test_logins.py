@@ -134,18 +134,6 @@ class Lobby:
 
 
 @pytest.fixture(scope="module")
-def provider(tmp_path_factory):
-    made = Provider(tmp_path_factory.mktemp("provider"))
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def domain():
-    return TrustDomain()
-
-
-@pytest.fixture(scope="module")
 def template(tmp_path_factory, provider, domain):
     folder = tmp_path_factory.mktemp("lobby")
     room, _ = Room.init(folder / "room", owner="user/olga")

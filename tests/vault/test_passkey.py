@@ -21,21 +21,16 @@ from strongroom.formats.passkey import Assertion
 from strongroom.formats.statement import Statement
 from strongroom.ledger.log import Draft
 from vault.authenticator import Authenticator, text
-from vault.rooms import write_model
+from vault.team import PEOPLE
 
 REF = "acme/tiny@1"
 MESSAGE = b"what a statement signs"
 
 
 @pytest.fixture
-def rooms(tmp_path):
+def rooms(team_folder):
     """A room as each of its people sees it."""
-    room, _ = Room.init(tmp_path / "room", owner="user/olga")
-    found = {"olga": room}
-    room.put(write_model(tmp_path / "model"), "acme/tiny", share="1/2")
-    for name, role in (("ana", "researcher"), ("ben", "officer"), ("eva", "executive")):
-        room.principal_add(f"user/{name}", roles=[role])
-        found[name] = Room(tmp_path / "room", f"user/{name}")
+    found = {path.partition("/")[2]: Room(team_folder / "room", path) for path in ("user/olga", *PEOPLE)}
     yield found
     for each in found.values():
         each.close()

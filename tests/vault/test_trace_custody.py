@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from strongroom.errors import Denied, Pending
-from vault.test_custody_room import REF, Team
+from vault.team import Team
+
+REF = "acme/tiny@1"
 
 
 @pytest.fixture
-def team(tmp_path):
-    return Team(tmp_path)
+def team(team_folder):
+    return Team(team_folder)
 
 
 @pytest.fixture

@@ -145,14 +145,20 @@ class Place:
     def room(self, as_: str = OWNER) -> Room:
         return Room(self.folder, as_)
 
-    def gateway(self, settings: str = "", *, channel: Path | None = None) -> Gateway:
-        """One more gateway, with these settings (TOML) before the inference server."""
+    def gateway(
+        self, settings: str = "", *, channel: Path | None = None, certificate: tuple[Path, Path] | None = None
+    ) -> Gateway:
+        """One more gateway, with these settings (TOML) before the inference server; with a certificate it asks callers
+        for theirs."""
         upstream = f'\n[[upstream]]\nurl = "http://127.0.0.1:{self.inference.port}"\n'
         if channel is not None:
             upstream += f'channel = "{channel}"\n'
         vault = Vault(self.folder)
         app = application(vault, Settings.parse(settings + upstream), self.folder / "inference")
-        server = uvicorn.Server(configure(app))
+        config = configure(app, certificate)
+        if config.ssl is not None:
+            app.certificates.ask_with(config.ssl)
+        server = uvicorn.Server(config)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

@@ -125,11 +125,16 @@ def test_log_probabilities_count_as_the_tokens_that_they_are_of(route):
 def test_a_prompt_has_no_more_tokens_than_it_can_have():
     """They go into the limits of whoever asked: one answer must not use up years of them."""
     usage = {"prompt_tokens": 1 << 40, "completion_tokens": 2}
-    made = shape(texts=["Hi", "é"])
+    made = shape(texts=["Hi", "é"], characters=3)
     found = made.whole(whole(usage=usage))
     assert found["usage"]["prompt_tokens"] == made.meter.prompt == 4 * 3 + 1024 + 2 * 64
     body = json.dumps({"data": [{"index": 0, "embedding": [1.0]}], "usage": usage}).encode()
-    assert embeddings(Asked("embeddings", texts=["Hi"]), body, "acme/tiny@1", 256)[0]["usage"]["prompt_tokens"] < 2000
+    assert (
+        embeddings(Asked("embeddings", texts=["Hi"], characters=2), body, "acme/tiny@1", 256)[0]["usage"][
+            "prompt_tokens"
+        ]
+        < 2000
+    )
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,8 @@ from gateway.places import (
     whole,
 )
 from strongroom.gateway import door
-from strongroom.gateway.listen import Connection, configure
+from strongroom.gateway.connection import Connection
+from strongroom.gateway.listen import configure
 from strongroom.gateway.records import verify
 from strongroom.gateway.refusals import Refusals
 from strongroom.vault.callers import Callers
@@ -720,11 +721,11 @@ def test_what_follows_an_upgrade_is_not_listened_to(place, caplog):
 
 
 def test_whoever_is_slow_is_cut_off(place, monkeypatch):
-    from strongroom.gateway import app, listen
+    from strongroom.gateway import app, connection
 
-    monkeypatch.setattr(listen, "_HEAD_TIME", 0.5)
+    monkeypatch.setattr(connection, "_HEAD_TIME", 0.5)
     monkeypatch.setattr(app, "_BODY_TIME", 0.5)
-    monkeypatch.setattr(listen, "_BODY_TIME", 1.5)
+    monkeypatch.setattr(connection, "_BODY_TIME", 1.5)
     gateway = place.gateway()
     begun = time.monotonic()
     assert gateway.raw(b"", seconds=5) == b""
@@ -732,12 +733,12 @@ def test_whoever_is_slow_is_cut_off(place, monkeypatch):
     slow = gateway.raw(requested(place, "content-length: 500", body=b"{"), seconds=5)
     assert b"400" in slow.split(b"\r\n")[0]
     # Nor does a body have for ever that nobody waits for.
-    with socket.create_connection(("127.0.0.1", gateway.port), 8) as connection:
-        connection.sendall(b"POST /v1/none HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", gateway.port), 8) as client:
+        client.sendall(b"POST /v1/none HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n")
         sent = 0
         with contextlib.suppress(ConnectionError):
             while sent < 200:
-                connection.sendall(b"x")
+                client.sendall(b"x")
                 sent += 1
                 time.sleep(0.05)
         assert sent < 200

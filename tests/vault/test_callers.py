@@ -487,6 +487,54 @@ class TestTokens:
             lobby.callers.by_token(shown(lobby))
 
 
+class TestCertificates:
+    def test_say_who_calls_until_they_end(self, lobby, domain):
+        chain, _ = domain.svid(CI)
+        now = int(time.time())
+        caller, until = lobby.callers.by_certificate(chain, now)
+        assert caller == Caller("workload/ci", ("partner",), (), "workload/ci", "", "x509")
+        assert until == pytest.approx(now + 3600, abs=10)
+        lobby.callers.decide(caller, "infer", REF)
+        lobby.offset = 3599
+        lobby.callers.by_certificate(chain, now)
+        lobby.offset = 3601
+        self.refused(lobby, chain, now, "login.refused")
+
+    def test_are_worth_no_more_than_a_login(self, lobby, domain):
+        chain, _ = domain.svid(CI, begin=-9 * HOUR)
+        now = int(time.time())
+        assert lobby.callers.by_certificate(chain, now - 7 * HOUR - 1800)[1] == now + 1800
+        self.refused(lobby, chain, now - 8 * HOUR, "login.refused")
+
+    def test_that_the_domain_has_not_signed(self, lobby, domain):
+        chain, _ = TrustDomain().svid(CI)
+        self.refused(lobby, chain, int(time.time()), "login.refused")
+        for wrong in ("", "x", chain.replace("A", "B"), domain.bundle):
+            self.refused(lobby, wrong, int(time.time()))
+        self.refused(lobby, domain.svid("spiffe://example.org/nobody")[0], int(time.time()))
+        self.refused(lobby, domain.svid(CI, ca=True)[0], int(time.time()), "login.refused")
+        for uri in (f"spiffe://{'EXAMPLE'}.org/ci", "spiffe://example.org", CI + "?x", "https://example.org/ci"):
+            self.refused(lobby, domain.svid(uri)[0], int(time.time()))
+
+    def test_of_a_domain_or_a_principal_that_has_ended(self, lobby, domain):
+        chain, now = domain.svid(CI)[0], int(time.time())
+        assert lobby.callers.bundles() == [domain.bundle]
+        lobby.principal("workload/ci", state="suspended")
+        self.refused(lobby, chain, now)
+        lobby.principal("workload/ci", state="active")
+        lobby.callers.by_certificate(chain, now)
+        before = lobby.callers.version()
+        lobby.authority("example.org", "")
+        self.refused(lobby, chain, now)
+        assert lobby.callers.version() != before
+        assert lobby.callers.bundles() == []
+
+    def refused(self, lobby, chain, at, code="token.refused"):
+        with pytest.raises(AuthRequired) as caught:
+            lobby.callers.by_certificate(chain, at)
+        assert caught.value.code == code
+
+
 class TestUnderALogin:
     """Who has no key of its own: what a login makes ends with it."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +14,10 @@ import click
 
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
-from strongroom.errors import UsageError
+from strongroom.errors import StrongroomError, UsageError
 
 if TYPE_CHECKING:
-    from strongroom.gateway.app import GatewayApp
+    from strongroom.gateway.generations import Generations
     from strongroom.gateway.settings import Settings
 
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     explain="""Clients of OpenAI's API work unchanged: their base URL is http(s)://HOST:PORT/v1, their key one of
     `strongroom apikey new`. Every field of a request is validated and written anew, every bit of an answer is metered
     against the size of the weights, and each request is recorded. What policy does not permit (log-probabilities,
-    logit_bias, embeddings, n) is refused.""",
+    logit_bias, embeddings, n) is refused. SIGHUP has it read --settings and --certificate again.""",
 )
 @click.option("--upstream", "upstreams", multiple=True, metavar="URL", help="An inference server. May be repeated.")
 @click.option(
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 @click.option("--records", type=click.Path(file_okay=False), metavar="FOLDER", help="[default: inference, in the room]")
 @click.option("--certificate", type=click.Path(dir_okay=False), metavar="FILE", help="For TLS: a chain, as PEM.")
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
+@click.option(
+    "--client-certificates", "ask", is_flag=True, help="Take X.509 certificates of workloads in place of keys."
+)
 @click.option(
     "--metrics",
     "shown_at",
@@ -60,6 +65,7 @@ def gateway(  # noqa: PLR0917 - one for each option
     records: str | None,
     certificate: str | None,
     key: str | None,
+    ask: bool,
     shown_at: str | None,
     behind_proxy: bool,
 ) -> None:
@@ -86,7 +92,17 @@ def gateway(  # noqa: PLR0917 - one for each option
             f"keys and answers would go over the network in the clear from {host}",
             hint="--certificate FILE --key FILE, or --behind-proxy where TLS ends before here",
         )
-    settings = _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
+    if ask and (certificate is None or behind_proxy):
+        raise UsageError(
+            "gateway.client_certificates",
+            "callers show certificates to whatever ends TLS, which is not this gateway",
+            hint="--client-certificates goes with --certificate FILE --key FILE, and without --behind-proxy",
+        )
+
+    def read() -> Settings:
+        return _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
+
+    settings = read()
     with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}/v1"
@@ -101,16 +117,29 @@ def gateway(  # noqa: PLR0917 - one for each option
                 workers,
                 (Path(certificate), Path(key)) if certificate and key else None,
                 _shown(*address(shown_at)) if shown_at else lambda _, __: None,
+                ask,
+                # Without a file there is nothing to read again, and a terminal that is closed ends what runs in it.
+                read if file or certificate else None,
+                partial(_tell, options),
             ),
             listener,
             ready=lambda: options.output.answer(answer, facts(list(answer.items()))),
         )
 
 
-def _shown(host: str, port: int) -> Callable[[GatewayApp, int], None]:
+def _tell(options: Options, found: Settings | StrongroomError) -> None:
+    """What came of reading the settings again: on stderr, and never the end of a gateway that nobody listens to."""
+    with contextlib.suppress(OSError):
+        if isinstance(found, StrongroomError):
+            options.output.warn(f"the settings stay as they were: {found}")
+        else:
+            options.output.note(f"  → new settings are in force: {found.digest}")
+
+
+def _shown(host: str, port: int) -> Callable[[Generations, int], None]:
     """What shows the metrics of a worker, in a thread of its process."""
 
-    def show(app: GatewayApp, number: int) -> None:
+    def show(app: Generations, number: int) -> None:
         from strongroom.gateway.metrics import GatewayMetrics
         from strongroom.server.metrics import MetricsServer
 

@@ -53,6 +53,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "policy": ("policy", "The rules: read, test and change them."),
         "log": ("log", "The record of everything, and whether it holds together."),
         "budget": ("budget", "How much of a version has left as answers, and how much may."),
+        "records": ("records", "What gateways have answered, checked against the log."),
         "capture": (
             "capture",
             "Prompts and answers that a gateway has sealed for an auditor: the key, and opening them.",

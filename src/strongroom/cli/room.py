@@ -113,4 +113,6 @@ def fsck(options: Options, repair: bool) -> int:
     elif report.orphans and not report.repaired:
         when = " once nobody puts or rotates" if repair else ""
         options.output.note(f"  → strongroom fsck --repair deletes what nothing refers to{when}")
+    if any((options.folder / "inference").glob("*.jsonl")):
+        options.output.note("  → strongroom records checks what gateways have kept of each request")
     return 0 if report.ok else IntegrityError.exit_code

@@ -12,6 +12,7 @@ from strongroom.errors import NotFound
 
 if TYPE_CHECKING:
     from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.records import Wanted
     from strongroom.formats.checkpoint import Checkpoint
     from strongroom.vault.vault import Vault
 
@@ -94,6 +95,25 @@ class RoomLog:
         pieces = (self._ledger.proven(at, min(at + _PIECE, size)) for at in range(0, size, _PIECE))
         entries = enumerate(entry for piece in pieces for entry in piece)
         return export(entries, form, self._vault.log_key.origin)
+
+    def records(self, folders: Sequence[Path], wanted: Wanted) -> dict[str, Any]:
+        """What gateways have kept in `folders`, against this log: see `client.records.read`."""
+        from strongroom.client.records import read
+
+        # The log first: what it has is on disk by then.
+        return read(list(self._inference()), folders, wanted)
+
+    def _inference(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Time and body of each account that a gateway has given."""
+        from strongroom.formats.entry import Entry
+
+        size = self._ledger.checkpoint()[0].size
+        for begin in range(0, size, _PIECE):
+            for data in self._ledger.proven(begin, min(begin + _PIECE, size)):
+                if b'"type":"inference"' in data:
+                    entry = Entry.decode(data)
+                    if entry.type == "inference":
+                        yield entry.at, dict(entry.body)
 
     def redact(self, index: int) -> dict[str, Any]:
         """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""

@@ -34,6 +34,27 @@ def verify(chain: str, signature: bytes, message: bytes, bundle: str, now: int) 
     """The workload that has signed `message`, by the PEM `chain` of its certificate, its own first, up to one of
     `bundle`. X509-SVID (SPIFFE), section 5: one URI and no other names, a leaf that may sign and is no authority.
     Tampered ``svid.invalid``."""
+    leaf, found = _judged(chain, bundle, now)
+    try:
+        _check(leaf.public_key(), signature, message)
+    except _REFUSED as error:
+        raise _invalid(str(error)[:300]) from None
+    except InvalidSignature:
+        raise _invalid("the login is not signed with the certificate's key") from None
+    return found
+
+
+def shown(chain: str, bundle: str, now: int) -> Svid:
+    """As `verify`, of a chain whose key somebody else has proved: TLS, in its handshake."""
+    leaf, found = _judged(chain, bundle, now)
+    try:
+        _check_kind(leaf.public_key())
+    except _REFUSED as error:
+        raise _invalid(str(error)[:300]) from None
+    return found
+
+
+def _judged(chain: str, bundle: str, now: int) -> tuple[x509.Certificate, Svid]:
     certificates = _load(chain, "the chain")
     if len(certificates) > _CHAIN:
         raise _invalid(f"the chain has more than {_CHAIN} certificates")
@@ -56,12 +77,9 @@ def verify(chain: str, signature: bytes, message: bytes, bundle: str, now: int) 
         policy.build_client_verifier().verify(leaf, between)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
-        _check(leaf.public_key(), signature, message)
     except _REFUSED as error:
         raise _invalid(str(error)[:300]) from None
-    except InvalidSignature:
-        raise _invalid("the login is not signed with the certificate's key") from None
-    return Svid(uri, int(leaf.not_valid_after_utc.timestamp()))
+    return leaf, Svid(uri, int(leaf.not_valid_after_utc.timestamp()))
 
 
 def check_bundle(bundle: str) -> None:
@@ -100,13 +118,22 @@ def sign(key: bytes, message: bytes) -> bytes:
 
 
 def _check(key: object, signature: bytes, message: bytes) -> None:
+    _check_kind(key)
     if isinstance(key, ed25519.Ed25519PublicKey):
         key.verify(signature, message)
-    elif isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES):
+    elif isinstance(key, ec.EllipticCurvePublicKey):
         key.verify(signature, message, ec.ECDSA(SHA256()))
-    elif isinstance(key, rsa.RSAPublicKey) and key.key_size >= _RSA_BITS:
+    elif isinstance(key, rsa.RSAPublicKey):
         key.verify(signature, message, padding.PSS(padding.MGF1(SHA256()), 32), SHA256())
-    else:
+
+
+def _check_kind(key: object) -> None:
+    fine = (
+        isinstance(key, ed25519.Ed25519PublicKey)
+        or (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, _CURVES))
+        or (isinstance(key, rsa.RSAPublicKey) and key.key_size >= _RSA_BITS)
+    )
+    if not fine:
         raise ValueError("the certificate's key is none of Ed25519, ECDSA P-256 or P-384, and RSA of 2048 bits")
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import orjson
 
 from strongroom.errors import BackendError
-from strongroom.gateway.request import Asked
+from strongroom.gateway.request import Asked, is_number
 
 _LINE_MOST = 1 << 20  # bytes of one event
+_USAGE_MOST = 1 << 40  # tokens
 _FINISHED = ("stop", "length", "content_filter")
 BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
 _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, and to each of its texts
@@ -41,10 +42,10 @@ class Meter:
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         # Of both words the server is the author: on the channel, too, one could send much and count little.
-        least = max(self.chunks, self.listed)
+        least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
         said = self.channel if self.channelled else self.reported
         if said is not None and said * BYTES_A_TOKEN >= self.text_bytes:
-            return max(said, least), True
+            return (said if said > least else least), True  # noqa: FURB136
         return max(least, -(-self.text_bytes // 3)), False
 
 
@@ -181,7 +182,7 @@ class Shape:
         tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
         prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
         for each in (tokens, prompt):
-            if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each <= 1 << 40:
+            if type(each) is not int or not 0 <= each <= _USAGE_MOST:
                 raise malformed("has a usage that is not counted in tokens")
         self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt or 0)
 
@@ -195,7 +196,7 @@ class Shape:
             raise malformed("has a private channel without tokens")
         meter = self.meter
         for token, logprob in zip(tokens, logprobs, strict=True):
-            if isinstance(token, bool) or not isinstance(token, int) or not isinstance(logprob, int | float):
+            if type(token) is not int or not is_number(logprob):
                 raise malformed("has a private channel without tokens")
             meter.estimate -= min(0.0, logprob) / math.log(2) if math.isfinite(logprob) else 0.0
         meter.channelled = True
@@ -279,7 +280,7 @@ def _of_text(value: dict[str, Any], most: int) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if not is_number(value) or math.isnan(value):
         raise malformed("has a log-probability that is not a number")
     return round(min(0.0, max(-9999.0, float(value))), 2)
 
@@ -303,7 +304,7 @@ def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[s
         data.append({"object": "embedding", "index": index, "embedding": shown})
     usage = value.get("usage")
     prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else 0
-    prompt = prompt if isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < 1 << 40 else 0
+    prompt = prompt if type(prompt) is int and 0 <= prompt <= _USAGE_MOST else 0
     prompt = _prompt(asked, prompt)
     return {
         "object": "list",
@@ -314,7 +315,7 @@ def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[s
 
 
 def _steps(vector: list[Any]) -> list[int]:
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in vector):
+    if not all(is_number(x) and math.isfinite(x) for x in vector):
         raise malformed("has an embedding that is not made of numbers")
     largest = max(abs(float(x)) for x in vector) or 1.0
     return [round(127 * float(x) / largest) for x in vector]
@@ -379,7 +380,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 def _index(choice: Any) -> int:
     index = choice.get("index", 0) if isinstance(choice, dict) else -1
-    return index if isinstance(index, int) and not isinstance(index, bool) else -1
+    return index if type(index) is int else -1
 
 
 def _reason(value: Any) -> str | None:

@@ -30,9 +30,10 @@ from strongroom.errors import (
 from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
+from strongroom.gateway.certificates import Peer
+from strongroom.gateway.connection import CONNECTION
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
-from strongroom.gateway.listen import CONNECTION
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
@@ -54,6 +55,7 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
+_NO_TOKEN = b"certificate"  # from clients that can't leave the header out
 _AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
 _EMBEDDING_MOST = 1 << 20  # bytes of one embedding
 _BODY_TIME = 20.0  # seconds in which a body has to come
@@ -61,7 +63,9 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class GatewayApp:
-    """The parts that one worker has: `door` (who may), `routes` (upstreams), `tolls` (limits, budgets), `records`."""
+    """The parts that one worker has under some settings: `door` (who may), `routes` (upstreams), `tolls` (limits,
+    budgets), `records`. `before`: that of the settings before, whose requests under way are this one's, too, as far as
+    the log may end them."""
 
     def __init__(
         self,
@@ -71,57 +75,47 @@ class GatewayApp:
         tolls: Tolls,
         records: Records,
         beside: Beside | None = None,
+        *,
+        before: GatewayApp | None = None,
     ) -> None:
         self._door, self._forms, self._routes, self._tolls, self._records = door, forms, routes, tolls, records
-        self._flights, self._refusals = Flights(door), Refusals(time.monotonic)
-        self.failure: StrongroomError | None = None  # why it did not start
+        # Of its own class, and the same requests.
+        self._flights: Flights = before._flights if before else Flights(door)  # noqa: SLF001
+        self._refusals: Refusals = before._refusals if before else Refusals(time.monotonic)  # noqa: SLF001
         self._prefix, self._numbers = secrets.token_hex(8), itertools.count(1 << 20)
         beside = beside or Beside()
         self.verified, self._probe = beside.verified, beside.probe
         self.tracing, self.capture = beside.tracing, beside.capture
-        self.counts = Counts()
+        self.limits = tolls.limits
+        self.counts: Counts = before.counts if before else Counts()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._answer(scope, receive, send)
 
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self._door.look()
-            await self._routes.find()
-            if self.capture is not None:  # nobody's prompts are kept that the log does not say of
-                await asyncio.to_thread(self._records.announce, self.capture.key_id)
-        except StrongroomError as error:
-            self.failure = error
-            await self._close()
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        watching = asyncio.create_task(self._door.watch())
+    async def find(self) -> None:
+        """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
+        that it does not say of. Errors as `Routes.find`, and of the log."""
+        await self._routes.find()
+        if self.capture is not None:
+            await asyncio.to_thread(self._records.announce, self.capture.key_id, self._tolls.digest)
+
+    def start(self) -> None:
+        """Requests come from now on."""
         self._tolls.start()
         for each in (self.verified, self._probe):
             if each is not None:
                 each.start()
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        watching.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await watching
-        await self._close()
-        await send({"type": "lifespan.shutdown.complete"})
 
-    async def _close(self) -> None:
+    async def retire(self) -> None:
+        """No more requests come, and none is under way. Door and records are others', too."""
         for each in (self._probe, self._routes, self.verified):
             if each is not None:
                 each.close()
         await self._tolls.close()
-        await asyncio.to_thread(self._records.close)
         for last in (self.capture, self.tracing):
             if last is not None:
                 await asyncio.to_thread(last.close)
-        self._door.close()
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -141,20 +135,21 @@ class GatewayApp:
                 self.verified.check()
             if self.capture is not None:
                 self.capture.check()
-            token = _bearer(scope)
-            caller = await self._door.caller(token)
+            token, peer = _shown(scope)
+            caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
                 route,
                 caller,
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
-                _network((scope.get("client") or ("",))[0]),
+                _network(scope["client"][0]),
+                peer,
             )
             if self.tracing is not None:
                 flight.trace = self.tracing.begin(flight, scope["headers"])
-            with self._flights.of(flight):
-                await self._infer(flight, scope, receive, send)
+            self._flights.begin(flight)
+            await self._infer(flight, scope, receive, send)
         except StrongroomError as error:
             await self._refuse(error, flight, send)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
@@ -165,11 +160,15 @@ class GatewayApp:
                 with contextlib.suppress(BackendError):
                     self._record(flight, 500, "internal")
             raise
+        finally:
+            if flight is not None:
+                self._flights.end(flight)
 
     async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
         asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
-        flight.ref = await self._door.resolve(asked.model)
-        await self._flights.allow(flight)
+        flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
+        if not self._flights.allowed(flight):
+            await self._flights.allow(flight)
         if flight.trace is not None:
             flight.trace.part("limits")
         await self._tolls.take(flight)
@@ -324,9 +323,9 @@ class GatewayApp:
                 "ms": int(seconds * 1000),
                 "destination": flight.destination,
                 "unrecorded": self._refusals.unrecorded(flight.caller.principal),
-                "stream": self._records.stream,
                 **({} if captured is None else {"capture": captured.commitment}),
-            }
+            },
+            self._tolls.digest,
         )
         if captured is not None and self.capture is not None:
             self.capture.add(captured, number, head)
@@ -373,7 +372,7 @@ class GatewayApp:
             if scope["method"] != "GET":
                 raise UsageError("route.method", f"{path} takes GET")
             self._door.check()
-            caller = await self._door.caller(_bearer(scope))
+            caller = await self._door.caller(*_shown(scope))
             found = [
                 {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
                 for each in await self._door.models(caller)
@@ -394,9 +393,10 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    tokens = max(meter.channel, meter.chunks, meter.listed, meter.reported or 0)
-    if asked is not None and tokens > flight.most * asked.n:
-        raise malformed("has more tokens than were asked for")
+    if asked is not None:
+        most = flight.most * asked.n
+        if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
+            raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
     if flight.seed is not None and meter.text_bytes and not meter.channel:
@@ -441,12 +441,19 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
 
 
-def _bearer(scope: Scope) -> str:
+def _shown(scope: Scope) -> tuple[str, Peer | None]:
+    """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
+    a proxy says of a certificate anybody could say."""
     found = [value for name, value in scope["headers"] if name == b"authorization"]
+    peer: Peer | None = scope[CONNECTION].peer
+    if peer is not None and not found:
+        return "", peer
     if len(found) == 1 and found[0][:7].lower() == b"bearer ":
         token = found[0][7:].strip()
+        if peer is not None and token == _NO_TOKEN:
+            return "", peer
         if 0 < len(token) <= 8192 and token.isascii():
-            return str(token, "ascii")
+            return str(token, "ascii"), peer
     raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
 
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, Sealed, StrongroomError
+from strongroom.gateway.certificates import Certificates, Peer
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -58,6 +59,8 @@ class Callers(Protocol):
     def version(self) -> str: ...
     def by_key(self, digest: str) -> tuple[Caller, int] | None: ...
     def by_token(self, token: str) -> tuple[Caller, int]: ...
+    def by_certificate(self, chain: str, at: int) -> tuple[Caller, int]: ...
+    def bundles(self) -> Sequence[str]: ...
     def models(self, caller: Any) -> Sequence[Model]: ...
     def resolve(self, model: str) -> str: ...
     def decide(self, caller: Any, action: str, ref: str) -> None: ...
@@ -80,12 +83,15 @@ class Door:
         self._decisions: OrderedDict[tuple[str, str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
         self._refs: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._models: OrderedDict[tuple[str, str], tuple[Sequence[Model], float]] = OrderedDict()
+        self.certificates = Certificates(callers.bundles)
         self.changed: Callable[[], None] = lambda: None
         self.blind: Callable[[], None] = lambda: None
 
     async def look(self) -> None:
         """One look at the log: what it changed is forgotten."""
         version = await asyncio.get_running_loop().run_in_executor(self._looker, self._callers.version)
+        if version != self._version:
+            await asyncio.get_running_loop().run_in_executor(self._looker, self.certificates.learn)
         self._seen = self._clock()
         if version == self._version:
             return
@@ -115,15 +121,42 @@ class Door:
         if not self.awake:
             raise Sealed("gateway.blind", "the gateway can't see the room's log, and answers nothing meanwhile")
 
-    async def caller(self, token: str) -> Caller:
-        """Whoever a bearer token stands for; AuthRequired ``apikey.invalid``, one error for every reason."""
-        digest = hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
+    def known(self, token: str, peer: Peer | None = None) -> Caller | None:
+        """As `caller`, from memory alone."""
+        return self._remembered(self._callers_by_token, _digest(token)) if peer is None else None
+
+    async def caller(self, token: str, peer: Peer | None = None) -> Caller:
+        """Whoever a bearer token stands for, or a certificate, or both: then `token` may be empty, and counts if it is
+        not. AuthRequired ``apikey.invalid``, one error for every reason."""
+        if peer is not None:
+            return await self._certified(token, peer)
+        digest = _digest(token)
         found = self._remembered(self._callers_by_token, digest)
         if found is not None:
             return found
         epoch = self.epoch
         caller, until = await self._ask(self._find, token, digest)
         return self._keep(self._callers_by_token, digest, caller, until, epoch)
+
+    async def _certified(self, token: str, peer: Peer) -> Caller:
+        found = self._remembered(self._callers_by_token, peer.digest)
+        if found is None:
+            epoch = self.epoch
+            caller, until = await self._ask(self._by_certificate, peer)
+            found = self._keep(self._callers_by_token, peer.digest, caller, until, epoch)
+        if not token:
+            return found
+        said = await self.caller(token)
+        # Else whoever has got hold of a key could use it from any workload, under another name than its connection's.
+        if said.principal != found.principal:
+            raise _nobody()
+        return said
+
+    def _by_certificate(self, peer: Peer) -> tuple[Caller, float]:
+        with contextlib.suppress(AuthRequired):  # one error for every reason
+            caller, until = self._callers.by_certificate(peer.chain, peer.at)
+            return caller, self._remember_until(until)
+        raise _nobody()
 
     def _find(self, token: str, digest: str) -> tuple[Caller, float]:
         if _KEY.fullmatch(token):
@@ -140,17 +173,27 @@ class Door:
         """By our clock, for what ends at the Unix time `ends`: nobody is remembered for longer than they are known."""
         return self._clock() + min(_DECISION, max(0.0, ends - time.time()))
 
+    def resolved(self, model: str) -> str | None:
+        """As `resolve`, from memory alone."""
+        return self._remembered(self._refs, model)
+
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
-        found: str | None = self._remembered(self._refs, model)
-        if found is not None:
-            return found
         epoch = self.epoch
         try:
             ref = await self._ask(self._callers.resolve, model)
         except NotFound:
             raise missing(model) from None
         return str(self._keep(self._refs, model, ref, self._clock() + _DECISION, epoch))
+
+    def allowed(self, caller: Caller, actions: list[str], ref: str) -> bool:
+        """Whether every action is known to be, from memory alone."""
+        now = self._clock()
+        for action in actions:
+            kept = self._decisions.get((caller.principal, caller.method, action, ref))
+            if kept is None or kept[0] is not None or kept[1] < now:
+                return False
+        return True
 
     async def allow(self, caller: Caller, actions: list[str], ref: str, model: str) -> None:
         """Every action, or Denied; NotFound ``model.not_found`` where not even `infer` is allowed, so that nobody
@@ -212,6 +255,11 @@ class Door:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._looker.shutdown(cancel_futures=True)
+
+
+def _digest(token: str) -> str:
+    """What stands for a token in memory: no token is kept."""
+    return hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
 
 
 def missing(model: str) -> NotFound:

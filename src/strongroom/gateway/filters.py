@@ -18,8 +18,10 @@ _MOST = 1 << 16  # bytes of a classifier's answer
 
 class Filter(Protocol):
     """UsageError ``content.refused`` for texts that are not answered; BackendError where it can't tell: they are not
-    answered either."""
+    answered either. `looks`: whether it has anything to look for."""
 
+    @property
+    def looks(self) -> bool: ...
     async def check(self, texts: Sequence[str], caller: Any) -> None: ...
 
 
@@ -34,11 +36,10 @@ class Words:
             except re.error as error:
                 raise UsageError("settings.pattern", f"{pattern!r:.80} is no regular expression: {error}") from None
             parts.append(f"(?:{pattern})")
-        self._found = re.compile("|".join(parts), re.IGNORECASE) if parts else None
+        self._found = re.compile("|".join(parts) or "(?!)", re.IGNORECASE)
+        self.looks = bool(parts)
 
     async def check(self, texts: Sequence[str], caller: Any) -> None:  # noqa: ARG002 - the same for everybody
-        if self._found is None:
-            return
         for text in texts:
             if self._found.search(_folded(text)):
                 # Which word it was would tell how to write it otherwise.
@@ -52,6 +53,7 @@ class Classifier:
         scheme, _, rest = url.partition("://")
         host, _, path = rest.partition("/")
         self._upstream, self._path = Upstream(f"{scheme}://{host}"), f"/{path}"
+        self.looks = True
 
     async def check(self, texts: Sequence[str], caller: Any) -> None:  # noqa: ARG002 - it is not told who asks
         reply = await self._upstream.post(self._path, orjson.dumps({"texts": list(texts)}))

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from strongroom.errors import BackendError, Sealed, StrongroomError
 from strongroom.gateway.answer import Meter
+from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
 from strongroom.gateway.request import Asked
 from strongroom.gateway.spelt import Spelling
 from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
+
+T = TypeVar("T")
 
 
 class Trace(Protocol):
@@ -37,7 +39,7 @@ class Admission(Protocol):
     def done(self, tokens: int) -> Awaitable[None] | None: ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
@@ -48,6 +50,7 @@ class Flight:
     token: str
     identifier: str
     destination: str
+    peer: Peer | None = None  # who has shown a certificate
     ref: str = ""
     asked: Asked | None = None
     most: int = 0
@@ -82,14 +85,15 @@ class Flight:
         if self.why is not None:
             raise self.why
 
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """While it waits for a place, or for an answer to begin, which takes as long as the answer where that comes
-        whole: what ends it is raised at once, and frees the place."""
-        self.check()
+    async def interruptible(self, wait: Coroutine[Any, Any, T]) -> T:
+        """`wait` for a place, or for an answer to begin, which takes as long as the answer where that comes whole: what
+        ends the request is raised at once, and frees the place."""
+        if self.why is not None:
+            wait.close()
+            raise self.why
         self._waits = asyncio.current_task()
         try:
-            yield
+            return await wait
         except asyncio.CancelledError:
             # Cancelled by `cut` alone, and not by a server that ends, too.
             if self._interrupted and self._waits is not None and not self._waits.uncancel():
@@ -122,13 +126,19 @@ class Flights:
         self._tasks: set[asyncio.Task[None]] = set()
         door.changed, door.blind = self._changed, self._blind
 
-    @contextmanager
-    def of(self, flight: Flight) -> Iterator[None]:
+    def begin(self, flight: Flight) -> None:
         self._under_way.add(flight)
-        try:
-            yield
-        finally:
-            self._under_way.discard(flight)
+
+    def end(self, flight: Flight) -> None:
+        self._under_way.discard(flight)
+
+    def allowed(self, flight: Flight) -> bool:
+        """As `allow`, from memory alone."""
+        assert flight.asked is not None  # noqa: S101 - read before
+        if not self._door.allowed(flight.caller, flight.asked.actions, flight.ref):
+            return False
+        flight.epoch = self._door.epoch
+        return True
 
     async def allow(self, flight: Flight) -> None:
         """Denied, NotFound; again if the log changes meanwhile."""
@@ -136,7 +146,7 @@ class Flights:
         while True:
             epoch = self._door.epoch
             if flight.epoch >= 0:
-                flight.caller = await self._door.caller(flight.token)
+                flight.caller = await self._door.caller(flight.token, flight.peer)
             await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
             if epoch == self._door.epoch:
                 flight.epoch = epoch

@@ -40,11 +40,13 @@ class Cell:
 
 class Limits:
     """The limits of one process, whose event loop alone uses it. `clock`: seconds that never go back. `scale`: the part
-    of each limit that is this worker's."""
+    of each limit that is this worker's. `before`: the limits of other settings, where what is the same goes on."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float], *, scale: float = 1.0) -> None:
+    def __init__(
+        self, settings: Settings, clock: Callable[[], float], *, scale: float = 1.0, before: Limits | None = None
+    ) -> None:
         self._settings, self._clock, self._scale = settings, clock, scale
-        self._cells: dict[tuple[str, str, Rate], Cell] = {}
+        self._cells: dict[tuple[str, str, Rate], Cell] = before._cells if before else {}  # noqa: SLF001 - its own class
         self._found: dict[tuple[str, str, tuple[str, ...], tuple[str, ...], str], tuple[Cell, ...]] = {}
         self._sweep_at = 1024
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from strongroom.gateway.app import GatewayApp
+    from strongroom.gateway.generations import Generations
 
 _BOUNDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -46,9 +46,9 @@ class Counts:
 
 
 class GatewayMetrics:
-    """Those of one application."""
+    """Those of one worker."""
 
-    def __init__(self, app: GatewayApp) -> None:
+    def __init__(self, app: Generations) -> None:
         self._app = app
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -80,6 +80,11 @@ class GatewayMetrics:
         seconds.add_metric((), buckets, total)
         yield seconds
         yield from self._verified()
+        settings = GaugeMetricFamily(
+            "strongroom_gateway_settings", "The settings in force, by their digest", labels=("digest",)
+        )
+        settings.add_metric((self._app.settings.digest,), 1)
+        yield settings
         yield GaugeMetricFamily("strongroom_gateway_under_way", "Requests under way", value=self._app.under_way)
         yield GaugeMetricFamily(
             "strongroom_gateway_ready", "Whether requests are answered", value=0 if self._app.problems() else 1

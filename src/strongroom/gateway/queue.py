@@ -46,15 +46,21 @@ class FairQueue:
         self._order: deque[str] = deque()  # identities with something that waits, the next one first
         self.waiting = 0
 
+    def free_place(self) -> Place | None:
+        """A place, if there is one that nobody waits for."""
+        if not self._free or self.waiting:
+            return None
+        self._free -= 1
+        return Place(self)
+
     async def enter(self, who: str, cost: int) -> Place:
         """Wait until a request of `who`, for `cost` tokens, may go upstream. The place must be left again
         (``with await queue.enter(...):``); a request that is cancelled while it waits has none.
 
         LimitExceeded ``queue.full`` (of the caller, or of all) and ``queue.waited``, with scope, limit, retry_after.
         """
-        if self._free and not self.waiting:
-            self._free -= 1
-            return Place(self)
+        if (place := self.free_place()) is not None:
+            return place
         line = self._lines.get(who)
         if self.waiting >= self._limits.length:
             raise _full("everybody", self._limits.length)

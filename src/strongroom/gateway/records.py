@@ -40,15 +40,17 @@ class _Sums:
     tokens: int = 0
     bits: int = 0
 
-    def add(self, other: _Sums) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    def add(self, requests: int, refused: int, tokens: int, bits: int) -> None:
+        self.requests += requests
+        self.refused += refused
+        self.tokens += tokens
+        self.bits += bits
 
 
 @dataclass
 class _Unwritten:
     lines: list[bytes] = field(default_factory=list)
-    sums: dict[str, _Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
     waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
@@ -69,13 +71,14 @@ class Records:
             ) from None
         self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
         self._unwritten = _Unwritten()
-        self._sums: dict[str, _Sums] = {}  # of what was written and not entered; the thread's alone
+        # Of what was written and not entered, by settings and version; the thread's alone.
+        self._sums: dict[tuple[str, str], _Sums] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._failure: BackendError | None = None
         self._closing = False
         self._capture = ""
-        self._announced: tuple[str, Future[None]] | None = None
+        self._announced: list[tuple[str, str, Future[None]]] = []
         self._entered_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="records", daemon=True)
         self._thread.start()
@@ -85,26 +88,36 @@ class Records:
         if self._failure is not None:
             raise self._failure.with_traceback(None)  # told many, for as long as the disk is full
 
-    def add(self, record: dict[str, Any]) -> tuple[int, str]:
-        """The record, without `n`, `at` and `before`, which are put in here. Returns at once, with its number and its
-        hash."""
+    def add(self, record: dict[str, Any], settings: str = "") -> tuple[int, str]:
+        """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of
+        those that it came under, where they are others than those of the start. Returns at once, with its number and
+        its hash."""
         self.check()
+        ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:
-            whole = {**record, "n": self._count, "at": int(self._clock() * 1000), "before": self._head}
-            line = orjson.dumps(whole, option=orjson.OPT_SORT_KEYS)
+            record |= {
+                "stream": self.stream, "n": self._count, "at": int(self._clock() * 1000), "before": self._head
+            }  # fmt: skip
+            line = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
             self._head = digest(line)
             self._count += 1
-            self._unwritten.lines.append(line)
-            sums = self._unwritten.sums.setdefault(record["ref"], _Sums())
-            sums.add(_Sums(1, record["status"] >= 400, record["tokens"], record["bits"]))
+            unwritten, about = self._unwritten, (settings or self._settings, ref)
+            unwritten.lines.append(line)
+            sums = unwritten.sums.get(about)
+            if sums is None:
+                sums = unwritten.sums[about] = _Sums()
+            sums.add(1, refused, tokens, bits)
             return self._count - 1, self._head
 
-    def announce(self, capture: str) -> None:
-        """From now on the log's entries say to which key prompts and answers are sealed (empty: to none); back when the
-        first of them is there. Not on the event loop. Whatever keeps the log from being written."""
+    def announce(self, capture: str, settings: str = "") -> None:
+        """From now on the log's entries say to which key prompts and answers are sealed (empty: to none), under
+        settings of this digest; back when the first of them is there. Not on the event loop. Whatever keeps the log
+        from being written."""
         told = Future[None]()
         with self._lock:
-            self._announced = (capture, told)
+            if not self._announced and capture == self._capture:
+                return
+            self._announced.append((capture, settings or self._settings, told))
         self._wake.set()
         told.result()
 
@@ -132,7 +145,7 @@ class Records:
             self._wake.clear()
             last = self._closing
             self._write()
-            if self._announced is not None:
+            if self._announced:
                 self._tell()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
@@ -159,42 +172,41 @@ class Records:
                 )
         # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
         # left the room all the same.
-        for ref, sums in taken.sums.items():
-            self._sums.setdefault(ref, _Sums()).add(sums)
+        for about, sums in taken.sums.items():
+            self._sums.setdefault(about, _Sums()).add(**vars(sums))
         for waiter in taken.waiting:
             with contextlib.suppress(RuntimeError):  # its loop has ended
                 waiter.get_loop().call_soon_threadsafe(_set, waiter)
 
     def _enter(self) -> None:
-        """An entry for each version. What can't be entered now is entered later, with what comes until then."""
+        """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
         taken, self._sums = self._sums, {}
-        for ref, sums in taken.items():
+        for (settings, ref), sums in taken.items():
             try:
-                self._append(ref, self._body(sums))
+                self._append(ref, self._body(settings, sums))
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                self._sums.setdefault(ref, _Sums()).add(sums)
+                self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
         self._entered_at = time.monotonic()
 
     def _tell(self) -> None:
         with self._lock:
-            announced, self._announced = self._announced, None
-        if announced is None:
-            return
-        before, self._capture = self._capture, announced[0]
-        try:
-            self._append("", self._body(_Sums()))
-        except BaseException as error:  # noqa: BLE001 - it is whoever waits that has to know
-            self._capture = before
-            announced[1].set_exception(error)
-        else:
-            announced[1].set_result(None)
+            announced, self._announced = self._announced, []
+        for capture, settings, told in announced:
+            before, self._capture = self._capture, capture
+            try:
+                self._append("", self._body(settings, _Sums()))
+            except BaseException as error:  # noqa: BLE001 - it is whoever waits that has to know
+                self._capture = before
+                told.set_exception(error)
+            else:
+                told.set_result(None)
 
-    def _body(self, sums: _Sums) -> dict[str, Any]:
+    def _body(self, settings: str, sums: _Sums) -> dict[str, Any]:
         return {
             "gateway": self.stream,
             "records": self._written,
             "head": self._written_head,
-            "settings": self._settings,
+            "settings": settings,
             **vars(sums),
             **({"capture": self._capture} if self._capture else {}),
         }
@@ -210,11 +222,16 @@ def digest(line: bytes) -> str:
     return hashlib.sha256(_PREFIX + line).hexdigest()
 
 
-def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
-    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are.
+def verify(
+    lines: Iterable[bytes], entries: Iterable[dict[str, Any]], each: Callable[[dict[str, Any]], None] = lambda _: None
+) -> int:
+    """Check a chain against the bodies of the `inference` entries of its stream; how many records there are. `each` is
+    given every record that follows from the one before, in their order.
 
     Tampered ``records.tampered`` where a record does not follow from the one before, or an entry names another hash.
     """
+    told = list(entries)
+    named = {body["head"] for body in told}
     heads = {FIRST: 0}
     before, count = FIRST, 0
     for line in lines:
@@ -225,8 +242,10 @@ def verify(lines: Iterable[bytes], entries: Iterable[dict[str, Any]]) -> int:
         if not isinstance(record, dict) or record.get("n") != count or record.get("before") != before:
             raise Tampered("records.tampered", f"record {count} does not follow from the one before")
         before, count = digest(line), count + 1
-        heads[before] = count
-    for body in entries:
+        if before in named:
+            heads[before] = count
+        each(record)
+    for body in told:
         if heads.get(body["head"]) != body["records"]:
             raise Tampered(
                 "records.tampered", f"the log has a chain of {body['records']} records with another end than these"

@@ -27,6 +27,8 @@ _MESSAGES = 256
 _INPUTS = 64
 _PASSED_OVER = 4096  # bytes of what is taken and not passed on
 _ROLES = ("system", "developer", "user", "assistant")
+_PLAIN = {"role", "content"}  # members of a message
+_NAMED = {*_PLAIN, "name"}
 _LOGPROBS = 5
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _PILE = bytes([1]) * 31  # marks in a row; no text has more than 30 (UAX #15, section 13)
@@ -66,11 +68,7 @@ class Asked:
     upstream: dict[str, Any] = field(default_factory=dict)
     actions: list[str] = field(default_factory=lambda: ["infer"])
     steers: str = ""
-
-    @property
-    def characters(self) -> int:
-        """Of everything that the model reads."""
-        return sum(len(text) for text in self.texts)
+    characters: int = 0  # of everything that the model reads
 
 
 class Forms:
@@ -104,6 +102,7 @@ class Forms:
             if value.get(name) is None:
                 raise invalid(name, "is required")
         for text in asked.texts:
+            asked.characters += len(text)
             self._check(text, required)
         if asked.logprobs is not None:
             if asked.steers:
@@ -117,13 +116,14 @@ class Forms:
     def _check(self, text: str, param: str) -> None:
         if _CONTROL.search(text):
             raise invalid(param, "has control characters, or half a character")
-        if not text.isascii() and _piled(text):
-            raise invalid(param, "has more than 30 marks on one character")
-        # Some tokenizers normalise first: a wide form of a control token is one, too.
-        for form in (text,) if text.isascii() else (text, unicodedata.normalize("NFKC", text.replace("\ufdfa", " "))):
-            found = self._tokens.search(form)
-            if found:
-                raise invalid(param, f"has {found[0]!r:.70}, which the model takes for a mark of its own")
+        found = self._tokens.search(text)
+        if not found and not text.isascii():
+            if _piled(text):
+                raise invalid(param, "has more than 30 marks on one character")
+            # Some tokenizers normalise first: a wide form of a control token is one, too.
+            found = self._tokens.search(unicodedata.normalize("NFKC", text.replace("\ufdfa", " ")))
+        if found:
+            raise invalid(param, f"has {found[0]!r:.70}, which the model takes for a mark of its own")
 
 
 def _piled(text: str) -> bool:
@@ -199,6 +199,11 @@ def _real(digits: str) -> float:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Of JSON, whose numbers are of two types and no other: true and false are none, though Python counts with them."""
+    return type(value) is int or type(value) is float
+
+
 def invalid(param: str, why: str) -> UsageError:
     """The error for a value that a parameter can't have."""
     return UsageError("parameter.invalid", f"{param!r:.80} {why}", param=param)
@@ -216,12 +221,7 @@ Take = Callable[[Asked, Any], None]
 
 def _number(name: str, least: float, most: float, *, above: bool = False) -> Take:
     def take(asked: Asked, value: Any) -> None:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not least <= value <= most
-            or (above and value == least)
-        ):
+        if not is_number(value) or not least <= value <= most or (above and value == least):
             raise invalid(name, f"is not a number {'above' if above else 'from'} {least:g} to {most:g}")
         asked.upstream[name] = value
         if name.endswith("penalty") and value:
@@ -231,7 +231,7 @@ def _number(name: str, least: float, most: float, *, above: bool = False) -> Tak
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if type(value) is not int or not least <= value <= most:
         raise invalid(name, f"is not a whole number from {least} to {most}")
     return value
 
@@ -279,7 +279,7 @@ def _messages(asked: Asked, value: Any) -> None:
         raise invalid("messages", f"is not a list of 1 to {_MESSAGES}")
     made = []
     for each in value:
-        if not isinstance(each, dict) or not {"role", "content"} <= each.keys() <= {"role", "content", "name"}:
+        if not isinstance(each, dict) or (each.keys() != _PLAIN and each.keys() != _NAMED):
             raise invalid("messages", "has a member that is not {role, content}")
         role, content = each["role"], each["content"]
         if role not in _ROLES:
@@ -363,7 +363,7 @@ def _logit_bias(asked: Asked, value: Any) -> None:
     for token, bias in value.items():
         if not re.fullmatch("[0-9]{1,7}", token, re.ASCII):
             raise invalid("logit_bias", "has a name that is not a token's number")
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+        if not is_number(bias) or not -100 <= bias <= 100:
             raise invalid("logit_bias", "has a bias that is not from -100 to 100")
         made[str(int(token))] = bias
     if made:

@@ -71,18 +71,11 @@ class Routes:
         """The beginning of an answer to `body`, which gets the name that the model has there. Another server is tried
         only where the first has not begun: nothing is generated twice. BackendError ``upstream.*``, LimitExceeded.
         After it, whatever it came to, `end`."""
-        failure: StrongroomError = BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
+        failure: StrongroomError | None = None
         for backend, name in self._in_turn(flight.ref):
             size = flight.most * (flight.asked.n if flight.asked else 1)
             try:
-                with flight.interruptible():
-                    flight.place = await backend.queue.enter(flight.caller.principal, size)
-                    reply = flight.reply = await backend.upstream.post(
-                        _PATHS[flight.route],
-                        orjson.dumps({**body, "model": name}),
-                        whole=not body.get("stream"),
-                        more=b"" if flight.trace is None else flight.trace.header,
-                    )
+                reply = await flight.interruptible(_sent(flight, backend, size, {**body, "model": name}))
             except BackendError as error:
                 if error.code != "upstream.unavailable":
                     raise
@@ -93,7 +86,7 @@ class Routes:
                     return reply
                 failure = BackendError("upstream.unavailable", "the inference server has too much to do")
             self.end(flight)
-        raise failure
+        raise failure or BackendError("upstream.unavailable", f"no inference server serves {flight.ref} now")
 
     def end(self, flight: Flight) -> None:
         """What is left of an answer is given up, and its place is free."""
@@ -121,6 +114,19 @@ class Routes:
     def close(self) -> None:
         for backend in self._backends:
             backend.upstream.close()
+
+
+async def _sent(flight: Flight, backend: Backend, size: int, body: dict[str, object]) -> Reply:
+    """The beginning of the answer, once it is the request's turn."""
+    queue = backend.queue
+    flight.place = queue.free_place() or await queue.enter(flight.caller.principal, size)
+    reply = flight.reply = await backend.upstream.post(
+        _PATHS[flight.route],
+        orjson.dumps(body),
+        whole=not body.get("stream"),
+        more=b"" if flight.trace is None else flight.trace.header,
+    )
+    return reply
 
 
 async def _listed(upstream: Upstream) -> list[str]:

@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any
 import uvicorn
 
 from strongroom.errors import BackendError, StrongroomError
-from strongroom.gateway.app import GatewayApp
+from strongroom.gateway.generations import Generations
 from strongroom.gateway.listen import configure
+from strongroom.gateway.reload import Prepared, Read, Tell, everywhere
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.vault import Vault
@@ -26,15 +27,20 @@ from strongroom.vault.vault import Vault
 
 @dataclass(frozen=True)
 class Plan:
-    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS;
-    `observe` is called in each worker with its application and its number, before requests are answered."""
+    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS; `observe` is
+    called in each worker with its application and its number, before requests are answered; `ask`: whether callers may
+    show certificates of their own; `read` reads the settings again at a SIGHUP, and `tell` is told those that are in
+    force from then on, or why they are not. Without `read` a SIGHUP ends it."""
 
     room: Path
     settings: Settings
     records: Path
     workers: int = 1
     certificate: tuple[Path, Path] | None = None
-    observe: Callable[[GatewayApp, int], None] = lambda _, __: None
+    observe: Callable[[Generations, int], None] = lambda _, __: None
+    ask: bool = False
+    read: Read | None = None
+    tell: Tell = lambda _: None
 
 
 class _Server(uvicorn.Server):
@@ -53,43 +59,81 @@ class _Server(uvicorn.Server):
 def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> None:
     """Serve until interrupted; `ready` is called once, when requests are answered. BackendError ``gateway.start``."""
     if plan.workers == 1:
-        _serve(plan, listener, ready, 0)
+        read = plan.read
+        if read is None:
+            _serve(plan, listener, ready, 0, lambda _: None)
+            return
+        with _hangup(signal.SIG_IGN):  # until it can be answered
+            _serve(plan, listener, ready, 0, lambda prepared: prepared.on_hangup(read, plan.tell))
         return
     before = signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
-    children: list[Any] = []
+    children: list[tuple[Any, Any]] = []
+    rung, bell = context.Pipe(duplex=False)
     try:
-        # One after the other: where a key store asks for a passphrase, one asks at a time.
-        for number in range(plan.workers):
-            started = context.Event()
-            heard, told = context.Pipe(duplex=False)
-            child = context.Process(target=_worker, args=(plan, listener, started.set, number, told))
-            child.start()
-            children.append(child)
-            while not started.wait(0.1):
-                if child.exitcode is not None:
-                    why, hint = heard.recv() if heard.poll() else ("a worker of the gateway ended while it started", "")
-                    raise BackendError("gateway.start", why, hint=hint)
-        ready()
+        with _hangup((lambda *_: bell.send(None)) if plan.read else _interrupted):
+            # One after the other: where a key store asks for a passphrase, one asks at a time.
+            for number in range(plan.workers):
+                started = context.Event()
+                here, there = context.Pipe()
+                child = context.Process(target=_worker, args=(plan, listener, started.set, number, there))
+                child.start()
+                children.append((here, child))
+                there.close()  # so that one that has ended is heard to have
+                while not started.wait(0.1):
+                    if child.exitcode is not None:
+                        why, hint = (
+                            here.recv() if here.poll() else ("a worker of the gateway ended while it started", "")
+                        )
+                        raise BackendError("gateway.start", why, hint=hint)
+            ready()
+            while rung in connection.wait([rung, *(child.sentinel for _, child in children)]):
+                rung.recv()
+                _again(plan, children)
         # One that ended by itself has lost what it had drawn of budgets and limits: all are started again together.
-        connection.wait([child.sentinel for child in children])
         raise BackendError("gateway.worker", "a worker of the gateway has ended", hint="start the gateway again")
     except KeyboardInterrupt:
         pass
     finally:
-        for child in children:
+        for _, child in children:
             child.terminate()
-        for child in children:
+        for line, child in children:
             child.join()
+            line.close()
+        rung.close()
+        bell.close()
         signal.signal(signal.SIGTERM, before)
 
 
-def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int, told: Any) -> None:
-    """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
+def _again(plan: Plan, children: list[tuple[Any, Any]]) -> None:
+    if plan.read is None:
+        return
     try:
-        _serve(plan, listener, ready, number)
+        settings = plan.read()
+        everywhere(settings, children)
+        plan.tell(settings)
     except StrongroomError as error:
-        told.send((error.message, error.hint))
+        if error.code == "gateway.worker":
+            raise
+        plan.tell(error)
+
+
+@contextlib.contextmanager
+def _hangup(handler: Any) -> Iterator[None]:
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int, line: Any) -> None:
+    """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if plan.read else signal.SIG_DFL)  # it is told by the first process
+    try:
+        _serve(plan, listener, ready, number, lambda prepared: prepared.listen_to(line))
+    except StrongroomError as error:
+        line.send((error.message, error.hint))
         sys.exit(error.exit_code)
 
 
@@ -97,13 +141,28 @@ def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _serve(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int) -> None:
+def _serve(
+    plan: Plan,
+    listener: socket.socket,
+    ready: Callable[[], None],
+    number: int,
+    listening: Callable[[Prepared], None],
+) -> None:
     vault = Vault(plan.room)
     try:
         vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
         app = application(vault, plan.settings, plan.records, workers=plan.workers)
         plan.observe(app, number)
-        server = _Server(configure(app, plan.certificate), ready)
+        config = configure(app, plan.certificate)
+        if plan.ask and config.ssl is not None:
+            app.certificates.ask_with(config.ssl)
+        prepared = Prepared(app, config.ssl, plan.certificate)
+
+        def begun() -> None:
+            listening(prepared)
+            ready()
+
+        server = _Server(config, begun)
         # Why it did not start is said once, by whoever catches it, with what to do.
         logging.getLogger("uvicorn.error").addFilter(lambda _: app.failure is None)
         try:

@@ -286,8 +286,11 @@ class Settings:
 
     def max_tokens(self, roles: tuple[str, ...] = ()) -> int:
         """The most tokens of an answer for somebody with `roles`."""
-        said = [role.max_tokens for name, role in self.role if name in roles and role.max_tokens]
-        return min([self.answer.max_tokens, *said])
+        most = self.answer.max_tokens
+        for name, role in self.role:
+            if name in roles and role.max_tokens:
+                most = min(most, role.max_tokens)
+        return most
 
 
 def _smaller(one: int, other: int) -> int:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
@@ -49,6 +48,7 @@ class Tolls:
         self.misspelled = 0  # answers that were not what their tokens spell
         self._vocabulary, self._filters = vocabulary, tuple(filters)
         self._tending: asyncio.Task[None] | None = None
+        self.digest, self.limits = settings.digest, limits
         self.durable_before = settings.records.durable == "before"
         self.dimensions = DIMENSIONS
 
@@ -88,13 +88,16 @@ class Tolls:
         try:
             flight.headers += flight.admission.headers
             for each in self._filters:
-                await each.check(asked.texts, caller)
+                if each.looks:
+                    await each.check(asked.texts, caller)
             if self._spellings is not None and asked.route != "embeddings":
                 flight.spelling = await self._spellings.of(flight.ref)
             flight.reserved = self._most(flight)
             if flight.trace is not None:
                 flight.trace.part("budget")
-            flight.toll = await self._reserve(flight)
+            flight.toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
+            if flight.toll is None:
+                flight.toll = await self._reserve(flight)
         except BaseException:
             await self.give(flight)
             raise
@@ -108,19 +111,14 @@ class Tolls:
                 await done
 
     async def _reserve(self, flight: Flight) -> Reservation:
-        caller = flight.caller
-        spender = Spender(caller.principal, flight.destination, caller.teams, caller.key)
-        taken = self._budgets.take(spender, flight.ref, flight.reserved)
-        if taken is None:  # the database is asked, which takes milliseconds
-            asked = asyncio.ensure_future(
-                asyncio.to_thread(self._budgets.reserve, spender, flight.ref, flight.reserved)
-            )
-            try:
-                taken = await asyncio.shield(asked)
-            except asyncio.CancelledError:
-                asked.add_done_callback(_free)  # nobody else will, and nothing was generated
-                raise
-        return taken
+        """Out of the database, which takes milliseconds."""
+        work = asyncio.to_thread(self._budgets.reserve, _spender(flight), flight.ref, flight.reserved)
+        asked = asyncio.ensure_future(work)
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(_free)  # nobody else will, and nothing was generated
+            raise
 
     def _most(self, flight: Flight) -> int:
         """E_c of the most that may come."""
@@ -141,7 +139,7 @@ class Tolls:
         else:
             flight.bits = self._bits(flight)
         # A server can make any answer cost more than was reserved: nobody else waits for the database then.
-        toll.settle(flight.bits, pay=partial(asyncio.get_running_loop().run_in_executor, None))
+        toll.settle(flight.bits, pay=_in_thread)
 
     def _bits(self, flight: Flight) -> int:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)
@@ -162,6 +160,15 @@ class Tolls:
             bits += meter.bound(named, words, logprobs=beside) - meter.bound(named, words)
             bits += max(0, meter.TEXT_BYTE * given.spelled - meter.bound(given.listed * beside, words))
         return bits
+
+
+def _spender(flight: Flight) -> Spender:
+    caller = flight.caller
+    return Spender(caller.principal, flight.destination, caller.teams, caller.key)
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    asyncio.get_running_loop().run_in_executor(None, work)
 
 
 def _free(asked: asyncio.Future[Reservation]) -> None:

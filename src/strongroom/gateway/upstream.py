@@ -10,15 +10,16 @@ import asyncio
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from strongroom.errors import BackendError, StrongroomError, UsageError
+from strongroom.gateway.deadline import Deadline
 
 _BODY_MOST = 64 << 20  # bytes of an answer, whole or streamed
 _WAITING_MOST = 256 << 10  # bytes of a stream that wait; then the connection is no longer read
@@ -78,7 +79,7 @@ class Upstream:
         """Whether it is worth a try: after several failures in a row an upstream is left alone for a while."""
         return self._clock() >= self._closed_until
 
-    async def post(self, path: str, body: bytes, *, whole: bool = False, more: bytes = b"") -> Reply:
+    def post(self, path: str, body: bytes, *, whole: bool = False, more: bytes = b"") -> Coroutine[Any, Any, Reply]:
         """Begin a request; back when the head of the answer is there. BackendError ``upstream.unavailable``,
         ``upstream.timeout``, ``upstream.malformed``. `whole`: of an answer that is no stream, the first byte comes when
         all of it has been generated, so it may take as long as the whole. `more`: lines of the head, each after CR LF.
@@ -86,7 +87,7 @@ class Upstream:
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
-        return await self._send(
+        return self._send(
             b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s"
             % ((self._path + path).encode("ascii"), self._head, more, len(body), body),
             self.timeouts.whole if whole else self.timeouts.first,
@@ -169,7 +170,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpResponseParser | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+        self._seconds, self._deadline = 0.0, Deadline(self._loop, self._late)
         self._fresh()
 
     def _fresh(self) -> None:
@@ -204,29 +206,26 @@ class _Connection(asyncio.Protocol):
 
     async def wait(self, seconds: float) -> None:
         """Until something came, or BackendError ``upstream.timeout``."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        timer = loop.call_later(seconds, self._late, seconds)
+        self._waiter, self._seconds = self._loop.create_future(), seconds
+        self._deadline.within(seconds)
         try:
             await self._waiter
         finally:
-            timer.cancel()
+            self._deadline.met()
             self._waiter = None
 
-    def _late(self, seconds: float) -> None:
-        self._fail("upstream.timeout", f"the inference server sent nothing for {seconds:g} s")
+    def _late(self) -> None:
+        self._fail("upstream.timeout", f"the inference server sent nothing for {self._seconds:g} s")
 
-    def all(self) -> bytes:
-        """Everything that waits."""
-        found = b"".join(self.pieces)
+    def take(self) -> bytes:
+        """All that waits, as one piece: each costs its taker a write."""
+        found = self.pieces.popleft() if len(self.pieces) == 1 else b"".join(self.pieces)
         self.pieces.clear()
-        return found
-
-    def taken(self, size: int) -> None:
-        self.waiting -= size
-        if self._paused and self.waiting < _WAITING_MOST // 2 and self._transport is not None:
+        self.waiting = 0
+        if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
+        return found
 
     def finish(self, upstream: Upstream) -> None:
         """The answer has been taken whole."""
@@ -265,6 +264,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self.closed = True
+        self._deadline.close()
         if self.status and not self.whole and self.failure is None:
             if self._until_closed:
                 self.whole = True
@@ -343,20 +343,29 @@ class Reply:
     async def read(self, most: int = _BODY_MOST) -> bytes:
         """The whole body, of at most so many bytes; BackendError ``upstream.*``."""
         self._connection.most = min(most, _BODY_MOST)
-        return b"".join([piece async for piece in self.pieces()])
+        pieces = []
+        while piece := await self._next():
+            pieces.append(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes; BackendError ``upstream.*``. While nobody takes them, the connection is not read."""
+        try:
+            while piece := await self._next():
+                yield piece
+        except BaseException:
+            self.abort()
+            raise
+
+    async def _next(self) -> bytes:
+        """Some of the body; nothing at its end, after which the connection is another request's."""
         connection, timeouts = self._connection, self._upstream.timeouts
         try:
             while True:
                 if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
                     raise connection.failure
-                if connection.pieces:  # all that is there, as one: each costs its taker a write
-                    piece = connection.pieces.popleft() if len(connection.pieces) == 1 else connection.all()
-                    connection.taken(len(piece))
-                    yield piece
-                    continue
+                if connection.waiting:
+                    return connection.take()
                 if connection.failure is not None:
                     raise connection.failure
                 if connection.whole:
@@ -372,6 +381,7 @@ class Reply:
             raise
         self._done = True
         connection.finish(self._upstream)
+        return b""
 
     def abort(self) -> None:
         """Close the connection: an inference server stops generating for whoever has gone."""

@@ -59,6 +59,18 @@ class Verified:
                 hint="when that has been looked into: a higher term in [verify] of the settings begins a new tally",
             )
 
+    def inherit(self, other: Verified) -> None:
+        """Go on where `other` is, which may still be given answers: what it has found is not forgotten, and what it
+        takes as a sample is run again here."""
+        self.failed, self._samples = other.failed, other._samples
+        if self._tallies.term == other._tallies.term:  # else a new tally begins
+            self._unkept, self.verdicts, self._alarm = other._unkept, other.verdicts, other._alarm
+
+    def rest(self) -> None:
+        """Take samples, and leave it to another one to run them again."""
+        if self._task is not None:
+            self._task.cancel()
+
     def look(self, flight: Flight) -> None:
         """An answer has been given, or the beginning of one; it may be taken as a sample."""
         meter, body = flight.meter, flight.body

@@ -15,6 +15,7 @@ from strongroom.gateway.beside import Beside
 from strongroom.gateway.capture import Capture
 from strongroom.gateway.door import Door
 from strongroom.gateway.filters import Classifier, Filter, Words
+from strongroom.gateway.generations import Generations
 from strongroom.gateway.limits import Limits
 from strongroom.gateway.probe import Probe
 from strongroom.gateway.queue import FairQueue
@@ -43,10 +44,26 @@ _CHANNEL = "--channel takes the file that strongroom infer was started with; of 
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
-def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> GatewayApp:
+def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> Generations:
     """The application of one of so many workers. `records`: the folder that they are written into."""
     callers = Callers(vault)
+    door, kept = Door(callers), Records(records, callers.record, settings.digest)
 
+    def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
+        return _made(vault, callers, door, kept, settings, workers, before)
+
+    return Generations(door, kept, make, settings)
+
+
+def _made(
+    vault: Vault,
+    callers: Callers,
+    door: Door,
+    records: Records,
+    settings: Settings,
+    workers: int,
+    before: GatewayApp | None,
+) -> GatewayApp:
     # What a version has in it does not change: it is asked for once.
     @lru_cache(_VERSIONS)
     def size(ref: str) -> int:
@@ -61,7 +78,7 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
         return callers.model(ref).vocabulary or _VOCABULARY
 
     budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told, small=too_small)
-    limits = _limits(vault, settings, workers)
+    limits = _limits(vault, settings, workers, before)
     backends = [
         Backend(
             _upstream(each, settings),
@@ -75,26 +92,27 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
     filters: list[Filter] = [Words(settings.requests.words, settings.requests.patterns)]
     if settings.requests.classifier:
         filters.append(Classifier(settings.requests.classifier))
-    kept = Records(records, callers.record, settings.digest)
     routes = Routes(backends, channelled=channelled)
     return GatewayApp(
-        Door(callers),
+        door,
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
         routes,
         Tolls(settings, limits, budgets, vocabulary, filters, Spellings(callers.spelling) if channelled else None),
-        kept,
+        records,
         Beside(
             _verified(settings, vault, vocabulary),
             Probe(routes.upstreams, settings.probe.every) if settings.probe.every else None,
             _tracing(settings),
-            Capture(settings.capture, kept.path) if settings.capture.key else None,
+            Capture(settings.capture, records.path) if settings.capture.key else None,
         ),
+        before=before,
     )
 
 
-def _limits(vault: Vault, settings: Settings, workers: int) -> Limits | RedisLimits:
+def _limits(vault: Vault, settings: Settings, workers: int, before: GatewayApp | None) -> Limits | RedisLimits:
     if not settings.redis.url:
-        return Limits(settings, time.monotonic, scale=1 / workers)
+        known = before.limits if before is not None else None
+        return Limits(settings, time.monotonic, scale=1 / workers, before=known if isinstance(known, Limits) else None)
     try:
         from strongroom.gateway.limits_redis import RedisLimits
     except ImportError:

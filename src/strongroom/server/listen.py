@@ -1,8 +1,8 @@
 """Running the custodian: uvicorn with TLS, on a socket that listens already, and with connections that don't wait for
 ever. Nothing in front of it is believed: whoever connects is who asks.
 
-The gateway's connections (gateway/listen.py) have the same limits, written anew: they are of another parser, httptools,
-which tells when a head begins and ends where h11 has states to look at; and the gateway is in a layer below.
+The gateway's connections (gateway/connection.py) have the same limits, written anew: they are of another parser,
+httptools, which tells when a head begins and ends where h11 has states to look at; and the gateway is in a layer below.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import Ref
+from strongroom.crypto import svid
 from strongroom.errors import AuthRequired, Denied, IntegrityError, NotFound, Tampered, UsageError
-from strongroom.formats.authority import OIDC, Authority
+from strongroom.formats.authority import OIDC, X509, Authority, trust_domain
 from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.ledger.log import Draft
 from strongroom.policy import apikeys, usage
@@ -101,12 +102,38 @@ class Callers:
             raise _nobody()
         # Without the state, which others wait for: it may ask the issuer for its keys.
         named, until = self._logins.bearer(authority, token, self._vault.id, today)
+        return self._bound(name, str(text), named, OIDC), until
+
+    def by_certificate(self, chain: str, at: int) -> tuple[Caller, int]:
+        """Who has shown this PEM chain in a TLS handshake that ended at `at` (seconds), and until when that is good, in
+        seconds; AuthRequired, in the same words for everybody who is not known."""
+        try:
+            name = trust_domain(svid.uri_of(chain))
+        except UsageError:
+            raise _nobody() from None
+        now = self._vault.clock()
         with self._ledger.view() as state:
-            found = [each for each in state.principals.values() if each.subject == named and each.active]
+            text, today = state.authorities.get(name), max(now, state.latest)
+        authority = Authority.decode(text) if text is not None else None
+        if authority is None or authority.kind != X509:
+            raise _nobody()
+        named, until = self._logins.certificate(authority, chain, at, today)
+        return self._bound(name, str(text), named, X509), until
+
+    def _bound(self, name: str, text: str, subject: str, method: str) -> Caller:
+        """The principal that is bound to `subject`, which was found under the terms `text` of the authority `name`."""
+        with self._ledger.view() as state:
+            found = [each for each in state.principals.values() if each.subject == subject and each.active]
             # It was judged by the terms that were in force then.
             if state.authorities.get(name) != text or len(found) != 1 or found[0].path.startswith("team/"):
                 raise _nobody()
-            return _caller(Speaker(found[0], OIDC), ""), until
+            return _caller(Speaker(found[0], method), "")
+
+    def bundles(self) -> list[str]:
+        """The certificates (PEM) of the trust domains whose word the room takes."""
+        with self._ledger.view() as state:
+            texts = list(state.authorities.values())
+        return [each.bundle for text in texts if (each := Authority.decode(text)).kind == X509]
 
     # -- what they may have --------------------------------------------------------------------------------------
 

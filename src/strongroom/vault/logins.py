@@ -88,6 +88,16 @@ class Logins:
             raise refused("the token has expired", "get a new one")
         return subject(authority.kind, authority.name, str(payload["sub"])), until
 
+    @staticmethod
+    def certificate(authority: Authority, chain: str, at: int, now: int) -> tuple[str, int]:
+        """Whom the PEM `chain` of a TLS handshake that ended at `at` (seconds) names, as in a principal's record, and
+        until when it is good (spec/ledger.md, section 12). AuthRequired ``login.refused``."""
+        found = _svid(authority, lambda: svid.shown(chain, authority.bundle, now))
+        until = min(found.until, at + authority.longest)
+        if now >= until:
+            raise refused("the certificate was shown too long ago", "connect again")
+        return subject(authority.kind, authority.name, found.uri), until
+
     def _token(self, authority: Authority, token: str, room: bytes, key: bytes, now: int) -> str:
         """The subject of an ID token that introduces a key."""
         payload = self._signed(authority, token)
@@ -275,15 +285,23 @@ def _workload(
     """The SPIFFE id that the chain proves, and until when."""
     try:
         signature = base64.b64decode(str(proof["signature"]), validate=True)
-        found = svid.verify(str(proof["chain"]), signature, svid_message(room, statement.digest), authority.bundle, now)
-        domain = trust_domain(found.uri)
     except ValueError:
         raise refused("the signature is not base64") from None
+    message = svid_message(room, statement.digest)
+    found = _svid(authority, lambda: svid.verify(str(proof["chain"]), signature, message, authority.bundle, now))
+    return found.uri, found.until
+
+
+def _svid(authority: Authority, judge: Callable[[], svid.Svid]) -> svid.Svid:
+    """The workload of the trust domain of `authority` that `judge` finds in a chain."""
+    try:
+        found = judge()
+        domain = trust_domain(found.uri)
     except (Tampered, UsageError) as error:
         raise refused(error.message) from None
     if domain != authority.name:
         raise refused(f"the certificate is of the trust domain {domain}, and not of {authority.name}")
-    return found.uri, found.until
+    return found
 
 
 def check(authority: Authority) -> None:

@@ -38,20 +38,20 @@ class Tallies:
     longer added to. Errors are those of the database."""
 
     def __init__(self, store: Database, term: int = 0) -> None:
-        self._store, self._term = store, term
+        self._store, self.term = store, term
 
     def add(self, ref: str, arithmetic: str, tally: Tally) -> Verified:
         """Count runs, of every gateway; what all of this term come to."""
         counts = (tally.good, tally.suspicious, tally.dangerous, tally.others, ceil(tally.open_bits * _OPEN))
-        keys = [Key(VERIFIED, name, self._term, arithmetic, ref) for name in _CLASSES]
+        keys = [Key(VERIFIED, name, self.term, arithmetic, ref) for name in _CLASSES]
         with Counters(self._store).changing(int(time.time())) as change:
             change.add(dict(zip(keys, counts, strict=True)))
             used = change.used(keys)
-        return Verified(ref, self._term, arithmetic, _tally({key.period: used[key] for key in keys}))
+        return Verified(ref, self.term, arithmetic, _tally({key.period: used[key] for key in keys}))
 
     def now(self) -> list[Verified]:
         """All of this term."""
-        return _found(self._rows(egress.c.start == self._term))
+        return _found(self._rows(egress.c.start == self.term))
 
     def newest(self, ref: str) -> Verified | None:
         """What is known of a version: of its newest term, and of several kinds of arithmetic the one with an alarm, or

@@ -1,0 +1,391 @@
+"""A client's connection, HTTP/1.1: a request, its answer, and the next, read with httptools and passed on as ASGI.
+
+uvicorn's own protocol costs as much as all checks of the gateway together (docs/reference/bench-gateway.md), and would
+have to be held to limits that it does not have: nobody keeps a connection by being slow, nobody is read ahead without
+end, and a head, or what is around a body, has a length.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+from urllib.parse import unquote
+
+import httptools
+
+from strongroom.gateway.certificates import Peer, peer
+from strongroom.gateway.deadline import Deadline
+
+if TYPE_CHECKING:
+    import uvicorn
+    from uvicorn.server import ServerState
+
+_HEAD_TIME = 20.0  # seconds in which a request has to begin on a new connection, and its head to have come
+_IDLE_TIME = 30.0  # seconds until the next one begins
+_BODY_TIME = 30.0  # seconds in which what follows a head has to come, whether anybody still reads it or not
+_TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent
+_HEAD_MOST = 64 << 10  # bytes, of trailers and of what is around chunks, too
+_FRAMING = 8  # bytes that a body of chunks may take for each of its own
+_UNREAD_MOST = 64 << 10  # bytes of a body that nobody has asked for; then the connection is not read
+_AHEAD_MOST = 16  # requests that were sent before the one under way is answered
+_FROM_ONE = 2000  # connections at a time from one address
+CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
+_STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("ascii")) for each in http.HTTPStatus}
+_MALFORMED = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 24\r\nconnection: close\r\n\r\n"
+    b"this is no HTTP request\n"
+)
+_FAILED = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_log = logging.getLogger("strongroom.gateway")
+
+
+class Exchange:
+    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`."""
+
+    __slots__ = (
+        *("begun", "chunked", "gone", "keep_alive", "more", "scope", "unread"),
+        *("_connection", "_expects", "_head", "_pieces", "_taken", "_waiter"),
+    )
+
+    def __init__(self, connection: Connection, scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
+        self.scope, self.keep_alive = scope, keep_alive
+        self._connection, self._expects = connection, expects
+        self.more, self.unread = True, 0  # whether more of the body is to come; bytes that came and were not taken
+        self._pieces: list[bytes] = []
+        self._taken = False  # whole
+        self._waiter: asyncio.Future[None] | None = None
+        self.gone = self.begun = self.chunked = False
+        self._head = b""
+
+    def feed(self, body: bytes) -> None:
+        self._pieces.append(body)
+        self.unread += len(body)
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def receive(self) -> dict[str, Any]:
+        """A piece of the body; ``http.disconnect`` once the client has gone, and not before if all has been taken."""
+        while not self.gone and (self._taken or (self.more and not self._pieces)):
+            if self._expects and not self.begun:
+                self._expects = False
+                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self.gone:
+            return {"type": "http.disconnect"}
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces, self.unread, self._taken = [], 0, not self.more
+        self._connection.read_on()
+        return {"type": "http.request", "body": body, "more_body": self.more}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """The head is kept until the first of the body comes: two writes are two packets, and twice the work at both
+        ends."""
+        connection = self._connection
+        if connection.full and not self.gone:
+            await connection.writable()
+        if self.gone:
+            return
+        if message["type"] == "http.response.start":
+            self._head = self._lines(message["status"], message["headers"])
+            return
+        body, more = message["body"], message.get("more_body", False)
+        if self.scope["method"] == "HEAD":
+            body = b""
+        elif self.chunked:
+            body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
+            if not more:
+                body += b"0\r\n\r\n"
+        if not self.begun:
+            self.begun, body = True, self._head + body
+        connection.write(body)
+        if not more:
+            connection.answered(self)
+
+    def _lines(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        self.chunked = self.scope["http_version"] == "1.1"
+        lines = [_STATUS[status]]
+        for name, value in headers:
+            lines.append(b"%s: %s\r\n" % (name, value))
+            if name == b"content-length":
+                self.chunked = False
+            elif name == b"connection":
+                self.keep_alive = False
+        if not self.keep_alive and (b"connection", b"close") not in headers:
+            lines.append(b"connection: close\r\n")
+        if self.chunked:
+            lines.append(b"transfer-encoding: chunked\r\n")
+        lines.append(b"\r\n")
+        head = b"".join(lines)
+        if not head.count(b"\r") == head.count(b"\n") == len(lines):
+            raise ValueError("a header of an answer has a line break")  # another answer could begin behind it
+        return head
+
+
+class Connection(asyncio.Protocol):
+    """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
+
+    _from: ClassVar[Counter[str]] = Counter()
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],  # noqa: ARG002 - of a lifespan, which has none
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._app, self._server = config.loaded_app, server_state
+        self._loop = _loop or asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._coming, self._taking = Deadline(self._loop, self._abort), Deadline(self._loop, self._abort)
+        self._transport: asyncio.Transport | None = None
+        self._address, self._client = "", ("", 0)
+        self.peer: Peer | None = None  # who has shown a certificate
+        self._told: list[Callable[[], object]] = []
+        self._current: Exchange | None = None  # the one that is answered
+        self._reading: Exchange | None = None  # the one whose request comes
+        self._ahead: deque[Exchange] = deque()
+        self._deaf = self._gone = self._paused = False
+        self.full, self._writable = False, asyncio.Event()
+        # Of the message that comes: whether one does, its head, whether one ended in this piece; bytes of this piece
+        # that were body, and bytes since its beginning that were not.
+        self._in_message = self._in_head = self._ended = False
+        self._body, self._beside = 0, 0
+        self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
+
+    # -- what the application uses -------------------------------------------------------------------------------
+
+    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
+        """Call `tell` when the client goes, or now if it has gone, until what this returns is called. A task that waits
+        for it in `receive`, as ASGI has it, would cost more than the checks of a request together."""
+        self._told.append(tell)
+        if self._gone:
+            tell()
+        return partial(self._told.remove, tell)
+
+    def write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    async def writable(self) -> None:
+        await self._writable.wait()
+
+    def read_on(self) -> None:
+        """Read what comes, unless nobody has taken what has come already."""
+        wanted = not self._ahead and (self._reading is None or self._reading.unread <= _UNREAD_MOST)
+        if wanted is self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = not wanted
+            if wanted:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def answered(self, exchange: Exchange) -> None:
+        """The answer has been written whole: the next request's turn."""
+        self._server.total_requests += 1
+        self._current = None
+        if not exchange.keep_alive:
+            self._close()
+            return
+        if self._ahead:
+            self._begin(self._ahead.popleft())
+        elif not self._in_message:
+            self._coming.within(_IDLE_TIME)
+        if self._paused:
+            self.read_on()
+
+    # -- what uvicorn's server uses ------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Answer what is under way, and no more."""
+        if self._current is None:
+            self._close()
+        else:
+            self._ahead.clear()
+            self._current.keep_alive = False
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
+        self._server.connections.add(self)  # type: ignore[arg-type]
+        name = transport.get_extra_info("peername")
+        if isinstance(name, tuple):
+            self._client = (str(name[0]), int(name[1]))
+        self._address = self._client[0]
+        self._from[self._address] += 1
+        if self._from[self._address] > _FROM_ONE:
+            self._abort()
+            return
+        self.peer = peer(transport)
+        self._coming.within(_HEAD_TIME)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
+        self._server.connections.discard(self)
+        self._from[self._address] -= 1
+        if not self._from[self._address]:
+            del self._from[self._address]
+        self._coming.close()
+        self._taking.close()
+        self._gone, self.full = True, False
+        self._writable.set()
+        if self._current is not None:
+            self._current.gone = True
+            self._current.wake()
+        self._ahead.clear()
+        for tell in list(self._told):
+            tell()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
+        self._body, self._ended = 0, False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._deaf = True  # what follows is of another protocol, and nobody here speaks it
+            for exchange in (self._current, *self._ahead):
+                if exchange is not None:
+                    exchange.keep_alive = False
+        except httptools.HttpParserError:
+            self._malformed()
+            return
+        if self._in_message:
+            if not self._ended:  # else this piece has some of the message before
+                self._beside = max(0, self._beside + len(data) - _FRAMING * self._body)
+                if self._beside > _HEAD_MOST:
+                    self._abort()
+            if not self._coming.pending:
+                self._coming.within(_BODY_TIME)
+
+    def pause_writing(self) -> None:
+        # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
+        self.full = True
+        self._writable.clear()
+        self._taking.within(_TAKE_TIME)
+
+    def resume_writing(self) -> None:
+        self.full = False
+        self._writable.set()
+        self._taking.met()
+
+    # -- httptools -----------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        self._url, self._headers, self._expects = b"", [], False
+        self._in_message, self._in_head, self._beside = True, True, 0
+        self._coming.within(_HEAD_TIME)
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:  # trailers are no headers: nobody reads them
+            return
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self._expects = True
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._coming.met()
+        parser, url = self._parser, self._url
+        version = parser.get_http_version()
+        old = self.peer is not None and self.peer.old  # its certificate has to be shown again
+        if not url.startswith(b"/"):  # with the scheme and host, as proxies are asked
+            url = httptools.parse_url(url).path or b"/"
+        path = url.partition(b"?")[0].decode("ascii")
+        exchange = self._reading = Exchange(
+            self,
+            {
+                "type": "http",
+                "method": parser.get_method().decode("ascii"),
+                "path": unquote(path) if "%" in path else path,
+                "http_version": version,
+                "headers": self._headers,
+                "client": self._client,
+                CONNECTION: self,
+            },
+            keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
+            expects=self._expects,
+        )
+        if self._current is None:
+            self._begin(exchange)
+        elif len(self._ahead) < _AHEAD_MOST:
+            self._ahead.append(exchange)
+            self.read_on()
+        else:
+            self._abort()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        reading = self._reading
+        if reading is not None and (reading is self._current or reading in self._ahead):  # else it is answered
+            reading.feed(body)
+            if reading.unread > _UNREAD_MOST:
+                self.read_on()
+
+    def on_message_complete(self) -> None:
+        self._in_message, self._ended = False, True
+        reading, self._reading = self._reading, None
+        if reading is not None:
+            reading.more = False
+            reading.wake()
+        if self._current is None:  # it was answered before all of it had come
+            self._coming.within(_IDLE_TIME)
+        else:
+            self._coming.met()
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _begin(self, exchange: Exchange) -> None:
+        self._current = exchange
+        task = self._loop.create_task(self._run(exchange))
+        self._server.tasks.add(task)
+        task.add_done_callback(self._server.tasks.discard)
+
+    async def _run(self, exchange: Exchange) -> None:
+        try:
+            await self._app(exchange.scope, exchange.receive, exchange.send)
+        except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
+            _log.exception("a request failed")
+            if not exchange.begun:
+                self.write(_FAILED)
+            self._close()
+        except BaseException:
+            self._abort()
+            raise
+        else:
+            if self._current is exchange:  # it was left without an end
+                self._close()
+
+    def _malformed(self) -> None:
+        """What came is no HTTP, or has two readings: nothing more of this connection is read."""
+        self._deaf = True
+        current = self._current
+        if current is not None and not current.more:  # it came whole before
+            current.keep_alive = False
+            self._ahead.clear()
+            return
+        if current is None or not current.begun:
+            self.write(_MALFORMED)
+        self._close()
+
+    def _close(self) -> None:
+        self._deaf = True
+        if self._transport is not None:
+            self._transport.close()
+
+    def _abort(self) -> None:
+        self._deaf = True
+        if self._transport is not None:
+            self._transport.abort()

@@ -1,0 +1,174 @@
+"""The applications of one worker, one for each settings that it was told: requests go to the newest, and those under
+way end in theirs (docs/reference/gateway-settings.md).
+
+What a worker remembers of the room, and its records, are the same for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from strongroom.errors import StrongroomError, UsageError
+
+if TYPE_CHECKING:
+    from strongroom.gateway.app import GatewayApp, Receive, Scope, Send
+    from strongroom.gateway.capture import Capture
+    from strongroom.gateway.certificates import Certificates
+    from strongroom.gateway.door import Door
+    from strongroom.gateway.metrics import Counts
+    from strongroom.gateway.records import Records
+    from strongroom.gateway.settings import Settings
+    from strongroom.gateway.verified import Verified
+
+Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
+
+
+class _Generation:
+    """`app`, and how many requests it has under way."""
+
+    __slots__ = ("app", "requests")
+
+    def __init__(self, app: GatewayApp) -> None:
+        self.app, self.requests = app, 0
+
+
+class Generations:
+    """One worker as an ASGI application. `make` makes the application of some settings, after the one before."""
+
+    def __init__(self, door: Door, records: Records, make: Make, settings: Settings) -> None:
+        self._door, self._records, self._make = door, records, make
+        self._settings = settings
+        self._newest = _Generation(make(settings, None))
+        self._retiring: set[asyncio.Task[None]] = set()
+        self.failure: StrongroomError | None = None  # why it did not start
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        generation = self._newest
+        generation.requests += 1
+        try:
+            await generation.app(scope, receive, send)
+        finally:
+            generation.requests -= 1
+            if generation is not self._newest and not generation.requests:
+                self._retire(generation)
+
+    # -- new settings --------------------------------------------------------------------------------------------
+
+    async def prepare(self, settings: Settings) -> GatewayApp:
+        """The application of new settings, which nothing is asked of yet: to be given to `take`, or to `drop`. Errors
+        as at the start; UsageError ``settings.restart`` for what can't change."""
+        if settings.redis.url != self._settings.redis.url:
+            raise UsageError(
+                "settings.restart",
+                "redis.url can't change while the gateway runs: limits would be kept in two places",
+                hint="start the gateway again with these settings",
+            )
+        app = self._make(settings, self._newest.app)
+        try:
+            await app.find()
+        except BaseException:
+            await app.retire()
+            raise
+        return app
+
+    def take(self, settings: Settings, app: GatewayApp) -> None:
+        """What is asked from now on is answered by `app`, which was prepared for `settings`."""
+        before, self._newest, self._settings = self._newest, _Generation(app), settings
+        if app.verified is not None and before.app.verified is not None:
+            before.app.verified.rest()
+            app.verified.inherit(before.app.verified)  # an alarm is not over because a limit was changed
+        app.start()
+        if not before.requests:
+            self._retire(before)
+
+    async def drop(self, app: GatewayApp) -> None:
+        """What was prepared is not wanted."""
+        await app.retire()
+        await self._say_what_is_captured()
+
+    def _retire(self, generation: _Generation) -> None:
+        task = asyncio.get_running_loop().create_task(self._retired(generation))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _retired(self, generation: _Generation) -> None:
+        await generation.app.retire()
+        await self._say_what_is_captured()
+
+    async def _say_what_is_captured(self) -> None:
+        """The log was told of more before it began; that it is over is said when it is."""
+        capture = self._newest.app.capture
+        with contextlib.suppress(Exception):  # the next entries say it
+            key = "" if capture is None else capture.key_id
+            await asyncio.to_thread(self._records.announce, key, self._settings.digest)
+
+    # -- from start to end ---------------------------------------------------------------------------------------
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self._door.look()
+            await self._newest.app.find()
+        except StrongroomError as error:
+            self.failure = error
+            await self._close()
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        watching = asyncio.create_task(self._door.watch())
+        self._newest.app.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        await self._close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _close(self) -> None:
+        await self._newest.app.retire()
+        while self._retiring:
+            await asyncio.wait(self._retiring)
+        await asyncio.to_thread(self._records.close)
+        self._door.close()
+
+    # -- what is shown -------------------------------------------------------------------------------------------
+
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self._settings
+
+    @property
+    def certificates(self) -> Certificates:
+        """What callers may show instead of a key."""
+        return self._door.certificates
+
+    @property
+    def counts(self) -> Counts:
+        return self._newest.app.counts
+
+    @property
+    def under_way(self) -> int:
+        return self._newest.app.under_way
+
+    @property
+    def verified(self) -> Verified | None:
+        return self._newest.app.verified
+
+    @property
+    def capture(self) -> Capture | None:
+        return self._newest.app.capture
+
+    @property
+    def misspelled(self) -> int:
+        return self._newest.app.misspelled
+
+    def problems(self) -> list[str]:
+        """Why nothing is answered now, if that is so."""
+        return self._newest.app.problems()

@@ -1,0 +1,185 @@
+"""Settings that change while a gateway runs: in all workers or in none, and not for what is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gateway.places import STREAM, Gateway, chat, ended, token
+from strongroom.gateway import generations
+from strongroom.gateway.records import verify
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.verified import Verdict
+
+
+class Running:
+    """A gateway in a process of its own, whose settings are in a file."""
+
+    def __init__(self, place, folder, workers: int, settings: str) -> None:
+        self.place, self.file, self.said = place, folder / "gateway.toml", folder / "stderr"
+        self.records = folder / "records"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.write(settings)
+        room = ["--room", str(place.folder), "--json", "gateway", "--listen", f"127.0.0.1:{port}"]
+        upstream = ["--upstream", f"http://127.0.0.1:{place.inference.port}", "--records", str(self.records)]
+        command = [sys.executable, "-m", "strongroom.cli", *room, *upstream]
+        with self.said.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [*command, "--settings", str(self.file), "--workers", str(workers)],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
+        self.digest = json.loads(self.process.stdout.readline())["settings"]
+        self.gateway = Gateway(place, port)
+
+    def write(self, settings: str) -> None:
+        self.file.write_text(settings)
+
+    def hangup(self, settings: str, expected: str) -> str:
+        """What it says on stderr after new settings."""
+        before = len(self.said.read_text())
+        self.write(settings)
+        self.process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while expected not in (found := self.said.read_text()[before:]):
+            assert time.monotonic() < end, found
+            assert self.process.poll() is None
+            time.sleep(0.02)
+        return found
+
+    def asks(self, tokens: int) -> set[int]:
+        """The status of some requests for so many tokens: enough to reach every worker."""
+        return {self.gateway.post(chat(max_tokens=tokens))[0] for _ in range(12)}
+
+    def stop(self) -> None:
+        self.process.terminate()
+        code = self.process.wait(40)
+        self.process.stdout.close()
+        assert code in (0, -signal.SIGTERM)  # one worker alone ends by the signal, when all is done
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_new_settings_for_what_is_asked_next(place, tmp_path, workers):
+    running = Running(place, tmp_path, workers, "[answer]\nmax_tokens = 64\nmax_tokens_default = 64\n")
+    try:
+        assert running.asks(50) == {200}
+        go, begun, got = threading.Event(), threading.Event(), []
+
+        def slow(body):
+            yield STREAM
+            yield token(" word")
+            begun.set()
+            while not go.is_set():
+                yield 0.02
+            yield token(" word")
+            yield ended(2)
+
+        answer = place.inference.script
+        place.inference.script = slow
+        body = chat(stream=True, max_tokens=50)
+        under_way = threading.Thread(target=lambda: got.append(running.gateway.post(body)))
+        under_way.start()
+        assert begun.wait(20)
+        place.inference.script = answer
+        said = running.hangup("[answer]\nmax_tokens = 10\nmax_tokens_default = 10\n", "new settings are in force")
+        assert running.asks(50) == {400}
+        assert running.asks(10) == {200}
+        # What was begun under the old ones goes on.
+        go.set()
+        under_way.join(20)
+        status, _, text = got[0]
+        assert (status, text.count(" word"), text.endswith("data: [DONE]\n\n")) == (200, 2, True)
+        # What can't be used is refused whole, with the reason; and the old ones stay.
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            closed = taken.getsockname()[1]
+        for wrong, why in (
+            ("[answer]\nmax_tokens = 0\n", "answer.max_tokens is from 1"),
+            ("[answer\n", "is no TOML"),
+            ('[redis]\nurl = "redis://127.0.0.1:1"\n', "redis.url can't change while the gateway runs"),
+            (f'[[upstream]]\nurl = "http://127.0.0.1:{closed}"\n', f"http://127.0.0.1:{closed} is to say"),
+            (
+                '[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = { "acme/tiny" = "tiny" }\nkey = "nowhere"\n',
+                "can't read nowhere",
+            ),
+        ):
+            assert "the settings stay as they were" in running.hangup(f"{wrong}", why)
+            assert running.asks(50) == {400}
+        assert running.asks(10) == {200}
+    finally:
+        running.stop()
+    digest = said.rsplit(" ", 1)[1].strip()
+    assert digest not in ("", running.digest)
+    with place.room() as room:
+        entries = [each["body"] for each in map(json.loads, room.log.export("jsonl")) if each["type"] == "inference"]
+    chains = {path.stem: path.read_bytes().splitlines() for path in running.records.glob("*.jsonl")}
+    assert len(chains) == workers
+    mine = [each for each in entries if each["gateway"] in chains]
+    # Of each settings the log has what was begun under them: that one stream, too.
+    assert {each["settings"] for each in mine} == {running.digest, digest}
+    old = sum(each["requests"] for each in mine if each["settings"] == running.digest)
+    assert old == 13
+    for stream, lines in chains.items():
+        assert verify(lines, [each for each in mine if each["gateway"] == stream]) == len(lines)
+
+
+def test_a_gateway_without_settings_ends_with_its_terminal(place, tmp_path):
+    command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
+    upstream = f"http://127.0.0.1:{place.inference.port}"
+    for more in ([], ["--workers", "2"]):
+        process = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", "--upstream", upstream, *more],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert json.loads(process.stdout.readline())["url"]
+            process.send_signal(signal.SIGHUP)
+            process.wait(30)
+        finally:
+            process.kill()
+            process.stdout.close()
+
+
+def test_a_limit_that_was_not_changed_goes_on(place):
+    """Else whoever can have the settings read again has every burst anew; and an alarm would be over."""
+    gateway = place.gateway("[limits.identity]\nrequests = 5\nburst = 5\n")
+    (app,) = [each.config.app for each, *_ in place._servers]
+    assert isinstance(app, generations.Generations)
+    assert [gateway.post(chat())[0] for _ in range(6)] == [200] * 5 + [429]
+    upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+    _take(place, app, f"[limits.identity]\nrequests = 5\nburst = 5\n[answer]\nmax_tokens = 2048\n{upstream}")
+    assert gateway.post(chat())[0] == 429
+    _take(place, app, f"[limits.identity]\nrequests = 7\nburst = 7\n{upstream}")
+    assert gateway.post(chat())[0] == 200
+
+
+def _take(place, app, settings: str) -> None:
+    async def take() -> None:
+        parsed = Settings.parse(settings)
+        app.take(parsed, await app.prepare(parsed))
+
+    loop = place._servers[-1][0].servers[0].get_loop()
+    asyncio.run_coroutine_threadsafe(take(), loop).result(20)
+
+
+def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
+    (tmp_path / "channel").write_text("ab" * 32)
+    settings = (
+        f'[verify]\nurl = "http://127.0.0.1:1"\nchannel = "{tmp_path / "channel"}"\nstop = true\n'
+        f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\nchannel = "{tmp_path / "channel"}"\n'
+    )
+    gateway = place.gateway(settings, channel=tmp_path / "channel")
+    app = place._servers[-1][0].config.app
+    app.verified.verdict = Verdict(1, 0, 0, 1, 1.0, "hidden")
+    assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+    _take(place, app, settings + "[answer]\nmax_tokens = 2048\n")
+    assert gateway.post(chat())[2]["error"]["code"] == "sealed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import socket
 import pytest
 
 from cli.desk import strongroom
+from gateway.hpke import open_base
 from gateway.places import ANA, OWNER, PIA, REF, chat, chunk, ended, token, whole
 from gateway.test_gateway import eventually
 from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key_id
@@ -59,6 +61,21 @@ def test_what_was_captured_is_for_whoever_has_the_key(kept):
     with pytest.raises(UsageError, match="sealed to another key"):
         list(opened(path, CaptureKey()))
     assert path.stat().st_mode & 0o077 == 0
+
+
+def test_whoever_has_the_specification_and_the_key_can_open_it(kept):
+    """With HPKE from its RFC, and hashes from the library, and nothing of ours."""
+    _, key, path = kept
+    records = path.with_suffix(".jsonl").read_bytes().splitlines()
+    hashes = [hashlib.sha256(b"strongroom/1 inference\0" + line).digest() for line in records]
+    for line in map(json.loads, path.read_bytes().splitlines()):
+        record = hashes.index(bytes.fromhex(line["record"]))
+        info = b"strongroom/1 capture\0" + hashes[record]
+        content = open_base(key.private_bytes(), base64.b64decode(line["sealed"]), info)
+        told = json.loads(records[record])
+        assert told["capture"] == hashlib.sha256(b"strongroom/1 captured\0" + content).hexdigest()
+        assert (line["n"], line["key"]) == (told["n"], hashlib.sha256(key.public_key).hexdigest())
+        assert json.loads(content[32:])["ref"] == REF
 
 
 def test_the_log_says_so_before_anything_is_captured(kept):

@@ -343,11 +343,11 @@ class GatewayApp:
         found = [] if self._door.awake else ["the room's log can't be seen"]
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found.append("no inference server answers")
-        for each in (self._records, self.capture):
+        for each in (self._records, self.capture, self.verified):
             try:
                 if each is not None:
                     each.check()
-            except BackendError as error:
+            except StrongroomError as error:
                 found.append(error.message)
         return found
 

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from strongroom.client import Room
-from strongroom.gateway.app import GatewayApp
+from strongroom.gateway.generations import Generations
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
@@ -128,8 +128,10 @@ class Inference:
 
 
 @contextlib.contextmanager
-def listening(app: GatewayApp, certificate: tuple[Path, Path] | None = None) -> Iterator[int]:
-    """The gateway on a socket of its own, until the block ends; its port."""
+def listening(
+    app: Generations, certificate: tuple[Path, Path] | None = None, *, servers: list[uvicorn.Server] | None = None
+) -> Iterator[int]:
+    """The gateway on a socket of its own, until the block ends; its port. The server is added to `servers`."""
     config = configure(app, certificate)
     if config.ssl is not None:
         app.certificates.ask_with(config.ssl)
@@ -143,6 +145,8 @@ def listening(app: GatewayApp, certificate: tuple[Path, Path] | None = None) -> 
             assert thread.is_alive(), app.failure
             assert time.monotonic() < end
             time.sleep(0.01)
+        if servers is not None:
+            servers.append(server)
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
@@ -166,6 +170,7 @@ class Place:
             with self.room(path) as room:
                 self.keys[path] = room.apikeys.new()["key"]
         self._gateways: list[contextlib.ExitStack] = []
+        self._servers: list[uvicorn.Server] = []
 
     def room(self, as_: str = OWNER) -> Room:
         return Room(self.folder, as_)
@@ -183,7 +188,7 @@ class Place:
         stack = contextlib.ExitStack()
         stack.callback(vault.close)
         self._gateways.append(stack)
-        return Gateway(self, stack.enter_context(listening(app, certificate)))
+        return Gateway(self, stack.enter_context(listening(app, certificate, servers=self._servers)))
 
     def records(self) -> list[dict[str, Any]]:
         """Those on disk, by time; of a gateway that has ended, all."""
@@ -195,6 +200,17 @@ class Place:
     def stop_gateways(self) -> None:
         while self._gateways:
             self._gateways.pop().close()
+        self._servers.clear()
+
+    @property
+    def newest(self) -> Generations:
+        """The application of the gateway that was started last."""
+        return self._servers[-1].config.loaded_app
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """What serves it."""
+        return self._servers[-1]
 
     def stop(self) -> None:
         self.stop_gateways()

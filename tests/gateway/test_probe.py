@@ -93,7 +93,7 @@ def test_one_without_a_list_of_models_is_there():
 
 def test_the_gateway_says_that_it_is_not_ready(place):
     gateway = place.gateway("[probe]\nevery = 0.05\n")
-    app = place._servers[-1][0].config.loaded_app._newest.app
+    app = place.newest._newest.app
     end = asyncio.new_event_loop()
     try:
         end.run_until_complete(until(lambda: gateway.get("/readyz")[0] == 200))

@@ -156,7 +156,7 @@ def test_a_gateway_without_settings_ends_with_its_terminal(place, tmp_path):
 def test_a_limit_that_was_not_changed_goes_on(place):
     """Else whoever can have the settings read again has every burst anew; and an alarm would be over."""
     gateway = place.gateway("[limits.identity]\nrequests = 5\nburst = 5\n")
-    (app,) = [each.config.app for each, *_ in place._servers]
+    app = place.newest
     assert isinstance(app, generations.Generations)
     assert [gateway.post(chat())[0] for _ in range(6)] == [200] * 5 + [429]
     upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
@@ -171,8 +171,7 @@ def _take(place, app, settings: str) -> None:
         parsed = Settings.parse(settings)
         app.take(parsed, await app.prepare(parsed))
 
-    loop = place._servers[-1][0].servers[0].get_loop()
-    asyncio.run_coroutine_threadsafe(take(), loop).result(20)
+    asyncio.run_coroutine_threadsafe(take(), place.server.servers[0].get_loop()).result(20)
 
 
 def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
@@ -182,7 +181,7 @@ def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
         f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\nchannel = "{tmp_path / "channel"}"\n'
     )
     gateway = place.gateway(settings, channel=tmp_path / "channel")
-    app = place._servers[-1][0].config.app
+    app = place.newest
     app.verified._judge(Kept(REF, 0, "float32", Tally(others=1)))
     assert gateway.post(chat())[2]["error"]["code"] == "sealed"
     _take(place, app, settings + "[answer]\nmax_tokens = 2048\n")
@@ -191,7 +190,7 @@ def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
 
 def test_the_log_says_of_what_is_captured_before_it_is_and_when_it_is_over(place):
     gateway = place.gateway()
-    app = place._servers[-1][0].config.app
+    app = place.newest
     key = CaptureKey()
 
     def told():

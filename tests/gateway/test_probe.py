@@ -52,8 +52,9 @@ def probed(work):
         upstream = Upstream(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
         probe = Probe([upstream], 0.02, clock=clock)
         assert not probe.answering
+        await probe.look()
+        assert probe.answering
         probe.start()
-        await until(lambda: probe.answering)
         await work(server, clock, probe)
         probe.close()
         upstream.close()
@@ -96,7 +97,7 @@ def test_the_gateway_says_that_it_is_not_ready(place):
     app = place.newest._newest.app
     end = asyncio.new_event_loop()
     try:
-        end.run_until_complete(until(lambda: gateway.get("/readyz")[0] == 200))
+        assert gateway.get("/readyz")[0] == 200
         for upstream in app._routes.upstreams:
             upstream.port = 1  # nobody listens there
             upstream.close()

@@ -142,7 +142,7 @@ class Model:
             comparison = Comparison(self.originals, suspect)
             if comparison.explained < 0.9:
                 comparison.deepen(lambda _done, _total: None)
-            found = comparison.gather(stamps, everything=copies, workers=2, progress=lambda _d, _t: None)
+            found = comparison.gather(stamps, everything=copies, progress=lambda _d, _t: None)
             z = found.matched.scores()
         took = time.perf_counter() - begun
         estimates = found.estimator.done()

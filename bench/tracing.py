@@ -96,7 +96,8 @@ class Model:
         for each in (each for each in self.placed if each.marked):
             at = each.begin + np.arange(each.info.elements) * (each.info.size // each.info.elements)
             number = np.searchsorted(starts, at, "right") - 1
-            self.where[each.info.name] = (number >= 0) & (at < starts[np.maximum(number, 0)] + length)
+            ends = np.concatenate([[0], starts + length])
+            self.where[each.info.name] = at < ends[number + 1]
 
     def plain(self) -> Iterator[tuple[str, Array]]:
         """Name and elements of each float tensor as the owner has it."""

@@ -16,7 +16,7 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.mark import Marker
-from strongroom.marking.stamp import LEAST_ELEMENTS
+from strongroom.marking.stamp import large_enough
 from strongroom.storage.image import SealedImage
 from strongroom.vault.record import VersionRecord
 
@@ -154,7 +154,7 @@ class Originals:
             begin, end = file.offset + info.begin, file.offset + info.end
             # By what was marked then, which may be less than what this release marks.
             marked = self.layout.markable(begin, end)
-            stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
+            stamped = marked and large_enough(info.name, info.elements) and info.name not in self._spared
             yield Placed(info, begin, end, marked, stamped)
 
     @cached_property

@@ -37,6 +37,7 @@ _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
 _PASSES = 6
 _PASSED_ON = 4096
+_LITTLE = 1 << 20  # bytes in marked segments: fewer are too few to screen by
 _FEW = 32  # whose stamps are scored in full
 _UNUSUAL = 20  # times as many innocents as there are, of whom the best would be about as high
 
@@ -248,7 +249,8 @@ def traced(
     result.positions = code.positions
     gather = partial(comparison.gather, progress=progress)
     in_full = people if named and len(people) <= _FEW else []  # whose stamps are scored in full
-    found = gather(_stamps(record, in_full), everything=False, screening=named and not in_full)
+    little = originals.layout.positions * originals.layout.marked < _LITTLE
+    found = gather(_stamps(record, in_full), everything=little, screening=named and not in_full)
     estimates, matched = found.estimator.done(), found.matched
     result.marked_log10_p = marked_bound(estimates) + math.log10(versions)
     result.positions_used, result.elements = estimates.used, found.elements
@@ -261,12 +263,12 @@ def traced(
             screened = matched.screened(_stamps(record, people), likely, _FEW)
             in_full = [people[k] for k in sorted({*likely[:_FEW], *screened})]
             kept = matched.among(_stamps(record, in_full))  # if all that was read was kept
-            matched = kept or gather(_stamps(record, in_full), everything=False, positions=False).matched
+            matched = kept or gather(_stamps(record, in_full), everything=little, positions=False).matched
         _stamped(in_full, matched)
         _name(result, decoding, versions)
         # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
         unusual = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # the best of so many innocents seldom reaches it
-        if not comparison.whole and (
+        if not (comparison.whole or little) and (
             not result.accused or any(each.z >= unusual for each in people if each not in result.accused)
         ):
             found = gather(_stamps(record, in_full), everything=True, positions=False)

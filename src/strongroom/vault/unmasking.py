@@ -25,6 +25,7 @@ Array = NDArray[np.float32]
 
 _TALL = 2  # times as many rows as columns, at least, has an embedding
 _ROWS = 32  # rows of the embedding for each element of the residual stream are enough for a rotation
+_NARROW = 64  # no residual stream has fewer elements; by fewer, rows would be found among any others
 _TRIED = 6  # partners that a tensor is looked for in
 _EMBEDDING_LIKE = re.compile(r"emb|wte")  # in a name: such tensors are tried first
 _LAYER = re.compile(r"^(.*?\.\d+\.)")
@@ -209,7 +210,7 @@ class Unmasking:
 
 
 def _tall(info: TensorInfo) -> bool:
-    return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= 16
+    return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= _TALL * _NARROW
 
 
 def _vocabulary(info: TensorInfo) -> bool:

@@ -408,7 +408,7 @@ class Comparison:
         name, fit = self.tensors[k].partner, self._fits[k]
         if fit is None or fit.in_place:
             return lambda first, end: self._read(name, first, end)
-        if isinstance(fit, Undone) and fit.mixture is None:
+        if isinstance(fit, Undone) and fit.mixture is None and fit.rows is None:
             return partial(self._turned, name, fit.turn)
         matrix = self._matrix(name)
         whole = fit.apply(matrix).reshape(-1) if matrix is not None else None

@@ -14,7 +14,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -466,8 +466,10 @@ def main() -> None:
                 layout = model.originals.layout
                 kept["shapes"][kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
                 quality = Quality(kind, original.folder)
-                sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
-                one = [] if given.attacks == [] else single(model, quality, sister, given.attacks, left)
+                one: Iterable[Row] = []
+                if given.attacks != []:
+                    sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
+                    one = single(model, quality, sister, given.attacks, left)
                 for row in chain(one, several(model, quality, given.colluders, left, whole=given.whole)):
                     key = (row.attack, row.copies, row.colluders)
                     rows = [

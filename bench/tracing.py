@@ -380,8 +380,8 @@ def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccu
         f"was anybody innocent named; of stamps {STAMPS} innocent ones were scored in each line. Settings are the "
         "defaults (share 1/8).",
         "",
-        "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, also with the words "
-        "in another order, which is undone (`tests/vault/test_disguised.py`).",
+        "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, also with the "
+        "words in another order, which is undone (`tests/vault/test_disguised.py`).",
         "",
     ]
     for kind, rows in found.items():

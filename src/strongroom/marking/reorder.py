@@ -21,7 +21,7 @@ _LEAST = 16  # axes that have to agree
 _LIKE = 0.6  # cosine of a row and the one that it is taken for, in the middle: among unrelated rows it is about 0.4
 _PART = 0.5  # of the rows have to be found
 _ROUNDING = 1e-5
-_CHUNK = 256
+_CHUNK, _PIECE = 256, 4096  # rows at a time
 
 
 def reordered(original: Matrix, suspect: Matrix) -> Index | None:
@@ -29,9 +29,9 @@ def reordered(original: Matrix, suspect: Matrix) -> Index | None:
     space, −1 for none; None where they don't seem to be the same rows."""
     if original.ndim != 2 or suspect.ndim != 2 or original.shape[1] != suspect.shape[1]:
         return None
-    a, b = (np.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32) for each in (original, suspect))
-    (p, turned, size), (q, _, theirs) = _along_axes(a), _along_axes(b)
-    mine, other = _skewness(p, size), _skewness(q, theirs)
+    a, b = _sane(original), _sane(suspect)
+    (turned, size), (other_axes, other_size) = _axes(a), _axes(b)
+    mine, other = _skewness(a, turned, size), _skewness(b, other_axes, other_size)
     with np.errstate(all="ignore"):
         apart = np.abs(np.abs(mine) - np.abs(other)) / (np.abs(mine) + np.abs(other))
     agreed = np.flatnonzero(apart < _AGREED)
@@ -40,19 +40,19 @@ def reordered(original: Matrix, suspect: Matrix) -> Index | None:
     agreed = agreed[np.argsort(-np.abs(mine[agreed]), kind="stable")][:COLUMNS]
     # No few axes decide, and those along which there is little are not made large.
     white = (1 / (size + size.mean())).astype(np.float32)
-    x, y = _unit(p[:, agreed] * white[agreed]), q[:, agreed] * white[agreed]
-    y = _unit(y * np.sign(mine[agreed] * other[agreed]).astype(np.float32))
-    some = np.argsort(-np.linalg.norm(p * white, axis=1), kind="stable")[: max(SOME, SOME_OF_WIDTH * a.shape[1])]
+    direction = np.sign(mine[agreed] * other[agreed]).astype(np.float32)
+    x, y = a @ (turned[:, agreed] * white[agreed]), _unit(b @ (other_axes[:, agreed] * (white[agreed] * direction)))
+    some = np.argsort(-np.linalg.norm(x, axis=1), kind="stable")[: max(SOME, SOME_OF_WIDTH * a.shape[1])]
     # Strong ones and weak ones, in such an order that the first of them are both, too.
     step = max(1, a.shape[1] // ENOUGH)
     every = np.concatenate([np.arange(k, a.shape[1], step) for k in range(step)])
     columns = (turned * white)[:, every[:COLUMNS]]
-    rows, whole = x[some], _unit(a @ columns)
+    rows, whole = _unit(x[some]), _unit(a @ columns)
     for _ in range(ROUNDS):  # the more rows are known, the better is the rotation; and the other way round
         order, _ = _paired(rows, y)
         there = order >= 0
         left, _, right = np.linalg.svd(a[some[there]].T @ b[order[there]])
-        rows, y = whole[some], _unit(b @ (left @ right).T @ columns)
+        rows, y = whole[some], _unit(b @ ((left @ right).T @ columns))
     order, like = _paired(rows, y)
     if not (order >= 0).any() or np.median(like[order >= 0]) < _LIKE:
         return None
@@ -60,18 +60,25 @@ def reordered(original: Matrix, suspect: Matrix) -> Index | None:
     return order if (order >= 0).mean() >= _PART else None
 
 
-def _along_axes(rows: Matrix) -> tuple[Matrix, Matrix, NDArray[np.float64]]:
-    """The rows along the axes of their second moments, the strongest first; the axes; and how strong each is."""
+def _sane(matrix: Matrix) -> Matrix:
+    return matrix if np.isfinite(matrix).all() else np.nan_to_num(matrix, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _axes(rows: Matrix) -> tuple[Matrix, NDArray[np.float64]]:
+    """The axes of the rows' second moments, the strongest first; and how strong each is."""
     values, axes = np.linalg.eigh((rows.T @ rows).astype(np.float64))
-    turned = np.ascontiguousarray(axes[:, ::-1], np.float32)
     size = np.sqrt(np.maximum(values[::-1], 0) / max(1, len(rows)))
     # Where there is nothing along an axis, there is no more than what rounding leaves.
-    return rows @ turned, turned, np.maximum(size, max(1e-30, _ROUNDING * float(size.max(initial=0))))
+    size = np.maximum(size, max(1e-30, _ROUNDING * float(size.max(initial=0))))
+    return np.ascontiguousarray(axes[:, ::-1], np.float32), size
 
 
-def _skewness(coordinates: Matrix, size: NDArray[np.float64]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = np.power(coordinates / size.astype(np.float32), 3).mean(axis=0, dtype=np.float64)
-    return found
+def _skewness(rows: Matrix, axes: Matrix, size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Along each axis, of unit strength; piece by piece, as an embedding is large."""
+    found, scaled = np.zeros(len(size)), (axes / size).astype(np.float32)
+    for at in range(0, len(rows), _PIECE):
+        found += np.power(rows[at : at + _PIECE] @ scaled, 3).sum(axis=0, dtype=np.float64)
+    return found / max(1, len(rows))
 
 
 def _paired(a: Matrix, b: Matrix) -> tuple[Index, NDArray[np.float32]]:

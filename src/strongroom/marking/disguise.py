@@ -129,7 +129,8 @@ class Undone:
     their_shape: tuple[int, ...]
     their_swapped: bool
     share: float
-    mixture: Mixture | None = None  # None: each row is in its place, and `turn.back` of some rows is all there is
+    mixture: Mixture | None = None  # None: rows are whole, and `turn.back` of some of them is all there is
+    rows: Index | None = None  # then, where each row of the original is, −1 for none; None: in its place
     in_place: bool = False
 
     def apply(self, suspect: Matrix) -> Matrix:
@@ -138,6 +139,8 @@ class Undone:
         array = array.swapaxes(-1, -2) if self.their_swapped else array
         rows = self.turn.back(array.reshape(-1, self.turn.width))
         rows = self.mixture.apply(rows) if self.mixture is not None else rows
+        if self.rows is not None:
+            rows = np.where((self.rows >= 0)[:, None], rows[np.maximum(self.rows, 0)], np.float32(np.nan))
         if self.swapped:
             *first, a, b = self.shape
             rows = rows.reshape(*first, b, a).swapaxes(-1, -2)
@@ -147,7 +150,8 @@ class Undone:
     def found(self) -> tuple[str, ...]:
         """What was done to the tensor, in words."""
         mixed = self.mixture.found if self.mixture is not None else ()
-        return tuple(each for each in (self.turn.what, *mixed) if each)
+        moved = "rows permuted" if self.rows is not None else ""
+        return tuple(each for each in (self.turn.what, moved, *mixed) if each)
 
 
 def undo(

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from marking.disguises import invertible
 from strongroom.vault.search import search
 from vault.rooms import OWNER, House
 from vault.test_trace import given, quantised, write
@@ -46,13 +47,27 @@ def traced(room, path):
     return search(room.vault, path, by=OWNER, weights=None, progress=lambda _d, _t: None)
 
 
+def factored_again(tensors, seed=3):
+    """The same product of other factors, far from the first."""
+    found, rng = {}, np.random.default_rng(seed)
+    for name, array in tensors.items():
+        if "lora_A" in name:
+            m = invertible(rng, len(array))
+            found[name] = m @ array
+            b = name.replace("lora_A", "lora_B")
+            found[b] = tensors[b] @ np.linalg.inv(m)
+    return found
+
+
 CASTS = {
     "as it is": lambda t: t,
     "int8, rows": lambda t: {name: quantised(array, 8, array.shape[1]) for name, array in t.items()},
     "int8, groups of 64": lambda t: {name: quantised(array, 8) for name, array in t.items()},
     "int4, groups of 64": lambda t: {name: quantised(array, 4) for name, array in t.items()},
+    "factored again": factored_again,
+    "factored again, int8, rows": lambda t: CASTS["int8, rows"](factored_again(t)),
 }
-LEAST = {"as it is": 100, "int8, rows": 60, "int8, groups of 64": 60, "int4, groups of 64": 8.5}
+LEAST = {**dict.fromkeys(CASTS, 30), "as it is": 100, "int4, groups of 64": 8.5}
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -63,6 +78,7 @@ def test_a_copy_names_its_holder(room, tmp_path, cast, dtype):
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
     assert found["accused"][0]["layer2"]["z"] > LEAST[cast]
     assert found["accused"][0]["false_accusation"] <= 1e-9
+    assert ("factored again" in " ".join(found["transformations"])) == ("factored" in cast)
     assert found["elements"] == 2 * 2 * LAYERS * RANK * WIDTH
 
 

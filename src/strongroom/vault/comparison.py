@@ -17,7 +17,7 @@ from strongroom.core.progress import Progress
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.items import ITEMS
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
-from strongroom.marking.disguise import Turn, Undone
+from strongroom.marking.disguise import Turn, Undone, refactored
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.requantise import coarse, unrounded
@@ -264,7 +264,7 @@ class Comparison:
             if not self._effort.attempt(k, effort.permuted(original.shape, self._suspect.tensors[name].info.shape)):
                 return
             suspect = self._matrix(name)
-            fit = solve(original, suspect) if suspect is not None else None
+            fit = (solve(original, suspect) or refactored(original, suspect)) if suspect is not None else None
             if fit is not None and suspect is not None:
                 how = cosine(original, fit.apply(suspect))
                 if how >= ALIKE:

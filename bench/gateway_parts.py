@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from strongroom.gateway.limits import Limits
@@ -23,6 +22,7 @@ from strongroom.gateway.limits_redis import RedisLimits
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.settings import Queue, Rate, Redis, Scopes, Settings
 from strongroom.storage.db import Database
+from strongroom.vault.callers import Caller
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
 from strongroom.watch.rules import RULES, Rule, Spender
@@ -32,15 +32,7 @@ ROUNDS = 9
 MUCH = Rate(10**8, 10**8, 10**11, 10**11, 10**6)
 SCOPES = Scopes(MUCH, MUCH, MUCH, MUCH, MUCH)
 WHO = Spender("user/ana", "10.0.0.0/24", ("team/red",))
-
-
-@dataclass(frozen=True)
-class Asker:
-    principal: str = "user/ana"
-    roles: tuple[str, ...] = ("researcher",)
-    teams: tuple[str, ...] = ("team/red",)
-    person: str = "user/ana"
-    key: str = "0123456789abcdef"
+ASKER = Caller("user/ana", ("researcher",), ("team/red",), "user/ana", "0123456789abcdef")
 
 
 def timed(call: Callable[[], object], count: int) -> float:
@@ -53,8 +45,8 @@ def timed(call: Callable[[], object], count: int) -> float:
 
 def calls(database: Database, settings: Settings) -> dict[str, tuple[Callable[[], object], int]]:
     """By name: a call, and how many make a round."""
-    limits, asker = Limits(settings, time.monotonic), Asker()
-    admission = limits.admit(asker, REF, 1000)
+    limits = Limits(settings, time.monotonic)
+    admission = limits.admit(ASKER, REF, 1000)
     budgets = Budgets(database, RULES, lambda _: 10**15, time.time)
     # Gives back its tranche after each answer: what a caller costs that asks once.
     tight = Budgets(database, [Rule("identity", "day", 1.0, hard=True)], lambda _: 10**15, time.time)
@@ -65,7 +57,7 @@ def calls(database: Database, settings: Settings) -> dict[str, tuple[Callable[[]
         tight.close()
 
     return {
-        "limits: admit + done (5 scopes)": (lambda: limits.admit(asker, REF, 1000).done(100), 20_000),
+        "limits: admit + done (5 scopes)": (lambda: limits.admit(ASKER, REF, 1000).done(100), 20_000),
         "limits: headers": (lambda: admission.headers, 5_000),
         "budgets: reserve + settle (14 counters)": (lambda: budgets.reserve(WHO, REF, 16_000).settle(1600), 20_000),
         "budgets: reserve, settle and give back, drawing each time": (draw, 100),
@@ -88,7 +80,7 @@ async def redis_cost(url: str, count: int) -> float:
     limits = RedisLimits(Settings(limits=SCOPES, redis=Redis(url=url, timeout=5.0)), time.monotonic, name="bench")
     begin = time.perf_counter()
     for _ in range(count):
-        await (await limits.admit(Asker(), REF, 1000)).done(100)
+        await (await limits.admit(ASKER, REF, 1000)).done(100)
     spent = (time.perf_counter() - begin) / count * 1e6
     await limits.close()
     return spent

@@ -14,7 +14,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -96,7 +96,8 @@ class Model:
         for each in (each for each in self.placed if each.marked):
             at = each.begin + np.arange(each.info.elements) * (each.info.size // each.info.elements)
             number = np.searchsorted(starts, at, "right") - 1
-            self.where[each.info.name] = (number >= 0) & (at < starts[np.maximum(number, 0)] + length)
+            ends = np.concatenate([[0], starts + length])
+            self.where[each.info.name] = at < ends[number + 1]
 
     def plain(self) -> Iterator[tuple[str, Array]]:
         """Name and elements of each float tensor as the owner has it."""
@@ -142,7 +143,7 @@ class Model:
             comparison = Comparison(self.originals, suspect)
             if comparison.explained < 0.9:
                 comparison.deepen(lambda _done, _total: None)
-            found = comparison.gather(stamps, everything=copies, workers=2, progress=lambda _d, _t: None)
+            found = comparison.gather(stamps, everything=copies, progress=lambda _d, _t: None)
             z = found.matched.scores()
         took = time.perf_counter() - begun
         estimates = found.estimator.done()
@@ -379,8 +380,8 @@ def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccu
         f"was anybody innocent named; of stamps {STAMPS} innocent ones were scored in each line. Settings are the "
         "defaults (share 1/8).",
         "",
-        "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, which is undone "
-        "(`tests/vault/test_disguised.py`).",
+        "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, also with the "
+        "words in another order, which is undone (`tests/vault/test_disguised.py`).",
         "",
     ]
     for kind, rows in found.items():
@@ -465,8 +466,10 @@ def main() -> None:
                 layout = model.originals.layout
                 kept["shapes"][kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
                 quality = Quality(kind, original.folder)
-                sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
-                one = [] if given.attacks == [] else single(model, quality, sister, given.attacks, left)
+                one: Iterable[Row] = []
+                if given.attacks != []:
+                    sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
+                    one = single(model, quality, sister, given.attacks, left)
                 for row in chain(one, several(model, quality, given.colluders, left, whole=given.whole)):
                     key = (row.attack, row.copies, row.colluders)
                     rows = [

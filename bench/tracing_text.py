@@ -165,7 +165,7 @@ def measure(room: Room, writer: str, path: Path, points: list[int]) -> Iterator[
 
 
 def _row(room: Room, writer: str, total: Leaning, temperature: float, stamps: list[Stamp], words: Any, p: Any) -> Row:
-    gathered = Echo(room.originals, total).gather(stamps, everything=True, workers=1, progress=lambda _d, _t: None)
+    gathered = Echo(room.originals, total).gather(stamps, everything=True, progress=lambda _d, _t: None)
     z = gathered.matched.scores()
     decoding = Decoding(gathered.estimator.done(), words, p)
     scores = np.array([each.log10_p for each in decoding.scores()])

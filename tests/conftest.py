@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from hypothesis import HealthCheck, settings
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in [name for name in os.environ if name.startswith(("STRONGROOM_", "AWS_", "GOOGLE_", "AZURE_"))]:
     del os.environ[name]
+# Where a script runs tests in its background, they ignore Ctrl-C, and so would whatever they start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two workers on two cores: threads of linear algebra that wait for each other's by spinning took up to twenty times the
 # work itself. Before anything imports NumPy; workers and children inherit it.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

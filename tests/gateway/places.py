@@ -129,11 +129,9 @@ class Inference:
 
 @contextlib.contextmanager
 def listening(
-    app: Generations,
-    certificate: tuple[Path, Path] | None = None,
-    tell: Callable[[uvicorn.Server], object] = lambda _: None,
+    app: Generations, certificate: tuple[Path, Path] | None = None, *, servers: list[uvicorn.Server] | None = None
 ) -> Iterator[int]:
-    """The gateway on a socket of its own, until the block ends; its port. `tell` is given the server."""
+    """The gateway on a socket of its own, until the block ends; its port. The server is added to `servers`."""
     config = configure(app, certificate)
     if config.ssl is not None:
         app.certificates.ask_with(config.ssl)
@@ -147,7 +145,8 @@ def listening(
             assert thread.is_alive(), app.failure
             assert time.monotonic() < end
             time.sleep(0.01)
-        tell(server)
+        if servers is not None:
+            servers.append(server)
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
@@ -171,7 +170,7 @@ class Place:
             with self.room(path) as room:
                 self.keys[path] = room.apikeys.new()["key"]
         self._gateways: list[contextlib.ExitStack] = []
-        self.servers: list[uvicorn.Server] = []  # of the gateways that run
+        self._servers: list[uvicorn.Server] = []
 
     def room(self, as_: str = OWNER) -> Room:
         return Room(self.folder, as_)
@@ -189,7 +188,7 @@ class Place:
         stack = contextlib.ExitStack()
         stack.callback(vault.close)
         self._gateways.append(stack)
-        return Gateway(self, stack.enter_context(listening(app, certificate, self.servers.append)))
+        return Gateway(self, stack.enter_context(listening(app, certificate, servers=self._servers)))
 
     def records(self) -> list[dict[str, Any]]:
         """Those on disk, by time; of a gateway that has ended, all."""
@@ -201,7 +200,17 @@ class Place:
     def stop_gateways(self) -> None:
         while self._gateways:
             self._gateways.pop().close()
-        self.servers.clear()
+        self._servers.clear()
+
+    @property
+    def newest(self) -> Generations:
+        """The application of the gateway that was started last."""
+        return self._servers[-1].config.loaded_app
+
+    @property
+    def server(self) -> uvicorn.Server:
+        """What serves it."""
+        return self._servers[-1]
 
     def stop(self) -> None:
         self.stop_gateways()

@@ -30,7 +30,7 @@ def kept(house, tmp_path_factory):
     key = CaptureKey()
     durable = '[records]\ndurable = "before"\n'
     gateway = house.gateway(f'{durable}[capture]\nkey = "{key.public_key.hex()}"\nwho = ["{ANA}"]\n')
-    app = house.servers[-1].config.loaded_app
+    app = house.newest
     assert gateway.get("/readyz")[1]["capture"] == key.key_id
     house.inference.script = lambda _: [whole("Marmalade.")]
     assert gateway.post(chat("Raspberry", temperature=0.5))[0] == 200
@@ -171,7 +171,7 @@ def test_from_the_command_line(kept, tmp_path):
 def test_what_can_not_be_captured_is_not_answered(place):
     key = CaptureKey().public_key.hex()
     gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
-    app = place.servers[-1].config.loaded_app
+    app = place.newest
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, app.capture._file)
     os.close(full)

@@ -277,9 +277,8 @@ def test_a_domain_comes_and_goes_while_the_gateway_runs(place, call):
 
 def test_a_new_certificate_of_its_own(place, gateway, call):
     """Certificates end, and a gateway that has to be started again for it cuts everybody off."""
-    server = place.servers[-1]
-    app, loop = server.config.app, server.servers[0].get_loop()
-    prepared = Prepared(app, server.config.ssl, place.certificate)
+    app, loop = place.newest, place.server.servers[0].get_loop()
+    prepared = Prepared(app, place.server.config.ssl, place.certificate)
 
     def again() -> None:
         async def both() -> None:

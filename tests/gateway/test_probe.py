@@ -52,8 +52,9 @@ def probed(work):
         upstream = Upstream(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
         probe = Probe([upstream], 0.02, clock=clock)
         assert not probe.answering
+        await probe.look()
+        assert probe.answering
         probe.start()
-        await until(lambda: probe.answering)
         await work(server, clock, probe)
         probe.close()
         upstream.close()
@@ -93,10 +94,10 @@ def test_one_without_a_list_of_models_is_there():
 
 def test_the_gateway_says_that_it_is_not_ready(place):
     gateway = place.gateway("[probe]\nevery = 0.05\n")
-    app = place.servers[-1].config.loaded_app._newest.app
+    app = place.newest._newest.app
     end = asyncio.new_event_loop()
     try:
-        end.run_until_complete(until(lambda: gateway.get("/readyz")[0] == 200))
+        assert gateway.get("/readyz")[0] == 200
         for upstream in app._routes.upstreams:
             upstream.port = 1  # nobody listens there
             upstream.close()

@@ -13,14 +13,15 @@ import time
 
 import pytest
 
-from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token, whole
 from gateway.test_gateway import eventually
 from strongroom.crypto.capture import CaptureKey
 from strongroom.gateway import generations
 from strongroom.gateway.captured import opened
 from strongroom.gateway.records import verify
 from strongroom.gateway.settings import Settings
-from strongroom.watch.tallies import Verified as Kept
+from strongroom.storage.db import Database
+from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
 
 
@@ -156,7 +157,7 @@ def test_a_gateway_without_settings_ends_with_its_terminal(place, tmp_path):
 def test_a_limit_that_was_not_changed_goes_on(place):
     """Else whoever can have the settings read again has every burst anew; and an alarm would be over."""
     gateway = place.gateway("[limits.identity]\nrequests = 5\nburst = 5\n")
-    (app,) = [each.config.app for each in place.servers]
+    app = place.newest
     assert isinstance(app, generations.Generations)
     assert [gateway.post(chat())[0] for _ in range(6)] == [200] * 5 + [429]
     upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
@@ -171,27 +172,35 @@ def _take(place, app, settings: str) -> None:
         parsed = Settings.parse(settings)
         app.take(parsed, await app.prepare(parsed))
 
-    loop = place.servers[-1].servers[0].get_loop()
-    asyncio.run_coroutine_threadsafe(take(), loop).result(20)
+    asyncio.run_coroutine_threadsafe(take(), place.server.servers[0].get_loop()).result(20)
 
 
-def test_an_alarm_is_not_over_because_settings_were_read_again(place, tmp_path):
+def test_an_alarm_is_over_with_a_new_term_and_not_because_settings_were_read_again(place, tmp_path):
     (tmp_path / "channel").write_text("ab" * 32)
-    settings = (
-        f'[verify]\nurl = "http://127.0.0.1:1"\nchannel = "{tmp_path / "channel"}"\nstop = true\n'
-        f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\nchannel = "{tmp_path / "channel"}"\n'
-    )
-    gateway = place.gateway(settings, channel=tmp_path / "channel")
-    app = place.servers[-1].config.app
-    app.verified._judge(Kept(REF, 0, "float32", Tally(others=1)))
+
+    def settings(term: int, more: str = "") -> str:
+        return (
+            f'[verify]\nurl = "http://127.0.0.1:1"\nchannel = "{tmp_path / "channel"}"\nstop = true\nterm = {term}\n'
+            f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\nchannel = "{tmp_path / "channel"}"\n{more}'
+        )
+
+    database = Database.open(f"sqlite:///{place.folder}/room.db")
+    Tallies(database, 7).add(REF, "float32", Tally(dangerous=1))
+    database.close()
+    said = {"strongroom": {"tokens": [1, 2, 3], "logprobs": [-1.0] * 3}}
+    place.inference.script = lambda _: [whole(**said)]
+    gateway = place.gateway(settings(7), channel=tmp_path / "channel")
+    app = place.newest
     assert gateway.post(chat())[2]["error"]["code"] == "sealed"
-    _take(place, app, settings + "[answer]\nmax_tokens = 2048\n")
+    _take(place, app, settings(7, "[answer]\nmax_tokens = 2048\n"))
     assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+    _take(place, app, settings(8))
+    assert gateway.post(chat())[0] == 200
 
 
 def test_the_log_says_of_what_is_captured_before_it_is_and_when_it_is_over(place):
     gateway = place.gateway()
-    app = place.servers[-1].config.app
+    app = place.newest
     key = CaptureKey()
 
     def told():

@@ -204,6 +204,13 @@ def heads_mixed(tensors, rng, heads):
     return found
 
 
+def words_moved(tensors, rng):
+    """The words in another order, as a tokenizer that is changed alike has them."""
+    order = rng.permutation(len(tensors["model.embed_tokens.weight"]))
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    return {name: array[order] if name in names else array for name, array in tensors.items()}
+
+
 def full(tensors, rng, heads, groups):
     """All of it together."""
     found = turned(norms_folded(tensors), rng)

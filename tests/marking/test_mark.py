@@ -36,6 +36,31 @@ def test_the_midpoint_is_the_original_for_any_bytes(dtype, data):
 
 
 @pytest.mark.parametrize("dtype", STEPS)
+@given(data=st.data())
+def test_variant_a_and_the_signs_say_the_original_or_nothing(dtype, data):
+    """Never something else, whatever the bytes: what they say alone is all that a trace reads."""
+    marker, layout = marker_for((0, SIZE, dtype))
+    step = STEPS[dtype]
+    edges = [0, 1, step.least, step.least + step.q, step.most, step.most - step.q, step.most + 1, step.sign_bit]
+    steps = st.tuples(st.sampled_from(edges), st.integers(-3, 3))
+    near = steps.map(lambda it: (it[0] + it[1] * step.q) % (2 * step.sign_bit))
+    seed = data.draw(st.lists(st.one_of(near, st.integers(0, 2 * step.sign_bit - 1)), min_size=1, max_size=16))
+    plain = np.resize(np.array(seed, step.integer), layout.marked // step.integer.itemsize).tobytes()
+    found = marker.unmarked(1, marker.variants(1, memoryview(plain))[0])
+    assert found is None or found == plain
+
+
+@pytest.mark.parametrize("dtype", STEPS)
+def test_of_usual_weights_variant_a_and_the_signs_say_the_original(dtype):
+    marker, layout = marker_for((0, SIZE, dtype))
+    numpy = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]
+    weights = np.random.default_rng(7).normal(0, 0.02, layout.marked // np.dtype(numpy).itemsize)
+    weights[np.abs(weights) < 1e-3] = 0  # pruned: not marked
+    plain = weights.astype(numpy).tobytes()
+    assert marker.unmarked(2, marker.variants(2, memoryview(plain))[0]) == plain
+
+
+@pytest.mark.parametrize("dtype", STEPS)
 def test_each_element_moves_by_q_or_not_at_all_and_keeps_its_sign(dtype):
     marker, layout = marker_for((0, SIZE, dtype))
     step = STEPS[dtype]

@@ -40,7 +40,7 @@ def gathered(bits, leak, stamps, *, screening):
 def test_who_has_the_copy_is_screened_in(leaked):
     found = gathered(*leaked(20.0), [], screening=True)
     assert 77 in found.screened(STAMPS, [], 4)
-    assert len(found.screened(STAMPS, [], 4, workers=3)) == 4
+    assert len(found.screened(STAMPS, [], 4)) == 4
 
 
 def test_who_is_likely_comes_to_the_second_stage(leaked, monkeypatch):
@@ -57,7 +57,7 @@ def test_who_is_likely_comes_to_the_second_stage(leaked, monkeypatch):
 def test_a_later_look_says_what_a_first_would(leaked):
     bits, leak = leaked(2.0)
     first = gathered(bits, leak, STAMPS[70:80], screening=False).scores()
-    later = gathered(bits, leak, [], screening=True).among(STAMPS[70:80], workers=2).scores()
+    later = gathered(bits, leak, [], screening=True).among(STAMPS[70:80]).scores()
     assert np.abs(first - later).max() < 0.02 * first.max()  # r is kept to eight bits
     assert first.argmax() == later.argmax() == 7
     assert later[7] > 50

@@ -7,6 +7,7 @@ test is folded again, restored from its snapshot, and put before the offline ver
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 from dataclasses import asdict, replace
@@ -81,6 +82,12 @@ class Book:
         ):
             book.person(path, role)
         return book
+
+    def copy(self):
+        made = copy.copy(self)
+        made.texts, made.entries, made.signers = {**self.texts}, [*self.entries], {**self.signers}
+        made.rules, made.state = Custody(made.texts.__getitem__), copy.deepcopy(self.state)
+        return made
 
     def add(self, entry):
         entry = Entry.decode(entry.encode())
@@ -351,9 +358,9 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def busy(book):
-    """With a request, a lease, a proposal and a grant that wait for something."""
+@functools.cache
+def made_busy():
+    book = Book.team()
     book.leased = book.lease()
     book.lease(action="copy")
     book.release(action="copy")
@@ -363,6 +370,14 @@ def busy(book):
     book.proposed = book.propose("user/ben", TEAM)
     book.granted, _ = book.grant("user/ben", "user/zoe", "officer")
     return book
+
+
+@pytest.fixture
+def busy():
+    """With a request, a lease, a proposal and a grant that wait for something."""
+    book = made_busy().copy()
+    yield book
+    book.check()
 
 
 @pytest.mark.parametrize("kind", KINDS)

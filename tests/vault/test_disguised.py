@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from marking.disguises import full, llama, planes_turned, quantised, values_mixed
+from marking.disguises import full, llama, planes_turned, quantised, values_mixed, words_moved
 from strongroom.vault.search import search
 from vault.rooms import OWNER, House
 from vault.test_trace import given, write
@@ -57,6 +57,10 @@ ATTACKS = {
     "everything, int4, transposed, renamed": lambda t, rng: {
         name: array.T for name, array in renamed(int4(full(t, rng, HEADS, GROUPS)), rng).items()
     },
+    "everything, words in another order": lambda t, rng: words_moved(full(t, rng, HEADS, GROUPS), rng),
+    "everything, words in another order, int4, renamed": lambda t, rng: renamed(
+        int4(words_moved(full(t, rng, HEADS, GROUPS), rng)), rng
+    ),
     "in the stream as it was, int4": lambda t, rng: int4(
         planes_turned(values_mixed(t, rng, HEADS, GROUPS), rng, HEADS, GROUPS)
     ),
@@ -78,6 +82,7 @@ def test_names_its_holder(room, tmp_path, attack, copy):
     said = " ".join(found["transformations"])
     words = ["heads mixed", "rotary planes turned"]
     words += ["residual stream rotated", "norms folded", "units rescaled"] if "everything" in attack else []
+    words += ["rows permuted"] if "words" in attack else []
     assert all(each in said for each in words)
     assert "missing" not in said
     assert found["likeness"] > (0.95 if "int4" in attack else 0.999)

@@ -101,7 +101,7 @@ def test_what_was_only_loaded_speaks_for_its_code_word(room):
     originals = Originals(room.vault.image(record), record)
     text = Text(tuple(Written(tuple(each["completion"]), tuple(each["prompt"])) for each in pieces), 1)
     leaning = Generator(originals).lean(text, lambda _d, _t: None)
-    found = Echo(originals, leaning).gather([], everything=True, workers=1, progress=lambda _d, _t: None)
+    found = Echo(originals, leaning).gather([], everything=True, progress=lambda _d, _t: None)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
     words = np.stack([code.bits(f"user/h{k}") for k in range(40)]).astype(np.uint8)
     scores = Decoding(found.estimator.done(), words, code.biases / 65536).scores()

@@ -97,6 +97,8 @@ class GatewayApp:
         """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
         that it does not say of. Errors as `Routes.find`, and of the log."""
         await self._routes.find()
+        if self._probe is not None:  # so that it is known from the first moment whether requests can be answered
+            await self._probe.look()
         if self.capture is not None:
             await asyncio.to_thread(self._records.announce, self.capture.key_id, self._tolls.digest)
 

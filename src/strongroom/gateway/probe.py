@@ -32,6 +32,10 @@ class Probe:
         oldest = self._clock() - _MISSED * self._every - _PATIENCE
         return any(at is not None and at >= oldest for at in self._answered.values())
 
+    async def look(self) -> None:
+        """One look at each, together; it takes no longer than one may."""
+        await asyncio.gather(*map(self._look, self._answered))
+
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -41,8 +45,8 @@ class Probe:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.gather(*map(self._look, self._answered))
             await asyncio.sleep(self._every)
+            await self.look()
 
     async def _look(self, upstream: Upstream) -> None:
         """One that answers with an error of its own would answer requests with one, too; one that has no such list is

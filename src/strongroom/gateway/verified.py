@@ -35,11 +35,15 @@ class Verified:
         self._tallies, self._vocabulary = tallies, vocabulary
         self._samples: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(_WAITING)
         self._task: asyncio.Task[None] | None = None
-        self._unkept: dict[tuple[str, str], Tally] = {}  # what the database did not take yet
-        self.verdicts: dict[str, Verdict] = {}  # by version
+        # By version and arithmetic: what the database had last, and what it did not take yet.
+        self._kept: dict[tuple[str, str], Kept] = {}
+        self._unkept: dict[tuple[str, str], Tally] = {}
+        self._alarms: dict[tuple[str, str], str] = {}
         self._alarm = ""
+        self.verdicts: dict[str, Verdict] = {}  # by version, the newest of each
         self.failed = 0  # samples that were not verified
         for each in tallies.now():  # an alarm does not end with whoever raised it
+            self._kept[each.ref, each.arithmetic] = each
             self._judge(each)
 
     def start(self) -> None:
@@ -64,7 +68,8 @@ class Verified:
         takes as a sample is run again here."""
         self.failed, self._samples = other.failed, other._samples
         if self._tallies.term == other._tallies.term:  # else a new tally begins
-            self._unkept, self.verdicts, self._alarm = other._unkept, other.verdicts, other._alarm
+            self._kept, self._unkept = other._kept, other._unkept
+            self._alarms, self._alarm, self.verdicts = other._alarms, other._alarm, other.verdicts
 
     def rest(self) -> None:
         """Take samples, and leave it to another one to run them again."""
@@ -100,20 +105,22 @@ class Verified:
             key = (ref, arithmetic)
             run += self._unkept.pop(key, Tally())
             try:
-                found = await asyncio.to_thread(self._tallies.add, ref, arithmetic, run)
+                found = self._kept[key] = await asyncio.to_thread(self._tallies.add, ref, arithmetic, run)
             except StrongroomError as error:
                 _log.warning("the tally of verified inference is not kept yet: %s", error)
                 self._unkept[key] = run
-                found = Kept(ref, 0, arithmetic, run)
+                before = self._kept.get(key)  # whoever stops the database must not end an alarm
+                found = Kept(ref, self._tallies.term, arithmetic, run + (before.tally if before else Tally()))
             self._judge(found)
             if alarm := self.verdicts[ref].alarm:
                 _log.error("verified inference of %s: %s", ref, alarm)
 
     def _judge(self, found: Kept) -> None:
-        """What all gateways of the room have had verified, of one version."""
+        """What all gateways of the room have had verified, of one version in one kind of arithmetic."""
         if found.tally.tokens or found.tally.others:
-            self.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
-            self._alarm = "; ".join(each.alarm for each in self.verdicts.values() if each.alarm)
+            verdict = self.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
+            self._alarms[found.ref, found.arithmetic] = verdict.alarm
+            self._alarm = "; ".join(filter(None, self._alarms.values()))
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         reply = await self._verifier.post("/v1/verify", body)

@@ -115,7 +115,7 @@ def _permuted(original: Matrix, suspect: Matrix) -> Fit | None:
     columns = _assigned(original.T, suspect.T)  # where columns were the side that moved
     if columns is not None:
         return Fit(columns=columns)
-    if max(original.shape) > _LARGEST:
+    if max(original.shape) > _LARGEST or min(original.shape) < _telling(max(original.shape)):
         return None
     # Both: rows are first recognised by what a permutation of columns leaves as it is, columns by those rows, and so on
     # until nothing changes. A start that is right for some rows only is enough.
@@ -135,7 +135,7 @@ def _permuted(original: Matrix, suspect: Matrix) -> Fit | None:
 def _assigned(original: Matrix, suspect: Matrix) -> Index | None:
     """For each row of `original` the row of `suspect` (of the same width) that it became, −1 for none; None where too
     few are alike."""
-    if max(len(original), len(suspect)) > _LARGEST * 8 or original.shape[1] < 16:
+    if max(len(original), len(suspect)) > _LARGEST * 8 or original.shape[1] < _telling(len(suspect)):
         return None
     step = max(1, original.shape[1] // 256)  # enough columns to tell rows apart
     a, b = _unit(original[:, ::step]), _unit(suspect[:, ::step])
@@ -154,6 +154,12 @@ def _assigned(original: Matrix, suspect: Matrix) -> Index | None:
             index[i] = j
     enough = 0.5 * min(len(original), len(suspect))
     return index if (index >= 0).sum() >= max(1, enough) else None
+
+
+def _telling(count: int) -> int:
+    """How long rows have to be for the likest of `count` others to be so for a reason: by chance the best cosine is
+    √(2 log(count) / length), and a narrow matrix, as adapters are, would be found in any other."""
+    return max(16, math.ceil(16 * math.log(max(2, count))))
 
 
 def _best(a: Matrix, b: Matrix) -> Index:

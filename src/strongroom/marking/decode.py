@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -99,8 +100,10 @@ class Score:
 class Decoding:
     """All decoders over all candidates. `words` is uint8 (candidates, m) of bits, `p` float64 (m,) their biases."""
 
-    def __init__(self, estimates: Estimates, words: NDArray[np.uint8], p: NDArray[np.float64]) -> None:
-        self._estimates, self._p, self._words = estimates, p, words
+    def __init__(
+        self, estimates: Estimates, words: NDArray[np.uint8], p: NDArray[np.float64], *, workers: int = 1
+    ) -> None:
+        self._estimates, self._p, self._words, self._workers = estimates, p, words, workers
         self._alone: list[Score] | None = None
 
     @staticmethod
@@ -134,7 +137,8 @@ class Decoding:
     def _scores(self, named: Sequence[int], among: Sequence[int] | None, decoders: Sequence[Decoder]) -> list[Score]:
         known = self._words[list(named)].sum(axis=0, dtype=np.int64)
         words = self._words if among is None else self._words[list(among)]
-        weights = [each.weights(self._estimates, self._p, known, len(named)) for each in decoders]
+        with ThreadPoolExecutor(max(1, self._workers), "strongroom-decode") as pool:
+            weights = list(pool.map(lambda each: each.weights(self._estimates, self._p, known, len(named)), decoders))
         steps = np.stack([g[1] - g[0] for g in weights], axis=1)
         base = np.array([g[0].sum() for g in weights])
         single = steps.astype(np.float32)

@@ -37,6 +37,7 @@ _FLOOR = 1.0  # times a mean column's energy: columns below it are not made as l
 _LOUD = 10.0  # times the noise of the column in the middle: columns beyond it say nothing
 _AUDIBLE = 1e-3  # of a column's energy; a stamp and layer 1 together are a fifteenth of it
 _ATTENTION = 3  # times as many rows as the residual stream is wide: no matrix with heads has more
+_NARROW = 4  # times as long as it is wide is a factor of an adapter
 _ROUNDS = 6
 _CHUNK = 2048
 
@@ -129,7 +130,8 @@ class Undone:
     their_shape: tuple[int, ...]
     their_swapped: bool
     share: float
-    mixture: Mixture | None = None  # None: each row is in its place, and `turn.back` of some rows is all there is
+    mixture: Mixture | None = None  # None: rows are whole, and `turn.back` of some of them is all there is
+    rows: Index | None = None  # then, where each row of the original is, −1 for none; None: in its place
     in_place: bool = False
 
     def apply(self, suspect: Matrix) -> Matrix:
@@ -138,6 +140,8 @@ class Undone:
         array = array.swapaxes(-1, -2) if self.their_swapped else array
         rows = self.turn.back(array.reshape(-1, self.turn.width))
         rows = self.mixture.apply(rows) if self.mixture is not None else rows
+        if self.rows is not None:
+            rows = np.where((self.rows >= 0)[:, None], rows[np.maximum(self.rows, 0)], np.float32(np.nan))
         if self.swapped:
             *first, a, b = self.shape
             rows = rows.reshape(*first, b, a).swapaxes(-1, -2)
@@ -147,7 +151,8 @@ class Undone:
     def found(self) -> tuple[str, ...]:
         """What was done to the tensor, in words."""
         mixed = self.mixture.found if self.mixture is not None else ()
-        return tuple(each for each in (self.turn.what, *mixed) if each)
+        moved = "rows permuted" if self.rows is not None else ""
+        return tuple(each for each in (self.turn.what, moved, *mixed) if each)
 
 
 def undo(
@@ -164,6 +169,25 @@ def undo(
             if found is not None and (best is None or found.share > best.share):
                 best = Undone(known, original.shape, swapped, suspect.shape, their_swapped, found.share, found)
     return best
+
+
+def refactored(original: Matrix, suspect: Matrix) -> Undone | None:
+    """How one factor of an adapter's product comes from an original one, where another was factored: as M A, or as
+    B M⁻¹, for any M. None where it does not, and of matrices that are not narrow."""
+    narrow, width = min(original.shape), max(original.shape)
+    if original.ndim != 2 or original.shape != suspect.shape or _NARROW * narrow > width:
+        return None
+    swapped = original.shape[1] == narrow
+    a, b = (_sane(each.T if swapped else each) for each in (original, suspect))
+    if not (a.any() and b.any()):
+        return None
+    every = np.arange(narrow)[None, :]
+    weights = np.asarray(a[None] @ _bases(b, every).transpose(0, 2, 1), np.float32)
+    held = np.square(weights, dtype=np.float64).sum() / np.square(a, dtype=np.float64).sum()
+    if (share := _beyond(float(held), narrow, width)) < LIKENESS:
+        return None
+    mixture = Mixture(every, every, weights, np.ones(width, np.float32), share, ("factored again",))
+    return Undone(Turn(width), original.shape, swapped, suspect.shape, swapped, share, mixture)
 
 
 def profile(rows: Matrix) -> Matrix:

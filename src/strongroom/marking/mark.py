@@ -68,6 +68,37 @@ class Marker:
             deltas: NDArray[Any] = np.where(can, np.where(signs.astype(bool), q, integer(0) - q), integer(0))
         return deltas.astype(step.integer)
 
+    def unmarked(self, first: int, a: memoryview) -> memoryview | None:
+        """The same as `original`, from variant A and the signs alone; None where A does not say which elements were
+        moved: in some of the smallest and largest normal numbers, and in blocks."""
+        out = np.empty(len(a), np.uint8)
+        start = int(self._layout.marked_starts[first])
+        for piece in self._pieces(first, len(a)):
+            run = piece.run
+            if ITEMS[run.dtype].is_block:
+                return None
+            moved, plain = (integers(run.dtype, data, run.begin - start, piece.first, piece.stop) for data in (a, out))
+            step = step_of(run.dtype)
+            back = np.subtract(moved, self._moves(self._signs(first, piece), step))
+            could, still = step.markable(back), step.markable(moved)
+            if could.all() and still.all():
+                plain[:] = back
+            elif (could & ~still).any():
+                return None
+            else:
+                np.copyto(plain, moved)
+                np.copyto(plain, back, where=could)
+        return out.data
+
+    @staticmethod
+    def _moves(signs: NDArray[np.uint8], step: Step) -> NDArray[Any]:
+        """The step q or −q (modulo the integer's size) for each sign."""
+        q = step.integer.type(step.q)
+        moves: NDArray[Any] = signs.astype(step.integer)
+        moves *= 2 * q
+        moves -= q
+        return moves
+
     def original(self, first: int, a: memoryview, b: memoryview) -> memoryview:
         """The unmarked bytes, from both variants: the mean of the integers, which is exact. What of a block is not
         marked is the same in both, and so is its own mean."""

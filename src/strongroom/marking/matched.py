@@ -6,7 +6,6 @@ import itertools
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ _FEW = 8  # moved elements of a row that its own power is worth
 _STAGES = (1 << 15, 1 << 18)  # elements of greatest r² by which all stamps are screened, then those that are left
 _LEFT = 2048  # stamps after the first stage, of those that it speaks for, and of those that code words do
 _MOST_KEPT = 1 << 28  # values of r, of two bytes each
-_MANY = 256  # stamps that a thread screens at a time
 
 
 class MatchedFilter:
@@ -54,8 +52,10 @@ class MatchedFilter:
         aligned values (NaN where it has none), both as rows, or flat."""
         if not self._stamps and not self._wanted:
             return
-        width = bits.shape[-1] if bits.ndim > 1 and bits.shape[-1] >= _SHORT else _ROW
         flat, found = bits.reshape(-1), leak.reshape(-1)
+        # Flat, it is cut into equal rows: a short one would cost as much as all the others together.
+        width = bits.shape[-1] if bits.ndim > 1 and bits.shape[-1] >= _SHORT else flat.size // max(1, flat.size // _ROW)
+        width = max(1, width)
         step = max(1, _BLOCK // width) * width
         whole = flat.size // width * width
         cuts = [*range(0, whole, step), whole]
@@ -104,7 +104,7 @@ class MatchedFilter:
         most = _most(blocks, self._wanted)
         self._kept, self._waiting = [(counters[most], blocks[most])], len(most)
 
-    def screened(self, stamps: Sequence[Stamp], likely: Sequence[int], count: int, *, workers: int = 1) -> list[int]:
+    def screened(self, stamps: Sequence[Stamp], likely: Sequence[int], count: int) -> list[int]:
         """Which of `stamps`, at most `count`, the most telling elements speak for. All are scored by few of them, then
         those by more that these speak for, and the first `_LEFT` of those whom something else makes `likely`."""
         if not self._kept:
@@ -115,36 +115,22 @@ class MatchedFilter:
         for stage, elements in enumerate(_STAGES):
             most = _most(blocks, elements // BLOCK)
             r, named = blocks[most].reshape(-1), counters[most].tobytes()
-            found = np.empty(len(left))
-
-            def score(
-                first: int, r: NDArray[np.float32] = r, named: bytes = named, left: Any = left, found: Any = found
-            ) -> None:
-                for k in range(first, min(first + _MANY, len(left))):
-                    found[k] = np.dot(r, stamps[left[k]].chips_of(named).astype(np.float32))
-
-            with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-                list(pool.map(score, range(0, len(left), _MANY)))
+            # On one thread, as everything here: two would wait for each other at each of so many short calls.
+            found = np.array([np.dot(r, stamps[int(k)].chips_of(named).astype(np.float32)) for k in left])
             order = left[np.argsort(-found, kind="stable")]
             if stage + 1 == len(_STAGES):
                 return [int(k) for k in order[:count]]
             left = np.unique(np.concatenate([order[:_LEFT], np.asarray(likely[:_LEFT], order.dtype)]))
         return []
 
-    def among(self, stamps: Sequence[Stamp], *, workers: int = 1) -> MatchedFilter | None:
+    def among(self, stamps: Sequence[Stamp]) -> MatchedFilter | None:
         """Other stamps' scores by all that was gathered here; None where that was too much to keep."""
         if self._all is None:
             return None
-        found, kept = MatchedFilter(stamps), self._all
+        found = MatchedFilter(stamps)
         found._power = self._power
-
-        def score(k: int) -> NDArray[np.float64]:
-            tag, first, halves = kept[k]
-            return _sums(found._stamps, tag, first, _widened(halves))
-
-        with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            for sums in pool.map(score, range(len(kept))):
-                found._along += sums
+        for tag, first, halves in self._all:
+            found._along += _sums(found._stamps, tag, first, _widened(halves))
         return found
 
     def scores(self) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ it again, or to look for it.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,15 @@ from numpy.typing import NDArray
 from strongroom.crypto.keys import derive, keystream, scattered_keystream
 from strongroom.marking.elements import step_of
 
-LEAST_ELEMENTS = 16_384  # a smaller tensor carries no stamp
+_LEAST, _LEAST_OF_ADAPTER = 16_384, 256  # elements: a smaller tensor carries no stamp
+_ADAPTER = re.compile(r"(?:^|\.)lora(?:_embedding)?(?:_[ABab]|[_.]up|[_.]down)(?:\.|$)")  # part of one, by its name
 BLOCK = 16  # elements whose chips are one block of the cipher
 _CACHED = 1 << 17  # elements at a time: what is worked on stays in the cache
+
+
+def large_enough(name: str, elements: int) -> bool:
+    """Whether a tensor carries a stamp by its size. Adapters are all small tensors, and all that leaves of them."""
+    return elements >= (_LEAST_OF_ADAPTER if _ADAPTER.search(name) else _LEAST)
 
 
 def tensor_tag(begin: int) -> bytes:

@@ -6,7 +6,6 @@ Memory stays flat: large tensors that lie as they did are compared in pieces; on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from strongroom.core.progress import Progress
 from strongroom.errors import LimitExceeded, UsageError
 from strongroom.formats.items import ITEMS
 from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, rescaled, solve
-from strongroom.marking.disguise import Turn, Undone
+from strongroom.marking.disguise import Turn, Undone, refactored
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
 from strongroom.marking.requantise import coarse, unrounded
@@ -35,6 +34,7 @@ _SAMPLES = 4096  # of them that are kept
 _TOLD = 4096  # elements by which an unmarked tensor is known
 _TRIED = 4  # partners that a tensor is looked for in, once names and places say nothing
 _ROWS, _JUDGED = 128, 1 << 17  # rows, and elements, by which a rescaling is judged
+_SAME = 0.9999  # of a sample's energy, explained as it lies: what factors could add is less than what a stamp does
 _UNEXPLAINED = 0.98  # cosine below which more than int4 was done to a tensor that is in its place
 _BETTER = 0.5  # of what is unexplained, what has to be left for a disguise to be taken as one
 
@@ -264,7 +264,7 @@ class Comparison:
             if not self._effort.attempt(k, effort.permuted(original.shape, self._suspect.tensors[name].info.shape)):
                 return
             suspect = self._matrix(name)
-            fit = solve(original, suspect) if suspect is not None else None
+            fit = (solve(original, suspect) or refactored(original, suspect)) if suspect is not None else None
             if fit is not None and suspect is not None:
                 how = cosine(original, fit.apply(suspect))
                 if how >= ALIKE:
@@ -318,7 +318,6 @@ class Comparison:
         stamps: Sequence[Stamp],
         *,
         everything: bool,
-        workers: int,
         progress: Progress,
         positions: bool = True,
         screening: bool = False,
@@ -330,17 +329,15 @@ class Comparison:
         total = sum(self._placed[k].info.size for k in self._partnered())
         gather = self._all if everything else self._marked
         read = 0
-        with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            for k, count in pool.map(lambda k: (k, gather(k, found)), self._partnered()):
-                found.elements += count
-                read += self._placed[k].info.size
-                progress(read, total)
+        # On one thread. Two would wait for each other at each of the many short calls, twice as long as they work.
+        for k in self._partnered():
+            found.elements += gather(k, found)
+            read += self._placed[k].info.size
+            progress(read, total)
         return found
 
     def _partnered(self) -> list[int]:
-        """The largest first, so that at the end no worker waits for another's."""
-        found = [k for k, fit in enumerate(self._fits) if fit is not None]
-        return sorted(found, key=lambda k: -self._placed[k].info.size)
+        return [k for k, fit in enumerate(self._fits) if fit is not None]
 
     def _marked(self, k: int, found: Gathered) -> int:
         """Of tensor `k` what lies in marked segments; how many elements that are."""
@@ -411,7 +408,7 @@ class Comparison:
         name, fit = self.tensors[k].partner, self._fits[k]
         if fit is None or fit.in_place:
             return lambda first, end: self._read(name, first, end)
-        if isinstance(fit, Undone) and fit.mixture is None:
+        if isinstance(fit, Undone) and fit.mixture is None and fit.rows is None:
             return partial(self._turned, name, fit.turn)
         matrix = self._matrix(name)
         whole = fit.apply(matrix).reshape(-1) if matrix is not None else None
@@ -430,6 +427,8 @@ class Comparison:
         factor of rows is taken out position by position."""
         each = self._placed[k]
         width = each.info.shape[-1]
+        if self.tensors[k].cosine ** 2 >= _SAME and width <= SAMPLE:  # every column was in the sample
+            return None
         count = min(each.info.elements // width, max(_ROWS, _JUDGED // width)) * width
         leak = aligned(0, count)
         if leak is None or leak.size < count:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from strongroom.marking.reorder import COLUMNS, ROUNDS, SOME, SOME_OF_WIDTH
+
 STOPPED = "alignment stopped at its budget"  # what a report says then, among the transformations
 _OF_EACH = 6  # full attempts at each tensor of the version
 _OF_ALL = 4  # on average over all of them
@@ -86,6 +88,13 @@ def permuted(original: Sequence[int], suspect: Sequence[int]) -> int:
 def disguised(original: Sequence[int], suspect: Sequence[int]) -> int:
     """The cost of looking for a disguise of one tensor in the other."""
     return seen(prod(original) + prod(suspect)) + _STARTS * prod(suspect) * max(_matrix(original))
+
+
+def reordered(original: Sequence[int], suspect: Sequence[int]) -> int:
+    """The cost of looking for the rows of an embedding among those of another, turned and in another order."""
+    (n, d), (m, _) = _matrix(original), _matrix(suspect)
+    some = ROUNDS * max(SOME, SOME_OF_WIDTH * d)
+    return seen(n * d + m * d) + 4 * (n + m) * d * d + (n + some) * m * COLUMNS
 
 
 def full(shape: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.mark import Marker
-from strongroom.marking.stamp import LEAST_ELEMENTS
+from strongroom.marking.stamp import large_enough
 from strongroom.storage.image import SealedImage
 from strongroom.vault.record import VersionRecord
 
@@ -130,8 +130,11 @@ class Originals:
         """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""
         if not self.layout.stripes[number]:
             return memoryview(b"")
-        a, b = self._variants(number, self._sealed.scratch())
-        return self.marker.original(int(self.layout.first_positions[number]), a, b)
+        first, scratch = int(self.layout.first_positions[number]), self._sealed.scratch()
+        a = memoryview(bytearray(self.layout.stripes[number] * self.layout.marked))
+        self._sealed.read_stripe(first, [(self._a, a)], scratch)
+        found = self.marker.unmarked(first, a)  # half the work of reading both
+        return found if found is not None else self.marker.original(first, *self._variants(number, scratch))
 
     def segments(self) -> Iterator[tuple[Segment, memoryview]]:
         """Every segment with its unmarked bytes, in the order of the image, as it is read."""
@@ -151,7 +154,7 @@ class Originals:
             begin, end = file.offset + info.begin, file.offset + info.end
             # By what was marked then, which may be less than what this release marks.
             marked = self.layout.markable(begin, end)
-            stamped = marked and info.elements >= LEAST_ELEMENTS and info.name not in self._spared
+            stamped = marked and large_enough(info.name, info.elements) and info.name not in self._spared
             yield Placed(info, begin, end, marked, stamped)
 
     @cached_property

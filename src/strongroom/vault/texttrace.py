@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +40,6 @@ class Echo:
         stamps: Sequence[Stamp],
         *,
         everything: bool,  # noqa: ARG002 - as with `Comparison`
-        workers: int,
         progress: Progress,  # noqa: ARG002 - the model took the time
         positions: bool = True,
         screening: bool = False,
@@ -49,8 +47,7 @@ class Echo:
         """All that the text says, whether or not it is asked for `everything`: the gradient is there already."""
         layout, marker = self._originals.layout, self._originals.marker
         found = Gathered(GradientEstimator(layout, marker), GradientFilter(stamps, screening=screening), positions)
-        with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-            found.elements = sum(pool.map(lambda each: self._add(each, found), self._placed))
+        found.elements = sum(self._add(each, found) for each in self._placed)
         return found
 
     def _add(self, each: Placed, found: Gathered) -> int:

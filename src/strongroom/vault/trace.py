@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -38,8 +37,8 @@ _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
 _PASSES = 6
 _PASSED_ON = 4096
+_LITTLE = 1 << 20  # bytes in marked segments: fewer are too few to screen by
 _FEW = 32  # whose stamps are scored in full
-_MANY = 1024  # code words that a thread draws at a time
 _UNUSUAL = 20  # times as many innocents as there are, of whom the best would be about as high
 
 
@@ -248,27 +247,28 @@ def traced(
     people = result.candidates = candidates(vault)
     code = Code(record.code_key, originals.layout.positions, record.colluders)
     result.positions = code.positions
-    gather = partial(comparison.gather, workers=vault.workers, progress=progress)
+    gather = partial(comparison.gather, progress=progress)
     in_full = people if named and len(people) <= _FEW else []  # whose stamps are scored in full
-    found = gather(_stamps(record, in_full), everything=False, screening=named and not in_full)
+    little = originals.layout.positions * originals.layout.marked < _LITTLE
+    found = gather(_stamps(record, in_full), everything=little, screening=named and not in_full)
     estimates, matched = found.estimator.done(), found.matched
     result.marked_log10_p = marked_bound(estimates) + math.log10(versions)
     result.positions_used, result.elements = estimates.used, found.elements
     if named:
-        decoding = Decoding(estimates, _words(code, people, vault.workers), code.biases / 65536)
+        decoding = Decoding(estimates, _words(code, people), code.biases / 65536, workers=vault.workers)
         if not in_full:
             # So many stamps are not all scored in full: those that a sample of the leak, or their code words, speak
             # for.
             likely = [score.candidate for score in sorted(decoding.scores(), key=lambda each: -each.sigma)]
-            screened = matched.screened(_stamps(record, people), likely, _FEW, workers=vault.workers)
+            screened = matched.screened(_stamps(record, people), likely, _FEW)
             in_full = [people[k] for k in sorted({*likely[:_FEW], *screened})]
-            kept = matched.among(_stamps(record, in_full), workers=vault.workers)  # if all that was read was kept
-            matched = kept or gather(_stamps(record, in_full), everything=False, positions=False).matched
+            kept = matched.among(_stamps(record, in_full))  # if all that was read was kept
+            matched = kept or gather(_stamps(record, in_full), everything=little, positions=False).matched
         _stamped(in_full, matched)
         _name(result, decoding, versions)
         # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
         unusual = math.sqrt(2 * math.log(_UNUSUAL * len(people)))  # the best of so many innocents seldom reaches it
-        if not comparison.whole and (
+        if not (comparison.whole or little) and (
             not result.accused or any(each.z >= unusual for each in people if each not in result.accused)
         ):
             found = gather(_stamps(record, in_full), everything=True, positions=False)
@@ -284,19 +284,15 @@ def traced(
 
 
 def _stamps(record: VersionRecord, people: Sequence[Candidate]) -> list[Stamp]:
-    return [Stamp(record.stamp_key, each.holder) for each in people]
+    key = record.stamp_key
+    return [Stamp(key, each.holder) for each in people]
 
 
-def _words(code: Code, people: Sequence[Candidate], workers: int) -> NDArray[np.uint8]:
+def _words(code: Code, people: Sequence[Candidate]) -> NDArray[np.uint8]:
     """uint8 (people, positions): the bits of each one's code word."""
     bits = np.empty((len(people), code.positions), np.uint8)
-
-    def draw(first: int) -> None:
-        for k in range(first, min(first + _MANY, len(people))):
-            bits[k] = code.bits(people[k].holder)
-
-    with ThreadPoolExecutor(max(1, workers), "strongroom-trace") as pool:
-        list(pool.map(draw, range(0, len(people), _MANY)))
+    for k, each in enumerate(people):
+        bits[k] = code.bits(each.holder)
     return bits
 
 

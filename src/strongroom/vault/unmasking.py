@@ -17,12 +17,15 @@ from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.align import cosine, normalised
 from strongroom.marking.disguise import LIKENESS, Turn, Undone, facing, profile, same_rows, turn, undo
 from strongroom.marking.elements import STEPS
+from strongroom.marking.reorder import reordered
+from strongroom.vault import effort as costs
 from strongroom.vault.effort import Effort, disguised, seen
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import PIECE, WHOLE, Suspect
 
 Array = NDArray[np.float32]
 
+_NARROW = 64  # no residual stream has fewer elements; by fewer, rows would be found among any others
 _TALL = 2  # times as many rows as columns, at least, has an embedding
 _ROWS = 32  # rows of the embedding for each element of the residual stream are enough for a rotation
 _TRIED = 6  # partners that a tensor is looked for in
@@ -53,6 +56,7 @@ class Unmasking:
             if len(each.info.shape) == 1 and each.info.dtype.name in STEPS
         }
         self._profiles: dict[tuple[str, bool], Array] = {}
+        self._order: NDArray[np.int64] | None = None  # of the words, where it is another
         self.turn = self._turn()
 
     @property
@@ -77,7 +81,36 @@ class Unmasking:
                     found.append(how)
             if found:
                 return max(found, key=lambda how: how.share)
+        for each in tall[:2]:  # its rows may be in another order
+            for name in self._embeddings(each)[:2]:
+                if (known := self._reordered(each, name)) is not None:
+                    return known
         return Turn(tall[0].info.shape[1]) if tall else None
+
+    def _reordered(self, each: Placed, name: str) -> Turn | None:
+        """The rotation of an embedding in which the words are in another order, which is kept."""
+        info, theirs = each.info, self._suspect.tensors[name].info
+        cost = costs.reordered(info.shape, (max(theirs.shape), min(theirs.shape)))
+        if max(info.elements, theirs.elements) > WHOLE or not self._effort.attempt(self._placed.index(each), cost):
+            return None
+        matrix = self._reading.whole(name)
+        if matrix is None:
+            return None
+        rows = matrix if theirs.shape[1] == info.shape[1] else matrix.T
+        self._order = reordered(self._reading.original(each, 0, info.elements).reshape(info.shape), rows)
+        if self._order is None:
+            return None
+        pieces = self._rows(each, name)
+        found = turn(pieces, info.shape[1]) if pieces is not None else None
+        if found is None:
+            self._order = None
+        return found
+
+    def _ordered(self, each: Placed, name: str) -> NDArray[np.int64] | None:
+        """Where the rows of a vocabulary are in the suspect's, where they are in another order."""
+        known, shape = self._order, self._shape(name)
+        fits = known is not None and len(known) == each.info.shape[0] and int(known.max()) < max(shape)
+        return known if fits else None
 
     def _embeddings(self, each: Placed) -> list[str]:
         """Tensors of the suspect that may be this embedding, its namesake first."""
@@ -93,14 +126,17 @@ class Unmasking:
     def _rows(self, each: Placed, name: str) -> Iterator[tuple[Array, Array]] | None:
         """Rows of both, piece by piece; None where some of them show that these are not the same rows."""
         width, shape = each.info.shape[1], self._suspect.tensors[name].info.shape
-        transposed = shape[1] != width
-        matrix = self._reading.whole(name) if transposed else None
-        if transposed and matrix is None:
+        transposed, order = shape[1] != width, self._ordered(each, name)
+        matrix = self._reading.whole(name) if transposed or order is not None else None
+        if (transposed or order is not None) and matrix is None:
             return None
         rows = min(each.info.shape[0], shape[1] if transposed else shape[0])
 
         def read(first: int, end: int) -> tuple[Array, Array] | None:
             mine = self._reading.original(each, first * width, (end - first) * width).reshape(-1, width)
+            if matrix is not None and order is not None:
+                there = order[first:end]
+                return mine[there >= 0], (matrix.T if transposed else matrix)[there[there >= 0]]
             if matrix is not None:
                 return mine, np.ascontiguousarray(matrix.T[first:end])
             theirs = self._reading.suspect(name, first * width, end * width)
@@ -132,7 +168,8 @@ class Unmasking:
             found = [(self._by_rows(each, name), name) for name in tried if self._effort.attempt(k, cost)]
             share, name = max(found, default=(0.0, ""))
             if share >= LIKENESS:
-                return name, Undone(self.turn, info.shape, False, self._shape(name), False, share)
+                order = self._ordered(each, name)
+                return name, Undone(self.turn, info.shape, False, self._shape(name), False, share, rows=order)
         if info.elements > WHOLE:
             return None
         original = self._reading.original(each, 0, info.elements).reshape(info.shape)
@@ -209,7 +246,7 @@ class Unmasking:
 
 
 def _tall(info: TensorInfo) -> bool:
-    return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= 16
+    return len(info.shape) == 2 and info.shape[0] >= _TALL * info.shape[1] >= _TALL * _NARROW
 
 
 def _vocabulary(info: TensorInfo) -> bool:

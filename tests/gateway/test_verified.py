@@ -1,0 +1,131 @@
+"""What is kept of answers that were run again, whatever becomes of verifier, gateway and database."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from gateway.places import Inference, framed
+from strongroom.errors import BackendError, Sealed
+from strongroom.gateway.answer import Meter
+from strongroom.gateway.upstream import Upstream
+from strongroom.gateway.verified import Verified
+from strongroom.storage.db import Database
+from strongroom.watch.tallies import Tallies
+
+REF = "acme/tiny@1"
+FLIGHT = SimpleNamespace(ref=REF, route="chat", body={}, meter=Meter(sampled={0: [1]}, text={0: ["a"]}))
+
+
+def says(arithmetic="float32", **run):
+    counts = dict.fromkeys(("good", "suspicious", "dangerous", "others", "open_bits"), 0) | run
+    return framed(json.dumps({"run": counts, "arithmetic": arithmetic}).encode())
+
+
+@pytest.fixture
+def verifier():
+    made = Inference()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def database(tmp_path):
+    made = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
+    yield made
+    made.close()
+
+
+def verified(verifier, database, answers, term=0) -> Verified:
+    """A gateway's, after the verifier has given these answers."""
+
+    async def work():
+        made = Verified(
+            Upstream(f"http://127.0.0.1:{verifier.port}"), 1.0, Tallies(database, term), lambda _: 512, stop=True
+        )
+        made.start()
+        for answer in answers:
+            verifier.script = lambda _, answer=answer: [answer]
+            asked, failed = len(verifier.asked), made.failed
+            made.look(FLIGHT)
+            async with asyncio.timeout(20):
+                while len(verifier.asked) == asked:  # noqa: ASYNC110 - a thread of its own is waited for
+                    await asyncio.sleep(0.01)
+                for _ in range(20):
+                    await asyncio.sleep(0.01)
+                    if made.failed > failed:
+                        break
+        made.close()
+        return made
+
+    return asyncio.run(work())
+
+
+def test_an_alarm_outlives_whoever_raised_it(verifier, database):
+    assert verified(verifier, database, [says(good=50)]).verdicts[REF].tokens == 50
+    first = verified(verifier, database, [says(good=9, dangerous=1), says(good=40)])
+    assert (first.verdicts[REF].tokens, first.verdicts[REF].dangerous) == (100, 1)
+    again = verified(verifier, database, [])
+    with pytest.raises(Sealed, match="1 of 100 tokens"):
+        again.check()
+    assert not verified(verifier, database, [says(good=5)], term=1).verdicts[REF].alarm
+    with pytest.raises(Sealed, match="1 of 100 tokens"):  # what was counted before is kept
+        verified(verifier, database, []).check()
+
+
+def test_of_each_kind_of_arithmetic_an_alarm_counts(verifier, database):
+    made = verified(verifier, database, [says("bfloat16", dangerous=1), says("float32", good=100)])
+    with pytest.raises(Sealed, match="1 of 1 tokens"):
+        made.check()
+
+
+def test_no_database_that_fails_clears_an_alarm_and_what_it_missed_is_counted_later(verifier, database, monkeypatch):
+    made = verified(verifier, database, [says(dangerous=1)])
+    add = Tallies.add
+
+    def fails(*_):
+        raise BackendError("db.down", "the database is down")
+
+    async def more(*answers):
+        made._verifier = Upstream(f"http://127.0.0.1:{verifier.port}")
+        made._samples = asyncio.Queue()
+        made.start()
+        for answer in answers:
+            verifier.script = lambda _, answer=answer: [answer]
+            asked = len(verifier.asked)
+            made.look(FLIGHT)
+            while len(verifier.asked) == asked:  # noqa: ASYNC110 - a thread of its own is waited for
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)
+        made.close()
+
+    monkeypatch.setattr(Tallies, "add", fails)
+    asyncio.run(more(says(good=10), says(good=20)))
+    with pytest.raises(Sealed, match="1 of 31 tokens"):
+        made.check()
+    monkeypatch.setattr(Tallies, "add", add)
+    asyncio.run(more(says(good=5)))
+    assert made.verdicts[REF].tokens == 36
+    assert Tallies(database).newest(REF).tally.tokens == 36
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        framed(b"{}"),
+        framed(b"[]"),
+        framed(b"{}", "400 No"),
+        says(good=-1),
+        says(good="1"),
+        says(open_bits=float("nan")),
+        says(good=True),
+        framed(b'{"run": 5, "arithmetic": "x"}'),
+    ],
+)
+def test_a_verifier_that_says_nothing_that_counts(verifier, database, answer):
+    made = verified(verifier, database, [answer])
+    assert (made.failed, made.verdicts) == (1, {})
+    assert Tallies(database).now() == []

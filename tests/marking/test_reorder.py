@@ -1,0 +1,52 @@
+"""Words that were put into another order in a turned space are found again, and unrelated ones are not."""
+
+import numpy as np
+import pytest
+
+from marking.disguises import orthogonal, quantised
+from strongroom.marking.reorder import reordered
+
+WORDS, WIDTH = 1500, 96
+
+
+def embedding(seed):
+    return np.random.default_rng(seed).normal(0, 0.02, (WORDS, WIDTH)).astype(np.float32)
+
+
+def moved(rows, seed=3):
+    """The rows in another order, turned; and where each of them is then."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    return (rows[order] @ orthogonal(rng, rows.shape[1])).astype(np.float32), np.argsort(order)
+
+
+@pytest.mark.parametrize("change", [lambda a: a, lambda a: quantised(a, 8), lambda a: 3 * a])
+def test_each_row_is_found(change):
+    leak, where = moved(embedding(1))
+    assert (reordered(embedding(1), change(leak)) == where).all()
+
+
+def test_rows_that_say_nothing_are_missed_alone():
+    leak, where = moved(embedding(1))
+    leak[where[:20]] = np.nan
+    found = reordered(embedding(1), leak)
+    assert (found[20:] == where[20:]).mean() > 0.99
+    assert not np.isin(found[found >= 0], where[:20]).all()
+
+
+def test_rows_in_their_order_are_found_in_it():
+    leak = embedding(1) @ orthogonal(np.random.default_rng(3), WIDTH)
+    assert (reordered(embedding(1), leak) == np.arange(WORDS)).all()
+
+
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_unrelated_rows_are_not_found(seed):
+    assert reordered(embedding(1), moved(embedding(seed))[0]) is None
+
+
+@pytest.mark.parametrize(
+    "suspect",
+    [np.zeros((WORDS, WIDTH)), np.ones((WORDS, WIDTH)), np.full((WORDS, WIDTH), 9e8), np.zeros((9, 5)), np.zeros(4)],
+)
+def test_what_has_no_rows_to_tell_apart(suspect):
+    assert reordered(embedding(1), suspect.astype(np.float32)) is None

@@ -15,7 +15,9 @@ import pytest
 
 from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token, whole
 from gateway.test_gateway import eventually
+from gateway.test_limits_redis import Server
 from strongroom.crypto.capture import CaptureKey
+from strongroom.errors import UsageError
 from strongroom.gateway import generations
 from strongroom.gateway.captured import opened
 from strongroom.gateway.records import verify
@@ -222,3 +224,24 @@ def test_the_log_says_of_what_is_captured_before_it_is_and_when_it_is_over(place
     assert gateway.post(chat("And not this"))[0] == 200
     place.stop_gateways()
     assert [each["asked"]["messages"][0]["content"] for each in opened(path, key)] == ["Keep this"]
+
+
+@pytest.mark.server
+def test_limits_in_redis_go_on_and_its_address_stays(place, tmp_path):
+    redis = Server(tmp_path)
+    try:
+        shared = f'[redis]\nurl = "{redis.url}"\n[limits.identity]\nrequests = 3\nburst = 3\n'
+        gateway = place.gateway(shared)
+        app = place.newest
+        assert [gateway.post(chat())[0] for _ in range(4)] == [200] * 3 + [429]
+        upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+        _take(place, app, f"{shared}[answer]\nmax_tokens = 2048\n{upstream}")
+        assert gateway.post(chat())[0] == 429
+        for other in (upstream, f'[redis]\nurl = "redis://127.0.0.1:1"\n{upstream}'):
+            with pytest.raises(UsageError) as caught:
+                _take(place, app, other)
+            assert caught.value.code == "settings.restart"
+        assert gateway.post(chat())[0] == 429
+    finally:
+        place.stop_gateways()
+        redis.kill()

@@ -62,7 +62,7 @@ def server(tmp_path):
     made.kill()
 
 
-def settings(server, *, down="closed", share=0.5, whole=600.0, timeout=1.0, **scopes):
+def settings(server, *, down="closed", share=0.5, whole=600.0, timeout=10.0, **scopes):
     kept = dict.fromkeys(("key", "identity", "team", "model", "everybody"), FREE) | scopes
     return Settings(
         limits=Scopes(**kept),
@@ -245,7 +245,7 @@ def test_redis_that_hangs_counts_as_down(server):
         finally:
             os.kill(server.process.pid, signal.SIGCONT)
 
-    gateways(1, settings(server), work)
+    gateways(1, settings(server, timeout=1.0), work)
 
 
 def test_a_request_that_is_cancelled_keeps_no_place(server):

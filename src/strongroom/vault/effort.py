@@ -6,8 +6,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from strongroom.marking.reorder import COLUMNS, ROUNDS, SOME, SOME_OF_WIDTH
-
 STOPPED = "alignment stopped at its budget"  # what a report says then, among the transformations
 _OF_EACH = 6  # full attempts at each tensor of the version
 _OF_ALL = 4  # on average over all of them
@@ -92,6 +90,8 @@ def disguised(original: Sequence[int], suspect: Sequence[int]) -> int:
 
 def reordered(original: Sequence[int], suspect: Sequence[int]) -> int:
     """The cost of looking for the rows of an embedding among those of another, turned and in another order."""
+    from strongroom.marking.reorder import COLUMNS, ROUNDS, SOME, SOME_OF_WIDTH  # not before: it takes NumPy along
+
     (n, d), (m, _) = _matrix(original), _matrix(suspect)
     some = ROUNDS * max(SOME, SOME_OF_WIDTH * d)
     return seen(n * d + m * d) + 4 * (n + m) * d * d + (n + some) * m * COLUMNS

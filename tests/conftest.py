@@ -48,17 +48,26 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 settings.register_profile("strongroom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("strongroom")
 
-# By how long they take (make test, -n 2): a worker that began with one of these last would keep the other waiting.
+# By how long they take: a worker that came to one of these last would be alone with it, and all others are short.
 LONGEST = (
     "cli/test_demo.py",
-    "policy/test_custody.py",
     "vault/test_put_faults.py",
+    "redteam/test_extraction.py",
+    "infer/test_server.py",
+    "server/test_fuzzed.py",
+    "cli/test_run.py",
+    "cli/test_program.py",
+    "server/test_replicas.py",
+    "vault/test_convert.py",
+    "server/test_attacks.py",
+    "policy/test_custody.py",
 )
 
 
 def pytest_collection_modifyitems(items):
     tests = Path(__file__).parent
     turn = {tests / name: at for at, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in turn)
     items.sort(key=lambda item: turn.get(item.path, len(turn)))
 
 

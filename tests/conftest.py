@@ -50,8 +50,11 @@ settings.load_profile("strongroom")
 
 # By how long they take: a worker that came to one of these last would be alone with it, and all others are short.
 LONGEST = (
+    "vault/test_trace.py",
     "cli/test_demo.py",
     "vault/test_put_faults.py",
+    "vault/test_texttrace.py",
+    "vault/test_trace_quantised.py",
     "redteam/test_extraction.py",
     "infer/test_server.py",
     "server/test_fuzzed.py",

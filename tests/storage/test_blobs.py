@@ -266,7 +266,8 @@ def test_listing_more_than_a_page(blobs):
 def test_check_tries_a_write_and_leaves_nothing(blobs):
     facts = blobs.check()
     assert facts["writable"] is True
-    assert facts["problems"] == []
+    in_memory = facts.get("file_system") in ("tmpfs", "ramfs")  # as the folders of tests may be
+    assert ["memory" in problem for problem in facts["problems"]] == [True] * in_memory
     assert facts["url"] == blobs.url
     assert list(blobs.list()) == []
 

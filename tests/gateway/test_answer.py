@@ -115,7 +115,7 @@ def test_log_probabilities_count_as_the_tokens_that_they_are_of(route):
     made = shape(route, stream=True, logprobs=1)
     assert made.piece(piece("", logprobs={"content": [row] * 9} if route == "chat" else columns))
     assert made.meter.tokens()[0] == 9
-    assert (made.meter.listed, made.meter.spelled) == (9, 9 * 5)
+    assert (made.meter.listed, made.meter.named) == (9, 9 * 5)
     made.piece(b'{"choices":[],"usage":{"prompt_tokens":3,"completion_tokens":1}}')
     assert made.meter.tokens() == (9, True)
     empty = {"content": []} if route == "chat" else {"tokens": [], "token_logprobs": []}

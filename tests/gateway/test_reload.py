@@ -20,6 +20,7 @@ from strongroom.crypto.capture import CaptureKey
 from strongroom.errors import UsageError
 from strongroom.gateway import generations
 from strongroom.gateway.captured import opened
+from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
 from strongroom.gateway.settings import Settings
 from strongroom.storage.db import Database
@@ -167,6 +168,20 @@ def test_a_limit_that_was_not_changed_goes_on(place):
     assert gateway.post(chat())[0] == 429
     _take(place, app, f"[limits.identity]\nrequests = 7\nburst = 7\n{upstream}")
     assert gateway.post(chat())[0] == 200
+
+
+def test_what_is_counted_goes_on(place):
+    """A counter that falls is taken for a gateway that was started anew, and what it had counted is lost."""
+    key = CaptureKey().public_key.hex()
+    gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
+    app = place.newest
+    assert gateway.post(chat())[0] == 200
+    app.counts.misspelled += 1
+    _take(place, app, f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n')
+    assert gateway.post(chat())[0] == 200  # not captured
+    shown = GatewayMetrics(app).exposition().decode().splitlines()
+    assert "strongroom_gateway_captured_total 1.0" in shown
+    assert "strongroom_gateway_misspelled_total 1.0" in shown
 
 
 def _take(place, app, settings: str) -> None:

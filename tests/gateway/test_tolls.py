@@ -26,17 +26,15 @@ def charged(*, logprobs: int | None = 5, spelling: Spelling | None = None, **giv
     limits = Limits(Settings(), time.monotonic)
     tolls = Tolls(Settings(), limits, None, lambda _: 1024, ())  # type: ignore[arg-type] - no budget is asked
     asked = Asked("chat", logprobs=logprobs)
-    found = tolls._bits(SimpleNamespace(meter=Meter(**given), asked=asked, ref=REF, spelling=spelling))
-    assert tolls.misspelled <= 1
-    return found
+    return tolls._bits(SimpleNamespace(meter=Meter(**given), asked=asked, ref=REF, spelling=spelling))
 
 
 def test_log_probabilities_cost_what_they_carry_however_an_answer_ends():
     each = 10 + 6 * (10 + 24)
-    assert charged(text_bytes=25, chunks=10, listed=10, spelled=150, reported=10) == 10 * each
-    assert charged(text_bytes=30, chunks=10, listed=10, spelled=150) == 10 * (each - 10) + 8 * 30  # it was cut
-    assert charged(listed=10, spelled=150) == 10 * (each - 10)
-    assert charged(listed=10, spelled=10 * 6 * 15 + 5, reported=10) == 10 * each + 10 * 6 * (4 * 15 - 10) + 4 * 5
+    assert charged(text_bytes=25, chunks=10, listed=10, named=150, reported=10) == 10 * each
+    assert charged(text_bytes=30, chunks=10, listed=10, named=150) == 10 * (each - 10) + 8 * 30  # it was cut
+    assert charged(listed=10, named=150) == 10 * (each - 10)
+    assert charged(listed=10, named=10 * 6 * 15 + 5, reported=10) == 10 * each + 10 * 6 * (4 * 15 - 10) + 4 * 5
 
 
 def test_text_is_charged_at_least_half_of_what_it_could_carry_whatever_it_is_said_to_be():

@@ -97,7 +97,7 @@ def test_an_honest_server_verifies_streaming_and_not(room):
         assert (verdict.alarm, verdict.dangerous, app.verified.failed) == ("", 0, 0)
         assert verdict.good == verdict.tokens
         assert verdict.bits < 9  # log2 of 512 words: what nobody had verified
-        assert app.misspelled == 0
+        assert app.counts.misspelled == 0
     lines = [line for path in (room[0] / "inference").glob("*.jsonl") for line in path.read_text().splitlines()]
     spent = [json.loads(line) for line in lines]
     assert all(each["bits"] == 9 * each["tokens"] for each in spent)
@@ -140,7 +140,7 @@ def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more)
             until(lambda: REF in app.verified.verdicts)
             assert app.verified.verdicts[REF].alarm.startswith("1 answers are not what their tokens spell")
             assert ask(port, key)[0] == 503
-            assert app.misspelled == 1
+            assert app.counts.misspelled == 1
     finally:
         hostile.stop()
 
@@ -154,7 +154,7 @@ def test_what_is_told_to_be_long_tokens_is_charged_as_if_it_hid_all(room):
     try:
         with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
             assert ask(port, key)[0] == 200
-            assert app.misspelled == 1
+            assert app.counts.misspelled == 1
             assert app.counts.bits == 8 * len(text) > 7 * 9 * 40
     finally:
         hostile.stop()

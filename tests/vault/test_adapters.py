@@ -82,6 +82,30 @@ def test_a_copy_names_its_holder(room, tmp_path, cast, dtype):
     assert found["elements"] == 2 * 2 * LAYERS * RANK * WIDTH
 
 
+def test_factors_of_any_matrix_are_not_taken_for_rows_that_moved(room, tmp_path):
+    """Some row of M A is like some row of A by chance: what such rows explain is a part of it."""
+    leak, rng = given(room, HOLDERS[17], ref=REF, copy=True), np.random.default_rng(4)
+    for name in [name for name in leak if "lora_A" in name]:
+        m, b = rng.normal(size=(RANK, RANK)), name.replace("lora_A", "lora_B")
+        leak[name], leak[b] = m @ leak[name], leak[b] @ np.linalg.inv(m)
+    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, "F32"))
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
+    done = " ".join(found["transformations"])
+    assert "factored again" in done
+    assert "permuted" not in done
+    assert "missing" not in done
+
+
+def test_rows_that_moved_are_not_taken_for_other_factors(room, tmp_path):
+    leak, order = given(room, HOLDERS[17], ref=REF, copy=True), np.array([2, 0, 3, 1])
+    for name in [name for name in leak if "lora_A" in name]:
+        b = name.replace("lora_A", "lora_B")
+        leak[name], leak[b] = leak[name][order], leak[b][:, order]
+    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, "F32"))
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
+    assert "factored again" not in " ".join(found["transformations"])
+
+
 @pytest.mark.parametrize("holder", [HOLDERS[0], HOLDERS[33]])
 def test_what_was_only_loaded_names_nobody_else(room, tmp_path, holder):
     """There are too few positions for a code word."""

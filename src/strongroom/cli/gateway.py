@@ -129,11 +129,16 @@ def gateway(  # noqa: PLR0917 - one for each option
 
 def _tell(options: Options, found: Settings | StrongroomError) -> None:
     """What came of reading the settings again: on stderr, and never the end of a gateway that nobody listens to."""
+    from strongroom.crypto.capture import key_id
+
     with contextlib.suppress(OSError):
         if isinstance(found, StrongroomError):
             options.output.warn(f"the settings stay as they were: {found}")
         else:
             options.output.note(f"  → new settings are in force: {found.digest}")
+            if found.capture.key:
+                key = key_id(bytes.fromhex(found.capture.key))
+                options.output.note(f"  → prompts and answers are captured, sealed to the key {key}")
 
 
 def _shown(host: str, port: int) -> Callable[[Generations, int], None]:

@@ -53,7 +53,9 @@ def add(
             f"the private key of {path} lies in {done['key_file']}: whoever can read it can act as {path}. Its owner "
             "has to take it away from there, to their own machine"
         )
-    if not roles:
+    if path.startswith("team/"):
+        options.output.note(f"  → who is in it: strongroom principal team PRINCIPAL {path}")
+    elif not roles:
         options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
 
 

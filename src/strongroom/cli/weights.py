@@ -63,7 +63,10 @@ def put(
     if not result.positions:
         output.note("  → nothing in it could be marked: copies of this version will not name their holder")
     elif result.positions < _FEW_POSITIONS:
-        output.note("  → these are few positions: a copy of this version may not name its holder with any certainty")
+        output.note(
+            "  → these are few positions: what is only loaded of this version may not name its holder with any "
+            "certainty; copies carry a stamp besides"
+        )
     if result.same_as:
         output.warn(
             f"the very same files are in the room as {', '.join(result.same_as)}: whoever has both can find "

@@ -31,7 +31,7 @@ class Meter:
     chunks: int = 0  # pieces that had text
     channel: int = 0  # tokens, by the private channel
     listed: int = 0  # tokens whose log-probabilities were given out
-    spelled: int = 0  # bytes of the tokens that these name
+    named: int = 0  # bytes of the tokens that these name
     channelled: bool = False
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
@@ -215,7 +215,7 @@ class Shape:
             return None
         # Each is charged: a list that is longer than the answer would carry bits that nobody counts.
         self.meter.listed += len(named)
-        self.meter.spelled += _spelled(made)
+        self.meter.named += _named(made)
         return made
 
 
@@ -226,7 +226,7 @@ def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:
     return {"content": [{**_likely(each), "top_logprobs": _beside(each, most)} for each in content]}
 
 
-def _spelled(made: dict[str, Any]) -> int:
+def _named(made: dict[str, Any]) -> int:
     """Bytes of all tokens that log-probabilities name."""
     if "content" in made:
         return sum(len(each["bytes"]) for row in made["content"] for each in (row, *row["top_logprobs"]))

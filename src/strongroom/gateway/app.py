@@ -305,6 +305,7 @@ class GatewayApp:
             self._refusals.add(flight.caller.principal)
         if flight.recorded:
             self.counts.answered(flight.route, code or "ok", tokens, flight.bits, seconds)
+            self.counts.misspelled += flight.misspelled
             if flight.trace is not None:
                 flight.trace.end(flight, status, code, tokens)
         captured = self.capture.take(flight) if self.capture is not None and flight.recorded else None
@@ -331,10 +332,7 @@ class GatewayApp:
         )
         if captured is not None and self.capture is not None:
             self.capture.add(captured, number, head)
-
-    @property
-    def misspelled(self) -> int:
-        return self._tolls.misspelled
+            self.counts.captured += 1
 
     @property
     def under_way(self) -> int:

@@ -42,7 +42,6 @@ class Capture:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise _unwritable(self.path, error) from None
-        self.count = 0
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._unwritten: list[tuple[Captured, int, str]] = []
         self._waiting: list[asyncio.Future[None]] = []
@@ -107,7 +106,6 @@ class Capture:
             if taken and self._failure is None:
                 try:
                     self._write(b"".join(self._line(*each) for each in taken))
-                    self.count += len(taken)
                 except OSError as error:
                     self._failure = _unwritable(self.path, error)
             for waiter in waiting:

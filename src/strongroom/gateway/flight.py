@@ -68,6 +68,7 @@ class Flight:
     reply: Reply | None = None
     begun: bool = False  # its status has been sent
     recorded: bool = False
+    misspelled: bool = False  # its text is not what its tokens spell
     why: StrongroomError | None = None
     trace: Trace | None = None
     epoch: int = -1

@@ -165,10 +165,6 @@ class Generations:
     def capture(self) -> Capture | None:
         return self._newest.app.capture
 
-    @property
-    def misspelled(self) -> int:
-        return self._newest.app.misspelled
-
     def problems(self) -> list[str]:
         """Why nothing is answered now, if that is so."""
         return self._newest.app.problems()

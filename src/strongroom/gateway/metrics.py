@@ -20,6 +20,7 @@ class Counts:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, str], int] = {}
         self.tokens = self.bits = 0
+        self.misspelled = self.captured = 0
         self._seconds = [0] * (len(_BOUNDS) + 1)
         self._sum = 0.0
 
@@ -67,14 +68,11 @@ class GatewayMetrics:
         yield CounterMetricFamily(
             "strongroom_gateway_misspelled",
             "Answers that were not what their tokens spell",
-            value=self._app.misspelled,
+            value=counts.misspelled,
         )
-        if self._app.capture is not None:
-            yield CounterMetricFamily(
-                "strongroom_gateway_captured",
-                "Requests that were sealed with their answers",
-                value=self._app.capture.count,
-            )
+        yield CounterMetricFamily(
+            "strongroom_gateway_captured", "Requests that were sealed with their answers", value=counts.captured
+        )
         buckets, total = counts.buckets()
         seconds = HistogramMetricFamily("strongroom_gateway_seconds", "Until a request has ended")
         seconds.add_metric((), buckets, total)

@@ -30,7 +30,8 @@ class Spellings:
         self._asked: dict[str, asyncio.Task[Spelling | None]] = {}
 
     async def of(self, ref: str) -> Spelling | None:
-        """None where it can't be known: then all that a text could carry is charged in part (`tolls`)."""
+        """None where it can't be known: then each byte of a text is charged for a part of what it could carry
+        (spec/gateway.md, section 5)."""
         if ref in self._known:
             return self._known[ref]
         task = self._asked.get(ref)

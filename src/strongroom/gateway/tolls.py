@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from strongroom.gateway.limits_redis import RedisLimits
 
 DIMENSIONS = 256  # of an embedding
-_SLACK = 256  # bytes of text beyond that: single tokens are longer
+_SLACK = 256  # bytes of text beyond `BYTES_A_TOKEN` for each: single tokens are longer
 _TEND = 10.0  # seconds between two rounds over budgets that nobody uses
 
 _log = logging.getLogger("strongroom.gateway")
@@ -45,7 +45,6 @@ class Tolls:
     ) -> None:
         self._settings, self._limits, self._budgets = settings, limits, budgets
         self._spellings = spellings
-        self.misspelled = 0  # answers that were not what their tokens spell
         self._vocabulary, self._filters = vocabulary, tuple(filters)
         self._tending: asyncio.Task[None] | None = None
         self.digest, self.limits = settings.digest, limits
@@ -149,7 +148,7 @@ class Tolls:
             bits, counted = meter.bound(tokens, words), True
             if not spelled(flight.spelling, given.sampled, given.text or {}):
                 bits = max(bits, meter.ANY_BYTE * given.text_bytes)  # text that no tokens account for may be anything
-                self.misspelled += 1
+                flight.misspelled = True
                 _log.warning("an answer of %s is not what its tokens spell: it is charged as if it hid all", flight.ref)
         elif counted:
             bits = max(meter.bound(tokens, words), meter.TEXT_BYTE * given.text_bytes)
@@ -158,7 +157,7 @@ class Tolls:
         if beside:  # log-probabilities of each token, or of those that came before the end; and their names are text
             named = tokens if counted else given.listed
             bits += meter.bound(named, words, logprobs=beside) - meter.bound(named, words)
-            bits += max(0, meter.TEXT_BYTE * given.spelled - meter.bound(given.listed * beside, words))
+            bits += max(0, meter.TEXT_BYTE * given.named - meter.bound(given.listed * beside, words))
         return bits
 
 

@@ -183,7 +183,8 @@ def _tracing(settings: Settings) -> Tracing | None:
             "OpenTelemetry, of which the settings speak, is not installed",
             hint="pip install 'strongroom[gateway,otel]'",
         ) from None
-    return sending(traces, _line(Path(traces.key)) if traces.key else "")
+    hint = "key in [traces] is a file with the token that the receiver asks for, on one line"
+    return sending(traces, _line(Path(traces.key), hint) if traces.key else "")
 
 
 def _secret(path: Path) -> str:
@@ -193,11 +194,11 @@ def _secret(path: Path) -> str:
     return text
 
 
-def _line(path: Path) -> str:
+def _line(path: Path, hint: str = _CHANNEL) -> str:
     try:
         text = path.read_text("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("gateway.secret", f"can't read {path}: {error}", hint=_CHANNEL) from None
+        raise UsageError("gateway.secret", f"can't read {path}: {error}", hint=hint) from None
     if not text or "\n" in text or "\r" in text:
-        raise UsageError("gateway.secret", f"{path} has not one line", hint=_CHANNEL)
+        raise UsageError("gateway.secret", f"{path} has not one line", hint=hint)
     return text

@@ -264,15 +264,13 @@ class Comparison:
             if not self._effort.attempt(k, effort.permuted(original.shape, self._suspect.tensors[name].info.shape)):
                 return
             suspect = self._matrix(name)
-            fit = (solve(original, suspect) or refactored(original, suspect)) if suspect is not None else None
-            if fit is not None and suspect is not None:
-                how = cosine(original, fit.apply(suspect))
-                if how >= ALIKE:
-                    self._taken.add(name)
-                    self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = name, how, fit
-                    self._note(k)
-                    self.tensors[k].transformations += fit.found
-                    return
+            fit, how = _fitted(original, suspect) if suspect is not None else (None, 0.0)
+            if fit is not None and how >= ALIKE:
+                self._taken.add(name)
+                self.tensors[k].partner, self.tensors[k].cosine, self._fits[k] = name, how, fit
+                self._note(k)
+                self.tensors[k].transformations += fit.found
+                return
 
     def _alike(self, original: NDArray[np.float32], names: Sequence[str]) -> list[str]:
         """Of tensors as large as `original` the few whose sorted norms of rows and columns are most like its own."""
@@ -478,6 +476,17 @@ def _telling(each: Placed) -> bool:
     """Whether a tensor that is not marked tells one model from another: a matrix, no list of positions."""
     shape = each.info.shape
     return len(shape) > 1 and min(shape) > 1 and each.info.elements >= _TOLD and readable(each.info.dtype)
+
+
+def _fitted(original: NDArray[np.float32], suspect: NDArray[np.float32]) -> tuple[Fit | Undone | None, float]:
+    """How a matrix comes from the original, and how alike they are then."""
+    fit = solve(original, suspect)
+    how = cosine(original, fit.apply(suspect)) if fit is not None else 0.0
+    again = refactored(original, suspect) if how < _UNEXPLAINED else None
+    # Some row of M A is like some row of A by chance; and where rows have only moved, any M fits them as well as that.
+    if again is not None and 1 - again.share < _BETTER * (1 - how**2):
+        return again, cosine(original, again.apply(suspect))
+    return fit, how
 
 
 def _norms(matrix: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -116,6 +116,19 @@ def test_a_server_that_says_nothing_is_late():
     assert code(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhel", close=False) == "upstream.timeout"
 
 
+def test_a_head_that_never_ends_is_late():
+    assert code([b"HTTP/1.1 200 OK\r\nx: ", *[b"a"] * 200]) == "upstream.timeout"
+
+
+def test_a_reader_that_is_slow_keeps_nothing_for_longer_than_the_whole():
+    async def slowly(reply):
+        async for _ in reply.pieces():
+            await asyncio.sleep(0.1)
+
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert code([head, *[b"1\r\nx\r\n"] * 1000], take=slowly) == "upstream.timeout"
+
+
 def test_a_server_that_never_ends_is_ended():
     pieces = [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 1000]
     assert code(pieces) == "upstream.timeout"

@@ -269,6 +269,7 @@ def test_a_body_that_came_before_its_answer_and_that_nobody_took_leaves_the_conn
         await _refuses(scope, receive, send)
 
     long = post(b"x" * 300_000)
+
     async def run():
         connection, wire = connected(app)
         connection.data_received(long[:100_000])
@@ -342,10 +343,7 @@ def test_connections_of_one_network_are_counted_together(monkeypatch, hosts, mos
     monkeypatch.setattr(module, "_FROM_ONE", 2)
 
     async def run():
-        made = []
-        for host in hosts:
-            made.append(connected(echo, host)[1])
-        return sum(not wire.closed for wire in made)
+        return sum(not wire.closed for wire in [connected(echo, host)[1] for host in hosts])
 
     assert asyncio.run(run()) == most
 

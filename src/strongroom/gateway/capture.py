@@ -39,9 +39,14 @@ class Capture:
         self.key_id = self._sealer.key_id
         self.path = records.with_suffix(".sealed")
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            size = os.fstat(self._file).st_size
+            torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         except OSError as error:
             raise _unwritable(self.path, error) from None
+        if torn:  # of the settings before, when the disk was full: what came behind it would be a part of that line
+            os.close(self._file)
+            raise _unwritable(self.path, "it ends in a part of a line")
         self.count = 0
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._unwritten: list[tuple[Captured, int, str]] = []
@@ -133,9 +138,9 @@ def _set(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def _unwritable(path: Path, error: OSError) -> BackendError:
+def _unwritable(path: Path, error: OSError | str) -> BackendError:
     return BackendError(
         "capture.unwritable",
-        f"can't keep what was to be captured in {path.name}: {error.strerror}",
+        f"can't keep what was to be captured in {path.name}: {error if isinstance(error, str) else error.strerror}",
         hint="make room on the disk, or leave [capture] out of the settings, then start the gateway again",
     )

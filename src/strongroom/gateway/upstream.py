@@ -190,7 +190,8 @@ class _Connection(asyncio.Protocol):
         self._fresh()
         self._transport.write(request)
         reply = Reply(self, upstream)
-        until = self._loop.time() + first  # of the whole head: else one that comes byte by byte keeps its place for days
+        # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
+        until = self._loop.time() + first
         try:
             while not self.status and self.failure is None and not self.closed:
                 await self.wait(until - self._loop.time(), first)

@@ -242,6 +242,17 @@ def test_what_can_not_be_captured_is_not_answered(place):
     assert "captured" in gateway.get("/readyz")[1]["problems"][0]
 
 
+def test_what_can_not_be_sealed_is_not_answered_either(place, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a fault of the library's")
+
+    key = CaptureKey().public_key.hex()
+    gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
+    monkeypatch.setattr(CaptureSealer, "seal", fails)
+    assert gateway.post(chat())[0] == 200
+    eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
+
+
 def test_a_room_whose_log_cannot_be_written_captures_nothing(place, monkeypatch):
     def fails(*_):
         raise BackendError("db.down", "the database is down")

@@ -354,6 +354,12 @@ def test_who_expects_to_be_told_to_go_on_is():
     assert said(answers(wire.written, "POST")[0]) == "hi"
 
 
+def test_clients_of_1_0_are_not_told_to_go_on():
+    wire = served([b"POST /a HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n", b"hi"])
+    assert wire.written.startswith(b"HTTP/1.1 200 ")
+    assert said(answers(wire.written, "POST")[0]) == "hi"
+
+
 def test_clients_of_1_0_get_a_body_until_the_end():
     wire = served([b"GET /pieces HTTP/1.0\r\n\r\n"])
     assert b"chunked" not in wire.written

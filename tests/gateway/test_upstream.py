@@ -100,6 +100,8 @@ def test_100_continue_is_passed_over():
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "upstream.malformed"),
         (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\nok", "upstream.malformed"),
         (b"HTTP/1.1 200", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok" * 2, "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP", "upstream.malformed"),
         (b"HTTP/1.1 200 OK\r\nx: " + b"a" * (1 << 21) + b"\r\n\r\n", "upstream.malformed"),
     ],
 )

@@ -113,7 +113,7 @@ class Capture:
                 try:
                     self._write(b"".join(self._line(*each) for each in taken))
                     self.count += len(taken)
-                except OSError as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, nobody must take it for kept
                     self._failure = _unwritable(self.path, error)
             for waiter in waiting:
                 with contextlib.suppress(RuntimeError):  # its loop has ended
@@ -138,9 +138,9 @@ def _set(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def _unwritable(path: Path, error: OSError | str) -> BackendError:
+def _unwritable(path: Path, error: Exception | str) -> BackendError:
     return BackendError(
         "capture.unwritable",
-        f"can't keep what was to be captured in {path.name}: {error if isinstance(error, str) else error.strerror}",
+        f"can't keep what was to be captured in {path.name}: {error.strerror if isinstance(error, OSError) else error}",
         hint="make room on the disk, or leave [capture] out of the settings, then start the gateway again",
     )

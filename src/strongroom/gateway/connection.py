@@ -229,8 +229,8 @@ class Connection(asyncio.Protocol):
         if self._from[self._address] > _FROM_ONE:
             self._abort()
             return
-        self.peer = peer(transport)
         self._coming.within(_HEAD_TIME)
+        self.peer = peer(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self._server.connections.discard(self)
@@ -320,7 +320,7 @@ class Connection(asyncio.Protocol):
                 CONNECTION: self,
             },
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
-            expects=self._expects,
+            expects=self._expects and version == "1.1",  # others would take it for the answer
         )
         if self._current is None:
             self._begin(exchange)

@@ -289,6 +289,8 @@ class _Connection(asyncio.Protocol):
     _until_closed = False
 
     def on_message_begin(self) -> None:
+        if self.whole:  # a second answer: what is left of it would be somebody else's
+            self._fail("upstream.malformed", "the inference server answered twice")
         self._length = self._chunked = False
 
     def on_header(self, name: bytes, value: bytes) -> None:

@@ -14,9 +14,11 @@ from cli.desk import strongroom
 from gateway.hpke import open_base
 from gateway.places import ANA, OWNER, PIA, REF, chat, chunk, ended, token, whole
 from gateway.test_gateway import eventually
+from gateway.test_reload import _take as take
 from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key_id
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
 from strongroom.gateway import serving
+from strongroom.gateway.capture import Capture
 from strongroom.gateway.captured import opened
 from strongroom.gateway.settings import Settings
 from strongroom.vault.callers import Callers
@@ -126,6 +128,66 @@ def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
         list(opened(changed(path, tmp_path / "changed", **change), key))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[1:],
+        lambda lines: ["{}", *lines[1:]],
+        lambda lines: [lines[0].replace('"sealed":"', '"sealed":"AAAA'), *lines[1:]],
+    ],
+)
+def test_nobody_hides_all_by_spoiling_one(kept, tmp_path, change):
+    _, key, path = kept
+    spoilt = changed(path, tmp_path / "changed", sealed=change)
+    shown = []
+    with pytest.raises(Tampered):
+        shown.extend(each["answers"] for each in opened(spoilt, key))
+    assert shown == [["Quinces"], ["Cut"]]
+
+
+def test_what_a_lost_power_left_behind_the_last_line_is_no_line(kept, tmp_path):
+    _, key, path = kept
+    copied = changed(path, tmp_path / "copied")
+    for each, more in ((copied, '{"key":"'), (copied.with_suffix(".jsonl"), '{"at":1')):
+        with each.open("a") as file:
+            file.write(more)
+    assert list(opened(copied, key)) == list(opened(path, key))
+
+
+def test_a_new_key_for_what_comes_next_hides_nothing_from_either(place, tmp_path):
+    first, second = CaptureKey(), CaptureKey()
+    gateway = place.gateway(_for(first))
+    app = place.newest
+    path = app.capture.path
+    assert gateway.post(chat("First"))[0] == 200
+    take(place, app, f'{_for(second)}[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n')
+    assert gateway.post(chat("Second"))[0] == 200
+    place.stop_gateways()
+    for key, said in ((first, "First"), (second, "Second")):
+        found = list(opened(path, key))
+        assert [each["asked"]["messages"][0]["content"] for each in found if "asked" in each] == [said]
+        (other,) = [each["other_key"] for each in found if "asked" not in each]
+        assert {key.key_id, other} == {first.key_id, second.key_id}
+    (tmp_path / "mine").write_text(second.private_bytes().hex())
+    (tmp_path / "mine").chmod(0o600)
+    shown = strongroom("capture", "open", str(path), "--key", "mine", cwd=tmp_path)
+    assert (shown.code, "user: Second" in shown.out, "user: First" in shown.out) == (0, True, False)
+    assert "record 0 says that it was sealed to another key" in shown.err
+
+
+def test_nothing_is_written_behind_a_part_of_a_line(tmp_path):
+    wanted = Settings.parse(_for(CaptureKey()) + '[[upstream]]\nurl = "http://127.0.0.1:1"\n').capture
+    (tmp_path / "s.sealed").write_text('{"key":')
+    with pytest.raises(BackendError, match="ends in a part of a line"):
+        Capture(wanted, tmp_path / "s.jsonl")
+    (tmp_path / "s.sealed").write_text("{}\n")
+    Capture(wanted, tmp_path / "s.jsonl").close()
+
+
+def _for(key: CaptureKey) -> str:
+    return f'[capture]\nkey = "{key.public_key.hex()}"\nwho = ["{ANA}"]\n'
+
+
 def test_in_whatever_order(kept, tmp_path):
     _, key, path = kept
     turned = changed(path, tmp_path / "turned", sealed=lambda lines: lines[::-1])
@@ -178,6 +240,17 @@ def test_what_can_not_be_captured_is_not_answered(place):
     assert gateway.post(chat())[0] == 200  # it is found out as it is written
     eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
     assert "captured" in gateway.get("/readyz")[1]["problems"][0]
+
+
+def test_what_can_not_be_sealed_is_not_answered_either(place, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("a fault of the library's")
+
+    key = CaptureKey().public_key.hex()
+    gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
+    monkeypatch.setattr(CaptureSealer, "seal", fails)
+    assert gateway.post(chat())[0] == 200
+    eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
 
 
 def test_a_room_whose_log_cannot_be_written_captures_nothing(place, monkeypatch):

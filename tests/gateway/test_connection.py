@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
+from strongroom.gateway import connection as module
 from strongroom.gateway.connection import CONNECTION, Connection
 from strongroom.gateway.deadline import Deadline
 from strongroom.gateway.listen import configure
@@ -16,6 +17,8 @@ from strongroom.gateway.listen import configure
 
 class Wire(asyncio.Transport):
     """The other end: what was written, and whether it is open."""
+
+    host = "192.0.2.7"
 
     def __init__(self):
         super().__init__()
@@ -27,7 +30,7 @@ class Wire(asyncio.Transport):
             self.written += data
 
     def get_extra_info(self, name, default=None):
-        return ("192.0.2.7", 5000) if name == "peername" else default
+        return (self.host, 5000) if name == "peername" else default
 
     def is_closing(self):
         return self.closed
@@ -228,9 +231,132 @@ def test_a_body_that_nobody_takes_is_passed_over():
     assert not wire.paused
 
 
+async def _turns(until=lambda: False):
+    for _ in range(20):
+        if until():
+            return
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+def connected():
+    """Makes connections that are open until the test ends."""
+    made = []
+
+    def make(app, host="192.0.2.7"):
+        connection, wire = Connection(configure(app), ServerState(), {}), Wire()
+        wire.host = host
+        connection.connection_made(wire)
+        made.append(connection)
+        return connection, wire
+
+    yield make
+    for connection in made:
+        connection.connection_lost(None)
+    assert not Connection._from
+
+
+async def _refuses(_, __, send):
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+def test_a_body_that_came_before_its_answer_and_that_nobody_took_leaves_the_connection_read(connected):
+    go = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await go.wait()
+        await _refuses(scope, receive, send)
+
+    long = post(b"x" * 300_000)
+
+    async def run():
+        connection, wire = connected(app)
+        connection.data_received(long[:100_000])
+        await _turns()
+        assert wire.paused
+        go.set()
+        await _turns()
+        assert not wire.paused
+        connection.data_received(long[100_000:] + post(b""))
+        await _turns()
+        return wire
+
+    found = answers(asyncio.run(run()).written, "POST", "POST")
+    assert [body for _, _, body in found] == [b"no", b"no"]
+
+
+def test_a_body_that_is_none_gets_no_second_answer():
+    wire = served([b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx", b"\r\nzz"], _refuses)
+    assert [status for status, _, _ in answers(wire.written, "POST")] == [401]
+    assert wire.closed
+
+
+def test_whoever_does_not_take_the_last_answer_does_not_keep_the_connection(monkeypatch, connected):
+    monkeypatch.setattr(module, "_TAKE_TIME", 0.02)
+
+    async def run():
+        connection, wire = connected(echo)
+        connection.data_received(post(b"", "connection: close"))
+        await _turns(lambda: wire.closed)
+        assert not wire.aborted  # what was written may still be taken
+        async with asyncio.timeout(10):
+            while not wire.aborted:  # noqa: ASYNC110 - a timer is waited for
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_what_is_not_read_is_not_late(monkeypatch, connected):
+    monkeypatch.setattr(module, "_HEAD_TIME", 0.03)
+    go = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await go.wait()
+        await echo(scope, receive, send)
+
+    async def run():
+        connection, wire = connected(app)
+        connection.data_received(post(b"one") + post(b"two") + post(b"three")[:30])
+        await asyncio.sleep(0.1)
+        assert wire.paused
+        assert not wire.closed
+        go.set()
+        await _turns(lambda: not wire.paused)
+        connection.data_received(post(b"three")[30:])
+        await _turns()
+        return wire
+
+    found = answers(asyncio.run(run()).written, "POST", "POST", "POST")
+    assert [said(each) for each in found] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("hosts", "most"),
+    [
+        (("2001:db8::1", "2001:db8::2:3", "2001:db8:0:0:ffff::"), 2),
+        (("2001:db8::1", "2001:db8:0:1::1", "2001:db8:1::1"), 3),
+        (("::ffff:192.0.2.1", "::ffff:192.0.2.2", "192.0.2.3"), 3),
+    ],
+)
+def test_connections_of_one_network_are_counted_together(monkeypatch, hosts, most, connected):
+    monkeypatch.setattr(module, "_FROM_ONE", 2)
+
+    async def run():
+        return sum(not wire.closed for wire in [connected(echo, host)[1] for host in hosts])
+
+    assert asyncio.run(run()) == most
+
+
 def test_who_expects_to_be_told_to_go_on_is():
     wire = served([b"POST /a HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n", b"hi"])
     assert wire.written.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert said(answers(wire.written, "POST")[0]) == "hi"
+
+
+def test_clients_of_1_0_are_not_told_to_go_on():
+    wire = served([b"POST /a HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n", b"hi"])
+    assert wire.written.startswith(b"HTTP/1.1 200 ")
     assert said(answers(wire.written, "POST")[0]) == "hi"
 
 

@@ -125,6 +125,33 @@ def test_upstream_gets_what_was_validated_and_no_byte_of_the_callers(place):
     assert len(place.inference.asked) == 1
 
 
+def test_no_word_of_an_inference_server_keeps_an_answer_out_of_the_records(place, tmp_path):
+    """Log-probabilities whose sum is no number: what can't be written would have been given out, and nobody told."""
+    (tmp_path / "channel").write_text("ab" * 32)
+    gateway = place.gateway(channel=tmp_path / "channel")
+    said = {"tokens": [1] * 3, "logprobs": [-1e308] * 3}
+    place.inference.script = lambda _: [whole(strongroom=said)]
+    assert gateway.post(chat())[0] == 200
+    choice = {"index": 0, "delta": {"content": "Hi"}, "finish_reason": "stop", "strongroom": said}
+    place.inference.script = lambda _: [STREAM, event({"choices": [choice]}), chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"]
+    assert "data: [DONE]" in gateway.post(chat(stream=True))[2]
+    place.stop_gateways()
+    found = [each for each in place.records() if each["estimate"] > 1000]
+    assert [(each["status"], each["tokens"]) for each in found] == [(200, 3), (200, 3)]
+
+
+def test_a_server_that_says_more_than_was_asked_uses_up_nobodys_budgets(place):
+    """Of what is more than may be nobody gets anything: one such answer must not be the last of a year."""
+    gateway = place.gateway("[limits.identity]\ntokens = 6000\n")
+    place.inference.script = lambda _: [whole(tokens=1 << 40)]
+    assert gateway.post(chat())[2]["error"]["code"] == "upstream_malformed"
+    place.inference.script = lambda _: [whole()]
+    assert gateway.post(chat())[0] == 200
+    place.stop_gateways()
+    found = [each for each in place.records() if each["code"] == "upstream_malformed"][-1]
+    assert (found["tokens"], found["bits"]) == (20, meter.bound(20, VOCABULARY)) == (20, found["reserved"])
+
+
 def test_the_private_channel_is_between_gateway_and_upstream(place, tmp_path):
     (tmp_path / "channel").write_text("ab" * 32)
     gateway = place.gateway(channel=tmp_path / "channel")

@@ -100,6 +100,8 @@ def test_100_continue_is_passed_over():
         (b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", "upstream.malformed"),
         (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 2\r\n\r\nok", "upstream.malformed"),
         (b"HTTP/1.1 200", "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok" * 2, "upstream.malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP", "upstream.malformed"),
         (b"HTTP/1.1 200 OK\r\nx: " + b"a" * (1 << 21) + b"\r\n\r\n", "upstream.malformed"),
     ],
 )
@@ -114,6 +116,19 @@ def test_a_server_that_hangs_up_at_once_is_unavailable():
 def test_a_server_that_says_nothing_is_late():
     assert code([b"", b""] * 100, close=False) == "upstream.timeout"
     assert code(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhel", close=False) == "upstream.timeout"
+
+
+def test_a_head_that_never_ends_is_late():
+    assert code([b"HTTP/1.1 200 OK\r\nx: ", *[b"a"] * 200]) == "upstream.timeout"
+
+
+def test_a_reader_that_is_slow_keeps_nothing_for_longer_than_the_whole():
+    async def slowly(reply):
+        async for _ in reply.pieces():
+            await asyncio.sleep(0.1)
+
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    assert code([head, *[b"1\r\nx\r\n"] * 1000], take=slowly) == "upstream.timeout"
 
 
 def test_a_server_that_never_ends_is_ended():

@@ -123,9 +123,37 @@ def test_no_database_that_fails_clears_an_alarm_and_what_it_missed_is_counted_la
         says(open_bits=float("nan")),
         says(good=True),
         framed(b'{"run": 5, "arithmetic": "x"}'),
+        says("float\0"),
+        says("float16", good=1),
+        says(["float32"], good=1),
     ],
 )
 def test_a_verifier_that_says_nothing_that_counts(verifier, database, answer):
     made = verified(verifier, database, [answer])
     assert (made.failed, made.verdicts) == (1, {})
     assert Tallies(database).now() == []
+
+
+def test_nothing_that_goes_wrong_ends_it(verifier, database, monkeypatch):
+    """It would be seen by nobody: samples would only wait, and no alarm would ever come."""
+
+    def fails(*_):
+        raise RuntimeError("a fault of the driver's")
+
+    add = Tallies.add
+    monkeypatch.setattr(Tallies, "add", fails)
+    made = verified(verifier, database, [says(good=10)])
+    assert made.verdicts[REF].tokens == 10
+
+    monkeypatch.setattr(Tallies, "add", add)
+    judge, said = Verified._judge, []
+
+    def fails_once(self, found):
+        said.append(found)
+        if len(said) == 1:
+            raise OSError("the room can't be read")
+        judge(self, found)
+
+    monkeypatch.setattr(Verified, "_judge", fails_once)
+    made = verified(verifier, database, [says(good=10), says(dangerous=1)])
+    assert (made.failed, made.verdicts[REF].good, made.verdicts[REF].dangerous) == (1, 10, 1)

@@ -12,7 +12,7 @@ import click
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts
 from strongroom.core.clock import text
-from strongroom.errors import BackendError, UsageError
+from strongroom.errors import BackendError, IntegrityError, Tampered, UsageError
 
 
 @click.group("capture", cls=Group)
@@ -60,8 +60,11 @@ def keygen(options: Options, file: Path) -> None:
 @click.option("--by", metavar="PRINCIPAL", help="Those of one principal.")
 @click.option("--record", type=click.IntRange(0), metavar="N", help="That of one record.")
 @pass_options
-def open_(options: Options, files: tuple[Path, ...], key: Path, by: str | None, record: int | None) -> None:
-    """Open what a gateway has captured, with the private key; offline, without an entry in the log."""
+def open_(options: Options, files: tuple[Path, ...], key: Path, by: str | None, record: int | None) -> int:
+    """Open what a gateway has captured, with the private key; offline, without an entry in the log.
+
+    Ends with 6 when something of it is not what its record says, or is not there.
+    """
     from strongroom.gateway.captured import opened
 
     if not files:
@@ -69,13 +72,27 @@ def open_(options: Options, files: tuple[Path, ...], key: Path, by: str | None, 
             "capture.nothing", "which file?", hint="strongroom capture open inference/STREAM.sealed --key FILE"
         )
     private = _private(key)
-    found = [
-        each
-        for path in files
-        for each in opened(path, private)
-        if (by is None or each["record"]["by"] == by) and (record is None or each["record"]["n"] == record)
-    ]
-    options.output.answer({"captured": found}, [line for each in found for line in _lines(each)] or ["nothing"])
+    found: list[dict[str, Any]] = []
+    problems = []
+    for path in files:
+        try:
+            found.extend(
+                each
+                for each in opened(path, private)
+                if (by is None or each["record"]["by"] == by) and (record is None or each["record"]["n"] == record)
+            )
+        except Tampered as error:  # what is left of it is shown all the same
+            problems.append(f"{path}: {error.message}")
+    mine = [each for each in found if "other_key" not in each]
+    others = [each for each in found if "other_key" in each]
+    answer = {"captured": mine, "others": others, "problems": problems}
+    options.output.answer(answer, [line for each in mine for line in _lines(each)] or ["nothing"])
+    for each in others:
+        said = f"record {each['record']['n']} says that it was sealed to another key, {each['other_key'][:16]}…"
+        options.output.warn(said)
+    for problem in problems:
+        options.output.warn(problem)
+    return IntegrityError.exit_code if problems else 0
 
 
 def _private(path: Path) -> Any:

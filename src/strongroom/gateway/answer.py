@@ -20,6 +20,7 @@ _FINISHED = ("stop", "length", "content_filter")
 BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
 _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, and to each of its texts
 _TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
+_LEAST = -9999.0  # of a log-probability: what is less is as good as never
 DONE = b"data: [DONE]\n\n"
 
 
@@ -38,6 +39,7 @@ class Meter:
     estimate: float = 0.0  # −Σ log2 q, by the private channel
     sampled: dict[int, list[int]] = field(default_factory=dict)  # of each choice, by the private channel
     text: dict[int, list[str]] | None = None  # what was given out of each, where it is looked at again
+    most: int = _USAGE_MOST  # tokens that may be given out: what says that it has more is not
 
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
@@ -45,7 +47,9 @@ class Meter:
         least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
         said = self.channel if self.channelled else self.reported
         if said is not None and said * BYTES_A_TOKEN >= self.text_bytes:
-            return (said if said > least else least), True  # noqa: FURB136
+            said = said if said > least else least  # noqa: FURB136
+            # A server that says 2^40 would use up everybody's budgets with one answer, which nobody gets.
+            return (said if said < self.most else self.most), True  # noqa: FURB136
         return max(least, -(-self.text_bytes // 3)), False
 
 
@@ -198,7 +202,8 @@ class Shape:
         for token, logprob in zip(tokens, logprobs, strict=True):
             if type(token) is not int or not is_number(logprob):
                 raise malformed("has a private channel without tokens")
-            meter.estimate -= min(0.0, logprob) / math.log(2) if math.isfinite(logprob) else 0.0
+            # Bounded: a sum that is infinite is no number that a record could have.
+            meter.estimate -= max(_LEAST, min(0.0, logprob)) / math.log(2) if math.isfinite(logprob) else 0.0
         meter.channelled = True
         meter.channel += len(tokens)
         meter.sampled.setdefault(index, []).extend(tokens)
@@ -282,7 +287,7 @@ def _of_text(value: dict[str, Any], most: int) -> dict[str, Any]:
 def _rounded(value: Any) -> float:
     if not is_number(value) or math.isnan(value):
         raise malformed("has a log-probability that is not a number")
-    return round(min(0.0, max(-9999.0, float(value))), 2)
+    return round(min(0.0, max(_LEAST, float(value))), 2)
 
 
 def embeddings(asked: Asked, body: bytes, model: str, most: int) -> tuple[dict[str, Any], int]:

@@ -262,6 +262,8 @@ class GatewayApp:
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, shape: Shape, flight: Flight) -> Meter:
+        assert flight.asked is not None  # noqa: S101 - read before
+        shape.meter.most = flight.most * flight.asked.n
         kept = self.verified is not None or flight.spelling is not None
         shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
         return shape.meter

@@ -39,9 +39,14 @@ class Capture:
         self.key_id = self._sealer.key_id
         self.path = records.with_suffix(".sealed")
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            size = os.fstat(self._file).st_size
+            torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         except OSError as error:
             raise _unwritable(self.path, error) from None
+        if torn:  # of the settings before, when the disk was full: what came behind it would be a part of that line
+            os.close(self._file)
+            raise _unwritable(self.path, "it ends in a part of a line")
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._unwritten: list[tuple[Captured, int, str]] = []
         self._waiting: list[asyncio.Future[None]] = []
@@ -106,7 +111,7 @@ class Capture:
             if taken and self._failure is None:
                 try:
                     self._write(b"".join(self._line(*each) for each in taken))
-                except OSError as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, nobody must take it for kept
                     self._failure = _unwritable(self.path, error)
             for waiter in waiting:
                 with contextlib.suppress(RuntimeError):  # its loop has ended
@@ -131,9 +136,9 @@ def _set(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def _unwritable(path: Path, error: OSError) -> BackendError:
+def _unwritable(path: Path, error: Exception | str) -> BackendError:
     return BackendError(
         "capture.unwritable",
-        f"can't keep what was to be captured in {path.name}: {error.strerror}",
+        f"can't keep what was to be captured in {path.name}: {error.strerror if isinstance(error, OSError) else error}",
         hint="make room on the disk, or leave [capture] out of the settings, then start the gateway again",
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from strongroom.core.canonical import decode
 from strongroom.crypto.capture import CaptureKey, commitment
@@ -17,51 +17,93 @@ _SALT = 32
 
 
 def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
-    """All that was captured in ``STREAM.sealed``, in the order of its records, each with the `record` that it is of.
+    """All that was captured in ``STREAM.sealed``, in the order of its records, each with the `record` that it is of;
+    with `other_key` instead of what was said where it is for the holder of another one.
 
-    UsageError ``capture.no_records``, ``capture.other_key``; Tampered ``records.tampered``, ``capture.tampered``: a
-    record does not follow from the one before, what was captured is not what its record says, or it is not there.
+    UsageError ``capture.no_records``, ``capture.other_key`` if nothing is for this one; Tampered ``records.tampered``,
+    a record does not follow from the one before, and before anything is shown, which may be another record's;
+    ``capture.tampered``, what was captured is not what its record says, or it is not there: after all the rest, which
+    nobody shall keep from its reader by spoiling one line.
     """
     records = path.with_suffix(".jsonl")
-    verify(_lines(records), ())  # before anything is shown that may be another record's
-    sealed, early = map(_sealed, _lines(path)), dict[str, dict[str, Any]]()
-    for line in _lines(records):
-        record, name = decode(line, what="record"), digest(line)
-        said = record.get("capture")
-        if said is None:
+    verify((line for _, line in _lines(records)), ())
+    wrong: list[str] = []
+    places = _places(path, wrong)
+    mine, others = 0, dict[str, int]()
+    with _reading(path) as file:
+        for _, line in _lines(records):
+            record, name = decode(line, what="record"), digest(line)
+            if record.get("capture") is None:
+                continue
+            if name not in places:
+                wrong.append(f"what was captured of record {record['n']} is not there")
+                continue
+            file.seek(places.pop(name))
+            found = _sealed(file.readline().removesuffix(b"\n"))
+            try:
+                content = key.open(found["sealed"], bytes.fromhex(name))
+            except Tampered as error:
+                if found["key"] == key.key_id:
+                    wrong.append(error.message)
+                    continue
+                # So it says: whoever can write to the file can say so of any. It is for its reader to be told.
+                others[found["key"]] = record["n"]
+                yield {"record": record, "other_key": found["key"]}
+                continue
+            mine += 1
+            if commitment(content) != record["capture"]:
+                wrong.append(f"what was captured of record {record['n']} is not what the record says")
+                continue
+            yield {"record": record, **_content(content)}
+    if places:
+        wrong.append("something was captured of a record that is not there")
+    if wrong:
+        more = f", and {len(wrong) - 1} more like this" if wrong[1:] else ""
+        raise Tampered("capture.tampered", wrong[0] + more)
+    if others and not mine:
+        other, number = next(iter(others.items()))
+        raise UsageError(
+            "capture.other_key",
+            f"record {number} was sealed to another key, {other[:16]}…",
+            hint="--key with the private half of that one",
+        )
+
+
+def _places(path: Path, wrong: list[str]) -> dict[str, int]:
+    """Where what was captured of each record begins, by the record's hash; what is `wrong` is told."""
+    found: dict[str, int] = {}
+    for at, line in _lines(path):
+        try:
+            name = _sealed(line)["record"]
+        except Tampered as error:
+            wrong.append(error.message)
             continue
-        while name not in early:
-            found = next(sealed, None)
-            if found is None:
-                raise Tampered("capture.tampered", f"what was captured of record {record['n']} is not there")
-            early[found["record"]] = found
-        found = early.pop(name)
-        if found["key"] != key.key_id:
-            raise UsageError(
-                "capture.other_key",
-                f"record {record['n']} was sealed to another key, {found['key'][:16]}…",
-                hint="--key with the private half of that one",
-            )
-        content = key.open(found["sealed"], bytes.fromhex(name))
-        if commitment(content) != said:
-            raise Tampered("capture.tampered", f"what was captured of record {record['n']} is not what the record says")
-        yield {"record": record, **_content(content)}
-    if early or next(sealed, None) is not None:
-        raise Tampered("capture.tampered", "something was captured of a record that is not there")
+        if name in found:
+            wrong.append("something was captured of a record that is not there: it has two")
+        found[name] = at
+    return found
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, which may have gigabytes, as they are read."""
+def _reading(path: Path) -> BinaryIO:
     try:
-        with path.open("rb") as file:
-            for line in file:
-                yield line.removesuffix(b"\n")
+        return path.open("rb")
     except OSError as error:
         raise UsageError(
             "capture.no_records",
             f"can't read {path}: {error.strerror}; what was captured is held against the records beside it",
             hint="strongroom capture open FOLDER/STREAM.sealed --key FILE, with STREAM.jsonl in the same folder",
         ) from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file, which may have gigabytes, as they are read, and where each begins. What a machine that
+    lost its power has left behind the last one is none."""
+    with _reading(path) as file:
+        at = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                yield at, line[:-1]
+            at += len(line)
 
 
 def _sealed(line: bytes) -> dict[str, Any]:

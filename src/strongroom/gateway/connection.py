@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import http
 import logging
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
@@ -33,7 +34,7 @@ _HEAD_MOST = 64 << 10  # bytes, of trailers and of what is around chunks, too
 _FRAMING = 8  # bytes that a body of chunks may take for each of its own
 _UNREAD_MOST = 64 << 10  # bytes of a body that nobody has asked for; then the connection is not read
 _AHEAD_MOST = 16  # requests that were sent before the one under way is answered
-_FROM_ONE = 2000  # connections at a time from one address
+_FROM_ONE = 2000  # connections at a time from one address, or one network of IPv6, whose addresses nobody counts
 CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
 _STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("ascii")) for each in http.HTTPStatus}
 _MALFORMED = (
@@ -108,6 +109,7 @@ class Exchange:
             self.begun, body = True, self._head + body
         connection.write(body)
         if not more:
+            self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
             connection.answered(self)
 
     def _lines(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
@@ -145,7 +147,7 @@ class Connection(asyncio.Protocol):
         self._app, self._server = config.loaded_app, server_state
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
-        self._coming, self._taking = Deadline(self._loop, self._abort), Deadline(self._loop, self._abort)
+        self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
         self._address, self._client = "", ("", 0)
         self.peer: Peer | None = None  # who has shown a certificate
@@ -200,6 +202,8 @@ class Connection(asyncio.Protocol):
         elif not self._in_message:
             self._coming.within(_IDLE_TIME)
         if self._paused:
+            if self._in_message:  # it could not come before
+                self._coming.within(_BODY_TIME)
             self.read_on()
 
     # -- what uvicorn's server uses ------------------------------------------------------------------------------
@@ -220,13 +224,13 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
             self._client = (str(name[0]), int(name[1]))
-        self._address = self._client[0]
+        self._address = _network(self._client[0])
         self._from[self._address] += 1
         if self._from[self._address] > _FROM_ONE:
             self._abort()
             return
-        self.peer = peer(transport)
         self._coming.within(_HEAD_TIME)
+        self.peer = peer(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self._server.connections.discard(self)
@@ -316,7 +320,7 @@ class Connection(asyncio.Protocol):
                 CONNECTION: self,
             },
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
-            expects=self._expects,
+            expects=self._expects and version == "1.1",  # others would take it for the answer
         )
         if self._current is None:
             self._begin(exchange)
@@ -376,16 +380,35 @@ class Connection(asyncio.Protocol):
             current.keep_alive = False
             self._ahead.clear()
             return
-        if current is None or not current.begun:
+        # Of a body whose request is answered already: a second answer would be taken for that of somebody's next one.
+        if self._reading is None if current is None else not current.begun:
             self.write(_MALFORMED)
         self._close()
 
+    def _late(self) -> None:
+        """What is to come has not, unless it is here that it is not read."""
+        if self._paused and self._ahead:
+            self._coming.within(_BODY_TIME)
+        else:
+            self._abort()
+
     def _close(self) -> None:
+        """Once what was written has been taken: for that there is a time, too."""
         self._deaf = True
-        if self._transport is not None:
+        if self._transport is not None and not self._gone:
             self._transport.close()
+            self._coming.within(_TAKE_TIME)
 
     def _abort(self) -> None:
         self._deaf = True
         if self._transport is not None:
             self._transport.abort()
+
+
+def _network(host: str) -> str:
+    """Whose an address is: of IPv6 everybody has 2^64."""
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) if ":" in host else b""
+    except OSError:
+        return host
+    return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host

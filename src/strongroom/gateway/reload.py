@@ -73,7 +73,7 @@ class Prepared:
                 except StrongroomError as error:
                     tell(error)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the old ones stay, and somebody is told
-                    tell(_unexpected(error))
+                    tell(unexpected(error))
 
         def rung() -> None:
             task = asyncio.get_running_loop().create_task(again())
@@ -98,7 +98,7 @@ class Prepared:
             except StrongroomError as error:
                 said = error
             except Exception as error:  # noqa: BLE001 - whatever it is, the first process waits for an answer
-                said = _unexpected(error)
+                said = unexpected(error)
             first.send((said.message, said.hint) if said is not None else None)
 
         def heard() -> None:
@@ -147,7 +147,8 @@ def _ask(line: Any, ends: list[int], what: tuple[str, Settings | None]) -> None:
         raise UsageError("gateway.settings", message, hint=hint)
 
 
-def _unexpected(error: Exception) -> UsageError:
+def unexpected(error: Exception) -> UsageError:
+    """What somebody is told of an error that nobody expected: the old settings stay."""
     return UsageError("gateway.settings", f"the settings can't be used: {type(error).__name__}: {error}")
 
 

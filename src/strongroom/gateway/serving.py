@@ -21,7 +21,7 @@ import uvicorn
 from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.listen import configure
-from strongroom.gateway.reload import Prepared, Read, Tell, everywhere
+from strongroom.gateway.reload import Prepared, Read, Tell, everywhere, unexpected
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.vault import Vault
@@ -124,6 +124,8 @@ def _again(plan: Plan, children: list[tuple[Any, Any]]) -> None:
         if error.code == "gateway.worker":
             raise
         plan.tell(error)
+    except Exception as error:  # noqa: BLE001 - a file that can't be read must not end what is under way
+        plan.tell(unexpected(error))
 
 
 @contextlib.contextmanager

@@ -144,7 +144,7 @@ class Tolls:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)
         tokens, counted = given.tokens()
         if flight.spelling is not None and given.sampled:
-            tokens = max(given.channel, given.chunks, given.listed)
+            tokens = min(max(given.channel, given.chunks, given.listed), given.most)
             bits, counted = meter.bound(tokens, words), True
             if not spelled(flight.spelling, given.sampled, given.text or {}):
                 bits = max(bits, meter.ANY_BYTE * given.text_bytes)  # text that no tokens account for may be anything

@@ -190,9 +190,11 @@ class _Connection(asyncio.Protocol):
         self._fresh()
         self._transport.write(request)
         reply = Reply(self, upstream)
+        # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
+        until = self._loop.time() + first
         try:
             while not self.status and self.failure is None and not self.closed:
-                await self.wait(first)
+                await self.wait(until - self._loop.time(), first)
         except BaseException:
             self.abort()
             raise
@@ -204,9 +206,9 @@ class _Connection(asyncio.Protocol):
             raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
         return reply
 
-    async def wait(self, seconds: float) -> None:
-        """Until something came, or BackendError ``upstream.timeout``."""
-        self._waiter, self._seconds = self._loop.create_future(), seconds
+    async def wait(self, seconds: float, of: float) -> None:
+        """Until something came, or BackendError ``upstream.timeout`` after these `seconds`, the last `of` so many."""
+        self._waiter, self._seconds = self._loop.create_future(), of
         self._deadline.within(seconds)
         try:
             await self._waiter
@@ -287,6 +289,8 @@ class _Connection(asyncio.Protocol):
     _until_closed = False
 
     def on_message_begin(self) -> None:
+        if self.whole:  # a second answer: what is left of it would be somebody else's
+            self._fail("upstream.malformed", "the inference server answered twice")
         self._length = self._chunked = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -364,18 +368,20 @@ class Reply:
             while True:
                 if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
                     raise connection.failure
+                left = self._until - asyncio.get_running_loop().time()
+                # Where something always waits, too: whoever reads slowly would keep a server's place for longer.
+                if left <= 0 and not connection.whole and connection.failure is None:
+                    raise BackendError(
+                        "upstream.timeout", f"the inference server took longer than {timeouts.whole:g} s"
+                    )
                 if connection.waiting:
                     return connection.take()
                 if connection.failure is not None:
                     raise connection.failure
                 if connection.whole:
                     break
-                left = self._until - asyncio.get_running_loop().time()
-                if left <= 0:
-                    raise BackendError(
-                        "upstream.timeout", f"the inference server took longer than {timeouts.whole:g} s"
-                    )
-                await connection.wait(min(timeouts.between, left))
+                seconds = min(timeouts.between, left)
+                await connection.wait(seconds, seconds)
         except BaseException:
             self.abort()
             raise

@@ -143,13 +143,25 @@ def test_no_word_of_an_inference_server_keeps_an_answer_out_of_the_records(place
 def test_a_server_that_says_more_than_was_asked_uses_up_nobodys_budgets(place):
     """Of what is more than may be nobody gets anything: one such answer must not be the last of a year."""
     gateway = place.gateway("[limits.identity]\ntokens = 6000\n")
-    place.inference.script = lambda _: [whole(tokens=1 << 40)]
-    assert gateway.post(chat())[2]["error"]["code"] == "upstream_malformed"
+    for told in (
+        whole(tokens=1 << 40),
+        whole("x" * 4000, 1),
+        whole(strongroom={"tokens": [1] * 99, "logprobs": [0] * 99}),
+    ):
+        place.inference.script = lambda _, told=told: [told]
+        assert gateway.post(chat())[2]["error"]["code"] == "upstream_malformed"
+    usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1 << 40, "total_tokens": 5}}
+    place.inference.script = lambda _: [STREAM, token("Hi"), 0.2, event(usage)]
+    assert "Hi" in gateway.post(chat(stream=True))[2]
+    place.inference.script = lambda _: [STREAM, token("Hi"), 0.2, token("x" * 100_000), ended(1)]
+    assert "xxx" not in gateway.post(chat(stream=True))[2]
     place.inference.script = lambda _: [whole()]
     assert gateway.post(chat())[0] == 200
     place.stop_gateways()
-    found = [each for each in place.records() if each["code"] == "upstream_malformed"][-1]
-    assert (found["tokens"], found["bits"]) == (20, meter.bound(20, VOCABULARY)) == (20, found["reserved"])
+    found = [each for each in place.records() if each["code"] == "upstream_malformed"][-5:]
+    assert [(each["tokens"], each["bits"]) for each in found[:3]] == [(0, 0)] * 3
+    assert (found[3]["tokens"], found[3]["bits"]) == (20, meter.bound(20, VOCABULARY)) == (20, found[3]["reserved"])
+    assert found[4]["bits"] == 8 * (20 * 16 + 256)  # all that could have been given out
 
 
 def test_the_private_channel_is_between_gateway_and_upstream(place, tmp_path):

@@ -46,6 +46,18 @@ def test_a_chain_that_the_log_knows(tmp_path):
     assert oct(records.path.stat().st_mode & 0o777) == "0o600"
 
 
+def test_nobody_waits_for_a_stream_that_has_ended(tmp_path):
+    """The last request of older settings may end after it, and a thread that waits keeps the process."""
+    entered = []
+    records = made(tmp_path, entered)
+    records.close()
+    waiting = threading.Thread(target=records.announce, args=("a" * 64,), daemon=True)
+    waiting.start()
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert len(entered) == 1
+
+
 def test_whoever_edits_a_record_contradicts_the_log(tmp_path):
     entered = []
     records = made(tmp_path, entered)

@@ -17,7 +17,7 @@ from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token,
 from gateway.test_gateway import eventually
 from gateway.test_limits_redis import Server
 from strongroom.crypto.capture import CaptureKey
-from strongroom.errors import UsageError
+from strongroom.errors import StrongroomError, UsageError
 from strongroom.gateway import generations
 from strongroom.gateway.captured import opened
 from strongroom.gateway.metrics import GatewayMetrics
@@ -190,6 +190,24 @@ def _take(place, app, settings: str) -> None:
         app.take(parsed, await app.prepare(parsed))
 
     asyncio.run_coroutine_threadsafe(take(), place.server.servers[0].get_loop()).result(20)
+
+
+@pytest.mark.parametrize("which", ["capture", "traces"])
+def test_settings_that_can_not_be_used_leave_nothing_behind(place, tmp_path, which):
+    place.gateway()
+    app = place.newest
+    upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+    capture = f'[capture]\nkey = "{CaptureKey().public_key.hex()}"\nwho = ["{ANA}"]\n'
+    traces = '[traces]\nendpoint = "http://127.0.0.1:1/v1/traces"\n'
+    if which == "capture":
+        app._records.path.with_suffix(".sealed").write_text("{")
+    else:
+        traces += f'key = "{tmp_path}/none"\n'
+    before = [each for each in threading.enumerate() if not each.name.startswith("asyncio")]
+    for _ in range(3):
+        with pytest.raises(StrongroomError):
+            _take(place, app, capture + traces + upstream)
+    assert [each for each in threading.enumerate() if each not in before and not each.name.startswith("asyncio")] == []
 
 
 def test_an_alarm_is_over_with_a_new_term_and_not_because_settings_were_read_again(place, tmp_path):

@@ -54,6 +54,7 @@ def test_on_the_channel_a_text_that_its_tokens_do_not_spell_is_charged_as_if_it_
     assert charged(text_bytes=4, sampled={0: [0, 1, 0]}, text={0: ["ab", "ca"]}, **given) == 30
     assert charged(text_bytes=240, sampled={0: [2, 2, 2]}, text={0: [" " * 240]}, **given) == 30
     assert charged(text_bytes=240, sampled={0: [2, 2, 2]}, text={0: ["x" * 240]}, **given) == 8 * 240
+    assert charged(text_bytes=240, sampled={0: [2]}, text={0: ["x" * 240]}, text_most=100, **given) == 8 * 100
     # Each choice by its own tokens.
     two = {"sampled": {0: [0], 1: [1, 0]}, "text_bytes": 4}
     assert charged(text={0: ["a"], 1: ["bca"]}, **two, **given) == 30

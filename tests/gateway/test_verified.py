@@ -157,3 +157,18 @@ def test_nothing_that_goes_wrong_ends_it(verifier, database, monkeypatch):
     monkeypatch.setattr(Verified, "_judge", fails_once)
     made = verified(verifier, database, [says(good=10), says(dangerous=1)])
     assert (made.failed, made.verdicts[REF].good, made.verdicts[REF].dangerous) == (1, 10, 1)
+
+
+def test_whoever_keeps_the_verifier_busy_does_not_know_what_is_looked_at(verifier, database):
+    """Else a server would hide what it hides behind a flood of answers that hide nothing."""
+
+    async def work():
+        made = Verified(Upstream("http://127.0.0.1:1"), 1.0, Tallies(database, 0), lambda _: 512, stop=True)
+        for k in range(640):
+            made.look(SimpleNamespace(**vars(FLIGHT) | {"ref": str(k // 64)}))
+        made.close()
+        return made.failed, [made._samples.get_nowait()[0] for _ in range(made._samples.qsize())]
+
+    failed, waiting = asyncio.run(work())
+    assert (failed, len(waiting)) == (576, 64)
+    assert len(set(waiting)) >= 5  # of ten alike; fewer come of it once in 10^20

@@ -19,7 +19,7 @@ _USAGE_MOST = 1 << 40  # tokens
 _FINISHED = ("stop", "length", "content_filter")
 BYTES_A_TOKEN = 16  # what says that it is fewer tokens than this many bytes each is not believed
 _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, and to each of its texts
-_TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
+TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
 _LEAST = -9999.0  # of a log-probability: what is less is as good as never
 DONE = b"data: [DONE]\n\n"
 
@@ -40,17 +40,24 @@ class Meter:
     sampled: dict[int, list[int]] = field(default_factory=dict)  # of each choice, by the private channel
     text: dict[int, list[str]] | None = None  # what was given out of each, where it is looked at again
     most: int = _USAGE_MOST  # tokens that may be given out: what says that it has more is not
+    text_most: int = _USAGE_MOST  # bytes of text, in the same way
 
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         # Of both words the server is the author: on the channel, too, one could send much and count little.
         least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
+        text = self.given
         said = self.channel if self.channelled else self.reported
-        if said is not None and said * BYTES_A_TOKEN >= self.text_bytes:
+        if said is not None and said * BYTES_A_TOKEN >= text:
             said = said if said > least else least  # noqa: FURB136
             # A server that says 2^40 would use up everybody's budgets with one answer, which nobody gets.
             return (said if said < self.most else self.most), True  # noqa: FURB136
-        return max(least, -(-self.text_bytes // 3)), False
+        return max(min(least, self.most), -(-text // 3)), False
+
+    @property
+    def given(self) -> int:
+        """Bytes of text that were given out, or could be: an answer that has more is given to nobody."""
+        return self.text_bytes if self.text_bytes < self.text_most else self.text_most  # noqa: FURB136
 
 
 class Shape:
@@ -254,7 +261,7 @@ def _beside(each: dict[str, Any], most: int) -> list[dict[str, Any]]:
 
 def _likely(value: Any) -> dict[str, Any]:
     token = value.get("token") if isinstance(value, dict) else None
-    if not isinstance(token, str) or len(token) > _TOKEN_BYTES:
+    if not isinstance(token, str) or len(token) > TOKEN_BYTES:
         raise malformed("has a log-probability of no token")
     return {"token": token, "logprob": _rounded(value.get("logprob")), "bytes": [*token.encode(errors="replace")]}
 
@@ -268,11 +275,11 @@ def _of_text(value: dict[str, Any], most: int) -> dict[str, Any]:
         or not isinstance(top, list)
     ):
         raise malformed("has log-probabilities of another form")
-    if not all(isinstance(each, str) and len(each) <= _TOKEN_BYTES for each in tokens):
+    if not all(isinstance(each, str) and len(each) <= TOKEN_BYTES for each in tokens):
         raise malformed("has a log-probability of no token")
     beside = []
     for each in top[: len(tokens)] if most else []:
-        if not isinstance(each, dict) or not all(len(token) <= _TOKEN_BYTES for token in each):
+        if not isinstance(each, dict) or not all(len(token) <= TOKEN_BYTES for token in each):
             raise malformed("has log-probabilities of another form")
         likeliest = sorted(((_rounded(p), token) for token, p in each.items()), reverse=True)[:most]
         beside.append({token: p for p, token in likeliest})

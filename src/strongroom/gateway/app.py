@@ -226,8 +226,12 @@ class GatewayApp:
         else:
             shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
             flight.meter = self._metered(shape, flight)
-            value = shape.whole(body)
-            _check_size(shape.meter, flight)
+            try:
+                value = shape.whole(body)
+                _check_size(shape.meter, flight)
+            except BackendError:
+                flight.meter = Meter()  # nobody gets any of it
+                raise
         flight.check()
         self._tolls.settle(flight)
         await self._recorded(flight, 200, "")
@@ -263,7 +267,7 @@ class GatewayApp:
 
     def _metered(self, shape: Shape, flight: Flight) -> Meter:
         assert flight.asked is not None  # noqa: S101 - read before
-        shape.meter.most = flight.most * flight.asked.n
+        shape.meter.most, shape.meter.text_most = flight.most * flight.asked.n, flight.text_most
         kept = self.verified is not None or flight.spelling is not None
         shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
         return shape.meter

@@ -76,7 +76,7 @@ class Records:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._failure: BackendError | None = None
-        self._closing = False
+        self._closing = self._ended = False
         self._capture = ""
         self._announced: list[tuple[str, str, Future[None]]] = []
         self._entered_at = time.monotonic()
@@ -115,8 +115,8 @@ class Records:
         from being written."""
         told = Future[None]()
         with self._lock:
-            if not self._announced and capture == self._capture:
-                return
+            if self._ended or (not self._announced and capture == self._capture):
+                return  # of a stream that has ended there are no later entries
             self._announced.append((capture, settings or self._settings, told))
         self._wake.set()
         told.result()
@@ -149,8 +149,10 @@ class Records:
                 self._tell()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
-            if last and not self._unwritten.lines:  # none came while these were written
-                return
+            with self._lock:  # none came while these were written, and nobody waits for what nobody would do
+                if last and not self._unwritten.lines and not self._announced:
+                    self._ended = True
+                    return
 
     def _write(self) -> None:
         with self._lock:

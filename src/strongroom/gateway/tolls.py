@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
-from strongroom.gateway.answer import BYTES_A_TOKEN
+from strongroom.gateway.answer import BYTES_A_TOKEN, TOKEN_BYTES
 from strongroom.gateway.filters import Filter
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
@@ -147,17 +147,19 @@ class Tolls:
             tokens = min(max(given.channel, given.chunks, given.listed), given.most)
             bits, counted = meter.bound(tokens, words), True
             if not spelled(flight.spelling, given.sampled, given.text or {}):
-                bits = max(bits, meter.ANY_BYTE * given.text_bytes)  # text that no tokens account for may be anything
+                bits = max(bits, meter.ANY_BYTE * given.given)  # text that no tokens account for may be anything
                 flight.misspelled = True
                 _log.warning("an answer of %s is not what its tokens spell: it is charged as if it hid all", flight.ref)
         elif counted:
-            bits = max(meter.bound(tokens, words), meter.TEXT_BYTE * given.text_bytes)
+            bits = max(meter.bound(tokens, words), meter.TEXT_BYTE * given.given)
         else:  # a stream that was cut, or a word that can't be true
-            bits = meter.ANY_BYTE * given.text_bytes
+            bits = meter.ANY_BYTE * given.given
         if beside:  # log-probabilities of each token, or of those that came before the end; and their names are text
-            named = tokens if counted else given.listed
+            listed = min(given.listed, given.most)
+            spelled_out = min(given.named, listed * beside * TOKEN_BYTES)
+            named = tokens if counted else listed
             bits += meter.bound(named, words, logprobs=beside) - meter.bound(named, words)
-            bits += max(0, meter.TEXT_BYTE * given.named - meter.bound(given.listed * beside, words))
+            bits += max(0, meter.TEXT_BYTE * spelled_out - meter.bound(listed * beside, words))
         return bits
 
 

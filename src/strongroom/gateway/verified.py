@@ -42,6 +42,7 @@ class Verified:
         self._alarm = ""
         self.verdicts: dict[str, Verdict] = {}  # by version, the newest of each
         self.failed = 0  # samples that were not verified
+        self._left_out = 0  # of these, since one had room
         for each in tallies.now():  # an alarm does not end with whoever raised it
             self._kept[each.ref, each.arithmetic] = each
             self._judge(each)
@@ -87,10 +88,22 @@ class Verified:
             text = "".join((meter.text or {}).get(index, ()))
             value: dict[str, Any] = {"model": flight.ref, "route": flight.route, "request": body}
             value |= {"choice": index, "tokens": tokens, "text": text}
-            try:
-                self._samples.put_nowait((flight.ref, orjson.dumps(value)))
-            except asyncio.QueueFull:
-                self.failed += 1  # a verifier that is too slow is seen, too
+            self._wait((flight.ref, orjson.dumps(value)))
+
+    def _wait(self, sample: tuple[str, bytes]) -> None:
+        """Until it is run again. Where more come than the verifier can take, those that stay are drawn from all
+        (Vitter's algorithm R): else whoever keeps it busy would know that what comes next is not looked at."""
+        if not self._samples.full():
+            self._samples.put_nowait(sample)
+            self._left_out = 0
+            return
+        self.failed += 1  # a verifier that is too slow is seen, too
+        self._left_out += 1
+        place = secrets.randbelow(_WAITING + self._left_out)
+        if place < _WAITING:
+            for at in range(_WAITING):
+                each = self._samples.get_nowait()
+                self._samples.put_nowait(sample if at == place else each)
 
     async def _run(self) -> None:
         while True:

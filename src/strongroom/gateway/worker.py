@@ -109,6 +109,14 @@ def _made(
     if settings.requests.classifier:
         filters.append(Classifier(settings.requests.classifier))
     routes = Routes(backends, channelled=channelled)
+    verified = _verified(settings, vault, vocabulary)
+    capture = Capture(settings.capture, records.path) if settings.capture.key else None
+    try:
+        tracing = _tracing(settings)
+    except BaseException:
+        if capture is not None:  # its thread and file: settings that can't be used are read again and again
+            capture.close()
+        raise
     return GatewayApp(
         door,
         Forms(settings.requests.control_tokens, drop_unknown=settings.requests.unknown_fields == "drop"),
@@ -116,10 +124,10 @@ def _made(
         Tolls(settings, limits, budgets, vocabulary, filters, Spellings(callers.spelling) if channelled else None),
         records,
         Beside(
-            _verified(settings, vault, vocabulary),
+            verified,
             Probe(routes.upstreams, settings.probe.every) if settings.probe.every else None,
-            _tracing(settings),
-            Capture(settings.capture, records.path) if settings.capture.key else None,
+            tracing,
+            capture,
         ),
         before=before,
     )

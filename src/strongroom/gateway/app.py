@@ -38,18 +38,14 @@ from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
 from strongroom.gateway.refusals import Refusals
 from strongroom.gateway.request import BODY_MOST, Forms
-from strongroom.gateway.routes import Routes
+from strongroom.gateway.routes import PATHS, Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
 
 Scope = dict[str, Any]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
-_PATHS = {
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "completions",
-    "/v1/embeddings": "embeddings",
-}
+_ROUTES = {path: route for route, path in PATHS.items()}
 _ALWAYS = [
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
@@ -125,7 +121,7 @@ class GatewayApp:
         path = scope["path"]
         flight: Flight | None = None
         try:
-            route = _PATHS.get(path)
+            route = _ROUTES.get(path)
             if route is None:
                 await self._other(path, scope, send)
                 return
@@ -393,7 +389,7 @@ class GatewayApp:
                 return
             await _send(send, 200, orjson.dumps({"object": "list", "data": found}), [])
             return
-        raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_PATHS)}")
+        raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_ROUTES)}")
 
 
 def _check_size(meter: Meter, flight: Flight) -> None:
@@ -460,7 +456,9 @@ def _shown(scope: Scope) -> tuple[str, Peer | None]:
             return "", peer
         if 0 < len(token) <= 8192 and token.isascii():
             return str(token, "ascii"), peer
-    raise AuthRequired("apikey.missing", "say who you are: Authorization: Bearer sr-…")
+    raise AuthRequired(
+        "apikey.missing", "say who you are: Authorization: Bearer sr-…, or a certificate where one is asked for"
+    )
 
 
 @lru_cache(65_536)

@@ -15,7 +15,7 @@ from strongroom.gateway.flight import Flight
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.upstream import Reply, Upstream
 
-_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
 
 
 @dataclass
@@ -121,7 +121,7 @@ async def _sent(flight: Flight, backend: Backend, size: int, body: dict[str, obj
     queue = backend.queue
     flight.place = queue.free_place() or await queue.enter(flight.caller.principal, size)
     reply = flight.reply = await backend.upstream.post(
-        _PATHS[flight.route],
+        PATHS[flight.route],
         orjson.dumps(body),
         whole=not body.get("stream"),
         more=b"" if flight.trace is None else flight.trace.header,

@@ -19,12 +19,13 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Link, NonRecordingSpan, Span, SpanContext, SpanKind, TraceFlags, set_span_in_context
 from opentelemetry.trace.status import Status, StatusCode
 
+from strongroom.gateway.routes import PATHS
+
 if TYPE_CHECKING:
     from strongroom.gateway.flight import Flight
     from strongroom.gateway.settings import Traces
 
 _PARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-_PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embeddings": "/v1/embeddings"}
 _OPERATIONS = {"chat": "chat", "completions": "text_completion", "embeddings": "embeddings"}
 # Numbers alone: `stop` is a text of the caller's, and the seed is between gateway and upstream.
 _ASKED = ("temperature", "top_p", "presence_penalty", "frequency_penalty")
@@ -57,10 +58,10 @@ class Tracing:
             links = [Link(theirs)]
         attributes = {
             "http.request.method": "POST",
-            "http.route": _PATHS[flight.route],
+            "http.route": PATHS[flight.route],
             "strongroom.request": flight.identifier,
         }
-        name = f"POST {_PATHS[flight.route]}"
+        name = f"POST {PATHS[flight.route]}"
         root = self._tracer.start_span(name, context, SpanKind.SERVER, attributes, links)
         return Trace(self._tracer, root)
 

@@ -14,8 +14,7 @@ import orjson
 from strongroom.errors import BackendError, Sealed
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.upstream import Upstream
-from strongroom.watch.tallies import Tallies
-from strongroom.watch.tallies import Verified as Kept
+from strongroom.watch.tallies import Kept, Tallies
 from strongroom.watch.verdict import HONEST, Tally, Verdict
 
 _WAITING = 64  # samples; more are not taken while so many wait

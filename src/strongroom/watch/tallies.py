@@ -20,7 +20,7 @@ _OPEN = 1_000_000  # parts of a bit: the table has whole numbers
 
 
 @dataclass(frozen=True)
-class Verified:
+class Kept:
     """One version's tally under one term. `arithmetic`: what was computed in, of server and verifier the rougher."""
 
     ref: str
@@ -40,20 +40,20 @@ class Tallies:
     def __init__(self, store: Database, term: int = 0) -> None:
         self._store, self.term = store, term
 
-    def add(self, ref: str, arithmetic: str, tally: Tally) -> Verified:
+    def add(self, ref: str, arithmetic: str, tally: Tally) -> Kept:
         """Count runs, of every gateway; what all of this term come to."""
         counts = (tally.good, tally.suspicious, tally.dangerous, tally.others, ceil(tally.open_bits * _OPEN))
         keys = [Key(VERIFIED, name, self.term, arithmetic, ref) for name in _CLASSES]
         with Counters(self._store).changing(int(time.time())) as change:
             change.add(dict(zip(keys, counts, strict=True)))
             used = change.used(keys)
-        return Verified(ref, self.term, arithmetic, _tally({key.period: used[key] for key in keys}))
+        return Kept(ref, self.term, arithmetic, _tally({key.period: used[key] for key in keys}))
 
-    def now(self) -> list[Verified]:
+    def now(self) -> list[Kept]:
         """All of this term."""
         return _found(self._rows(egress.c.start == self.term))
 
-    def newest(self, ref: str) -> Verified | None:
+    def newest(self, ref: str) -> Kept | None:
         """What is known of a version: of its newest term, and of several kinds of arithmetic the one with an alarm, or
         with most tokens."""
         found = _found(self._rows(egress.c.ref == ref))
@@ -70,11 +70,11 @@ class Tallies:
             return tx.execute(sa.select(*columns).where(egress.c.scope == VERIFIED, which)).all()
 
 
-def _found(rows: Iterable[Any]) -> list[Verified]:
+def _found(rows: Iterable[Any]) -> list[Kept]:
     by: dict[tuple[str, int, str], dict[str, int]] = {}
     for ref, term, arithmetic, name, count in rows:
         by.setdefault((ref, term, arithmetic), {})[name] = count
-    return [Verified(*key, _tally(counts)) for key, counts in sorted(by.items())]
+    return [Kept(*key, _tally(counts)) for key, counts in sorted(by.items())]
 
 
 def _tally(counts: dict[str, int]) -> Tally:
@@ -82,7 +82,7 @@ def _tally(counts: dict[str, int]) -> Tally:
     return Tally(good, suspicious, dangerous, others, parts / _OPEN)
 
 
-def shown(found: Verified | None, vocabulary: int, tokens: int) -> dict[str, Any] | None:
+def shown(found: Kept | None, vocabulary: int, tokens: int) -> dict[str, Any] | None:
     """For `strongroom budget`: the verdict, and E_v, the bits that could still be hidden in `tokens` given out."""
     if found is None or not (found.tally.tokens or found.tally.others):
         return None

@@ -34,6 +34,7 @@ from gateway.places import (
     token,
     whole,
 )
+from strongroom.errors import Denied
 from strongroom.gateway import door
 from strongroom.gateway.connection import Connection
 from strongroom.gateway.listen import configure
@@ -123,6 +124,30 @@ def test_upstream_gets_what_was_validated_and_no_byte_of_the_callers(place):
     twice = json.dumps(chat()).encode()[:-1] + b',"max_tokens":4000}'
     assert gateway.post(twice)[2]["error"]["code"] == "body_malformed"
     assert len(place.inference.asked) == 1
+
+
+def test_a_stream_that_is_ended_while_its_reader_is_slow_gives_out_no_more(place):
+    gateway = place.gateway()
+    place.inference.script = lambda _: [STREAM, token("first"), 0.5, token("second"), 20.0]
+    body = json.dumps(chat(stream=True)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {place.keys[ANA]}\r\n"
+    loop = place.server.servers[0].get_loop()
+    with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
+        client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        found = b""
+        while b"first" not in found:
+            found += client.recv(1 << 16)
+        (connection,) = place.server.server_state.connections
+        loop.call_soon_threadsafe(connection.pause_writing)  # as when it takes nothing
+        (flight,) = place.newest._newest.app._flights._under_way
+        eventually(lambda: flight.meter.text_bytes == len("firstsecond"))
+        loop.call_soon_threadsafe(flight.cut, Denied("version.frozen", "it is frozen"))
+        loop.call_soon_threadsafe(connection.resume_writing)
+        while b"it is frozen" not in found:
+            piece = client.recv(1 << 16)
+            assert piece
+            found += piece
+    assert b"second" not in found
 
 
 def test_no_word_of_an_inference_server_keeps_an_answer_out_of_the_records(place, tmp_path):

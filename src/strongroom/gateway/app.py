@@ -31,7 +31,7 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
-from strongroom.gateway.connection import CONNECTION
+from strongroom.gateway.connection import CONNECTION, Connection
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
@@ -181,7 +181,7 @@ class GatewayApp:
             if flight.trace is not None:
                 flight.trace.part("answer")
             if asked.stream:
-                await self._stream(flight, reply, send)
+                await self._stream(flight, reply, send, scope[CONNECTION])
             else:
                 await self._whole(flight, reply, send)
         finally:
@@ -233,7 +233,7 @@ class GatewayApp:
         await self._recorded(flight, 200, "")
         await _send(send, 200, orjson.dumps(value), flight.headers)
 
-    async def _stream(self, flight: Flight, reply: Reply, send: Send) -> None:
+    async def _stream(self, flight: Flight, reply: Reply, send: Send, connection: Connection) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):
             raise malformed("is no stream of events")
         asked = flight.asked
@@ -247,6 +247,9 @@ class GatewayApp:
             _check_size(shape.meter, flight)
             if not out:
                 continue
+            if connection.full:  # the log may end this while its reader takes its time
+                await connection.writable()
+                flight.check()
             if not flight.begun:
                 flight.begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})

@@ -15,7 +15,7 @@ from infer.test_engine import PROMPTS, heard, tokens
 from strongroom.errors import UsageError
 from strongroom.infer.engine import Ask
 from strongroom.infer.sampling import Sampling, scores, steered
-from strongroom.infer.verify import Run, Verifier, check_all
+from strongroom.infer.verify import Run, Verifier
 from strongroom.load.transformers import from_room
 from strongroom.watch.verdict import upper_bound
 
@@ -44,8 +44,12 @@ def runs(model):
     ]
 
 
+def judged(verifier, runs):
+    return verifier.judge(verifier.check(run) for run in runs)
+
+
 def test_honest_runs_are_what_these_weights_give(weights, runs):
-    found = check_all(Verifier(weights), runs)
+    found = judged(Verifier(weights), runs)
     assert found.tokens == 32 * 50
     assert found.dangerous == 0
     assert found.alarm == ""
@@ -55,7 +59,7 @@ def test_honest_runs_are_what_these_weights_give(weights, runs):
 
 def test_honest_runs_in_other_arithmetic_are_within_tau(small_room, weights, runs):
     rough = from_room(AutoModelForCausalLM, small_room.load("acme/small"), dtype="bfloat16").eval()
-    found = check_all(Verifier(rough, "bfloat16"), runs)
+    found = judged(Verifier(rough, "bfloat16"), runs)
     assert found.dangerous == 0
     assert found.alarm == ""
     assert found.suspicious > 0  # the test would see nothing if there was no difference
@@ -78,20 +82,20 @@ def test_bits_hidden_in_the_choice_of_two_are_caught(weights):
     verifier, run = Verifier(weights), Run((5, 80, 300), (1,), Sampling(seed=9))
     bits = [secrets.randbelow(2) for _ in range(59)] + [1]
     hostile, ones = covert(weights, run, bits)
-    found = check_all(verifier, [hostile])
+    found = judged(verifier, [hostile])
     assert found.dangerous + found.suspicious == ones
     assert found.dangerous >= ones - 1  # the second best is hardly ever within τ
     assert str(found.dangerous) in found.alarm
     assert found.bits > 1  # which is what it sends, and more
     honest, _ = covert(weights, run, [0] * 60)
-    assert check_all(verifier, [honest]).alarm == ""
+    assert judged(verifier, [honest]).alarm == ""
 
 
 def test_a_server_that_hides_within_tau_is_seen_by_its_share(weights):
     """With a τ as wide as the gaps, nothing is dangerous: then too many second best tell."""
     verifier, run = Verifier(weights, "bfloat16", tau=50.0), Run((5, 80, 300), (1,), Sampling(seed=9))
     hostile, ones = covert(weights, run, [0, 1] * 30)
-    found = check_all(verifier, [hostile])
+    found = judged(verifier, [hostile])
     assert (found.dangerous, found.suspicious, ones) == (0, 30, 30)
     assert "second best" in found.alarm
     assert found.open_bits > 1
@@ -111,7 +115,7 @@ def test_what_was_not_so_is_dangerous(weights, runs, change):
     if change == "weights":
         torch.manual_seed(1)
         model = type(weights)(weights.config).eval()
-    found = check_all(Verifier(model), [run])
+    found = judged(Verifier(model), [run])
     assert found.dangerous >= (1 if change == "prompt" else 10)  # a small model soon forgets its prompt
     assert found.alarm
 

@@ -18,7 +18,10 @@ from strongroom.errors import Tampered, UsageError
 _DEPTH = 4  # certificates between a workload's own and the bundle
 _CHAIN = 8
 _RSA_BITS = 2048
-_REFUSED = (verification.VerificationError, ValueError, TypeError, UnsupportedAlgorithm, x509.ExtensionNotFound)
+_REFUSED = (
+    *(verification.VerificationError, ValueError, TypeError, UnsupportedAlgorithm),
+    *(x509.ExtensionNotFound, x509.DuplicateExtension),
+)
 _CURVES = (ec.SECP256R1, ec.SECP384R1)
 
 
@@ -98,7 +101,7 @@ def uri_of(chain: str) -> str:
     try:
         names = _load(chain, "the file")[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return names.get_values_for_type(x509.UniformResourceIdentifier)[0]
-    except (Tampered, x509.ExtensionNotFound, ValueError, IndexError):
+    except (Tampered, x509.ExtensionNotFound, x509.DuplicateExtension, ValueError, IndexError):
         raise UsageError("svid.chain", "the file has no certificate of a workload", hint="--svid CERT KEY") from None
 
 

@@ -8,7 +8,7 @@ elsewhere and the noise known, one token is right; all freedom that is left is i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,3 @@ def _places(logits: NDArray[np.float32], run: Run) -> Iterable[tuple[Floats, int
     for position, token in enumerate(run.output):
         yield steered(logits[position], run.sampling, counts), token, position, run.sampling
         counts[token] += 1
-
-
-def check_all(verifier: Verifier, runs: Sequence[Run]) -> Verdict:
-    """`judge` of every run."""
-    return verifier.judge(verifier.check(run) for run in runs)

@@ -127,7 +127,8 @@ class Originals:
         return np.where(bits[:, None] == 1, one, zero).reshape(-1).view(np.uint8).data
 
     def marked(self, number: int) -> memoryview:
-        """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else."""
+        """The unmarked bytes of the marked segments behind common segment `number`, and of nothing else; out of one
+        variant where that is enough, so not a check of both."""
         if not self.layout.stripes[number]:
             return memoryview(b"")
         first, scratch = int(self.layout.first_positions[number]), self._sealed.scratch()
@@ -137,14 +138,17 @@ class Originals:
         return found if found is not None else self.marker.original(first, *self._variants(number, scratch))
 
     def segments(self) -> Iterator[tuple[Segment, memoryview]]:
-        """Every segment with its unmarked bytes, in the order of the image, as it is read."""
+        """Every segment with its unmarked bytes, in the order of the image, as it is read, both variants of each."""
         scratch = self._sealed.scratch()
         for number in range(len(self.layout.stripes)):
             segment = self.layout.common_segment(number)
             plain = memoryview(bytearray(segment.bytes))
             self._sealed.read_common(number, plain, scratch)
             yield segment, plain
-            stripe, size = self.marked(number), self.layout.marked
+            if not self.layout.stripes[number]:
+                continue
+            first, size = int(self.layout.first_positions[number]), self.layout.marked
+            stripe = self.marker.original(first, *self._variants(number, scratch))
             for k, marked in enumerate(self.layout.stripe(number)):
                 yield marked, stripe[k * size : (k + 1) * size]
 

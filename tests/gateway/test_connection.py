@@ -348,6 +348,23 @@ def test_connections_of_one_network_are_counted_together(monkeypatch, hosts, mos
     assert asyncio.run(run()) == most
 
 
+@pytest.mark.parametrize("cut", [60, 120, 130, 140, 1000])
+def test_who_offers_another_protocol_is_answered_in_this_one(cut):
+    """Java's client does so with its first request on a connection without TLS, whatever that is."""
+    offer = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAEAAEAA")
+    sent = post(b"hello", *offer) + b"GET /b HTTP/1.1\r\nhost: x\r\n\r\n"
+    wire = served([sent[:cut], sent[cut:]])
+    found = answers(wire.written, "POST")
+    assert [said(each) for each in found] == ["hello"]
+    assert found[0][1][b"connection"] == b"close"
+    assert wire.closed
+    assert said(answers(served([post(b"", *offer)]).written, "POST")[0]) == ""
+    chunked = (
+        b"POST /a HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\ntransfer-encoding: chunked\r\n\r\n"
+    )
+    assert said(answers(served([chunked, b"0\r\n\r\n"]).written, "POST")[0]) == ""
+
+
 def test_who_expects_to_be_told_to_go_on_is():
     wire = served([b"POST /a HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n", b"hi"])
     assert wire.written.startswith(b"HTTP/1.1 100 Continue\r\n\r\n")

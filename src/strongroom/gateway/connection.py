@@ -63,6 +63,13 @@ class Exchange:
         self.gone = self.begun = self.chunked = False
         self._head = b""
 
+    def length(self) -> int:
+        """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
+        for name, value in self.scope["headers"]:
+            if name == b"content-length" and len(value) <= 20 and value.isdigit():  # httptools has refused a second one
+                return int(value)
+        return 0
+
     def feed(self, body: bytes) -> None:
         self._pieces.append(body)
         self.unread += len(body)
@@ -161,6 +168,7 @@ class Connection(asyncio.Protocol):
         # that were body, and bytes since its beginning that were not.
         self._in_message = self._in_head = self._ended = False
         self._body, self._beside = 0, 0
+        self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
         self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
 
     # -- what the application uses -------------------------------------------------------------------------------
@@ -250,15 +258,19 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
+            if self._declined:
+                self._decline(data)
             return
         self._body, self._ended = 0, False
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._deaf = True  # what follows is of another protocol, and nobody here speaks it
+        except httptools.HttpParserUpgrade as upgrade:
+            self._deaf = True  # nobody here speaks another protocol, and httptools reads no more of this one
             for exchange in (self._current, *self._ahead):
                 if exchange is not None:
                     exchange.keep_alive = False
+            if self._declined:
+                self._decline(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._malformed()
             return
@@ -322,6 +334,8 @@ class Connection(asyncio.Protocol):
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
             expects=self._expects and version == "1.1",  # others would take it for the answer
         )
+        if parser.should_upgrade():
+            self._declined = exchange.length()
         if self._current is None:
             self._begin(exchange)
         elif len(self._ahead) < _AHEAD_MOST:
@@ -339,6 +353,8 @@ class Connection(asyncio.Protocol):
                 self.read_on()
 
     def on_message_complete(self) -> None:
+        if self._declined:  # that is httptools' word, of whom offers another protocol
+            return
         self._in_message, self._ended = False, True
         reading, self._reading = self._reading, None
         if reading is not None:
@@ -371,6 +387,18 @@ class Connection(asyncio.Protocol):
         else:
             if self._current is exchange:  # it was left without an end
                 self._close()
+
+    def _decline(self, data: bytes) -> None:
+        """The body of a request that offers another protocol, as Java's client does with its first one: who is answered
+        in HTTP/1.1 goes on in that (RFC 9110, section 7.8), and its body is there."""
+        body = data[: self._declined]
+        self._declined -= len(body)
+        if body:
+            self.on_body(body)
+        if not self._declined:
+            self.on_message_complete()
+        elif not self._coming.pending:
+            self._coming.within(_BODY_TIME)
 
     def _malformed(self) -> None:
         """What came is no HTTP, or has two readings: nothing more of this connection is read."""

@@ -29,7 +29,7 @@ from strongroom.infer.sampling import Sampling
 from strongroom.infer.server import Settings, load
 from strongroom.infer.standing import Standing
 from strongroom.infer.text import Growing, Prompts, Spelling
-from strongroom.infer.verify import Run, Verifier, check_all
+from strongroom.infer.verify import Run, Verifier
 from strongroom.load.transformers import from_room
 
 CHAT = {"model": "acme/small@1", "messages": [{"role": "user", "content": "Where are the keys?"}], "seed": 11}
@@ -124,8 +124,9 @@ def test_the_channel_is_for_who_has_its_secret(room_folder, tmp_path):
         with Room(room_folder) as room:
             weights = from_room(AutoModelForCausalLM, room.load("acme/small"), dtype="float32").eval()
         honest = Run((5, 80, 300), output, Sampling(seed=77))
-        assert check_all(Verifier(weights), [honest]).alarm == ""
-        assert check_all(Verifier(weights), [replace(honest, sampling=Sampling(seed=78))]).alarm
+        verifier = Verifier(weights)
+        assert verifier.judge([verifier.check(honest)]).alarm == ""
+        assert verifier.judge([verifier.check(replace(honest, sampling=Sampling(seed=78)))]).alarm
     finally:
         running.stop()
 

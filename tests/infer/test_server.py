@@ -325,6 +325,7 @@ def test_whoever_wants_embeddings_hears_that_the_model_failed(model, monkeypatch
     body = {"model": "acme/small", "input": [[5, 6]]}
     head, answer = asyncio.run(asyncio.wait_for(spoken(app, body, 99, "/v1/embeddings"), 60))
     assert (head["status"], json.loads(answer["body"])["error"]["code"]) == (503, "infer.failed")
+    engine._thread.join(60)  # whoever asked is told a moment before it ends
     assert not engine.alive
 
 

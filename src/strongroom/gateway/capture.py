@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import os
 import secrets
 import threading
@@ -16,6 +14,7 @@ import orjson
 
 from strongroom.crypto.capture import CaptureSealer, commitment
 from strongroom.errors import BackendError
+from strongroom.gateway.appending import Appending
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.settings import Capture as Wanted
 
@@ -49,7 +48,7 @@ class Capture:
             raise _unwritable(self.path, "it ends in a part of a line")
         self._lock, self._wake = threading.Lock(), threading.Event()
         self._unwritten: list[tuple[Captured, int, str]] = []
-        self._waiting: list[asyncio.Future[None]] = []
+        self._appending = Appending(self._file, self._wake)
         self._failure: BackendError | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
@@ -84,11 +83,7 @@ class Capture:
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
-        waiter = asyncio.get_running_loop().create_future()
-        with self._lock:
-            self._waiting.append(waiter)
-        self._wake.set()
-        await waiter
+        await self._appending.durable()
         self.check()
 
     def close(self) -> None:
@@ -105,17 +100,15 @@ class Capture:
             self._wake.wait(_EVERY)
             self._wake.clear()
             last = self._closing
+            waiting = self._appending.waiting()
             with self._lock:
                 taken, self._unwritten = self._unwritten, []
-                waiting, self._waiting = self._waiting, []
             if taken and self._failure is None:
                 try:
-                    self._write(b"".join(self._line(*each) for each in taken))
+                    self._appending.write(b"".join(self._line(*each) for each in taken))
                 except Exception as error:  # noqa: BLE001 - whatever it is, nobody must take it for kept
                     self._failure = _unwritable(self.path, error)
-            for waiter in waiting:
-                with contextlib.suppress(RuntimeError):  # its loop has ended
-                    waiter.get_loop().call_soon_threadsafe(_set, waiter)
+            self._appending.tell(waiting)
             if last and not self._unwritten:
                 return
 
@@ -123,17 +116,6 @@ class Capture:
         sealed = self._sealer.seal(captured.content, bytes.fromhex(record))
         value = {"n": number, "record": record, "key": self.key_id, "sealed": base64.b64encode(sealed).decode()}
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS) + b"\n"
-
-    def _write(self, data: bytes) -> None:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(self._file, left) :]
-        os.fdatasync(self._file)
-
-
-def _set(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def _unwritable(path: Path, error: Exception | str) -> BackendError:

@@ -7,8 +7,6 @@ record, or takes one away, contradicts the log.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import os
 import secrets
@@ -24,6 +22,7 @@ import orjson
 
 from strongroom.core.canonical import decode
 from strongroom.errors import BackendError, StrongroomError, Tampered
+from strongroom.gateway.appending import Appending
 
 _EVERY = 0.25  # seconds between two writes
 _ENTRY_EVERY = 10.0  # seconds between two entries of the log
@@ -51,7 +50,6 @@ class _Sums:
 class _Unwritten:
     lines: list[bytes] = field(default_factory=list)
     sums: dict[tuple[str, str], _Sums] = field(default_factory=dict)
-    waiting: list[asyncio.Future[None]] = field(default_factory=list)
 
 
 class Records:
@@ -75,6 +73,7 @@ class Records:
         self._sums: dict[tuple[str, str], _Sums] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._appending = Appending(self._file, self._wake)
         self._failure: BackendError | None = None
         self._closing = self._ended = False
         self._capture = ""
@@ -123,11 +122,7 @@ class Records:
 
     async def durable(self) -> None:
         """Back when everything that was added is on disk."""
-        waiter = asyncio.get_running_loop().create_future()
-        with self._lock:
-            self._unwritten.waiting.append(waiter)
-        self._wake.set()
-        await waiter
+        await self._appending.durable()
         self.check()
 
     def close(self) -> None:
@@ -155,15 +150,13 @@ class Records:
                     return
 
     def _write(self) -> None:
+        waiting = self._appending.waiting()
         with self._lock:
             taken, self._unwritten = self._unwritten, _Unwritten()
             head, count = self._head, self._count
         if taken.lines and self._failure is None:
             try:
-                data = memoryview(b"".join([line + b"\n" for line in taken.lines]))
-                while data:
-                    data = data[os.write(self._file, data) :]
-                os.fdatasync(self._file)
+                self._appending.write(b"".join([line + b"\n" for line in taken.lines]))
                 self._written_head, self._written = head, count
             except OSError as error:
                 # A line may be there in part: this chain ends here, and nothing more is answered.
@@ -176,9 +169,7 @@ class Records:
         # left the room all the same.
         for about, sums in taken.sums.items():
             self._sums.setdefault(about, _Sums()).add(**vars(sums))
-        for waiter in taken.waiting:
-            with contextlib.suppress(RuntimeError):  # its loop has ended
-                waiter.get_loop().call_soon_threadsafe(_set, waiter)
+        self._appending.tell(waiting)
 
     def _enter(self) -> None:
         """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
@@ -212,11 +203,6 @@ class Records:
             **vars(sums),
             **({"capture": self._capture} if self._capture else {}),
         }
-
-
-def _set(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def digest(line: bytes) -> str:

@@ -17,6 +17,7 @@ from strongroom.formats.entry import Entry
 from strongroom.ledger.log import Draft
 from strongroom.storage.blobs import Blobs
 from strongroom.storage.reader import ImageReader
+from strongroom.vault.search import search
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult, Vault
 
@@ -97,6 +98,10 @@ class House:
         vault, _ = Vault.init(folder, owner=OWNER, custody="solo", **options)
         vault.close()
         return cls(folder)
+
+    def search(self, path: Path):
+        """What is found out about the file at `path` among all weights of the room, as its owner."""
+        return search(self.vault, path, by=OWNER, weights=None, progress=lambda _d, _t: None)
 
     def register(self, path: str) -> None:
         """A principal of that path, without a key or a role: somebody whose bundle is looked at."""

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from marking.disguises import invertible
-from strongroom.vault.search import search
 from vault.rooms import OWNER, House
 from vault.test_trace import given, quantised, write
 
@@ -43,10 +42,6 @@ def room(request, tmp_path_factory):
     house.close()
 
 
-def traced(room, path):
-    return search(room.vault, path, by=OWNER, weights=None, progress=lambda _d, _t: None)
-
-
 def factored_again(tensors, seed=3):
     """The same product of other factors, far from the first."""
     found, rng = {}, np.random.default_rng(seed)
@@ -74,7 +69,7 @@ LEAST = {**dict.fromkeys(CASTS, 30), "as it is": 100, "int4, groups of 64": 8.5}
 @pytest.mark.parametrize("cast", CASTS)
 def test_a_copy_names_its_holder(room, tmp_path, cast, dtype):
     leak = CASTS[cast](given(room, HOLDERS[17], ref=REF, copy=True))
-    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, dtype))
+    found = room.search(write(tmp_path / "adapter_model.safetensors", leak, dtype))
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
     assert found["accused"][0]["layer2"]["z"] > LEAST[cast]
     assert found["accused"][0]["false_accusation"] <= 1e-9
@@ -88,7 +83,7 @@ def test_factors_of_any_matrix_are_not_taken_for_rows_that_moved(room, tmp_path)
     for name in [name for name in leak if "lora_A" in name]:
         m, b = rng.normal(size=(RANK, RANK)), name.replace("lora_A", "lora_B")
         leak[name], leak[b] = m @ leak[name], leak[b] @ np.linalg.inv(m)
-    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, "F32"))
+    found = room.search(write(tmp_path / "adapter_model.safetensors", leak, "F32"))
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
     done = " ".join(found["transformations"])
     assert "factored again" in done
@@ -101,7 +96,7 @@ def test_rows_that_moved_are_not_taken_for_other_factors(room, tmp_path):
     for name in [name for name in leak if "lora_A" in name]:
         b = name.replace("lora_A", "lora_B")
         leak[name], leak[b] = leak[name][order], leak[b][:, order]
-    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, "F32"))
+    found = room.search(write(tmp_path / "adapter_model.safetensors", leak, "F32"))
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[17]]
     assert "factored again" not in " ".join(found["transformations"])
 
@@ -110,12 +105,12 @@ def test_rows_that_moved_are_not_taken_for_other_factors(room, tmp_path):
 def test_what_was_only_loaded_names_nobody_else(room, tmp_path, holder):
     """There are too few positions for a code word."""
     leak = given(room, holder, ref=REF)
-    found = traced(room, write(tmp_path / "adapter_model.safetensors", leak, "F32"))
+    found = room.search(write(tmp_path / "adapter_model.safetensors", leak, "F32"))
     assert {each["holder"] for each in found["accused"]} <= {holder}
 
 
 def test_an_adapter_as_it_was_before_the_room_names_nobody(room, tmp_path):
-    found = traced(room, write(tmp_path / "adapter_model.safetensors", adapter(1), "BF16"))
+    found = room.search(write(tmp_path / "adapter_model.safetensors", adapter(1), "BF16"))
     assert (found["verdict"], found["accused"], found["marked"]) == ("weights-only", [], False)
 
 
@@ -126,6 +121,6 @@ def test_another_adapter_of_the_same_shape_is_unrelated(tmp_path, rank):
     (tmp_path / "model").mkdir()
     write(tmp_path / "model" / "adapter_model.safetensors", adapter(1, rank), "BF16")
     house.put(tmp_path / "model", "acme/adapter")
-    found = traced(house, write(tmp_path / "adapter_model.safetensors", adapter(2, rank), "BF16"))
+    found = house.search(write(tmp_path / "adapter_model.safetensors", adapter(2, rank), "BF16"))
     house.close()
     assert (found["verdict"], found["accused"]) == ("unrelated", [])

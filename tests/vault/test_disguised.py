@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from marking.disguises import full, llama, planes_turned, quantised, values_mixed, words_moved
-from strongroom.vault.search import search
 from vault.rooms import OWNER, House
 from vault.test_trace import given, write
 
@@ -35,10 +34,6 @@ def room(tmp_path_factory):
         house.register(holder)
     yield house
     house.close()
-
-
-def traced(room, path):
-    return search(room.vault, path, by=OWNER, weights=None, progress=lambda _d, _t: None)
 
 
 def renamed(tensors, rng):
@@ -73,7 +68,7 @@ def test_names_its_holder(room, tmp_path, attack, copy):
     holder = HOLDERS[13]
     rng = np.random.default_rng(3)
     leak = ATTACKS[attack](given(room, holder, ref=REF, copy=copy), rng)
-    found = traced(room, write(tmp_path / "leak.safetensors", leak, "BF16"))
+    found = room.search(write(tmp_path / "leak.safetensors", leak, "BF16"))
     assert found["weights"] == REF
     accused = {each["holder"] for each in found["accused"]}
     # Without a stamp a model as small as this has few positions: never somebody else.
@@ -91,13 +86,13 @@ def test_names_its_holder(room, tmp_path, attack, copy):
 @pytest.mark.parametrize("seed", [2, 3])
 def test_another_model_under_the_same_disguise_is_unrelated(room, tmp_path, seed):
     leak = full(model(seed), np.random.default_rng(3), HEADS, GROUPS)
-    found = traced(room, write(tmp_path / "leak.safetensors", leak, "BF16"))
+    found = room.search(write(tmp_path / "leak.safetensors", leak, "BF16"))
     assert (found["verdict"], found["accused"]) == ("unrelated", [])
 
 
 def test_the_weights_as_they_were_before_the_room_name_nobody(room, tmp_path):
     leak = full(model(1), np.random.default_rng(3), HEADS, GROUPS)
-    found = traced(room, write(tmp_path / "leak.safetensors", leak, "BF16"))
+    found = room.search(write(tmp_path / "leak.safetensors", leak, "BF16"))
     assert (found["verdict"], found["accused"], found["marked"]) == ("weights-only", [], False)
 
 
@@ -110,7 +105,7 @@ def test_a_config_that_says_nothing_of_heads(tmp_path, text):
     (tmp_path / "model" / "config.json").write_text(text)
     house.put(tmp_path / "model", "acme/turned", share="1/2")
     leak = full(given(house, OWNER, ref=REF, copy=True), np.random.default_rng(3), HEADS, GROUPS)
-    found = traced(house, write(tmp_path / "leak.safetensors", leak, "BF16"))
+    found = house.search(write(tmp_path / "leak.safetensors", leak, "BF16"))
     house.close()
     assert [each["holder"] for each in found["accused"]] == [OWNER]
     assert "missing" not in " ".join(found["transformations"])
@@ -129,5 +124,5 @@ def test_quantised_by_ggml(room, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = traced(room, tmp_path / "leak.gguf")
+    found = room.search(tmp_path / "leak.gguf")
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[5]]

@@ -1,4 +1,4 @@
-"""From the room onto a GPU: `python -m bench.device --device cuda` writes its part of docs/reference/bench.md.
+"""From the room onto a GPU: `python -m bench.device --device cuda` writes docs/reference/bench-device.md.
 
 Three ways, in turn, after a first round of each that is not counted: what the room decrypts, verifies and sends through
 pinned buffers; the same through the whole model in host memory; and safetensors, which neither decrypts nor verifies.
@@ -22,7 +22,7 @@ from bench import page
 from bench.ours import REF, WEIGHTS
 from strongroom.client.room import Room
 
-PAGE = Path("docs/reference/bench.md")
+PAGE = Path("docs/reference/bench-device.md")
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ TITLES = {
 
 def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccused: Sequence[Unaccused]) -> str:
     parts = [
-        f"Written by `python -m bench.tracing` (`make bench-tracing`) on one machine: {_machine()}.",
+        "Written by `python -m bench.tracing` (`make bench-tracing`; `--rows FILE` gathers the rows of several runs).",
         "",
         f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on "
         "an innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; columns have the "
@@ -226,7 +226,7 @@ def main() -> None:
                 shutil.copytree(original.folder, work / kind / "model")
             model = Model(kind, work / kind, vault)
             layout = model.originals.layout
-            kept.shapes[kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
+            kept.shapes[kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes. Traced on {_machine()}."
             alone = [*list(leaks.alone(model.shapes, {}, {})), leaks.TRAINED]
             alone = alone if given.attacks is None else given.attacks
             if alone:

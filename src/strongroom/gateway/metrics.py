@@ -78,6 +78,13 @@ class GatewayMetrics:
         seconds.add_metric((), buckets, total)
         yield seconds
         yield from self._verified()
+        ends = self._app.certificates.crl_end()
+        if ends is not None:
+            yield GaugeMetricFamily(
+                "strongroom_gateway_crl_end",
+                "Until when the revocation lists are good, in Unix seconds; nobody of a domain gets in after its own",
+                value=ends,
+            )
         settings = GaugeMetricFamily(
             "strongroom_gateway_settings", "The settings in force, by their digest", labels=("digest",)
         )

@@ -20,6 +20,7 @@ from strongroom.errors import BackendError, StrongroomError, Tampered, UsageErro
 from strongroom.gateway import serving
 from strongroom.gateway.capture import Capture
 from strongroom.gateway.captured import opened
+from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.settings import Settings
 from strongroom.vault.callers import Callers
 
@@ -230,7 +231,7 @@ def test_from_the_command_line(kept, tmp_path):
     assert other.error["code"] == "capture.other_key"
 
 
-def test_what_can_not_be_captured_is_not_answered(place):
+def test_what_can_not_be_captured_is_not_answered(place, caplog):
     key = CaptureKey().public_key.hex()
     gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
     app = place.newest
@@ -239,7 +240,14 @@ def test_what_can_not_be_captured_is_not_answered(place):
     os.close(full)
     assert gateway.post(chat())[0] == 200  # it is found out as it is written
     eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
-    assert "captured" in gateway.get("/readyz")[1]["problems"][0]
+    # Anybody may ask whether it is ready. What it is, the log says, once.
+    for _ in range(2):
+        told = gateway.get("/readyz")
+        assert told == (503, {"ready": False, "problems": ["capture"], "capture": app.capture.key_id})
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == [
+        f"not ready, capture: can't keep what was to be captured in {app.capture.path.name}: No space left on device"
+    ]
+    assert 'strongroom_gateway_problem{problem="capture"} 1.0' in GatewayMetrics(app).exposition().decode()
 
 
 def test_what_can_not_be_sealed_is_not_answered_either(place, monkeypatch):

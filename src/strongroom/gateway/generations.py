@@ -178,6 +178,6 @@ class Generations:
     def capture(self) -> Capture | None:
         return self._newest.app.capture
 
-    def problems(self) -> list[str]:
-        """Why nothing is answered now, if that is so."""
+    def problems(self) -> dict[str, str]:
+        """Why nothing is answered now, if that is so, by the word that everybody is told."""
         return self._newest.app.problems()

@@ -14,18 +14,20 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.generations import Generations
+from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 from strongroom.gateway.reload import Prepared, Read, Tell, everywhere, unexpected
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.revocations import Revocations
 from strongroom.vault.vault import Vault
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Plan:
     tell: Tell = lambda _: None
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """A server that says when it has started, and why it has not."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:

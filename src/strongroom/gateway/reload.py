@@ -77,10 +77,12 @@ class Prepared:
 
     def on_hangup(self, read: Read, tell: Tell) -> None:
         """From now on SIGHUP has this process `read` settings and take them, and `tell` what came of it."""
-        lock, tasks = asyncio.Lock(), set[asyncio.Task[None]]()
+        lock, tasks, waiting = asyncio.Lock(), set[asyncio.Task[None]](), False
 
         async def again() -> None:
+            nonlocal waiting
             async with lock:
+                waiting = False  # whoever hangs up from now on may have written to a file that was read already
                 try:
                     settings = await asyncio.to_thread(read)
                     await self.prepare(settings)
@@ -92,6 +94,10 @@ class Prepared:
                     tell(unexpected(error))
 
         def rung() -> None:
+            nonlocal waiting
+            if waiting:
+                return
+            waiting = True
             task = asyncio.get_running_loop().create_task(again())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -169,7 +175,15 @@ def unexpected(error: Exception) -> UsageError:
 
 
 def _load(context: ssl.SSLContext, certificate: tuple[Path, Path]) -> None:
+    def ask() -> str:
+        # OpenSSL would at the terminal, where nobody may be, and everything here would wait for an answer.
+        raise BackendError(
+            "gateway.certificate",
+            f"the key {certificate[1]} is encrypted, and nobody is asked for a passphrase while the gateway runs",
+            hint=f"openssl pkey -in {certificate[1]} -out KEY, into memory or a secret of the platform; then --key KEY",
+        )
+
     try:
-        context.load_cert_chain(*certificate)
+        context.load_cert_chain(*certificate, password=ask)
     except (OSError, ssl.SSLError) as error:
         raise BackendError("gateway.certificate", f"can't use the certificate: {error}") from None

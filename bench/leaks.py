@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from bench import ggml
 from strongroom.cli.demo_thief import moved, rounded
 
 Array = NDArray[np.float32]
@@ -20,18 +21,19 @@ def int_(bits: int, group: int) -> Callable[[str, Array], Array]:
     return lambda _, a: a if a.ndim < 2 else rounded(a, bits, group)
 
 
-def ggml(kind: str) -> Callable[[str, Array], Array]:
-    """Through ggml's own blocks and back."""
+def blocks(kind: str) -> Callable[[str, Array], Array]:
+    """Into ggml's blocks and back, as llama.cpp writes them."""
 
     def attack(_: str, a: Array) -> Array:
         import gguf
         from gguf import quants
 
-        if a.ndim < 2 or a.shape[-1] % 32:
+        fits = ggml.fitting(kind, a.shape[-1]) if a.ndim > 1 else None
+        if fits is None:
             return a
-        type_ = gguf.GGMLQuantizationType[kind]
-        found: Array = quants.dequantize(quants.quantize(a, type_), type_).astype(np.float32)
-        return found
+        blocks = ggml.quantize(a.reshape(-1, a.shape[-1]), fits)
+        found: Array = quants.dequantize(blocks, gguf.GGMLQuantizationType[fits]).astype(np.float32)
+        return found.reshape(a.shape)
 
     return attack
 
@@ -76,34 +78,6 @@ def awq(bits: int = 4, group: int = 128) -> Callable[[str, Array], Array]:
         return int_(bits, group)(name, a * scale) / scale
 
     return attack
-
-
-def kquant(bits: int, sub: int, *, least: bool) -> Callable[[str, Array], Array]:
-    """As ggml's K-quants: blocks of 256 in groups of `sub`, whose scales (and `least` values) are quantised too."""
-
-    def attack(_: str, a: Array) -> Array:
-        if a.ndim < 2 or a.size % 256:
-            return a
-        groups = a.reshape(-1, 256 // sub, sub)
-        levels = np.float32(2**bits - 1)
-        if least:
-            low = np.minimum(groups.min(axis=2), 0)
-            scale = (groups.max(axis=2) - low) / levels
-            scale, low = _stepped(scale, 63), -_stepped(-low, 63)
-            codes = np.clip(np.round((groups - low[:, :, None]) / scale[:, :, None]), 0, levels)
-            return (codes * scale[:, :, None] + low[:, :, None]).reshape(a.shape).astype(np.float32)
-        scale = _stepped(np.abs(groups).max(axis=2) / np.float32(2 ** (bits - 1) - 1), 127)
-        codes = np.clip(np.round(groups / scale[:, :, None]), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return (codes * scale[:, :, None]).reshape(a.shape).astype(np.float32)
-
-    return attack
-
-
-def _stepped(scales: Array, steps: int) -> Array:
-    """Scales of the groups of a block, to so many steps of the block's own, which is a float of 16 bits."""
-    unit = (scales.max(axis=1, keepdims=True) / steps).astype(np.float16).astype(np.float32)
-    unit = np.maximum(unit, np.float32(1e-8))
-    return np.maximum(np.round(scales / unit), 1) * unit
 
 
 def cast(dtype: str) -> Callable[[str, Array], Array]:
@@ -202,10 +176,7 @@ def alone(
         "int3, groups of 128": int_(3, 128),
         "int4 as GPTQ": gptq(),
         "int4 as AWQ": awq(),
-        "GGUF Q8_0": ggml("Q8_0"),
-        "GGUF Q4_0": ggml("Q4_0"),
-        "as GGUF's Q4_K": kquant(4, 32, least=True),
-        "as GGUF's Q6_K": kquant(6, 16, least=False),
+        **{f"GGUF {kind}": blocks(kind) for kind in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K")},
         "noise 0.03": noise(0.03),
         "noise 0.1": noise(0.1),
         "noise 0.3": noise(0.3),

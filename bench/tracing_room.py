@@ -354,7 +354,7 @@ class Elsewhere:
         leaks.noise(0.03),
         leaks.noise(0.3),
         leaks.int_(4, 128),
-        leaks.ggml("Q8_0"),
+        leaks.blocks("Q8_0"),
         leaks.prune(0.5),
         leaks.adapter(0.1),
         leaks.moved(3),

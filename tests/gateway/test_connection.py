@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from strongroom.gateway import connection as module
-from strongroom.gateway.connection import CONNECTION, Connection
+from strongroom.gateway.connection import EXCHANGE, Connection
 from strongroom.gateway.deadline import Deadline
 from strongroom.gateway.listen import configure
 
@@ -431,7 +431,7 @@ def test_the_application_hears_when_its_client_goes():
     told = []
 
     async def app(scope, receive, _):
-        scope[CONNECTION].when_gone(lambda: told.append("gone"))
+        scope[EXCHANGE].when_gone(lambda: told.append("gone"))
         told.append((await receive())["type"])
         told.append((await receive())["type"])
 

@@ -13,7 +13,6 @@ import logging
 import socket
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import unquote
 
@@ -35,7 +34,7 @@ _FRAMING = 8  # bytes that a body of chunks may take for each of its own
 _UNREAD_MOST = 64 << 10  # bytes of a body that nobody has asked for; then the connection is not read
 _AHEAD_MOST = 16  # requests that were sent before the one under way is answered
 _FROM_ONE = 2000  # connections at a time from one address, or one network of IPv6, whose addresses nobody counts
-CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
+EXCHANGE = "strongroom.exchange"  # in a request's scope: its `Exchange`
 _STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("ascii")) for each in http.HTTPStatus}
 _MALFORMED = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 24\r\nconnection: close\r\n\r\n"
@@ -46,26 +45,80 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class Exchange:
-    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`."""
+    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
+    coroutine and a dictionary for each step, as `take` and `answer`. `task`: what answers it."""
 
-    __slots__ = (
-        *("begun", "chunked", "gone", "keep_alive", "more", "scope", "unread"),
-        *("_connection", "_expects", "_head", "_pieces", "_taken", "_waiter"),
-    )
+    task: asyncio.Task[None]
+    more = True  # of the body is to come
+    unread = 0  # bytes that came and were not taken
+    gone = begun = chunked = False
+    _taken = False  # the body, whole
+    _waiter: asyncio.Future[None] | None = None
+    _tell: Callable[[], object] | None = None
+    _head = b""
 
-    def __init__(self, connection: Connection, scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
-        self.scope, self.keep_alive = scope, keep_alive
-        self._connection, self._expects = connection, expects
-        self.more, self.unread = True, 0  # whether more of the body is to come; bytes that came and were not taken
+    def __init__(
+        self,
+        connection: Connection,
+        method: str,
+        path: str,
+        version: str,
+        headers: list[tuple[bytes, bytes]],
+        *,
+        keep_alive: bool,
+        expects: bool,
+    ) -> None:
+        self.connection, self.method, self.path, self.version, self.headers = connection, method, path, version, headers
+        self.keep_alive, self._expects = keep_alive, expects
         self._pieces: list[bytes] = []
-        self._taken = False  # whole
-        self._waiter: asyncio.Future[None] | None = None
-        self.gone = self.begun = self.chunked = False
-        self._head = b""
+
+    def scope(self) -> dict[str, Any]:
+        """As ASGI has it. Made for who asks: kept here, each would keep the other."""
+        return {
+            "type": "http",
+            "method": self.method,
+            "path": self.path,
+            "http_version": self.version,
+            "headers": self.headers,
+            "client": self.connection.client,
+            EXCHANGE: self,
+        }
+
+    # -- for the application -------------------------------------------------------------------------------------
+
+    def take(self) -> bytes | None:
+        """The body, if it is here whole and was not taken; else it is to be asked for with `receive`."""
+        if self.more or self._taken or self.gone:
+            return None
+        return self._took()
+
+    async def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
+        if self.connection.full and not self.gone:
+            await self.connection.writable()
+        if not self.gone:
+            head = self._lines(status, [*headers, (b"content-length", b"%d" % len(body))], fixed)
+            self._write(head if self.method == "HEAD" else head + body, more=False)
+
+    def when_gone(self, tell: Callable[[], object] | None) -> None:
+        """Call `tell` when the client goes, or now if it has gone; None: nobody is told. A task that waits for it in
+        `receive`, as ASGI has it, would cost more than the checks of a request together."""
+        self._tell = tell
+        if self.gone and tell is not None:
+            tell()
+
+    # -- for the connection --------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.gone = True
+        self.wake()
+        if self._tell is not None:
+            self._tell()
 
     def length(self) -> int:
         """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        for name, value in self.scope["headers"]:
+        for name, value in self.headers:
             if name == b"content-length" and len(value) <= 20 and value.isdigit():  # httptools has refused a second one
                 return int(value)
         return 0
@@ -84,44 +137,48 @@ class Exchange:
         while not self.gone and (self._taken or (self.more and not self._pieces)):
             if self._expects and not self.begun:
                 self._expects = False
-                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self.gone:
             return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": self._took(), "more_body": self.more}
+
+    def _took(self) -> bytes:
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self.unread, self._taken = [], 0, not self.more
-        self._connection.read_on()
-        return {"type": "http.request", "body": body, "more_body": self.more}
+        self.connection.read_on()
+        return body
 
     async def send(self, message: dict[str, Any]) -> None:
         """The head is kept until the first of the body comes: two writes are two packets, and twice the work at both
         ends."""
-        connection = self._connection
-        if connection.full and not self.gone:
-            await connection.writable()
+        if self.connection.full and not self.gone:
+            await self.connection.writable()
         if self.gone:
             return
         if message["type"] == "http.response.start":
             self._head = self._lines(message["status"], message["headers"])
             return
         body, more = message["body"], message.get("more_body", False)
-        if self.scope["method"] == "HEAD":
+        if self.method == "HEAD":
             body = b""
         elif self.chunked:
             body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
             if not more:
                 body += b"0\r\n\r\n"
-        if not self.begun:
-            self.begun, body = True, self._head + body
-        connection.write(body)
+        self._write(body if self.begun else self._head + body, more=more)
+
+    def _write(self, data: bytes, *, more: bool) -> None:
+        self.begun = True
+        self.connection.write(data)
         if not more:
             self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
-            connection.answered(self)
+            self.connection.answered(self)
 
-    def _lines(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        self.chunked = self.scope["http_version"] == "1.1"
-        lines = [_STATUS[status]]
+    def _lines(self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"") -> bytes:
+        self.chunked = self.version == "1.1"
+        lines = []
         for name, value in headers:
             lines.append(b"%s: %s\r\n" % (name, value))
             if name == b"content-length":
@@ -132,11 +189,10 @@ class Exchange:
             lines.append(b"connection: close\r\n")
         if self.chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
-        lines.append(b"\r\n")
-        head = b"".join(lines)
-        if not head.count(b"\r") == head.count(b"\n") == len(lines):
+        said = b"".join(lines)
+        if not said.count(b"\r") == said.count(b"\n") == len(lines):
             raise ValueError("a header of an answer has a line break")  # another answer could begin behind it
-        return head
+        return b"%s%s%s\r\n" % (_STATUS[status], fixed, said)
 
 
 class Connection(asyncio.Protocol):
@@ -156,9 +212,8 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
-        self._address, self._client = "", ("", 0)
+        self._address, self.client = "", ("", 0)
         self.peer: Peer | None = None  # who has shown a certificate
-        self._told: list[Callable[[], object]] = []
         self._current: Exchange | None = None  # the one that is answered
         self._reading: Exchange | None = None  # the one whose request comes
         self._ahead: deque[Exchange] = deque()
@@ -172,14 +227,6 @@ class Connection(asyncio.Protocol):
         self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
 
     # -- what the application uses -------------------------------------------------------------------------------
-
-    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
-        """Call `tell` when the client goes, or now if it has gone, until what this returns is called. A task that waits
-        for it in `receive`, as ASGI has it, would cost more than the checks of a request together."""
-        self._told.append(tell)
-        if self._gone:
-            tell()
-        return partial(self._told.remove, tell)
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -231,8 +278,8 @@ class Connection(asyncio.Protocol):
         self._server.connections.add(self)  # type: ignore[arg-type]
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
-            self._client = (str(name[0]), int(name[1]))
-        self._address = _network(self._client[0])
+            self.client = (str(name[0]), int(name[1]))
+        self._address = _network(self.client[0])
         self._from[self._address] += 1
         if self._from[self._address] > _FROM_ONE:
             self._abort()
@@ -250,11 +297,8 @@ class Connection(asyncio.Protocol):
         self._gone, self.full = True, False
         self._writable.set()
         if self._current is not None:
-            self._current.gone = True
-            self._current.wake()
+            self._current.leave()
         self._ahead.clear()
-        for tell in list(self._told):
-            tell()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -322,15 +366,10 @@ class Connection(asyncio.Protocol):
         path = url.partition(b"?")[0].decode("ascii")
         exchange = self._reading = Exchange(
             self,
-            {
-                "type": "http",
-                "method": parser.get_method().decode("ascii"),
-                "path": unquote(path) if "%" in path else path,
-                "http_version": version,
-                "headers": self._headers,
-                "client": self._client,
-                CONNECTION: self,
-            },
+            parser.get_method().decode("ascii"),
+            unquote(path) if "%" in path else path,
+            version,
+            self._headers,
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
             expects=self._expects and version == "1.1",  # others would take it for the answer
         )
@@ -369,13 +408,12 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
-        task = self._loop.create_task(self._run(exchange))
+        task = exchange.task = self._loop.create_task(self._run(exchange))
         self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
 
     async def _run(self, exchange: Exchange) -> None:
         try:
-            await self._app(exchange.scope, exchange.receive, exchange.send)
+            await self._app(exchange.scope(), exchange.receive, exchange.send)
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
             _log.exception("a request failed")
             if not exchange.begun:
@@ -387,6 +425,9 @@ class Connection(asyncio.Protocol):
         else:
             if self._current is exchange:  # it was left without an end
                 self._close()
+        finally:
+            # Without the task's own callback, which costs a turn of the loop.
+            self._server.tasks.discard(exchange.task)
 
     def _decline(self, data: bytes) -> None:
         """The body of a request that offers another protocol, as Java's client does with its first one: who is answered

@@ -139,7 +139,7 @@ def test_a_stream_that_is_ended_while_its_reader_is_slow_gives_out_no_more(place
             found += client.recv(1 << 16)
         (connection,) = place.server.server_state.connections
         loop.call_soon_threadsafe(connection.pause_writing)  # as when it takes nothing
-        (flight,) = place.newest._newest.app._flights._under_way
+        (flight,) = place.newest._newest._flights._under_way
         eventually(lambda: flight.meter.text_bytes == len("firstsecond"))
         loop.call_soon_threadsafe(flight.cut, Denied("version.frozen", "it is frozen"))
         loop.call_soon_threadsafe(connection.resume_writing)

@@ -85,6 +85,8 @@ class GatewayApp:
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         self.counts: Counts = before.counts if before else Counts()
+        self._requests = 0  # under way in this one
+        self._idle: Callable[[], object] | None = None
 
     async def find(self) -> None:
         """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
@@ -102,6 +104,12 @@ class GatewayApp:
             if each is not None:
                 each.start()
 
+    def leave(self, idle: Callable[[], object]) -> None:
+        """Requests go to another one from now on; `idle` is called once none is under way here."""
+        self._idle = idle
+        if not self._requests:
+            idle()
+
     async def retire(self) -> None:
         """No more requests come, and none is under way. Door and records are others', too."""
         for each in (self._probe, self._routes, self.verified):
@@ -118,6 +126,7 @@ class GatewayApp:
         exchange: Exchange = scope[EXCHANGE]
         path = exchange.path
         flight: Flight | None = None
+        self._requests += 1
         try:
             route = _ROUTES.get(path)
             if route is None:
@@ -160,6 +169,9 @@ class GatewayApp:
         finally:
             if flight is not None:
                 self._flights.end(flight)
+            self._requests -= 1
+            if self._idle is not None and not self._requests:
+                self._idle()
 
     async def _infer(self, flight: Flight, exchange: Exchange, receive: Receive, send: Send) -> None:
         _check_head(exchange)
@@ -171,9 +183,10 @@ class GatewayApp:
             await self._flights.allow(flight)
         if flight.trace is not None:
             flight.trace.part("limits")
-        await self._tolls.take(flight)
-        exchange.when_gone(flight.leave)
         try:
+            if not self._tolls.take(flight):
+                await self._tolls.wait(flight)
+            exchange.when_gone(flight.leave)
             flight.body = self._upstream_body(flight)
             if flight.trace is not None:
                 flight.trace.upstream(flight)
@@ -191,7 +204,8 @@ class GatewayApp:
                 self.verified.look(flight)
             exchange.when_gone(None)
             self._routes.end(flight)
-            await self._tolls.give(flight)
+            if (given := self._tolls.give(flight)) is not None:  # over Redis
+                await given
 
     def _upstream_body(self, flight: Flight) -> dict[str, object]:
         asked = flight.asked
@@ -222,8 +236,8 @@ class GatewayApp:
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
         else:
-            shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
-            flight.meter = self._metered(shape, flight)
+            shape = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter)
+            self._metered(flight)
             try:
                 value = shape.whole(body)
                 _check_size(shape.meter, flight)
@@ -240,8 +254,8 @@ class GatewayApp:
             raise malformed("is no stream of events")
         asked = flight.asked
         assert asked is not None  # noqa: S101 - read before
-        shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
-        flight.meter = self._metered(shape, flight)
+        shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
+        self._metered(flight)
         if self._tolls.durable_before:
             await self._recorded(flight, 100, "reserved")
         async for piece in reply.pieces():
@@ -266,12 +280,16 @@ class GatewayApp:
         await self._recorded(flight, 200, "")
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
-    def _metered(self, shape: Shape, flight: Flight) -> Meter:
+    def _metered(self, flight: Flight) -> None:
         assert flight.asked is not None  # noqa: S101 - read before
-        shape.meter.most, shape.meter.text_most = flight.most * flight.asked.n, flight.text_most
-        kept = self.verified is not None or flight.spelling is not None
-        shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
-        return shape.meter
+        meter = flight.meter
+        meter.most, meter.text_most = flight.most * flight.asked.n, flight.text_most
+        if (
+            self.verified is not None
+            or flight.spelling is not None
+            or (self.capture is not None and self.capture.wants(flight))
+        ):
+            meter.text = {}
 
     async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange, send: Send) -> None:
         if flight is not None and flight.why is not None:
@@ -305,8 +323,7 @@ class GatewayApp:
                 await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
-        tokens, _ = flight.meter.tokens()
-        asked, seconds = flight.asked, time.monotonic() - flight.started
+        tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
         flight.recorded = status != 100
         if status >= 400:
             self._refusals.add(flight.caller.principal)
@@ -326,8 +343,8 @@ class GatewayApp:
                 "status": status,
                 "code": code,
                 "prompt_tokens": flight.meter.prompt,
-                "tokens": tokens if status != 100 else 0,
-                "bits": flight.bits if status != 100 else 0,
+                "tokens": tokens,  # none before the answer
+                "bits": flight.bits,
                 "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
                 "reserved": flight.reserved,
                 "ms": int(seconds * 1000),
@@ -422,11 +439,10 @@ def _body_most(flight: Flight) -> int:
 
 def _check_head(exchange: Exchange) -> None:
     """UsageError ``body.*`` for a body that is not to be read."""
-    for name, value in exchange.headers:
-        if name == b"content-encoding" and value != b"identity":
-            raise UsageError("body.malformed", "the body is compressed: send it as it is")
-        if name == b"content-length" and len(value) <= 20 and value.isdigit() and int(value) > BODY_MOST:
-            raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
+    if exchange.named.get(b"content-encoding", b"identity") != b"identity":
+        raise UsageError("body.malformed", "the body is compressed: send it as it is")
+    if exchange.length() > BODY_MOST:
+        raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
 
 
 async def _body(receive: Receive) -> bytes:
@@ -452,12 +468,12 @@ async def _body(receive: Receive) -> bytes:
 def _shown(exchange: Exchange) -> tuple[str, Peer | None]:
     """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
     a proxy says of a certificate anybody could say."""
-    found = [value for name, value in exchange.headers if name == b"authorization"]
+    found = exchange.named.get(b"authorization")
     peer = exchange.connection.peer
-    if peer is not None and not found:
+    if peer is not None and found is None:
         return "", peer
-    if len(found) == 1 and found[0][:7].lower() == b"bearer ":
-        token = found[0][7:].strip()
+    if found is not None and found[:7].lower() == b"bearer " and exchange.once(b"authorization"):
+        token = found[7:].strip()
         if peer is not None and token == _NO_TOKEN:
             return "", peer
         if 0 < len(token) <= 8192 and token.isascii():

@@ -46,7 +46,8 @@ _log = logging.getLogger("strongroom.gateway")
 
 class Exchange:
     """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
-    coroutine and a dictionary for each step, as `take` and `answer`. `task`: what answers it."""
+    coroutine and a dictionary for each step, as `take` and `answer`. `named`: headers by their name, of several with
+    one the last; `task`: what answers it."""
 
     task: asyncio.Task[None]
     more = True  # of the body is to come
@@ -66,10 +67,12 @@ class Exchange:
         headers: list[tuple[bytes, bytes]],
         *,
         keep_alive: bool,
-        expects: bool,
     ) -> None:
         self.connection, self.method, self.path, self.version, self.headers = connection, method, path, version, headers
-        self.keep_alive, self._expects = keep_alive, expects
+        self.keep_alive = keep_alive
+        self.named = dict(headers)
+        # Others would take it for the answer.
+        self._expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
         self._pieces: list[bytes] = []
 
     def scope(self) -> dict[str, Any]:
@@ -116,12 +119,14 @@ class Exchange:
         if self._tell is not None:
             self._tell()
 
+    def once(self, name: bytes) -> bool:
+        """Whether one header has this name, and not several."""
+        return len(self.named) == len(self.headers) or sum(each == name for each, _ in self.headers) == 1
+
     def length(self) -> int:
         """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        for name, value in self.headers:
-            if name == b"content-length" and len(value) <= 20 and value.isdigit():  # httptools has refused a second one
-                return int(value)
-        return 0
+        said = self.named.get(b"content-length", b"")  # httptools has refused a second one
+        return int(said) if len(said) <= 20 and said.isdigit() else 0
 
     def feed(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -224,7 +229,7 @@ class Connection(asyncio.Protocol):
         self._in_message = self._in_head = self._ended = False
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
-        self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
+        self._url, self._headers = b"", cast("list[tuple[bytes, bytes]]", [])
 
     # -- what the application uses -------------------------------------------------------------------------------
 
@@ -340,7 +345,7 @@ class Connection(asyncio.Protocol):
     # -- httptools -----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._url, self._headers, self._expects = b"", [], False
+        self._url, self._headers = b"", []
         self._in_message, self._in_head, self._beside = True, True, 0
         self._coming.within(_HEAD_TIME)
 
@@ -350,10 +355,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:  # trailers are no headers: nobody reads them
             return
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self._expects = True
-        self._headers.append((name, value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -371,7 +373,6 @@ class Connection(asyncio.Protocol):
             version,
             self._headers,
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
-            expects=self._expects and version == "1.1",  # others would take it for the answer
         )
         if parser.should_upgrade():
             self._declined = exchange.length()

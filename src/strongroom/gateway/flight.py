@@ -48,7 +48,8 @@ class Flight:
     most = 0
     seed: int | None = None
     spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
-    numbers = reserved = text_most = bits = 0
+    numbers = reserved = text_most = 0
+    tokens = bits = 0  # that were given out, once it is settled
     admission: Admission | None = None
     toll: Reservation | None = None
     place: Place | None = None  # at an upstream

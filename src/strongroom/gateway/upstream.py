@@ -104,14 +104,21 @@ class Upstream:
             fresh = connection is None
             try:
                 connection = connection or await self._connect()
-                reply = Reply(connection, self)
-                await connection.ask(request, first)
+                reply = connection.ask(request, self)
+                # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
+                until = connection.loop.time() + first
+                while not connection.answers():
+                    await connection.more(until - connection.loop.time(), first)
             except _ClosedEarly:
                 if not fresh:
                     continue
                 raise self._failed("upstream.unavailable", "closed the connection without an answer") from None
             except OSError as error:
                 raise self._failed("upstream.unavailable", f"can't be reached: {error.strerror or error}") from None
+            except asyncio.CancelledError:
+                if connection is not None:
+                    connection.abort()
+                raise
             self._failures = 0
             return reply
 
@@ -185,25 +192,21 @@ class _Connection(asyncio.Protocol):
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    async def ask(self, request: bytes, first: float) -> None:
-        """Send it; back when the head of its answer is there."""
+    def ask(self, request: bytes, upstream: Upstream) -> Reply:
         assert self._transport is not None  # noqa: S101 - made by create_connection
         self._fresh()
         self._transport.write(request)
-        # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
-        until = self.loop.time() + first
-        try:
-            while not self.status and self.failure is None and not self.closed:
-                await self.more(until - self.loop.time(), first)
-        except BaseException:
-            self.abort()
-            raise
+        return Reply(self, upstream)
+
+    def answers(self) -> bool:
+        """Whether the head of an answer is there; _ClosedEarly, BackendError ``upstream.*`` if it will not come."""
         if self.failure is not None:
             raise self.failure
-        if not self.status:
+        if self.closed and not self.status:
             if not self.begun:
                 raise _ClosedEarly
             raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
+        return self.status > 0
 
     def more(self, seconds: float, of: float) -> asyncio.Future[None]:
         """Done when something came, or after these `seconds`, the last `of` so many: then it has failed."""

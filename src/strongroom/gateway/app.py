@@ -246,8 +246,10 @@ class GatewayApp:
                 raise
         flight.check()
         self._tolls.settle(flight)
-        await self._recorded(flight, 200, "")
-        await exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
+        self._record(flight, 200, "")
+        if self._tolls.durable_before:
+            await self._durable()
+        exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
 
     async def _stream(self, flight: Flight, reply: Reply, send: Send, connection: Connection) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):
@@ -257,7 +259,8 @@ class GatewayApp:
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
         self._metered(flight)
         if self._tolls.durable_before:
-            await self._recorded(flight, 100, "reserved")
+            self._record(flight, 100, "reserved")
+            await self._durable()
         async for piece in reply.pieces():
             out = b"".join([shape.piece(event) for event in events.feed(piece)])
             _check_size(shape.meter, flight)
@@ -277,7 +280,9 @@ class GatewayApp:
             flight.begun = True
             await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
         self._tolls.settle(flight)
-        await self._recorded(flight, 200, "")
+        self._record(flight, 200, "")
+        if self._tolls.durable_before:
+            await self._durable()
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, flight: Flight) -> None:
@@ -297,13 +302,15 @@ class GatewayApp:
         status, code = refusal.wire(error)
         if flight is None:
             self.counts.answered("", code, 0, 0, 0.0)
-            await exchange.answer(status, _ALWAYS_JSON, refusal.headers_of(error), refusal.body_of(error))
+            exchange.answer(status, _ALWAYS_JSON, refusal.headers_of(error), refusal.body_of(error))
             return
         gone = error.code == "upstream.aborted"
         self._tolls.settle(flight)
         if not flight.recorded:
             with contextlib.suppress(BackendError):  # then this error says so
-                await self._recorded(flight, 499 if gone else status, "disconnected" if gone else code)
+                self._record(flight, 499 if gone else status, "disconnected" if gone else code)
+                if self._tolls.durable_before:
+                    await self._durable()
         if gone:
             return
         body = refusal.body_of(error)
@@ -312,15 +319,13 @@ class GatewayApp:
         else:
             # What was not read of a request can't be told from the next one.
             closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
-            await exchange.answer(status, _ALWAYS_JSON, [*refusal.headers_of(error), *flight.headers, *closing], body)
+            exchange.answer(status, _ALWAYS_JSON, [*refusal.headers_of(error), *flight.headers, *closing], body)
 
-    async def _recorded(self, flight: Flight, status: int, code: str) -> None:
-        """Record it; back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
-        self._record(flight, status, code)
-        if self._tolls.durable_before:
-            await self._records.durable()
-            if self.capture is not None:
-                await self.capture.durable()
+    async def _durable(self) -> None:
+        """Back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
+        await self._records.durable()
+        if self.capture is not None:
+            await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
@@ -379,7 +384,7 @@ class GatewayApp:
 
     async def _other(self, path: str, exchange: Exchange) -> None:
         if path == "/healthz":
-            await exchange.answer(200, _ALWAYS_JSON, [], b'{"ok":true}')
+            exchange.answer(200, _ALWAYS_JSON, [], b'{"ok":true}')
             return
         if path == "/readyz":
             problems = self.problems()
@@ -387,10 +392,10 @@ class GatewayApp:
             if self.capture is not None:
                 told["capture"] = self.capture.key_id
             body = orjson.dumps(told)
-            await exchange.answer(503 if problems else 200, _ALWAYS_JSON, [], body)
+            exchange.answer(503 if problems else 200, _ALWAYS_JSON, [], body)
             return
         if path == "/openapi.json":
-            await exchange.answer(200, _ALWAYS_JSON, [], openapi.encoded())
+            exchange.answer(200, _ALWAYS_JSON, [], openapi.encoded())
             return
         if path == "/v1/models" or path.startswith("/v1/models/"):
             if exchange.method != "GET":
@@ -407,9 +412,9 @@ class GatewayApp:
                 one = [each for each in found if each["id"] == wanted]
                 if not one:
                     raise NotFound("model.not_found", f"there is no model {wanted!r:.80} that you may use")
-                await exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps(one[0]))
+                exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps(one[0]))
                 return
-            await exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps({"object": "list", "data": found}))
+            exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps({"object": "list", "data": found}))
             return
         raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_ROUTES)}")
 

@@ -95,10 +95,8 @@ class Exchange:
             return None
         return self._took()
 
-    async def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
-        if self.connection.full and not self.gone:
-            await self.connection.writable()
         if not self.gone:
             head = self._lines(status, [*headers, (b"content-length", b"%d" % len(body))], fixed)
             self._write(head if self.method == "HEAD" else head + body, more=False)
@@ -131,6 +129,11 @@ class Exchange:
     def feed(self, body: bytes) -> None:
         self._pieces.append(body)
         self.unread += len(body)
+        self.wake()
+
+    def end(self) -> None:
+        """The body has come whole."""
+        self.more = False
         self.wake()
 
     def wake(self) -> None:
@@ -329,7 +332,7 @@ class Connection(asyncio.Protocol):
                 if self._beside > _HEAD_MOST:
                     self._abort()
             if not self._coming.pending:
-                self._coming.within(_BODY_TIME)
+                self._coming.within(_HEAD_TIME if self._in_head else _BODY_TIME)
 
     def pause_writing(self) -> None:
         # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
@@ -347,7 +350,7 @@ class Connection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self._url, self._headers = b"", []
         self._in_message, self._in_head, self._beside = True, True, 0
-        self._coming.within(_HEAD_TIME)
+        self._coming.met()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -398,8 +401,7 @@ class Connection(asyncio.Protocol):
         self._in_message, self._ended = False, True
         reading, self._reading = self._reading, None
         if reading is not None:
-            reading.more = False
-            reading.wake()
+            reading.end()
         if self._current is None:  # it was answered before all of it had come
             self._coming.within(_IDLE_TIME)
         else:
@@ -414,6 +416,8 @@ class Connection(asyncio.Protocol):
 
     async def _run(self, exchange: Exchange) -> None:
         try:
+            if self.full:  # of answers before: who takes none of them is given no more
+                await self.writable()
             await self._app(exchange.scope(), exchange.receive, exchange.send)
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
             _log.exception("a request failed")

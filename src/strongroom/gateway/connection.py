@@ -225,6 +225,8 @@ class Connection(asyncio.Protocol):
         self._current: Exchange | None = None  # the one that is answered
         self._reading: Exchange | None = None  # the one whose request comes
         self._ahead: deque[Exchange] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._turn: asyncio.Future[None] | None = None  # what it waits for between two requests
         self._deaf = self._gone = self._paused = False
         self.full, self._writable = False, asyncio.Event()
         # Of the message that comes: whether one does, its head, whether one ended in this piece; bytes of this piece
@@ -304,6 +306,7 @@ class Connection(asyncio.Protocol):
         self._taking.close()
         self._gone, self.full = True, False
         self._writable.set()
+        self._wake()
         if self._current is not None:
             self._current.leave()
         self._ahead.clear()
@@ -411,28 +414,43 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
-        task = exchange.task = self._loop.create_task(self._run(exchange))
-        self._server.tasks.add(task)
+        if self._task is None:
+            self._task = self._loop.create_task(self._serve())
+        else:
+            self._wake()
+        exchange.task = self._task
+        self._server.tasks.add(self._task)
 
-    async def _run(self, exchange: Exchange) -> None:
+    def _wake(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and not turn.done():  # cancelled
+            turn.set_result(None)
+
+    async def _serve(self) -> None:
+        """Answer one request after the other: a task of its own for each would cost more than most checks of it."""
         try:
-            if self.full:  # of answers before: who takes none of them is given no more
-                await self.writable()
-            await self._app(exchange.scope(), exchange.receive, exchange.send)
+            while not self._gone:
+                exchange = self._current
+                if exchange is None:
+                    self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
+                    self._turn = self._loop.create_future()
+                    await self._turn
+                    continue
+                if self.full:  # of answers before: who takes none of them is given no more
+                    await self.writable()
+                await self._app(exchange.scope(), exchange.receive, exchange.send)
+                if self._current is exchange:  # it was left without an end
+                    break
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
             _log.exception("a request failed")
-            if not exchange.begun:
+            if self._current is not None and not self._current.begun:
                 self.write(_FAILED)
-            self._close()
         except BaseException:
             self._abort()
             raise
-        else:
-            if self._current is exchange:  # it was left without an end
-                self._close()
         finally:
-            # Without the task's own callback, which costs a turn of the loop.
-            self._server.tasks.discard(exchange.task)
+            self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
+        self._close()
 
     def _decline(self, data: bytes) -> None:
         """The body of a request that offers another protocol, as Java's client does with its first one: who is answered

@@ -209,7 +209,6 @@ class GatewayApp:
 
     def _upstream_body(self, flight: Flight) -> dict[str, object]:
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         value: dict[str, object] = {**asked.upstream}
         if flight.route == "embeddings":
             return value
@@ -230,7 +229,6 @@ class GatewayApp:
 
     async def _whole(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
@@ -255,7 +253,6 @@ class GatewayApp:
         if not reply.content_type.startswith(b"text/event-stream"):
             raise malformed("is no stream of events")
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
         self._metered(flight)
         if self._tolls.durable_before:
@@ -286,7 +283,6 @@ class GatewayApp:
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, flight: Flight) -> None:
-        assert flight.asked is not None  # noqa: S101 - read before
         meter = flight.meter
         meter.most, meter.text_most = flight.most * flight.asked.n, flight.text_most
         if (
@@ -344,7 +340,7 @@ class GatewayApp:
                 "key": flight.caller.key,
                 "ref": flight.ref,
                 "route": flight.route,
-                "features": asked.actions[1:] if asked is not None else [],
+                "features": asked.actions[1:],
                 "status": status,
                 "code": code,
                 "prompt_tokens": flight.meter.prompt,
@@ -422,10 +418,9 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    if asked is not None:
-        most = flight.most * asked.n
-        if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
-            raise malformed("has more tokens than were asked for")
+    most = flight.most * asked.n
+    if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
+        raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
     if flight.seed is not None and meter.text_bytes and not meter.channel:
@@ -435,7 +430,6 @@ def _check_size(meter: Meter, flight: Flight) -> None:
 def _body_most(flight: Flight) -> int:
     """Bytes of JSON that an answer may have: what is made of them takes far more memory, and time."""
     asked = flight.asked
-    assert asked is not None  # noqa: S101 - read before
     if flight.route == "embeddings":
         return asked.inputs * _EMBEDDING_MOST
     beside = 0 if asked.logprobs is None else asked.logprobs + 1

@@ -12,7 +12,7 @@ from strongroom.gateway.answer import Meter
 from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
-from strongroom.gateway.request import Asked
+from strongroom.gateway.request import NOTHING
 from strongroom.gateway.spelt import Spelling
 from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
@@ -44,7 +44,7 @@ class Flight:
     the door's answers when it was allowed, -1 before."""
 
     ref = ""
-    asked: Asked | None = None
+    asked = NOTHING
     most = 0
     seed: int | None = None
     spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
@@ -134,7 +134,6 @@ class Flights:
 
     def allowed(self, flight: Flight) -> bool:
         """As `allow`, from memory alone."""
-        assert flight.asked is not None  # noqa: S101 - read before
         if not self._door.allowed(flight.caller, flight.asked.actions, flight.ref):
             return False
         flight.epoch = self._door.epoch
@@ -142,7 +141,6 @@ class Flights:
 
     async def allow(self, flight: Flight) -> None:
         """Denied, NotFound; again if the log changes meanwhile."""
-        assert flight.asked is not None  # noqa: S101 - read before
         while True:
             epoch = self._door.epoch
             if flight.epoch >= 0:

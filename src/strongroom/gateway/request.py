@@ -70,6 +70,9 @@ class Asked:
     characters: int = 0  # of everything that the model reads
 
 
+NOTHING = Asked("")  # nothing yet
+
+
 class Forms:
     """Reads requests. `control_tokens`: texts that no request may have, `*` being up to 64 characters other than `|`:
     one that has them speaks in another role's name. `drop_unknown`: whether unknown fields are left out or refused."""

@@ -73,7 +73,7 @@ class Routes:
         After it, whatever it came to, `end`."""
         failure: StrongroomError | None = None
         for backend, name in self._in_turn(flight.ref):
-            size = flight.most * (flight.asked.n if flight.asked else 1)
+            size = flight.most * flight.asked.n
             try:
                 flight.place = backend.queue.free_place()
                 if flight.place is None:

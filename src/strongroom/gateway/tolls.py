@@ -74,7 +74,6 @@ class Tolls:
         """Before anything is generated, from memory alone; False where the rest has to be waited for, with `wait`.
         LimitExceeded, BudgetExceeded, UsageError. What was taken is given back with `give`, whatever came of it."""
         asked, caller = flight.asked, flight.caller
-        assert asked is not None  # noqa: S101 - read before
         most = self._settings.max_tokens(caller.roles)
         if asked.most is not None and asked.most > most:
             raise invalid("max_tokens", f"is more than the {most} that you may ask for")
@@ -100,7 +99,6 @@ class Tolls:
 
     async def _look(self, flight: Flight) -> None:
         asked, limits = flight.asked, self._limits
-        assert asked is not None  # noqa: S101 - read before
         if isinstance(limits, Limits):
             flight.admission = limits.admit(flight.caller, flight.ref, _tokens(flight))
         else:
@@ -129,7 +127,6 @@ class Tolls:
     def _most(self, flight: Flight) -> int:
         """E_c of the most that may come."""
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         if asked.route == "embeddings":
             return meter.embeddings(min(asked.dimensions or DIMENSIONS, DIMENSIONS), count=asked.inputs)
         flight.text_most = flight.most * asked.n * BYTES_A_TOKEN + _SLACK
@@ -174,7 +171,6 @@ class Tolls:
 def _tokens(flight: Flight) -> int:
     """The most that it may have, with those of its prompt."""
     asked = flight.asked
-    assert asked is not None  # noqa: S101 - read before
     answers = 0 if asked.route == "embeddings" else flight.most * asked.n
     return 1 + asked.characters // 4 + answers
 
@@ -197,7 +193,7 @@ def _free(asked: asyncio.Future[Reservation]) -> None:
 def _beside(flight: Flight) -> int:
     """Log-probabilities that come with a token: the sampled one's, too."""
     asked = flight.asked
-    return 0 if asked is None or asked.logprobs is None else asked.logprobs + 1
+    return 0 if asked.logprobs is None else asked.logprobs + 1
 
 
 def told(alarm: Alarm) -> None:

@@ -87,6 +87,8 @@ class GatewayApp:
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
+        # That the log was told of.
+        self._problems: frozenset[str] = before._problems if before else frozenset()  # noqa: SLF001
 
     async def find(self) -> None:
         """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
@@ -363,17 +365,20 @@ class GatewayApp:
     def under_way(self) -> int:
         return len(self._flights)
 
-    def problems(self) -> list[str]:
-        """Why nothing is answered now, if that is so."""
-        found = [] if self._door.awake else ["the room's log can't be seen"]
+    def problems(self) -> dict[str, str]:
+        """Why nothing is answered now, if that is so: a word for everybody, and what it is for who runs this."""
+        found = {} if self._door.awake else {"log": "the room's log can't be seen"}
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
-            found.append("no inference server answers")
-        for each in (self._records, self.capture, self.verified):
+            found["upstream"] = "no inference server answers"
+        for word, each in (("records", self._records), ("capture", self.capture), ("verify", self.verified)):
             try:
                 if each is not None:
                     each.check()
             except StrongroomError as error:
-                found.append(error.message)
+                found[word] = error.message
+        for word in found.keys() - self._problems:
+            _log.error("not ready, %s: %s", word, found[word])
+        self._problems = frozenset(found)
         return found
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -384,7 +389,8 @@ class GatewayApp:
             return
         if path == "/readyz":
             problems = self.problems()
-            told = {"ready": not problems, "problems": problems}
+            # Anybody may ask: what an alarm says would tell a thief how much of it is known.
+            told = {"ready": not problems, "problems": list(problems)}
             if self.capture is not None:
                 told["capture"] = self.capture.key_id
             body = orjson.dumps(told)

@@ -206,7 +206,8 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
 
-    _from: ClassVar[Counter[str]] = Counter()
+    crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
+    most: ClassVar[int] = _FROM_ONE
 
     def __init__(
         self,
@@ -221,6 +222,7 @@ class Connection(asyncio.Protocol):
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
         self._address, self.client = "", ("", 0)
+        self.counted: str | None = None  # see gateway/handshakes.py
         self.peer: Peer | None = None  # who has shown a certificate
         self._current: Exchange | None = None  # the one that is answered
         self._reading: Exchange | None = None  # the one whose request comes
@@ -235,6 +237,15 @@ class Connection(asyncio.Protocol):
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
         self._url, self._headers = b"", cast("list[tuple[bytes, bytes]]", [])
+
+    @staticmethod
+    def whose(host: str) -> str:
+        """Whose an address is: of IPv6 everybody has 2^64."""
+        try:
+            packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) if ":" in host else b""
+        except OSError:
+            return host
+        return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host
 
     # -- what the application uses -------------------------------------------------------------------------------
 
@@ -289,9 +300,12 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
             self.client = (str(name[0]), int(name[1]))
-        self._address = _network(self.client[0])
-        self._from[self._address] += 1
-        if self._from[self._address] > _FROM_ONE:
+        if self.counted is None:
+            self._address = self.whose(self.client[0])
+            self.crowd[self._address] += 1
+        else:
+            self._address, self.counted = self.counted, None
+        if self.crowd[self._address] > self.most:
             self._abort()
             return
         self._coming.within(_HEAD_TIME)
@@ -299,9 +313,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self._server.connections.discard(self)
-        self._from[self._address] -= 1
-        if not self._from[self._address]:
-            del self._from[self._address]
+        self.crowd[self._address] -= 1
+        if not self.crowd[self._address]:
+            del self.crowd[self._address]
         self._coming.close()
         self._taking.close()
         self._gone, self.full = True, False
@@ -495,12 +509,3 @@ class Connection(asyncio.Protocol):
         self._deaf = True
         if self._transport is not None:
             self._transport.abort()
-
-
-def _network(host: str) -> str:
-    """Whose an address is: of IPv6 everybody has 2^64."""
-    try:
-        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) if ":" in host else b""
-    except OSError:
-        return host
-    return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import AuthRequired, StrongroomError, UsageError
 
 if TYPE_CHECKING:
     from strongroom.gateway.app import GatewayApp, Receive, Scope, Send
     from strongroom.gateway.capture import Capture
     from strongroom.gateway.certificates import Certificates
+    from strongroom.gateway.connection import Connection
     from strongroom.gateway.door import Door
     from strongroom.gateway.metrics import Counts
     from strongroom.gateway.records import Records
@@ -66,6 +67,18 @@ class Generations:
             app.verified.inherit(before.verified)  # an alarm is not over because a limit was changed
         app.start()
         before.leave(lambda: self._retire(before))
+
+    async def certificates_changed(self, connections: Iterable[Connection]) -> None:
+        """Certificates are judged by other lists from now on: what was remembered of any is forgotten, and those of the
+        `connections` end whose certificate is nobody's."""
+        await self._door.look()
+        for each in [each for each in connections if each.peer is not None]:
+            try:
+                await self._door.caller("", each.peer)
+            except AuthRequired:
+                each.shutdown()
+            except StrongroomError:  # it can't be asked now, and is with its next request
+                continue
 
     async def drop(self, app: GatewayApp) -> None:
         """What was prepared is not wanted."""
@@ -145,6 +158,6 @@ class Generations:
     def capture(self) -> Capture | None:
         return self._newest.capture
 
-    def problems(self) -> list[str]:
-        """Why nothing is answered now, if that is so."""
+    def problems(self) -> dict[str, str]:
+        """Why nothing is answered now, if that is so, by the word that everybody is told."""
         return self._newest.problems()

@@ -124,7 +124,8 @@ class GatewayApp:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it, over a connection of ours."""
         exchange: Exchange = scope[EXCHANGE]
         path = exchange.path
         flight: Flight | None = None

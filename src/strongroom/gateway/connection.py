@@ -98,7 +98,8 @@ class Exchange:
     def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
         if not self.gone:
-            head = self._lines(status, [*headers, (b"content-length", b"%d" % len(body))], fixed)
+            fixed += b"content-length: %d\r\n" % len(body)
+            head = self._lines(status, headers, fixed, chunked=False)
             self._write(head if self.method == "HEAD" else head + body, more=False)
 
     def when_gone(self, tell: Callable[[], object] | None) -> None:
@@ -184,17 +185,19 @@ class Exchange:
             self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
             self.connection.answered(self)
 
-    def _lines(self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"") -> bytes:
-        self.chunked = self.version == "1.1"
+    def _lines(
+        self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"", *, chunked: bool = True
+    ) -> bytes:
         lines = []
         for name, value in headers:
             lines.append(b"%s: %s\r\n" % (name, value))
             if name == b"content-length":
-                self.chunked = False
+                chunked = False
             elif name == b"connection":
                 self.keep_alive = False
         if not self.keep_alive and (b"connection", b"close") not in headers:
             lines.append(b"connection: close\r\n")
+        self.chunked = chunked and self.version == "1.1"
         if self.chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         said = b"".join(lines)

@@ -38,7 +38,7 @@ class Generations:
         self.failure: StrongroomError | None = None  # why it did not start
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
-        return self._live(receive, send) if scope["type"] == "lifespan" else self._newest(scope, receive, send)
+        return self._live(receive, send) if scope["type"] == "lifespan" else self._newest.answer(scope, receive, send)
 
     # -- new settings --------------------------------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ class Tolls:
         self._settings, self._limits, self._budgets = settings, limits, budgets
         self._spellings = spellings
         self._vocabulary, self._filters = vocabulary, tuple(each for each in filters if each.looks)
-        # Whether nothing is to be waited for but, now and then, the database.
-        self._direct = isinstance(limits, Limits) and not self._filters and spellings is None
+        # Where nothing is to be waited for but, now and then, the database.
+        self._direct = limits if isinstance(limits, Limits) and not self._filters and spellings is None else None
         self._tending: asyncio.Task[None] | None = None
         self.digest, self.limits = settings.digest, limits
         self.durable_before = settings.records.durable == "before"
@@ -79,9 +79,9 @@ class Tolls:
             raise invalid("max_tokens", f"is more than the {most} that you may ask for")
         flight.most = asked.most or min(most, self._settings.answer.max_tokens_default)
         flight.reserved = self._most(flight)
-        if not self._direct or not isinstance(self._limits, Limits):
+        if self._direct is None:
             return False
-        flight.admission = self._limits.admit(caller, flight.ref, _tokens(flight))
+        flight.admission = self._direct.admit(caller, flight.ref, _tokens(flight))
         flight.headers += flight.admission.headers
         if flight.trace is not None:
             flight.trace.part("budget")
@@ -90,7 +90,7 @@ class Tolls:
 
     async def wait(self, flight: Flight) -> None:
         """What `take` left. LimitExceeded, BudgetExceeded, UsageError ``content.refused``."""
-        if not self._direct:
+        if self._direct is None:
             await self._look(flight)
             if flight.trace is not None:
                 flight.trace.part("budget")

@@ -185,7 +185,7 @@ class _Connection(asyncio.Protocol):
     def _fresh(self) -> None:
         self.status, self.whole, self.begun = 0, False, False
         self.failure: BackendError | None = None
-        self.pieces: deque[bytes] = deque()
+        self.pieces: list[bytes] = []
         self.waiting, self.received, self._head_size = 0, 0, 0
         self.content_type, self.most = b"", _BODY_MOST
         self._paused, self._again = False, True
@@ -219,13 +219,11 @@ class _Connection(asyncio.Protocol):
 
     def take(self) -> bytes:
         """All that waits, as one piece: each costs its taker a write."""
-        found = self.pieces.popleft() if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
-        self.waiting = 0
+        pieces, self.pieces, self.waiting = self.pieces, [], 0
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
-        return found
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def finish(self, upstream: Upstream) -> None:
         """The answer has been taken whole."""
@@ -254,8 +252,9 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._fail("upstream.malformed", "the inference server sent what is not HTTP")
         # Trailers come without end as well as a head does.
-        self._head_size = max(0, self._head_size + len(data) - _FRAMING * (self.received - before))
-        if self._head_size > _HEAD_MOST:
+        beside = self._head_size + len(data) - _FRAMING * (self.received - before)
+        self._head_size = beside if beside > 0 else 0  # noqa: FURB136 - asked with every piece
+        if beside > _HEAD_MOST:
             self._fail("upstream.malformed", "the inference server's answer has a head, or trailers, that are too long")
         if self.waiting > _WAITING_MOST and not self._paused and self._transport is not None:
             self._paused = True
@@ -315,11 +314,12 @@ class _Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        self.received += len(body)
+        size = len(body)
+        self.received += size
         if self.received > self.most:
             self._fail("upstream.malformed", f"the inference server's answer is longer than {self.most >> 10} KiB")
             return
-        self.waiting += len(body)
+        self.waiting += size
         self.pieces.append(body)
 
     def on_message_complete(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -42,12 +42,12 @@ from strongroom.formats.merkle import (
 from strongroom.formats.tiles import WIDTH, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.published import Published
+from strongroom.ledger.queue import Queue, Waiting
 from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
 
 SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
 _SNAPSHOT_EVERY = 256  # entries, more where the state is large: whoever opens a room applies those since
-_BATCH = 1024  # entries: more of them are not waited for
 _TILE_BITS = 8
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
@@ -99,35 +99,14 @@ class Receipt:
         return inclusion_proof(self.index, self.size, lambda level, position: self.nodes[level, position])
 
 
+_Waiting: TypeAlias = Waiting[Decision[S], Receipt]
+
+
 @dataclass
 class _Loaded(Generic[S]):
     frontier: Frontier
     state: S
     note: bytes = b""
-
-
-class _Waiting(Generic[S]):
-    """A decision in the queue, and whoever waits for what comes of it."""
-
-    def __init__(self, decide: Decision[S], *, writes: bool) -> None:
-        self.decide, self.writes = decide, writes
-        self.leads = False  # it has the lead: nobody else appends until it does, or leaves
-        self.receipt: Receipt | None = None
-        self.error: BaseException | None = None
-        # A lock that is held until it is woken: an Event costs several times as much, and every entry has one.
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
-
-    @property
-    def done(self) -> bool:
-        return self.receipt is not None or self.error is not None
-
-    def wait(self) -> None:
-        self._asleep.acquire()
-
-    def wake(self) -> None:
-        if self._asleep.locked():
-            self._asleep.release()
 
 
 class Ledger(Generic[S]):
@@ -153,10 +132,7 @@ class Ledger(Generic[S]):
         self._loaded: _Loaded[S] | None = None
         self._seen: tuple[int, bytes] | None = None  # size and root, remembered when what was loaded is dropped
         self._state_lock = threading.RLock()
-        self._queue: list[_Waiting[S]] = []
-        self._queue_lock = threading.Lock()
-        self._leading = False
-        self._crowd = 0  # how many were in the last batch
+        self._queue: Queue[Decision[S], Receipt] = Queue()
         self._snapshot_due = 0
         self._published_at = -_PUBLISH_EVERY
         self._caught_up = 0.0  # when what is loaded was the newest, by the monotonic clock
@@ -170,76 +146,38 @@ class Ledger(Generic[S]):
         and calls nothing that appends or opens a transaction. `writes`: it changes tables, too; that is committed with
         the entry, and undone when it raises.
         """
-        waiting = _Waiting(decide, writes=writes)
-        with self._queue_lock:
-            self._queue.append(waiting)
-            waiting.leads, self._leading = not self._leading, True
+        waiting: _Waiting[S] = Waiting(decide, writes=writes)
         try:
-            if not waiting.leads:
-                waiting.wait()
+            self._queue.enter(waiting)
             if not waiting.done:
-                self._lead()
+                self._lead(waiting)
         except BaseException:
-            self._leave(waiting)
+            self._queue.leave(waiting)
             raise
         if waiting.error is not None:
             raise waiting.error
         assert waiting.receipt is not None  # noqa: S101 - `done` says so
         return waiting.receipt
 
-    def _lead(self) -> None:
+    def _lead(self, leader: _Waiting[S]) -> None:
         """Append all that wait, in one batch, and hand the lead to somebody who came meanwhile."""
         batch: list[_Waiting[S]] = []
         try:
             self._sequence(batch)
         except BaseException as error:
             if not batch:  # it could not even begin: nor could it for any of these
-                self._take(batch)
+                self._queue.take(batch)
             for waiting in batch:
                 waiting.receipt, waiting.error = None, waiting.error or error
             if not isinstance(error, Exception):
                 raise
         finally:
-            for waiting in batch:
-                waiting.wake()
-            with self._queue_lock:
-                self._hand_over()
+            self._queue.answer(batch, leader)
         # All are answered: what is published late does not make an entry less durable. `log verify` publishes, too,
         # and says what is wrong.
         if time.monotonic() - self._published_at > _PUBLISH_EVERY:
             with contextlib.suppress(Exception):
                 self.publish()
-
-    def _gather(self, batch: list[_Waiting[S]]) -> None:
-        """Take all that wait, once no more come. Those who were answered a moment ago ask again in a moment: without
-        this the first of them is a batch of one, and all others wait for its commit."""
-        seen = 0
-        while max(self._crowd, len(self._queue)) > 1 and seen < len(self._queue) < _BATCH:  # who is alone does not wait
-            seen = len(self._queue)
-            time.sleep(0)  # long enough for whoever can run to come as far as the queue
-        self._take(batch)
-
-    def _take(self, batch: list[_Waiting[S]]) -> None:
-        with self._queue_lock:
-            batch += self._queue
-            self._queue.clear()
-        self._crowd = len(batch)
-
-    def _hand_over(self) -> None:
-        # A leader who was interrupted as it took them has answered some that are still there.
-        self._queue = [waiting for waiting in self._queue if not waiting.done]
-        self._leading = bool(self._queue)
-        if self._queue:
-            self._queue[0].leads = True
-            self._queue[0].wake()
-
-    def _leave(self, waiting: _Waiting[S]) -> None:
-        """Somebody who was interrupted appends nothing if it is not too late for that, and leads nobody."""
-        with self._queue_lock:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
-                if waiting.leads:
-                    self._hand_over()
 
     def _sequence(self, batch: list[_Waiting[S]]) -> None:
         """Append what waits when the database is ours, as `batch`, which is empty until then."""
@@ -248,7 +186,7 @@ class Ledger(Generic[S]):
             try:
                 with self._db.sequencing() as tx:
                     loaded = self._catch_up(tx)
-                    self._gather(batch)
+                    self._queue.gather(batch)
                     receipts = self._append(tx, loaded, batch, signer)
             except BaseException:
                 self._loaded = None  # it may be ahead of what is durable

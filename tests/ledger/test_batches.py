@@ -210,7 +210,7 @@ def start(asleep):
     while len(asleep.queue.waiting) < 4:
         time.sleep(0.002)
     batch = []
-    asleep.queue.gather(batch)
+    asleep.queue.take(batch)
     assert len(batch) == 4
     return batch
 
@@ -264,18 +264,20 @@ def test_where_waking_one_another_takes_long_all_are_woken_at_once(asleep, monke
 def test_the_leader_waits_for_those_who_were_just_answered_and_not_for_long(asleep, monkeypatch):
     monkeypatch.setattr(queue_module, "_MOMENT", 30)
     asleep.queue._crowd = 4
-    batch = []
-    leader = threading.Thread(target=asleep.queue.gather, args=(batch,), daemon=True)
+    leader = threading.Thread(target=asleep.queue.settle, daemon=True)
     leader.start()
     while asleep.queue._gate is None:
         time.sleep(0.002)
     for thread in asleep.threads:
         thread.start()
     leader.join(20)
+    assert not leader.is_alive()
+    asleep.queue.take(batch := [])
     assert len(batch) == 4
     monkeypatch.setattr(queue_module, "_MOMENT", 0.001)
     asleep.answer(batch)
     asleep.all_go_on()
     asleep.queue.enter(again := Waiting(None, writes=False))
-    asleep.queue.gather(batch := [])
+    asleep.queue.settle()
+    asleep.queue.take(batch := [])
     assert batch == [again]

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -70,8 +70,7 @@ class Fold(Protocol):
 S = TypeVar("S", bound=Fold)
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """What a decision wants recorded: the entry, and what its commitments stand for."""
 
     entry: Entry
@@ -82,7 +81,7 @@ class Draft:
 Decision = Callable[[Connection, S, int], Draft]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: every entry has one, and it would be made at half the speed
 class Receipt:
     """A durable entry. `note` is the signed checkpoint of the batch that it was in, `size` that checkpoint's."""
 
@@ -91,12 +90,13 @@ class Receipt:
     data: bytes = field(repr=False)
     size: int
     note: bytes = field(repr=False)
-    nodes: Mapping[tuple[int, int], bytes] = field(repr=False)
+    nodes: Sequence[tuple[int, int, bytes]] = field(repr=False)
 
     def proof(self) -> list[bytes]:
         """The audit path of the entry in the tree of `size`. The hashes left of the entry are those that the tree
         before the batch had at its edge, those right of it are the batch's: no database is asked."""
-        return inclusion_proof(self.index, self.size, lambda level, position: self.nodes[level, position])
+        found = {(level, position): value for level, position, value in self.nodes}
+        return inclusion_proof(self.index, self.size, lambda level, position: found[level, position])
 
 
 _Waiting: TypeAlias = Waiting[Decision[S], Receipt]
@@ -182,18 +182,21 @@ class Ledger(Generic[S]):
     def _sequence(self, batch: list[_Waiting[S]]) -> None:
         """Append what waits when the database is ours, as `batch`, which is empty until then."""
         signer = self._signer()  # outside: it may have to ask the key store
+        self._queue.settle()  # outside, too: they come, and other processes append
         with self._state_lock:
             try:
                 with self._db.sequencing() as tx:
                     loaded = self._catch_up(tx)
-                    self._queue.gather(batch)
-                    receipts = self._append(tx, loaded, batch, signer)
+                    self._queue.take(batch)
+                    before = loaded.frontier.size
+                    accepted, nodes = self._append(tx, loaded, batch, signer)
             except BaseException:
                 self._loaded = None  # it may be ahead of what is durable
                 raise
             self._remember()
-        for waiting, receipt in receipts:
-            waiting.receipt = receipt
+        size, note = loaded.frontier.size, loaded.note
+        for index, (waiting, entry, data) in enumerate(accepted, before):
+            waiting.receipt = Receipt(index, entry, data, size, note, nodes)
 
     def publish(self) -> None:
         """Bring what is published up to the newest entry; appending does it about once a second."""
@@ -203,53 +206,54 @@ class Ledger(Generic[S]):
 
     def _append(
         self, tx: Connection, loaded: _Loaded[S], batch: list[_Waiting[S]], signer: Signer
-    ) -> list[tuple[_Waiting[S], Receipt]]:
-        before = loaded.frontier.size
-        nodes = {(level, position): value for level, position, value in loaded.frontier.nodes()}
+    ) -> tuple[list[tuple[_Waiting[S], Entry, bytes]], list[tuple[int, int, bytes]]]:
+        """Those of `batch` whose entries are in the log if this transaction commits, and the nodes of their proofs."""
+        before = index = loaded.frontier.size
+        nodes = loaded.frontier.nodes()
         accepted: list[tuple[_Waiting[S], Entry, bytes]] = []
+        entries: list[bytes] = []
         private: list[dict[str, Any]] = []
         state, now = loaded.state, self._clock()
         for waiting in batch:
-            index = before + len(accepted)
             try:
                 if waiting.writes:
                     with self._db.savepoint(tx):  # an entry that can't be encoded undoes what was written for it
-                        draft = waiting.decide(tx, state, now)
-                        data = draft.entry.encode()
+                        entry, notes = waiting.decide(tx, state, now)
+                        data = entry.encode()
                 else:
-                    draft = waiting.decide(tx, state, now)
-                    data = draft.entry.encode()
+                    entry, notes = waiting.decide(tx, state, now)
+                    data = entry.encode()
             except Exception as error:  # noqa: BLE001 - it is the caller's; the others in the batch go on
                 waiting.error = error
                 continue
-            state.apply(index, draft.entry)
-            accepted.append((waiting, draft.entry, data))
-            if draft.private:
-                private += [{"position": index, **vars(value)} for value in draft.private]
+            state.apply(index, entry)
+            accepted.append((waiting, entry, data))
+            entries.append(data)
+            if notes:
+                private += [{"position": index, **vars(value)} for value in notes]
+            index += 1
         if not accepted:
-            return []
-        stored: list[dict[str, Any]] = []
-        for level, position, value in loaded.frontier.extend([leaf_hash(data) for _, _, data in accepted]):
-            nodes[level, position] = value
-            if level and level % _TILE_BITS == 0:
-                stored.append({"level": level, "position": position, "hash": value})
-        size = loaded.frontier.size
-        loaded.note = self._key.sign(Checkpoint(self._key.origin, size, loaded.frontier.root()), signer)
-        self._db.add_entries(tx, before, [data for _, _, data in accepted])
+            return accepted, nodes
+        made = loaded.frontier.extend(map(leaf_hash, entries))
+        nodes += made
+        stored = [
+            {"level": level, "position": position, "hash": value}
+            for level, position, value in made
+            if level and level % _TILE_BITS == 0
+        ]
+        loaded.note = self._key.sign(Checkpoint(self._key.origin, index, loaded.frontier.root()), signer)
+        self._db.add_entries(tx, before, entries)
         if stored:
             tx.execute(sa.insert(log_nodes), stored)
         if private:
             tx.execute(sa.insert(log_private), private)
-        values = {"size": size, "checkpoint": loaded.note}
+        values = {"size": index, "checkpoint": loaded.note}
         if before:
             tx.execute(sa.update(log_state).values(values))
         else:
             tx.execute(sa.insert(log_state).values(id=1, **values))
         self._keep_snapshot(tx, loaded, signer)
-        return [
-            (waiting, Receipt(before + k, entry, data, size, loaded.note, nodes))
-            for k, (waiting, entry, data) in enumerate(accepted)
-        ]
+        return accepted, nodes
 
     # -- the state -----------------------------------------------------------------------------------------------
 

@@ -74,9 +74,9 @@ class Queue(Generic[D, R]):
             if waiting.done:
                 self._pass_on()
 
-    def gather(self, batch: list[Waiting[D, R]]) -> None:
-        """Take all that wait, once no more come. Those who were answered a moment ago ask again in a moment: without
-        this the first of them is a batch of one, and all others wait for its commit."""
+    def settle(self) -> None:
+        """Wait until no more come. Those who were answered a moment ago ask again in a moment: without this the first
+        of them is a batch of one, and all others wait for its commit."""
         seen = 0
         while seen < len(self.waiting) < min(self._crowd, _BATCH):
             seen = len(self.waiting)
@@ -85,7 +85,6 @@ class Queue(Generic[D, R]):
         while max(self._crowd, seen, 1) < len(self.waiting) < _BATCH:
             seen = len(self.waiting)
             time.sleep(0)  # long enough for whoever can run to come as far as the queue
-        self.take(batch)
 
     def take(self, batch: list[Waiting[D, R]]) -> None:
         """Take all that wait."""

@@ -14,6 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from strongroom.errors import BackendError, Conflict, Tampered, UsageError
 
 SCHEMA = 3
 _BUSY_MS = 30_000
+_ROWS = 64  # of a statement, twice as many parameters: any SQLite takes 999
 _SEQUENCER = 0x5374726F6E67  # the key of PostgreSQL's advisory lock: one room to a database
 
 metadata = sa.MetaData()
@@ -271,12 +273,15 @@ class Database:
             yield
 
     def add_entries(self, tx: sa.Connection, first: int, entries: Sequence[bytes]) -> None:
-        """Store entries of the log at the positions from `first` on; Conflict where there is one. One statement, and
+        """Store entries of the log at the positions from `first` on; Conflict where there is one. Few statements, and
         past SQLAlchemy, which would spend longer on each entry than all else that appends it."""
         if self._engine.dialect.name == "sqlite":
-            tx.exec_driver_sql(
-                "INSERT INTO log_entries (position, entry) VALUES (?, ?)", list(enumerate(entries, first))
-            )
+            for begin in range(0, len(entries), _ROWS):
+                rows = entries[begin : begin + _ROWS]
+                values: list[Any] = []
+                for row in enumerate(rows, first + begin):
+                    values += row
+                tx.exec_driver_sql(_insert_of(len(rows)), tuple(values))
             return
         tx.exec_driver_sql(
             "INSERT INTO log_entries (position, entry)"
@@ -368,6 +373,11 @@ class Database:
                 schema=found,
                 known=SCHEMA,
             )
+
+
+@cache
+def _insert_of(rows: int) -> str:
+    return f"INSERT INTO log_entries (position, entry) VALUES {', '.join(['(?, ?)'] * rows)}"  # noqa: S608 - no text
 
 
 def _sqlite_path(url: str) -> Path | None:

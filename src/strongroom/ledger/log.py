@@ -44,6 +44,7 @@ from strongroom.ledger.key import LogKey
 from strongroom.ledger.published import Published
 from strongroom.ledger.queue import Queue, Waiting
 from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
+from strongroom.storage.prepared import Prepared
 
 SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
@@ -51,6 +52,27 @@ _SNAPSHOT_EVERY = 256  # entries, more where the state is large: whoever opens a
 _TILE_BITS = 8
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
+
+
+_NEWEST = Prepared(sa.select(log_state.c.size, log_state.c.checkpoint))
+_ADVANCE = Prepared(
+    sa.update(log_state).values(size=sa.bindparam("new_size"), checkpoint=sa.bindparam("new_checkpoint"))
+)
+_ENTRIES = Prepared(
+    sa.select(log_entries.c.position, log_entries.c.entry)
+    .where(log_entries.c.position >= sa.bindparam("begin"), log_entries.c.position < sa.bindparam("end"))
+    .order_by(log_entries.c.position)
+)
+_NODES = Prepared(
+    sa.select(log_nodes.c.hash)
+    .where(
+        log_nodes.c.level == sa.bindparam("level"),
+        log_nodes.c.position >= sa.bindparam("begin"),
+        log_nodes.c.position < sa.bindparam("end"),
+    )
+    .order_by(log_nodes.c.position)
+)
+_SNAPSHOT = Prepared(sa.select(log_snapshot.c.data))
 
 
 class Fold(Protocol):
@@ -247,11 +269,10 @@ class Ledger(Generic[S]):
             tx.execute(sa.insert(log_nodes), stored)
         if private:
             tx.execute(sa.insert(log_private), private)
-        values = {"size": index, "checkpoint": loaded.note}
         if before:
-            tx.execute(sa.update(log_state).values(values))
+            _ADVANCE(tx, new_size=index, new_checkpoint=loaded.note)
         else:
-            tx.execute(sa.insert(log_state).values(id=1, **values))
+            tx.execute(sa.insert(log_state).values(id=1, size=index, checkpoint=loaded.note))
         self._keep_snapshot(tx, loaded, signer)
         return accepted, nodes
 
@@ -287,7 +308,7 @@ class Ledger(Generic[S]):
 
     def _catch_up(self, tx: Connection) -> _Loaded[S]:
         """Steps 1 of section 5: read what others have appended, and check all of it against the signed root."""
-        row = tx.execute(sa.select(log_state.c.size, log_state.c.checkpoint)).one_or_none()
+        row = _NEWEST(tx).one_or_none()
         size, note = (row.size, row.checkpoint) if row else (0, b"")
         if not isinstance(size, int) or not isinstance(note, bytes):
             raise Tampered("log.malformed", "the database's row of the log's state is not one that a custodian writes")
@@ -359,11 +380,7 @@ class Ledger(Generic[S]):
             )
 
     def _read(self, tx: Connection, begin: int, end: int) -> list[bytes]:
-        rows = tx.execute(
-            sa.select(log_entries.c.position, log_entries.c.entry)
-            .where(log_entries.c.position >= begin, log_entries.c.position < end)
-            .order_by(log_entries.c.position)
-        ).all()
+        rows = _ENTRIES(tx, begin=begin, end=end).all()
         if [row.position for row in rows] != list(range(begin, end)):
             raise Truncated("log.truncated", f"entries between {begin} and {end} are missing from the log")
         if not all(isinstance(row.entry, bytes) for row in rows):
@@ -391,7 +408,7 @@ class Ledger(Generic[S]):
     def _from_snapshot(self, tx: Connection) -> _Loaded[S]:
         """The newest snapshot that is the log key's own, else the beginning. An older one costs time, no more."""
         empty = _Loaded(Frontier(), self._fold())
-        row = tx.execute(sa.select(log_snapshot.c.data)).one_or_none()
+        row = _SNAPSHOT(tx).one_or_none()
         if row is None:
             return empty
         try:
@@ -399,7 +416,8 @@ class Ledger(Generic[S]):
             (_, signature), *_ = envelope.signatures
             signed = pre_authentication_encoding(SNAPSHOT_TYPE, envelope.payload)
             signatures.verify(self._key.public_key, signature, signed)
-            value = canonical.decode(envelope.payload, what="the snapshot of the log")
+            # The log key has signed what `encode` made: nobody else can have written what it would not have.
+            value = canonical.decode_typed(envelope.payload, what="the snapshot of the log")
             if (value["origin"], value["fold"]) != (self._key.origin, self._fold.FOLD):
                 return empty
             found = _Loaded(Frontier.decode(bytes.fromhex(value["frontier"])), self._fold.from_json(value["state"]))
@@ -480,11 +498,7 @@ class Ledger(Generic[S]):
     def _hashes(self, tx: Connection, level: int, begin: int, end: int) -> list[bytes]:
         if level == 0:
             return [leaf_hash(data) for data in self._read(tx, begin, end)]
-        rows = tx.execute(
-            sa.select(log_nodes.c.hash)
-            .where(log_nodes.c.level == level, log_nodes.c.position >= begin, log_nodes.c.position < end)
-            .order_by(log_nodes.c.position)
-        ).all()
+        rows = _NODES(tx, level=level, begin=begin, end=end).all()
         hashes = [row.hash for row in rows]
         if len(hashes) != end - begin or not all(isinstance(value, bytes) for value in hashes):
             raise CannotVerify("log.nodes", f"nodes of level {level} are missing from the log", hint="strongroom fsck")

@@ -345,9 +345,14 @@ class Database:
 
     @staticmethod
     def _schema_of(tx: sa.Connection) -> int | None:
-        if not sa.inspect(tx).has_table(_schema.name):
+        if tx.dialect.name == "sqlite":  # SQLAlchemy asks each database that is attached, and in several ways
+            named = "SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND name = ?"
+            there = tx.exec_driver_sql(named, (_schema.name,)).first() is not None
+        else:
+            there = sa.inspect(tx).has_table(_schema.name)
+        if not there:
             return None
-        found: int | None = tx.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
+        found: int | None = tx.exec_driver_sql(f"SELECT max(version) FROM {_schema.name}").scalar()  # noqa: S608 - ours
         return found
 
     def _check_schema(self) -> None:
@@ -480,8 +485,8 @@ def _configure(connection: sqlite3.Connection, _record: object) -> None:
 
 def _begin(connection: sa.Connection) -> None:
     statement = connection.get_execution_options().get("strongroom_begin", "BEGIN IMMEDIATE")
-    if statement:
-        connection.exec_driver_sql(statement)
+    if statement:  # past SQLAlchemy, which would make a result of it: every transaction begins with one
+        connection.connection.cursor().execute(statement)
 
 
 def _server_engine(url: str) -> sa.Engine:

@@ -73,6 +73,7 @@ _NODES = Prepared(
     .order_by(log_nodes.c.position)
 )
 _SNAPSHOT = Prepared(sa.select(log_snapshot.c.data))
+_FORGET, _KEEP = Prepared(sa.delete(log_snapshot)), Prepared(sa.insert(log_snapshot))
 
 
 class Fold(Protocol):
@@ -401,8 +402,8 @@ class Ledger(Generic[S]):
         payload = canonical.encode(value)
         signature = signer.sign(pre_authentication_encoding(SNAPSHOT_TYPE, payload))
         data = Envelope(SNAPSHOT_TYPE, payload, ((signer.key_id, signature),)).encode()
-        tx.execute(sa.delete(log_snapshot))
-        tx.execute(sa.insert(log_snapshot).values(id=1, data=data))
+        _FORGET(tx)
+        _KEEP(tx, id=1, data=data)
         self._snapshot_due = loaded.frontier.size + max(_SNAPSHOT_EVERY, len(data) // 256)
 
     def _from_snapshot(self, tx: Connection) -> _Loaded[S]:

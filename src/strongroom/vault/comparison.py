@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -69,8 +70,9 @@ class Comparison:
 
     whole = False  # whether a look at the marked segments is one at everything
 
-    def __init__(self, originals: Originals, suspect: Suspect, merged: str = "") -> None:
-        """`merged`: the version whose weights the suspect was merged into, and taken out of again."""
+    def __init__(self, originals: Originals, suspect: Suspect, merged: str = "", *, until: float = inf) -> None:
+        """`merged`: the version whose weights the suspect was merged into, and taken out of again. What lies as it did
+        is looked for `until` then."""
         self.merged = merged
         self._originals, self._suspect = originals, suspect
         placed = [each for each in originals.tensors() if each.marked]
@@ -87,7 +89,7 @@ class Comparison:
             self._by_name.setdefault(normalised(name), []).append(name)
             self._by_elements.setdefault(tensor.info.elements, []).append(name)
         self._taken: set[str] = set()
-        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors))
+        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors), until)
         self._find()
 
     @property
@@ -128,11 +130,11 @@ class Comparison:
         theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
         return found / max(1, theirs)
 
-    def deepen(self, progress: Progress, purse: Purse | None = None) -> None:
-        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, and costs no
-        more than a share of `purse`. `progress` is of the version's bytes that were looked for."""
+    def deepen(self, progress: Progress, purse: Purse | None = None, until: float = inf) -> None:
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, costs no more
+        than a share of `purse`, and ends at `until`. `progress` is of the version's bytes that were looked for."""
         if purse is not None:
-            self._effort.limit(purse.share())
+            self._effort.limit(purse.share(), until)
         if not self._only_likeness and self._unclear():
             self._deepen(progress)
         if purse is not None:

@@ -19,7 +19,7 @@ from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
 from strongroom.vault.comparison import Comparison
-from strongroom.vault.effort import STOPPED, Purse
+from strongroom.vault.effort import STOPPED, Patience, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.unmerging import is_adapter, unmerged
@@ -151,27 +151,30 @@ def trace(
     weights: str | None,
     progress: Progress,
     named: Callable[[str], bool] = lambda _: True,
+    seconds: float | None = None,
 ) -> Trace:
     """Compare a suspect with every version of `weights`, or of the whole room, and name whose copy it is if that can be
     said with a false accusation bounded by `FALSE_ACCUSATION`. `name` and `files` are what the report calls it. Nobody
     is looked for in a version that is not to be `named` about: what nobody is told is not found out, so that nothing
-    else depends on it.
+    else depends on it. `seconds`: how long alignment may take; half of it is for what lies as it did.
 
     NotFound ``weights.missing``; UsageError ``suspect.*``, ``source.*``; what reading the room raises.
     """
     described = {"name": name, "tensors": len(suspect.tensors), "bytes": suspect.bytes, "files": files}
     result = Trace(described)
     compared = []
-    for record in _records(vault, weights):
+    patience, records = Patience(seconds), _records(vault, weights)
+    for left, record in zip(range(len(records), 0, -1), records, strict=True):
         originals = Originals(vault.image(record), record)
-        compared.append((record, originals, Comparison(originals, suspect)))
+        compared.append((record, originals, Comparison(originals, suspect, until=patience.until(left + len(records)))))
     compared = [_unmerged(vault, suspect, each, compared) for each in compared]
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
     looked_for = [each for _, _, each in compared if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED)]
     purse = Purse(sum(each.info.elements for each in suspect.tensors.values()), len(looked_for))
-    for each in sorted(looked_for, key=lambda each: -each.explained):
-        each.deepen(progress, purse)
+    deepened = sorted(looked_for, key=lambda each: -each.explained)
+    for left, each in zip(range(len(deepened), 0, -1), deepened, strict=True):
+        each.deepen(progress, purse, patience.until(left))
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
     result.versions = [

@@ -44,7 +44,7 @@ ATTACKS: dict[str, tuple[leaks.Attack, str]] = {
     "int4, groups of 64": (lambda _, a: leaks.rounded(a, 4, 64), "F32"),
     "noise 0.1": (leaks.noise(0.1), "F32"),
 }
-WHOLE = {"twice the rank": 2.0, "half the rank": 0.5}  # the product, factored by its singular values
+WHOLE = {"twice the rank": 2.0, "half the rank (1 at least)": 0.5}  # the product, factored by its singular values
 MERGED: dict[str, tuple[int, str]] = {"merged, bf16": (0, "BF16"), "merged, int8, groups of 64": (8, "F32")}
 _MERGED = "SmolLM2-135M"  # weights of the size of those of 7 billion are not made for this
 

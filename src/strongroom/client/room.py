@@ -258,9 +258,8 @@ class Room:
         progress: Progress = silent,
         seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Whose copy what was found at `path` is, as ``strongroom trace --json`` tells it; or whose copy wrote the `text`
-        in a file or folder (spec/mark.md, section 10). `weights`: the version to compare with, which takes an approved
-        request, and which text needs; else all. `seconds`: how long it may be aligned, in an embedded room."""
+        """Whose copy what was found at `path` is, as ``strongroom trace --json`` tells it, or whose wrote a `text`; by
+        `weights`, which takes an approved request, or all. `seconds`: for an embedded room, how long to align."""
         found = text if path is None else path
         if found is None or (path is not None and text is not None):
             raise UsageError("trace.what", "either a path or text is traced", hint="room.trace(text=FILE, weights=REF)")

@@ -43,8 +43,8 @@ _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others a
 
 class CustodianApp:
     """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
-    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`. `budgets`:
-    those of the room's gateway, by which is told what has left."""
+    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`;
+    `trace_seconds`: see `Traces`. `budgets`: those of the room's gateway, by which is told what has left."""
 
     def __init__(
         self,
@@ -53,13 +53,14 @@ class CustodianApp:
         *,
         direct: bool = False,
         trace_memory: int | None = None,
+        trace_seconds: float | None = None,
         budgets: Budgets | None = None,
     ) -> None:
         self._url, self._direct, self._budgets = url, direct, budgets or Budgets()
         self._vault, self._custodian = vault, vault.custodian
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
-        self._traces = Traces(vault, self._calls.caller, Memory(trace_memory))
+        self._traces = Traces(vault, self._calls.caller, Memory(trace_memory), seconds=trace_seconds)
         self._document = openapi.encoded()
         self.metrics, self._readiness = Metrics(vault), Readiness(vault)
         handlers = self._handlers()

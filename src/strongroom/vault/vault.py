@@ -390,12 +390,12 @@ class Vault:
         return status(self)
 
     def trace(
-        self, path: Path, *, by: str, weights: str | None, progress: Progress = silent, text: bool = False
+        self, path: Path, *, by: str, weights: str | None, progress: Progress = silent, **more: Any
     ) -> dict[str, Any]:
         """See `strongroom.vault.search.search`."""
         from strongroom.vault.search import search
 
-        return search(self, path, by=by, weights=weights, progress=progress, text=text)
+        return search(self, path, by=by, weights=weights, progress=progress, **more)
 
     def bundle(self, ref: str, holder: str) -> KeyBundle:
         """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""

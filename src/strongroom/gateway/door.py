@@ -71,10 +71,10 @@ class Door:
     """Answers of a room, remembered. `changed` is called when the log has changed what decides, `blind` each time that
     it could not be seen for too long."""
 
-    def __init__(self, callers: Callers, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, callers: Callers, *, threads: int = 2, clock: Callable[[], float] = time.monotonic) -> None:
         self._callers, self._clock = callers, clock
         # Few threads: whoever sends keys that don't exist keeps these busy, and nothing else.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="door")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="door")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._version: str | None = None
         self._seen = -_BLIND * 2
@@ -105,9 +105,12 @@ class Door:
     async def watch(self) -> None:
         """Look at the log until cancelled."""
         while True:
-            with contextlib.suppress(Exception):  # `awake` tells when it fails for long
+            try:
                 async with asyncio.timeout(_BLIND):
                     await self.look()
+            except Exception as error:  # noqa: BLE001 - `awake` tells when it fails for long
+                if isinstance(error, Sealed) and error.code == "gateway.refused":
+                    self._seen = -_BLIND * 2  # it may not look, so it may not answer
             if not self.awake:
                 self.blind()
             await asyncio.sleep(_LOOK_EVERY)

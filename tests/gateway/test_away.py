@@ -153,7 +153,7 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         assert (status, found["error"]["code"]) == (503, "sealed")
         assert "does not let workload/other relay" in away.refused(OTHER)
         room.principal_change(OTHER, state="active")
-        eventually(lambda: gateway.post(chat())[0] == 200)
+        eventually(lambda: gateway.post(chat())[0] == 200, 10)
 
 
 def test_who_has_no_right_to_relay_is_no_gateway(away):

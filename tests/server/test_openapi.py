@@ -70,6 +70,7 @@ RELIED_ON = {
     "Spelling": answers.SPELLING,
     "Drawn": answers.DRAWN,
     "Settled": answers.SETTLED,
+    "Tallies": answers.TALLIES,
     "UploadTaken": answers.UPLOAD,
     "TraceBegun": answers.BEGUN,
     "TraceShown": answers.TRACE,

@@ -40,7 +40,7 @@ GUESTS = {"partner", "gateway"}
 INSIDE = {*ROLES} - GUESTS
 GATEWAYS = (
     *("gateway_version", "gateway_callers", "gateway_decisions", "gateway_models", "gateway_spellings"),
-    *("gateway_draws", "gateway_settlements", "inference"),
+    *("gateway_draws", "gateway_settlements", "gateway_tallies", "inference"),
 )
 AUDIT = {"officer", "auditor"}
 RULES = digest_of(Budgets().rules, Budgets().bits_per_parameter, Budgets().compression)
@@ -309,6 +309,9 @@ class Asker:
     def _gateway_settlements(self, _):
         value = {"id": secrets.token_hex(16), "rules": RULES, "pay": [], "back": []}
         return "/v1/gateway/settlements", json.dumps(value).encode()
+
+    def _gateway_tallies(self, _):
+        return "/v1/gateway/tallies", json.dumps({"id": secrets.token_hex(16), "term": 0, "add": None}).encode()
 
     def _inference(self, who):
         counts = dict.fromkeys(("records", "requests", "refused", "tokens", "bits"), 0)

@@ -16,6 +16,7 @@ from strongroom.formats.card import Card
 from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, TEXT, Kind, one_of, or_null
 from strongroom.policy.review import SEVERITIES
 from strongroom.storage.blobs import OBJECT_STORES
+from strongroom.watch.tallies import CLASSES
 
 _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
 
@@ -224,6 +225,9 @@ DRAWN: dict[str, Kind] = {
     "moved": lambda value: isinstance(value, bool),
     "full": or_null(COUNT),
     "counters": _list(_object({"used": COUNT, "spare": COUNT})),
+}
+TALLIES: dict[str, Kind] = {
+    "kept": _list(_object({"ref": TEXT, "arithmetic": TEXT, **dict.fromkeys(CLASSES, COUNT)})),
 }
 SETTLED: dict[str, Kind] = {"now": COUNT}
 ACTED: dict[str, Kind] = {

@@ -1,4 +1,5 @@
-"""The counters of egress of a served room, drawn from as a gateway elsewhere does (spec/http.md, section 10)."""
+"""The counters of egress of a served room, and the tallies beside them, as a gateway elsewhere has them (spec/http.md,
+section 10)."""
 
 from __future__ import annotations
 
@@ -16,6 +17,8 @@ from strongroom.client.line import Line
 from strongroom.errors import BackendError, Sealed, StrongroomError
 from strongroom.watch.counters import Key
 from strongroom.watch.drawing import Drawn, Want
+from strongroom.watch.tallies import Kept, heard, told
+from strongroom.watch.verdict import Tally
 
 _AT_ONCE = 1000  # counters in one request
 _REMEMBERED = 800.0  # seconds for which a custodian surely knows what was asked under an identifier
@@ -97,6 +100,30 @@ class ServedCounters:
     def close(self) -> None:
         """Settle what is left, if that can be."""
         self._settle_all()
+
+
+class ServedTallies:
+    """`strongroom.gateway.rooms.Keeping` of one term."""
+
+    def __init__(self, line: Line, term: int) -> None:
+        self._line, self.term = line, term
+
+    def add(self, ref: str, arithmetic: str, tally: Tally) -> Kept:
+        value = {"id": secrets.token_hex(16), "term": self.term, "add": told(Kept(ref, self.term, arithmetic, tally))}
+        try:
+            found = self._ask(value)
+        except BackendError:  # counted once under this identifier
+            found = self._ask(value)
+        if len(found) != 1:
+            raise BackendError("server.answer", "the custodian does not tell the tally that it keeps")
+        return found[0]
+
+    def now(self) -> list[Kept]:
+        return self._ask({"id": secrets.token_hex(16), "term": self.term, "add": None})
+
+    def _ask(self, value: Mapping[str, Any]) -> list[Kept]:
+        found = self._line.post("/v1/gateway/tallies", value, answers.TALLIES)["kept"]
+        return [heard(each, self.term) for each in found]
 
 
 def _listed(bits: Mapping[Key, int]) -> list[dict[str, Any]]:

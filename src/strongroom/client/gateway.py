@@ -3,7 +3,6 @@ the room's own (spec/gateway.md, section 10)."""
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -12,9 +11,9 @@ from urllib.parse import quote
 
 from strongroom.client import answers
 from strongroom.client.accounts import Accounts
-from strongroom.client.draws import ServedCounters
+from strongroom.client.draws import ServedCounters, ServedTallies
 from strongroom.client.line import Line
-from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
+from strongroom.errors import AuthRequired, BackendError, StrongroomError
 from strongroom.storage.session import card_of, error_of
 from strongroom.vault.callers import Caller, ModelInfo
 from strongroom.vault.spelling import Spelling
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _ASKED = 64  # decisions at once
 _LEADERS = 2  # requests for decisions at a time
-_log = logging.getLogger("strongroom.gateway")
 
 Question = dict[str, str]
 
@@ -61,13 +59,11 @@ class AwayRoom:
             self._counters[rules] = ServedCounters(self._line, rules)
         return self._counters[rules]
 
-    def tallies(self, term: int) -> Any:  # noqa: ARG002
-        raise _no_tally()
+    def tallies(self, term: int) -> ServedTallies:
+        return ServedTallies(self._line, term)
 
     def check(self, settings: Settings) -> None:
-        """Sealed ``gateway.refused``, Conflict ``budget.other_settings``; UsageError for what is not offered away."""
-        if settings.verify.url:
-            raise _no_tally()
+        """Sealed ``gateway.refused``, Conflict ``budget.other_settings``."""
         self.counters(settings.budgets).check()
 
     def close(self) -> None:
@@ -206,11 +202,3 @@ def _known(found: tuple[Caller, int] | None) -> tuple[Caller, int]:
     if found is None:
         raise AuthRequired("token.refused", "the token or certificate is of nobody who may act here")
     return found
-
-
-def _no_tally() -> UsageError:
-    return UsageError(
-        "settings.verify_away",
-        "a gateway away from the room does not run answers again: the tally is kept in the room's database",
-        hint="leave [verify] out of the settings; or start strongroom gateway --room FOLDER where the room's folder is",
-    )

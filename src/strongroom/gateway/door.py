@@ -21,6 +21,7 @@ K = TypeVar("K", bound=Hashable)
 _KEPT = 10_000  # answers of each kind that are remembered
 _DECISION = 60.0  # seconds: policy may look at the time of the day
 _LOOK_EVERY = 0.5  # seconds between two looks at the log
+_REFUSED_EVERY = 5.0  # of one that the room does not let look: each is an entry of its log
 _BLIND = 10.0  # seconds without a look, after which nothing is answered
 _KEY = re.compile(r"sr-[A-Za-z0-9_-]{43}", re.ASCII)
 
@@ -105,15 +106,16 @@ class Door:
     async def watch(self) -> None:
         """Look at the log until cancelled."""
         while True:
+            refused = False
             try:
                 async with asyncio.timeout(_BLIND):
                     await self.look()
             except Exception as error:  # noqa: BLE001 - `awake` tells when it fails for long
                 if isinstance(error, Sealed) and error.code == "gateway.refused":
-                    self._seen = -_BLIND * 2  # it may not look, so it may not answer
+                    self._seen, refused = -_BLIND * 2, True  # it may not look, so it may not answer
             if not self.awake:
                 self.blind()
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(_REFUSED_EVERY if refused else _LOOK_EVERY)
 
     @property
     def awake(self) -> bool:

@@ -41,7 +41,7 @@ from strongroom.vault.vault import Vault
 Handler = Callable[[Request, bytes], Any]
 _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others are done where the room is
 
-_ASKED_BY_GATEWAYS = ("callers", "decisions", "models", "spellings", "draws", "settlements")
+_ASKED_BY_GATEWAYS = ("callers", "decisions", "models", "spellings", "draws", "settlements", "tallies")
 
 
 class CustodianApp:

@@ -25,6 +25,8 @@ from strongroom.vault.vault import Vault
 from strongroom.watch.drawing import Drawn
 from strongroom.watch.effective import effective_bits
 from strongroom.watch.relayed import RelayedCounters, Settled, Taken, digest_of
+from strongroom.watch.tallies import CLASSES, Tallies, heard, told
+from strongroom.watch.verdict import HONEST
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -40,6 +42,8 @@ _QUERY = re.compile(r"[0-9a-zA-Z.-]{0,64}", re.ASCII)
 _QUESTION: dict[str, Kind] = {"principal": TEXT, "method": one_of(*METHODS), "ref": TEXT}
 _QUESTION["action"] = one_of("infer", *FEATURES)
 _TAKE: dict[str, Kind] = {"scope": TEXT, "window": TEXT, "start": COUNT, "who": TEXT, "missing": COUNT}
+_FEW: Kind = lambda value: COUNT(value) and value < 1 << 40  # noqa: E731 - no sum of them leaves a database's integers
+_ADDED: dict[str, Kind] = {"ref": TEXT, "arithmetic": one_of(*HONEST), **dict.fromkeys(CLASSES, _FEW)}
 _SETTLE: dict[str, Kind] = {"scope": TEXT, "window": TEXT, "start": COUNT, "who": TEXT, "ref": TEXT, "bits": COUNT}
 
 
@@ -162,6 +166,22 @@ class Gateways:
             for name in ("pay", "back")
         )
         return {"now": self._counters.settle(gateway, value["id"], pay, back)}
+
+    def tallies(self, request: Request, body: bytes) -> dict[str, Any]:
+        gateway = self._calls.caller(request, body, "relay").path
+        value = members(body, {"id", "term", "add"})
+        added, term = value.get("add"), value.get("term")
+        if not ID(value.get("id")) or not COUNT(term):
+            raise _body("id and term")
+        tallies = Tallies(self._vault.db, int(str(term)))
+        if added is None:
+            return {"kept": [told(each) for each in tallies.now()]}
+        if not isinstance(added, dict) or not conforms(added, _ADDED):
+            raise _body(f"add: {', '.join(_ADDED)}")
+        said = heard(added, tallies.term)
+        self._callers.model(said.ref)  # of a version that there is
+        new = self._counters.once(gateway, value["id"])
+        return {"kept": [told(tallies.add(said.ref, said.arithmetic, said.tally, new=new))]}
 
     def _check(self, value: Mapping[str, Any]) -> None:
         if not ID(value.get("id")) or not DIGEST(value.get("rules")):

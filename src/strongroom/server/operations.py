@@ -98,6 +98,7 @@ OPERATIONS = (
     Operation("gateway_spellings", "POST", "/v1/gateway/spellings", "What tokens spell", CALL, "Spelling", "Named"),
     Operation("gateway_draws", "POST", "/v1/gateway/draws", "Draw bits of budgets", CALL, "Drawn", "Draw"),
     Operation("gateway_settlements", "POST", "/v1/gateway/settlements", "Pay, give back", CALL, "Settled", "Settle"),
+    Operation("gateway_tallies", "POST", "/v1/gateway/tallies", "What was run again", CALL, "Tallies", "Tally"),
     Operation("inference", "POST", "/v1/gateway/accounts", "What a gateway has answered", STATEMENT, "Acted", "Said"),
     Operation("openapi", "GET", "/v1/openapi.json", "This document", NOBODY, JSON),
     Operation("metrics", "GET", "/metrics", "Counts and times, in the text form of Prometheus", CALL, EXPOSITION),

@@ -9,6 +9,8 @@ from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.limits import LIMITS
 from strongroom.policy.query import FEATURES
 from strongroom.policy.review import SEVERITIES
+from strongroom.watch.tallies import CLASSES
+from strongroom.watch.verdict import HONEST
 
 Schema = dict[str, Any]
 
@@ -232,6 +234,15 @@ COMPONENTS: dict[str, Schema] = {
         }
     ),
     "Settled": _object({"now": COUNT}),
+    "Tally": _object({"id": TRACE, "term": COUNT, "add": _or_null(_one("Runs"))}),
+    "Runs": _object(
+        {
+            "ref": TEXT,
+            "arithmetic": {"enum": [*HONEST]},
+            **{name: {"type": "integer", "minimum": 0, "maximum": (1 << 40) - 1} for name in CLASSES},
+        }
+    ),
+    "Tallies": _object({"kept": _list(_object({**_all("ref", "arithmetic"), **_counts(*CLASSES)}))}),
     "Acted": _object({**_all("type", "ref"), **_counts("at", "entry"), "body": {"type": "object"}}),
     "Version": _object(_VERSION),
     "Versions": _object({"versions": _list(_one("Version"))}),

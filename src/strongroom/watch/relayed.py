@@ -118,6 +118,18 @@ class RelayedCounters:
             # A counter of long ago that was deleted, and begun again, has less.
             raise error if error.code == "budget.not_drawn" else _not_drawn(gateway) from None
 
+    def once(self, gateway: str, asked: str) -> Callable[[Change], bool]:
+        """Whether nothing was done under this identifier yet; from then on it was."""
+
+        def new(change: Change) -> bool:
+            if _done(change, asked, gateway) is not None:
+                return False
+            _did(change, asked, gateway, ())
+            self._prune(change)
+            return True
+
+        return new
+
     def _settled(self, said: Settled) -> Key:
         self._rule(said.scope, said.window)
         if said.scope == "everybody":

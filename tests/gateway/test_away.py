@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,9 +18,11 @@ from server.served import REF, Served
 from strongroom.client import Room
 from strongroom.client.gateway import AwayRoom
 from strongroom.client.records import Wanted
-from strongroom.errors import Conflict, NotFound, Sealed
+from strongroom.errors import BackendError, Conflict, NotFound, Sealed
+from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
+from strongroom.storage.session import Session
 
 pytestmark = pytest.mark.server
 
@@ -49,7 +56,7 @@ class Away:
             app = application(room, self.settings(settings), self.records)
             with listening(app) as port:
                 found = Gateway(self, port)
-                found.app = app
+                found.app, found.room = app, room
                 yield found
         finally:
             room.close()
@@ -172,3 +179,152 @@ def test_what_can_not_be_done_is_said_at_the_start(away):
     with pytest.raises(NotFound, match="acme/none@1"):
         application(room, missing, away.records)
     room.close()
+
+
+# -- the network, and the custodian, may fail --------------------------------------------------------------------------
+
+
+class Losing:
+    """The network between gateway and custodian: of these paths each `every`th answer is lost, after what was asked is
+    done; and while `down` nothing is."""
+
+    def __init__(self, session, paths=(), every=2):
+        self.request_, self.paths, self.every = session.request, paths, every
+        self.asked, self.down = dict.fromkeys(paths, 0), False
+
+    def __call__(self, method, path, body=b"", headers=None, *, again=True):
+        if self.down:
+            raise BackendError("server.unreachable", "the cable is cut")
+        found = self.request_(method, path, body, headers, again=again)
+        name = path.rpartition("/")[2]
+        if name in self.paths:
+            self.asked[name] += 1
+            if self.asked[name] % self.every == 1:
+                raise BackendError("server.unreachable", "the answer was lost")
+        return found
+
+
+def test_of_lost_answers_none_is_charged_or_counted_twice_or_not_at_all(away, monkeypatch):
+    monkeypatch.setattr(records, "_ENTRY_EVERY", 0.1)
+    with away.host() as room:
+        before = room.budget(REF)
+    with away.gateway() as gateway:
+        session = gateway.room._line._session
+        lost = Losing(session, ("accounts", "draws", "settlements"))
+        monkeypatch.setattr(session, "request", lost)
+        statuses, said = [], set()
+        for number in range(24):
+            away.inference.script = lambda _, number=number: [whole("x" * (number % 3) * 60, 3)]
+            statuses.append(gateway.post(chat(max_tokens=20 + number))[0])
+            said.add(gateway.app._records._written)
+            time.sleep(0.05)
+        assert statuses == [200] * 24
+        stream = gateway.app._records.stream
+    assert min(lost.asked.values()) >= 2, lost.asked  # or nothing was lost
+    accounts = [each["body"] for each in away.accounts() if each["body"]["gateway"] == stream]
+    assert sum(each["requests"] for each in accounts) == 24
+    with away.host() as room:
+        assert room.log.verify()["ok"]
+        after = room.budget(REF)
+        (kept,) = [each for each in room.log.records([away.records], Wanted())["streams"] if each["stream"] == stream]
+    assert (kept["records"], kept["accounted"], kept["code"]) == (24, 24, "")
+    spent = sum(each["bits"] for each in accounts)
+    assert after["logged"]["bits"] - before["logged"]["bits"] == spent
+    for scope, who in (("identity", ANA), ("model", "")):
+        used = [
+            next((each["used"] for each in found["budgets"] if (each["scope"], each["who"]) == (scope, who)), 0)
+            for found in (before, after)
+        ]
+        assert used[1] - used[0] == spent
+
+
+def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
+    """Whoever cuts the line between them would keep a freeze from the gateway, too."""
+    monkeypatch.setattr(door, "_BLIND", 2.0)
+    monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
+    with away.gateway() as gateway:
+        assert gateway.post(chat())[0] == 200
+        session = gateway.room._line._session
+        line = Losing(session)
+        monkeypatch.setattr(session, "request", line)
+        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 100)]
+        threading.Timer(0.3, setattr, (line, "down", True)).start()
+        began = time.monotonic()
+        assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=200))[2]
+        assert time.monotonic() - began < 6
+        assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+        assert gateway.get("/readyz")[0] == 503
+        line.down = False
+        away.inference.script = lambda _: [whole()]
+        eventually(lambda: gateway.post(chat())[0] == 200)
+        assert gateway.get("/readyz")[0] == 200
+
+
+def test_questions_that_come_together_are_asked_together(away, monkeypatch):
+    asked = []
+
+    def counting(self, method, path, body=b"", headers=None, *, again=True):
+        if path.endswith("/decisions"):
+            asked.append(len(json.loads(body)["asked"]))
+            time.sleep(0.2)  # as over a long line
+        return request(self, method, path, body, headers, again=again)
+
+    request = Session.request
+    monkeypatch.setattr(Session, "request", counting)
+    caller = ("principal", "method", "action", "ref")
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        told = []
+
+        def ask(number):
+            question = dict(zip(caller, (ANA, "apikey", "infer", REF if number % 2 else "acme/none@1"), strict=True))
+            try:
+                room.callers._together.ask(question)
+                told.append((number % 2, "yes"))
+            except NotFound as error:
+                told.append((number % 2, error.code))
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert sorted(told) == [(0, "version.missing")] * 6 + [(1, "yes")] * 6
+    assert sum(asked) == 12
+    assert len(asked) <= 4
+
+
+# -- as it is run ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    file, said = tmp_path / "gateway.toml", tmp_path / "stderr"
+    file.write_text("[answer]\nmax_tokens = 2000\n")
+    command = [sys.executable, "-m", "strongroom.cli", "--room", away.served.url, "--as", GATE, "--json", "gateway"]
+    command += ["--listen", f"127.0.0.1:{port}", "--upstream", f"http://127.0.0.1:{away.inference.port}"]
+    command += ["--settings", str(file), "--workers", "2"]
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path)
+    try:
+        assert json.loads(line := process.stdout.readline()).get("workers") == 2, line
+        gateway = Gateway(away, port)
+        assert {gateway.post(chat(max_tokens=2000))[0] for _ in range(12)} == {200}
+        file.write_text('[[budgets.rule]]\nscope = "team"\nwindow = "hour"\nshare = 0.5\n')
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: "by other settings than the custodian" in said.read_text(), 20)
+        assert gateway.post(chat(max_tokens=2001))[0] == 400  # the old ones stay
+        file.write_text("[answer]\nmax_tokens = 3000\n")
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: "new settings are in force" in said.read_text(), 20)
+        assert {gateway.post(chat(max_tokens=3000))[0] for _ in range(12)} == {200}
+        process.terminate()
+        assert process.wait(40) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.stdout.close()
+    found = away.served.cli("records", "--records", str(tmp_path / "inference"), as_="user/ada", check=None)
+    mine = [each for each in found["streams"] if each["code"] != "records.elsewhere"]
+    assert len(mine) == 2
+    assert all(each["records"] == each["accounted"] and not each["code"] for each in mine)
+    assert sum(each["records"] for each in mine) == 25

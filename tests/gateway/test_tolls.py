@@ -18,6 +18,7 @@ from strongroom.storage.db import Database
 from strongroom.vault.spelling import Spelling
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
+from strongroom.watch.drawing import OwnCounters
 from strongroom.watch.rules import RULES
 
 
@@ -71,7 +72,7 @@ def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp
         assert go.wait(30)
         return 10**9
 
-    budgets = Budgets(database, RULES, size, time.time)
+    budgets = Budgets(OwnCounters(database), RULES, size, time.time)
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
     flight = SimpleNamespace(caller=Asker(), destination="10.0.0.0/24", ref=REF, reserved=5000)
 
@@ -97,7 +98,7 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     """Upstream says how many tokens there were at the end only: who leaves before it has had the numbers all the same.
     Eight bits a byte of text are a tenth of what five log-probabilities a token can say."""
     database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
-    budgets = Budgets(database, RULES, lambda _: 10**9, time.time)
+    budgets = Budgets(OwnCounters(database), RULES, lambda _: 10**9, time.time)
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
     flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", ref=REF, asked=Asked("chat", logprobs=5), most=20)
     flight.meter = Meter(text_bytes=30, chunks=10, listed=10)

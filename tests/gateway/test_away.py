@@ -14,20 +14,28 @@ import time
 import pytest
 
 from gateway.places import STREAM, Gateway, Inference, chat, listening, token, whole
+from server.provider import CLIENT
 from server.served import REF, Served
 from strongroom.client import Room
 from strongroom.client.gateway import AwayRoom
 from strongroom.client.records import Wanted
-from strongroom.errors import BackendError, Conflict, NotFound, Sealed
+from strongroom.crypto.capture import CaptureKey, key_id
+from strongroom.errors import AuthRequired, BackendError, Conflict, NotFound, Sealed, UsageError
+from strongroom.formats.authority import OIDC, X509, Authority
 from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.storage.session import Session
+from strongroom.watch.tallies import Tallies
+from strongroom.watch.verdict import Tally
+from vault.rooms import write_model
+from vault.test_spelling import BYTES
 
 pytestmark = pytest.mark.server
 
 GATE, OTHER = "workload/gate", "workload/other"
 ANA = "user/ana"
+CI = "spiffe://example.org/ci/eval-7"
 
 
 class Away:
@@ -81,8 +89,16 @@ class Away:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def house(tmp_path_factory, provider, domain):
     made = Away(tmp_path_factory.mktemp("away"))
+    with made.host() as room:
+        for each in (
+            Authority(OIDC, provider.issuer, audience=CLIENT, binding="nonce", algorithms=("RS256",), ca=provider.ca),
+            Authority(X509, domain.name, bundle=domain.bundle),
+        ):
+            made.served.cli("approve", room.authority_add(each)["id"], as_="user/eva")
+        room.principal_add("user/ida", roles=["researcher"], oidc=f"{provider.issuer}#ida@example.com")
+        room.principal_add("workload/ci", roles=["partner"], spiffe=CI)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRONGROOM_STATE", str(made.home / "state"))
         patch.setenv("STRONGROOM_IDENTITIES", str(made.home / "identities"))
@@ -179,6 +195,65 @@ def test_what_can_not_be_done_is_said_at_the_start(away):
     with pytest.raises(NotFound, match="acme/none@1"):
         application(room, missing, away.records)
     room.close()
+
+
+def test_tokens_and_certificates_are_taken_as_beside_the_room(away, provider, domain):
+    nonce = f"gateway-{away.served.card.room.hex()}"
+    with away.gateway() as gateway:
+        good = provider.token(sub="ida@example.com", nonce=nonce)
+        assert gateway.post(chat(), key=good)[0] == 200
+        for wrong in (
+            provider.token(sub="ida@example.com", nonce="gateway-" + "0" * 32),
+            provider.token(sub="eve@example.com", nonce=nonce),
+            good[:-4] + "AAAA",
+        ):
+            assert gateway.post(chat(), key=wrong)[2]["error"]["code"] == "invalid_api_key"
+        callers, now = gateway.room.callers, int(time.time())
+        eventually(lambda: domain.bundle in callers.bundles())
+        chain, _ = domain.svid(CI)
+        caller, until = callers.by_certificate(chain, now)
+        assert (caller.principal, caller.roles, caller.method) == ("workload/ci", ("partner",), "x509")
+        assert now < until <= now + 3600
+        for shown in (domain.svid("spiffe://example.org/ci/other")[0], "no chain", ""):
+            with pytest.raises(AuthRequired):
+                callers.by_certificate(shown, now)
+        assert [each.ref for each in callers.models(caller)] == [REF]
+        with away.host() as room:
+            room.authority_rm(provider.issuer)
+        eventually(lambda: gateway.post(chat(), key=good)[0] == 401)
+
+
+def test_what_is_captured_is_in_the_log_first_and_the_gateway_says_so_itself(away):
+    key = CaptureKey().public_key
+    with away.gateway(f'[capture]\nkey = "{key.hex()}"\nwho = ["{ANA}"]\n') as gateway:
+        stream = gateway.app._records.stream
+        (told,) = [each for each in away.accounts() if each["body"]["gateway"] == stream]
+        assert (told["by"], told["ref"], told["body"]["capture"]) == (GATE, "", key_id(key))
+        assert gateway.post(chat())[0] == 200
+    found = [each["body"] for each in away.accounts() if each["body"]["gateway"] == stream]
+    assert {each["capture"] for each in found} == {key_id(key)}
+    assert sum(each["requests"] for each in found) == 1
+    assert len((away.records / f"{stream}.sealed").read_bytes().splitlines()) == 1
+
+
+def test_what_tokens_spell_and_the_tally_are_the_rooms(away, tmp_path):
+    model = write_model(tmp_path / "model", 7)
+    (model / "tokenizer.json").write_text(BYTES.to_str(), encoding="utf-8")
+    with away.host() as room, contextlib.closing(AwayRoom(away.served.card, GATE)) as elsewhere:
+        ref = room.put(model, "acme/words").ref
+        spelling = elsewhere.callers.spelling(ref)
+        tokens = [*range(40, 60), 257, 258]
+        text = BYTES.decode(tokens)
+        assert spelling.spells(tokens, text[:9])
+        assert not spelling.spells(tokens, text + "x")
+        with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+            elsewhere.callers.spelling(REF)
+        tallies = elsewhere.tallies(5)
+        for _ in range(2):
+            kept = tallies.add(ref, "float32", Tally(good=7, dangerous=1, open_bits=0.25))
+        assert kept.tally == Tally(good=14, dangerous=2, open_bits=0.5)
+        assert tallies.now() == [kept] == Tallies(room._embedded.db, 5).now()
+        assert elsewhere.tallies(6).now() == []
 
 
 # -- the network, and the custodian, may fail --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from strongroom.client import answers
 from strongroom.client.line import Line
-from strongroom.errors import BackendError, Sealed, StrongroomError
+from strongroom.errors import BackendError, Conflict, NotFound, Sealed, StrongroomError, UsageError
 from strongroom.watch.counters import Key
 from strongroom.watch.drawing import Drawn, Want
 from strongroom.watch.tallies import Kept, heard, told
@@ -56,9 +56,12 @@ class ServedCounters:
         ]
         asked = {"id": secrets.token_hex(16), "rules": self._rules, "ref": ref, "bits": bits, "take": take}
         try:
-            found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
-        except BackendError:  # what it may have charged is asked for again: it is charged once
-            found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
+            try:
+                found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
+            except BackendError:  # what it may have charged is asked for again: it is charged once
+                found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
+        except (Conflict, NotFound, UsageError) as error:  # of this gateway, and not of who has called it
+            raise Sealed("gateway.budgets", f"the room charges no budgets: {error.message}", hint=error.hint) from None
         return _drawn(found, len(wants))
 
     def pay(self, now: int, bits: Mapping[Key, int]) -> None:  # noqa: ARG002

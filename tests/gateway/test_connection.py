@@ -86,7 +86,7 @@ def served(pieces, app=echo, *, then=None):
         connection.connection_lost(None)
         for _ in range(8):
             await asyncio.sleep(0)
-        assert not connection._from
+        assert not connection.crowd
         return wire
 
     return asyncio.run(run())
@@ -253,7 +253,7 @@ def connected():
     yield make
     for connection in made:
         connection.connection_lost(None)
-    assert not Connection._from
+    assert not Connection.crowd
 
 
 async def _refuses(_, __, send):
@@ -340,7 +340,7 @@ def test_what_is_not_read_is_not_late(monkeypatch, connected):
     ],
 )
 def test_connections_of_one_network_are_counted_together(monkeypatch, hosts, most, connected):
-    monkeypatch.setattr(module, "_FROM_ONE", 2)
+    monkeypatch.setattr(Connection, "most", 2)
 
     async def run():
         return sum(not wire.closed for wire in [connected(echo, host)[1] for host in hosts])

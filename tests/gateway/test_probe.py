@@ -103,6 +103,6 @@ def test_the_gateway_says_that_it_is_not_ready(place):
             upstream.close()
         app._probe._answered = dict.fromkeys(app._routes.upstreams)
         end.run_until_complete(until(lambda: gateway.get("/readyz")[0] == 503))
-        assert gateway.get("/readyz")[1]["problems"] == ["no inference server answers"]
+        assert gateway.get("/readyz")[1]["problems"] == ["upstream"]
     finally:
         end.close()

@@ -4,7 +4,7 @@ the room's own (spec/gateway.md, section 10)."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -13,15 +13,18 @@ from strongroom.client import answers
 from strongroom.client.accounts import Accounts
 from strongroom.client.draws import ServedCounters, ServedTallies
 from strongroom.client.line import Line
-from strongroom.errors import AuthRequired, BackendError, StrongroomError
+from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
 from strongroom.storage.session import card_of, error_of
 from strongroom.vault.callers import Caller, ModelInfo
 from strongroom.vault.spelling import Spelling
 from strongroom.watch.relayed import digest_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from strongroom.formats.card import Card
     from strongroom.gateway.settings import Budgets, Settings
+    from strongroom.vault.revocations import Revocations
 
 _ASKED = 64  # decisions at once
 _LEADERS = 2  # requests for decisions at a time
@@ -61,6 +64,14 @@ class AwayRoom:
 
     def tallies(self, term: int) -> ServedTallies:
         return ServedTallies(self._line, term)
+
+    def revocations(self, paths: Sequence[Path]) -> Revocations:
+        """UsageError ``gateway.crl_away``: certificates are judged by the custodian."""
+        raise UsageError(
+            "gateway.crl_away",
+            f"{', '.join(path.name for path in paths)}: certificates are judged where the room is, by its lists",
+            hint="leave --crl out here; where the room is: strongroom serve --crl FILE",
+        )
 
     def check(self, settings: Settings) -> None:
         """Sealed ``gateway.refused``, Conflict ``budget.other_settings``."""

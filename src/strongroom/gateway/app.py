@@ -84,6 +84,8 @@ class GatewayApp:
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         self.counts: Counts = before.counts if before else Counts()
+        # That the log was told of.
+        self._problems: frozenset[str] = before._problems if before else frozenset()  # noqa: SLF001
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -343,17 +345,20 @@ class GatewayApp:
     def under_way(self) -> int:
         return len(self._flights)
 
-    def problems(self) -> list[str]:
-        """Why nothing is answered now, if that is so."""
-        found = [] if self._door.awake else ["the room's log can't be seen"]
+    def problems(self) -> dict[str, str]:
+        """Why nothing is answered now, if that is so: a word for everybody, and what it is for who runs this."""
+        found = {} if self._door.awake else {"log": "the room's log can't be seen"}
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
-            found.append("no inference server answers")
-        for each in (self._records, self.capture, self.verified):
+            found["upstream"] = "no inference server answers"
+        for word, each in (("records", self._records), ("capture", self.capture), ("verify", self.verified)):
             try:
                 if each is not None:
                     each.check()
             except StrongroomError as error:
-                found.append(error.message)
+                found[word] = error.message
+        for word in found.keys() - self._problems:
+            _log.error("not ready, %s: %s", word, found[word])
+        self._problems = frozenset(found)
         return found
 
     # -- the rest ------------------------------------------------------------------------------------------------
@@ -364,7 +369,8 @@ class GatewayApp:
             return
         if path == "/readyz":
             problems = self.problems()
-            told = {"ready": not problems, "problems": problems}
+            # Anybody may ask: what an alarm says would tell a thief how much of it is known.
+            told = {"ready": not problems, "problems": list(problems)}
             if self.capture is not None:
                 told["capture"] = self.capture.key_id
             body = orjson.dumps(told)

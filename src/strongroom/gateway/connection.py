@@ -142,7 +142,8 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
 
-    _from: ClassVar[Counter[str]] = Counter()
+    crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
+    most: ClassVar[int] = _FROM_ONE
 
     def __init__(
         self,
@@ -157,6 +158,7 @@ class Connection(asyncio.Protocol):
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
         self._address, self._client = "", ("", 0)
+        self.counted: str | None = None  # see gateway/handshakes.py
         self.peer: Peer | None = None  # who has shown a certificate
         self._told: list[Callable[[], object]] = []
         self._current: Exchange | None = None  # the one that is answered
@@ -170,6 +172,15 @@ class Connection(asyncio.Protocol):
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
         self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
+
+    @staticmethod
+    def whose(host: str) -> str:
+        """Whose an address is: of IPv6 everybody has 2^64."""
+        try:
+            packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) if ":" in host else b""
+        except OSError:
+            return host
+        return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host
 
     # -- what the application uses -------------------------------------------------------------------------------
 
@@ -232,9 +243,12 @@ class Connection(asyncio.Protocol):
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
             self._client = (str(name[0]), int(name[1]))
-        self._address = _network(self._client[0])
-        self._from[self._address] += 1
-        if self._from[self._address] > _FROM_ONE:
+        if self.counted is None:
+            self._address = self.whose(self._client[0])
+            self.crowd[self._address] += 1
+        else:
+            self._address, self.counted = self.counted, None
+        if self.crowd[self._address] > self.most:
             self._abort()
             return
         self._coming.within(_HEAD_TIME)
@@ -242,9 +256,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self._server.connections.discard(self)
-        self._from[self._address] -= 1
-        if not self._from[self._address]:
-            del self._from[self._address]
+        self.crowd[self._address] -= 1
+        if not self.crowd[self._address]:
+            del self.crowd[self._address]
         self._coming.close()
         self._taking.close()
         self._gone, self.full = True, False
@@ -431,12 +445,3 @@ class Connection(asyncio.Protocol):
         self._deaf = True
         if self._transport is not None:
             self._transport.abort()
-
-
-def _network(host: str) -> str:
-    """Whose an address is: of IPv6 everybody has 2^64."""
-    try:
-        packed = socket.inet_pton(socket.AF_INET6, host.partition("%")[0]) if ":" in host else b""
-    except OSError:
-        return host
-    return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import AuthRequired, StrongroomError, UsageError
 
 if TYPE_CHECKING:
     from strongroom.gateway.app import GatewayApp, Receive, Scope, Send
     from strongroom.gateway.capture import Capture
     from strongroom.gateway.certificates import Certificates
+    from strongroom.gateway.connection import Connection
     from strongroom.gateway.door import Door
     from strongroom.gateway.metrics import Counts
     from strongroom.gateway.records import Records
@@ -91,6 +92,18 @@ class Generations:
         app.start()
         if not before.requests:
             self._retire(before)
+
+    async def certificates_changed(self, connections: Iterable[Connection]) -> None:
+        """Certificates are judged by other lists from now on: what was remembered of any is forgotten, and those of the
+        `connections` end whose certificate is nobody's."""
+        await self._door.look()
+        for each in [each for each in connections if each.peer is not None]:
+            try:
+                await self._door.caller("", each.peer)
+            except AuthRequired:
+                each.shutdown()
+            except StrongroomError:  # it can't be asked now, and is with its next request
+                continue
 
     async def drop(self, app: GatewayApp) -> None:
         """What was prepared is not wanted."""
@@ -170,6 +183,6 @@ class Generations:
     def capture(self) -> Capture | None:
         return self._newest.app.capture
 
-    def problems(self) -> list[str]:
-        """Why nothing is answered now, if that is so."""
+    def problems(self) -> dict[str, str]:
+        """Why nothing is answered now, if that is so, by the word that everybody is told."""
         return self._newest.app.problems()

@@ -78,15 +78,27 @@ class GatewayMetrics:
         seconds.add_metric((), buckets, total)
         yield seconds
         yield from self._verified()
+        ends = self._app.certificates.crl_end()
+        if ends is not None:
+            yield GaugeMetricFamily(
+                "strongroom_gateway_crl_end",
+                "Until when the revocation lists are good, in Unix seconds; nobody of a domain gets in after its own",
+                value=ends,
+            )
         settings = GaugeMetricFamily(
             "strongroom_gateway_settings", "The settings in force, by their digest", labels=("digest",)
         )
         settings.add_metric((self._app.settings.digest,), 1)
         yield settings
         yield GaugeMetricFamily("strongroom_gateway_under_way", "Requests under way", value=self._app.under_way)
-        yield GaugeMetricFamily(
-            "strongroom_gateway_ready", "Whether requests are answered", value=0 if self._app.problems() else 1
+        found = self._app.problems()
+        yield GaugeMetricFamily("strongroom_gateway_ready", "Whether requests are answered", value=0 if found else 1)
+        problems = GaugeMetricFamily(
+            "strongroom_gateway_problem", "Why they are not; the log has what it is", labels=("problem",)
         )
+        for word in found:
+            problems.add_metric((word,), 1)
+        yield problems
 
     def _verified(self) -> Iterator[Metric]:
         """Of answers that were run again, if any are."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +11,7 @@ from strongroom.gateway.door import Callers as Asked
 from strongroom.gateway.door import Model
 from strongroom.gateway.spelt import Spelling
 from strongroom.vault.callers import Callers
+from strongroom.vault.revocations import Revocations
 from strongroom.vault.vault import Vault
 from strongroom.watch.drawing import Counting, OwnCounters
 from strongroom.watch.tallies import Kept, Tallies
@@ -50,6 +51,10 @@ class Behind(Protocol):
     def stream(self) -> str: ...
     def counters(self, budgets: Budgets) -> Counting: ...
     def tallies(self, term: int) -> Keeping: ...
+    def revocations(self, paths: Sequence[Path]) -> Revocations:
+        """The lists of revoked certificates in `paths`; UsageError where they are others' to know."""
+        ...
+
     def check(self, settings: Settings) -> None:
         """Whatever of these settings the room can't do, or has otherwise: UsageError, Conflict. It may take a while."""
         ...
@@ -84,6 +89,9 @@ class InFolder:
 
     def tallies(self, term: int) -> Keeping:
         return Tallies(self._vault.db, term)
+
+    def revocations(self, paths: Sequence[Path]) -> Revocations:
+        return Revocations(self._vault, paths)
 
     def check(self, settings: Any) -> None:
         """All of them can be done here."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -193,10 +193,20 @@ def told(alarm: Alarm) -> None:
     )  # fmt: skip
 
 
-def too_small(ref: str, size: int) -> None:
-    """Said once, and not as an alarm at each part of a limit that one answer passes."""
-    _log.warning(
-        "%s is too small for its budget to mean anything: all that is worth stealing of it is %d bits, and budgets "
-        "that are shares of that are less than one answer. They sound no alarm; of limits that refuse, floors count",
-        ref, size,
-    )  # fmt: skip
+class Small:
+    """Says of a version that its budget means nothing: once under the same `rules`, however often settings are read,
+    and not as an alarm at each part of a limit that one answer passes."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[object, str]] = set()
+
+    def __call__(self, rules: Hashable, ref: str, size: int) -> None:
+        if (rules, ref) in self._said:
+            return
+        self._said.add((rules, ref))
+        _log.warning(
+            "%s is too small for its budget to mean anything: all that is worth stealing of it is %d bits, and "
+            "budgets that are shares of that are less than one answer. They sound no alarm; of limits that refuse, "
+            "floors count",
+            ref, size,
+        )  # fmt: skip

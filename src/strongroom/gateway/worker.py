@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
 from strongroom.gateway.spelt import Spellings
-from strongroom.gateway.tolls import Tolls, told, too_small
+from strongroom.gateway.tolls import Small, Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
 from strongroom.watch.budget import Budgets
@@ -46,10 +46,11 @@ def application(room: Behind, settings: Settings, records: Path, *, workers: int
     """The application of one of so many workers. `records`: the folder that they are written into."""
     _check(room, settings)
     door = Door(room.callers, threads=room.threads)
+    small = Small()
     kept = Records(records, room.callers.record, settings.digest, stream=room.stream())
 
     def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
-        return _made(room, door, kept, settings, workers, before)
+        return _made(room, door, kept, small, settings, workers, before)
 
     return Generations(door, kept, make, settings, check=lambda settings: _check(room, settings))
 
@@ -73,6 +74,7 @@ def _made(
     room: Behind,
     door: Door,
     records: Records,
+    small: Small,
     settings: Settings,
     workers: int,
     before: GatewayApp | None,
@@ -93,7 +95,12 @@ def _made(
         return callers.model(ref).vocabulary or _VOCABULARY
 
     budgets = Budgets(
-        room.counters(settings.budgets), settings.budgets.rules, size, time.time, alarm=told, small=too_small
+        room.counters(settings.budgets),
+        settings.budgets.rules,
+        size,
+        time.time,
+        alarm=told,
+        small=partial(small, settings.budgets),
     )
     limits = _limits(room, settings, workers, before)
     backends = [

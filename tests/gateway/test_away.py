@@ -10,13 +10,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from gateway.callers import Clock
 from gateway.places import STREAM, Gateway, Inference, chat, listening, token, whole
 from server.provider import CLIENT
 from server.served import REF, Served
-from strongroom.client import Room
+from strongroom.client import Room, callings
 from strongroom.client.gateway import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
@@ -26,6 +28,7 @@ from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.storage.session import Session
+from strongroom.vault.callers import Caller
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
 from vault.rooms import write_model
@@ -351,7 +354,9 @@ def test_questions_that_come_together_are_asked_together(away, monkeypatch):
         told = []
 
         def ask(number):
-            question = dict(zip(caller, (ANA, "apikey", "infer", REF if number % 2 else "acme/none@1"), strict=True))
+            question = dict(
+                zip(caller, (ANA, "apikey", "infer", REF if number % 2 else f"acme/none@{number + 1}"), strict=True)
+            )
             try:
                 room.callers._together.ask(question)
                 told.append((number % 2, "yes"))
@@ -364,8 +369,50 @@ def test_questions_that_come_together_are_asked_together(away, monkeypatch):
         for each in threads:
             each.join()
     assert sorted(told) == [(0, "version.missing")] * 6 + [(1, "yes")] * 6
-    assert sum(asked) == 12
     assert len(asked) <= 4
+    assert 7 <= sum(asked) <= 6 + len(asked)  # what is the same is asked once
+
+
+def test_strangers_leave_the_custodian_to_those_who_are_known(away, monkeypatch):
+    """Whoever sends keys that there are not must not use up what the gateway may ask: it would not see the log."""
+    monkeypatch.setattr(callings, "_RATE", 0.0)
+    monkeypatch.setattr(callings, "_BURST", 5.0)
+    with away.gateway() as gateway:
+        assert gateway.post(chat())[0] == 200
+        said = [gateway.post(chat(), key="sr-" + f"{number:043d}")[0] for number in range(9)]
+        assert said == [401] * 4 + [429] * 5
+        with away.host() as room:  # and when all of them are asked about again
+            room.set_ceiling(REF, holders=99)
+        for _ in range(30):
+            assert gateway.post(chat())[0] == 200
+            time.sleep(0.05)
+        assert gateway.post(chat(), key="sr-" + "x" * 43)[0] == 429
+
+
+def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed():
+    asked, clock = [], Clock()
+
+    def ask(shown):
+        asked.append(shown["key"])
+        if shown["key"] == "down":
+            raise BackendError("server.unreachable", "no")
+        time.sleep(0.05)
+        return None if shown["key"] == "none" else (Caller(ANA, (), (), ANA, ""), 9)
+
+    found = callings.Callings(ask, clock)
+    with ThreadPoolExecutor(8) as threads:
+        assert {each[0].principal for each in threads.map(found.of, [{"key": "good"}] * 8)} == {ANA}
+        assert set(threads.map(found.of, [{"key": "none"}] * 8)) == {None}
+    assert sorted(asked) == ["good", "none"]
+    found.changed()
+    found.of({"key": "good"})
+    clock.now += 1.1
+    found.of({"key": "good"})
+    assert asked.count("good") == 3
+    for _ in range(2):  # what has failed is nobody's answer
+        with pytest.raises(BackendError):
+            found.of({"key": "down"})
+    assert asked.count("down") == 2
 
 
 # -- as it is run ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from strongroom.client import answers
 from strongroom.client.accounts import Accounts
+from strongroom.client.callings import Callings
 from strongroom.client.draws import ServedCounters, ServedTallies
 from strongroom.client.line import Line
 from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
@@ -91,6 +92,7 @@ class AwayCallers:
     def __init__(self, line: Line, accounts: Accounts) -> None:
         self._line, self._accounts = line, accounts
         self._together = _Together(self._decide)
+        self._callings = Callings(self._calling)
         self._version, self._bundles = "", tuple[str, ...]()
         self._models: dict[str, ModelInfo] = {}  # what a version has in it does not change
 
@@ -99,7 +101,9 @@ class AwayCallers:
         after = f"?after={quote(self._version, safe='')}" if self._version else ""
         found = self._line.get(f"/v1/gateway/version{after}", answers.SEEN)
         self._bundles = tuple(found["bundles"])
-        self._version = str(found["version"])
+        if found["version"] != self._version:
+            self._version = str(found["version"])
+            self._callings.changed()
         return self._version
 
     def bundles(self) -> tuple[str, ...]:
@@ -107,13 +111,13 @@ class AwayCallers:
         return self._bundles
 
     def by_key(self, digest: str) -> tuple[Caller, int] | None:
-        return self._calling({"key": digest})
+        return self._callings.of({"key": digest})
 
     def by_token(self, token: str) -> tuple[Caller, int]:
-        return _known(self._calling({"token": token}))
+        return _known(self._callings.of({"token": token}))
 
     def by_certificate(self, chain: str, at: int) -> tuple[Caller, int]:
-        return _known(self._calling({"chain": chain, "at": at}))
+        return _known(self._callings.of({"chain": chain, "at": at}))
 
     def _calling(self, shown: Mapping[str, Any]) -> tuple[Caller, int] | None:
         found = self._line.post("/v1/gateway/callers", shown, answers.CALLING)
@@ -156,10 +160,13 @@ class AwayCallers:
         self._together.ask({"principal": caller.principal, "method": caller.method, "action": action, "ref": ref})
 
     def _decide(self, asked: list[Question]) -> list[StrongroomError | None]:
-        found = self._line.post("/v1/gateway/decisions", {"asked": asked}, answers.DECISIONS)["decisions"]
-        if len(found) != len(asked):
+        different = {tuple(each.values()): each for each in asked}  # many streams of one caller ask the same
+        found = self._line.post("/v1/gateway/decisions", {"asked": [*different.values()]}, answers.DECISIONS)
+        if len(found["decisions"]) != len(different):
             raise BackendError("server.answer", "the custodian decides something else than it was asked")
-        return [None if each is None else error_of(each) for each in found]
+        said = dict(zip(different, found["decisions"], strict=True))
+        told = (said[tuple(each.values())] for each in asked)
+        return [None if each is None else error_of(each) for each in told]
 
     def record(self, ref: str, body: dict[str, Any]) -> int:
         return self._accounts.say(ref, body)

@@ -194,6 +194,10 @@ def test_what_can_not_be_done_is_said_at_the_start(away):
         room.check(other)
     assert caught.value.code == "budget.other_settings"
     assert "--gateway-settings" in caught.value.hint
+    room.counters(other.budgets)  # what began under other budgets than the custodian's now
+    with pytest.raises(Sealed) as caught:
+        room.counters(other.budgets).draw(0, REF, 1, [])
+    assert caught.value.code == "gateway.budgets"
     missing = Settings.parse('[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = { "acme/none@1" = "x" }\n')
     with pytest.raises(NotFound, match="acme/none@1"):
         application(room, missing, away.records)

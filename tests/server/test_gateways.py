@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
@@ -12,8 +13,13 @@ import pytest
 from server.served import REF, Served
 from server.test_http import call
 from strongroom.client import Room
+from strongroom.errors import AuthRequired, LimitExceeded
 from strongroom.formats.statement import Statement
 from strongroom.formats.stream import fresh
+from strongroom.gateway.settings import Budgets
+from strongroom.server.calls import Calls
+from strongroom.server.gateways import Gateways
+from strongroom.vault.vault import Vault
 
 pytestmark = pytest.mark.server
 
@@ -150,6 +156,23 @@ def test_a_gateway_is_asked_about_inference_only_and_never_says_that_a_key_has_s
     status, found = gates.ask("decisions", {"asked": told})
     assert status == 200
     assert None not in found["decisions"]
+
+
+def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates, monkeypatch):
+    """Else whoever has its key fills a log that is kept for ever; and strangers must not use up what it may say."""
+    vault = Vault(gates.folder)
+    with contextlib.closing(vault):
+        asked = Gateways(vault, Calls(vault.custodian), Budgets())
+        asked._accounts = {OTHER: (2.0, time.monotonic())}
+        monkeypatch.setattr("strongroom.server.gateways._ACCOUNTS", 3.0)
+        for _ in range(5):
+            with pytest.raises(AuthRequired):
+                asked.account(None, gates.said(0, OTHER, signer=gates.identities.signer(GATE)))
+        assert asked.account(None, gates.said(0, OTHER))["type"] == "inference"
+        assert asked.account(None, gates.said(1, OTHER))["type"] == "inference"
+        with pytest.raises(LimitExceeded) as caught:
+            asked.account(None, gates.said(2, OTHER))
+        assert caught.value.code == "server.busy"
 
 
 def test_a_version_is_held_back_and_given_at_once_when_it_changes(gates):

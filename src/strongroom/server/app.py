@@ -93,7 +93,7 @@ class CustodianApp:
             "check_trace": self._traces.check,
             "show_trace": self._traces.show,
             "stop_trace": self._traces.stop,
-            "inference": partial(self._act, ("inference",)),
+            "inference": self._gateways.account,
             "gateway_version": self._gateways.version,
             **{f"gateway_{name}": getattr(self._gateways, name) for name in _ASKED_BY_GATEWAYS},
             "openapi": lambda *_: Response(self._document, media_type="application/json"),

@@ -6,17 +6,19 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 
-from strongroom.errors import AuthRequired, Conflict, Denied, NotFound, UsageError
+from strongroom.errors import AuthRequired, Conflict, Denied, LimitExceeded, NotFound, UsageError
 from strongroom.formats.entry import COUNT, DIGEST, ID, TEXT, Kind, conforms, one_of
+from strongroom.formats.statement import Statement
 from strongroom.gateway.settings import Budgets
 from strongroom.policy.query import FEATURES
-from strongroom.server.bodies import members
+from strongroom.server.bodies import members, text_of
 from strongroom.server.calls import Calls
 from strongroom.server.problem import described
 from strongroom.vault.callers import Caller, Callers, ModelInfo
@@ -37,6 +39,7 @@ _LOOK_EVERY = 0.2  # seconds between two looks at the log, for all who wait
 _ASKED = 64  # decisions at once
 _COUNTERS = 64  # of a request
 _TOKEN = 64 << 10  # characters of a token, or of a chain
+_ACCOUNTS = 1200.0  # of one gateway in a minute: 200 workers of one version, or 20 of ten
 _SPELLINGS = 4  # of the versions that were asked for last
 _QUERY = re.compile(r"[0-9a-zA-Z.-]{0,200}", re.ASCII)
 _QUESTION: dict[str, Kind] = {"principal": TEXT, "method": one_of(*METHODS), "ref": TEXT}
@@ -65,6 +68,8 @@ class Gateways:
         self._counters = RelayedCounters(vault.db, budgets.rules, size, vault.clock)
         self._spelling_lock = threading.Lock()
         self._spelled: Callable[[str], Spelling] = lru_cache(_SPELLINGS)(self._callers.spelling)
+        self._accounts: dict[str, tuple[float, float]] = {}  # by principal: how many more, and since when
+        self._accounts_lock = threading.Lock()
         self._looked = asyncio.Lock()
         self._version, self._seen = "", -1.0
 
@@ -141,9 +146,37 @@ class Gateways:
         self._calls.caller(request, body, "relay")
         match members(body, {"ref"}):
             case {"ref": str(ref)}:
-                with self._spelling_lock:  # one at a time: it takes a second of a process of its own
+                # One at a time, and nobody waits: it takes a second of a process of its own, and a thread of this one.
+                if not self._spelling_lock.acquire(blocking=False):
+                    raise LimitExceeded("server.busy", "another vocabulary is being read", hint="wait a second")
+                try:
                     return self._spelled(ref).as_json()
+                finally:
+                    self._spelling_lock.release()
         raise _body("ref")
+
+    # -- what was answered ---------------------------------------------------------------------------------------
+
+    def account(self, _: Request, body: bytes) -> dict[str, Any]:
+        """One account, of so many a minute: the log is kept for ever, and whoever has a gateway's key could fill it."""
+        envelope = text_of(members(body, {"statement", "reason"}), "statement")
+        said = Statement.decode(envelope)
+        if said.kind != "inference":
+            raise UsageError("statement.elsewhere", "the statement is not one that this address takes")
+        with self._accounts_lock:
+            now = time.monotonic()
+            left, at = self._accounts.get(said.by, (_ACCOUNTS, now))
+            left = min(_ACCOUNTS, left + (now - at) * _ACCOUNTS / 60)
+        if left < 1:
+            raise LimitExceeded(
+                "server.busy",
+                f"the log takes {_ACCOUNTS:.0f} accounts of a gateway in a minute",
+                hint="say more in each",
+            )
+        found = self._vault.custodian.acted(envelope)
+        with self._accounts_lock:  # only now: anybody could have named this gateway
+            self._accounts[said.by] = (left - 1, now)
+        return found
 
     # -- bits ----------------------------------------------------------------------------------------------------
 

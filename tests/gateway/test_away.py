@@ -281,7 +281,7 @@ class Losing:
         name = path.rpartition("/")[2]
         if name in self.paths:
             self.asked[name] += 1
-            if self.asked[name] % self.every == 1:
+            if self.asked[name] % self.every == 1 % self.every:
                 raise BackendError("server.unreachable", "the answer was lost")
         return found
 
@@ -318,6 +318,24 @@ def test_of_lost_answers_none_is_charged_or_counted_twice_or_not_at_all(away, mo
             for found in (before, after)
         ]
         assert used[1] - used[0] == spent
+
+
+def test_what_was_drawn_for_nobody_is_given_back(away, monkeypatch):
+    """Each answer to a draw is lost, also when it is asked again: its caller is told to come again, and is charged
+    nothing."""
+    with away.host() as room:
+        before = room.budget(REF)["gone_bits"]
+    with away.gateway() as gateway:
+        session = gateway.room._line._session
+        lost = Losing(session, ("draws",), every=1)
+        monkeypatch.setattr(session, "request", lost)
+        assert {gateway.post(chat(), key=away.keys[ANA])[2]["error"]["code"] for _ in range(3)} == {"sealed"}
+        assert lost.asked["draws"] == 6
+        with away.host() as room:
+            assert room.budget(REF)["gone_bits"] > before
+        lost.paths = ()
+    with away.host() as room:
+        assert room.budget(REF)["gone_bits"] == before
 
 
 def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):

@@ -35,14 +35,25 @@ class _Settling:
     since: float
 
 
+@dataclass(frozen=True)
+class _Unheard:
+    """A draw of which it is not known whether it was made: what was asked, and what of each counter."""
+
+    value: Mapping[str, Any]
+    wants: Sequence[Want]
+    since: float
+
+
 class ServedCounters:
     """`strongroom.watch.drawing.Counting`, under the budgets with the digest `rules`. What was paid or given back and
-    not heard is said again under its identifier. Thread-safe."""
+    not heard is said again under its identifier; what was drawn and not heard is drawn under its own, and given back.
+    Thread-safe."""
 
     def __init__(self, line: Line, rules: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._line, self._rules, self._clock = line, rules, clock
         self._lock = threading.Lock()
         self._settling: deque[_Settling] = deque()
+        self._unheard: deque[_Unheard] = deque()
 
     def check(self) -> None:
         """Conflict ``budget.other_settings`` where the custodian reckons by others."""
@@ -60,6 +71,10 @@ class ServedCounters:
                 found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
             except BackendError:  # what it may have charged is asked for again: it is charged once
                 found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
+        except BackendError:
+            with self._lock:
+                self._unheard.append(_Unheard(asked, tuple(wants), self._clock()))
+            raise
         except (Conflict, NotFound, UsageError) as error:  # of this gateway, and not of who has called it
             raise Sealed("gateway.budgets", f"the room charges no budgets: {error.message}", hint=error.hint) from None
         return _drawn(found, len(wants))
@@ -82,6 +97,8 @@ class ServedCounters:
     def _settle_all(self) -> None:
         """What can't be told now is told later, but for what would be given back twice by then."""
         with self._lock:
+            if not self._settle_unheard():
+                return
             while self._settling:
                 each = self._settling[0]
                 late = self._clock() - each.since > _REMEMBERED
@@ -95,6 +112,27 @@ class ServedCounters:
                 except StrongroomError as error:
                     _log.warning("the custodian does not settle %d bits: %s", sum(each.bits.values()), error)
                 self._settling.popleft()
+
+    def _settle_unheard(self) -> bool:
+        """Give back what was drawn for an answer that nobody got, if it was: drawn now, if it was not, it is given back
+        all the same. Whether that could be done."""
+        while self._unheard:
+            each = self._unheard[0]
+            try:
+                if self._clock() - each.since <= _REMEMBERED:
+                    found = _drawn(self._line.post("/v1/gateway/draws", each.value, answers.DRAWN), len(each.wants))
+                    bits = {
+                        want.key: want.missing + spare for want, spare in zip(each.wants, found.spare, strict=False)
+                    }
+                    if bits:
+                        self._settling.append(_Settling(secrets.token_hex(16), True, bits, self._clock()))
+            except (BackendError, Sealed) as error:
+                _log.warning("budgets are settled later: %s", error)
+                return False
+            except StrongroomError as error:
+                _log.warning("what may have been drawn stays charged: %s", error)
+            self._unheard.popleft()
+        return True
 
     def _settle(self, asked: str, pay: Mapping[Key, int], back: Mapping[Key, int]) -> None:
         value = {"id": asked, "rules": self._rules, "pay": _listed(pay), "back": _listed(back)}

@@ -12,6 +12,8 @@ from strongroom.watch.counters import Change, Counters, Key
 from strongroom.watch.rules import window_at
 
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
+_BEYOND = 4096  # answers, in a tranche of a budget that is an alarm and has sounded: a transaction costs 5 ms of CPU
+_MOST = 1 << 32  # bits of one, so that no number of them leaves the range of a database's integers
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def draw(change: Change, bits: int, wants: Sequence[Want]) -> Drawn:
         if each.hard:
             spare.append(max(left - each.missing, 0) // _PART)
         else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
-            spare.append(each.limit // 64 if left > 0 else 256 * bits)
+            spare.append(each.limit // 64 if left > 0 else min(_BEYOND * bits, _MOST))
     change.add({each.key: each.missing + more for each, more in zip(wants, spare, strict=True)})
     return Drawn(change.now, used, tuple(spare))
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +199,10 @@ def test_what_can_not_be_done_is_said_at_the_start(away):
     with pytest.raises(Sealed) as caught:
         room.counters(other.budgets).draw(0, REF, 1, [])
     assert caught.value.code == "gateway.budgets"
+    with pytest.raises(UsageError) as caught:
+        room.revocations([Path("example.org.crl")])
+    assert caught.value.code == "gateway.crl_away"
+    assert "strongroom serve --crl" in caught.value.hint
     missing = Settings.parse('[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = { "acme/none@1" = "x" }\n')
     with pytest.raises(NotFound, match="acme/none@1"):
         application(room, missing, away.records)

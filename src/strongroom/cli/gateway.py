@@ -153,11 +153,12 @@ def gateway(  # noqa: PLR0917 - one for each option
 
 def _room(options: Options) -> tuple[Open, Path]:
     """What opens the room in each worker, and where records are kept if nobody says where."""
-    from strongroom.client.gateway import AwayRoom
+    if (url := options.served) is not None:
+        from strongroom.client.gateway import AwayRoom
+
+        return partial(AwayRoom.opened, url, options.identity()), Path("inference")
     from strongroom.gateway.rooms import InFolder
 
-    if (url := options.served) is not None:
-        return partial(AwayRoom.opened, url, options.identity()), Path("inference")
     return partial(InFolder.opened, options.folder), options.folder / "inference"
 
 

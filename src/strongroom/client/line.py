@@ -71,11 +71,14 @@ class Line:
         try:
             return answers.parse(self._session.request(method, path, body, headers), members)
         except (AuthRequired, Denied) as error:
+            hint = (
+                f"strongroom principal add {self.principal} --role gateway --public-key KEY, by somebody who may "
+                "grant; in a room whose policy is older than that role: strongroom policy show gateways-relay"
+            )
             raise Sealed(
                 "gateway.refused",
                 f"{self._url} does not let {self.principal} relay: {error.message}",
-                hint=f"strongroom principal add {self.principal} --role gateway --public-key KEY, by somebody who may "
-                "grant; in a room whose policy is older than that role: strongroom policy show gateways-relay",
+                hint=error.hint if error.code == "statement.stale" else hint,  # which is about this machine's clock
             ) from None
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:

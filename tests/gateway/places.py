@@ -17,6 +17,7 @@ from strongroom.client import Room
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.vault import Vault
@@ -186,7 +187,7 @@ class Place:
         if channel is not None:
             upstream += f'channel = "{channel}"\n'
         vault = Vault(self.folder)
-        app = application(vault, Settings.parse(settings + upstream), self.folder / "inference")
+        app = application(InFolder(vault), Settings.parse(settings + upstream), self.folder / "inference")
         stack = contextlib.ExitStack()
         stack.callback(vault.close)
         self._gateways.append(stack)

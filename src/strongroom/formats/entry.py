@@ -196,7 +196,7 @@ BODIES: dict[str, dict[str, Kind]] = {
 OPTIONAL: dict[str, dict[str, Kind]] = {
     "principal": {"subject": DIGEST},
     "genesis": {"recovery": DIGEST},
-    "inference": {"capture": DIGEST},
+    "inference": {"capture": DIGEST, "statement": TEXT},
 }
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {

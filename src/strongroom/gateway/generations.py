@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from strongroom.gateway.verified import Verified
 
 Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
+Check = Callable[["Settings"], None]
 
 
 class Generations:
-    """One worker as an ASGI application. `make` makes the application of some settings, after the one before."""
+    """One worker as an ASGI application. `make` makes the application of some settings, after the one before; `check`
+    asks the room about them before, which may take a while."""
 
-    def __init__(self, door: Door, records: Records, make: Make, settings: Settings) -> None:
-        self._door, self._records, self._make = door, records, make
+    def __init__(
+        self, door: Door, records: Records, make: Make, settings: Settings, *, check: Check = lambda _: None
+    ) -> None:
+        self._door, self._records, self._make, self._check = door, records, make, check
         self._settings = settings
         self._newest = make(settings, None)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -51,6 +55,7 @@ class Generations:
                 "redis.url can't change while the gateway runs: limits would be kept in two places",
                 hint="start the gateway again with these settings",
             )
+        await asyncio.to_thread(self._check, settings)
         app = self._make(settings, self._newest)
         try:
             await app.find()

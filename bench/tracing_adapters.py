@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import leaks, page
-from bench.tracing import OWNER, Model, write
+from bench.tracing_room import OWNER, Model, write
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
 
@@ -40,6 +40,7 @@ ATTACKS: dict[str, tuple[leaks.Attack, str]] = {
     "int4, groups of 64": (lambda _, a: leaks.rounded(a, 4, 64), "F32"),
     "noise 0.1": (leaks.noise(0.1), "F32"),
 }
+WHOLE = {"twice the rank": 2.0, "half the rank": 0.5}  # the product, factored by its singular values
 
 
 def adapter(rank: int, model: str, layers: int) -> dict[str, leaks.Array]:
@@ -61,13 +62,34 @@ def traced(tensors: dict[str, leaks.Array], folder: Path) -> list[float]:
     vault, _ = Vault.init(folder / "room", owner=OWNER, custody="solo")
     vault.put(ModelSource.scan(folder / "model"), "bench", by=OWNER)
     model = Model("adapter", folder, vault, people=100)
-    own = {name: stack[0].reshape(shape) for name, shape, stack in model.tensors(model.holders[:1], copies=True)}
+    own = model.tensors(model.holders[0], copies=True)
     found = []
     for name, (change, dtype) in ATTACKS.items():
         leaked = {at: changed for at, a in own.items() if (changed := change(at, a)) is not None}
         row = model.trace(write(leaked, folder / "leak.safetensors", dtype), 1, name, "", copies=True)
         found.append(row.stamps[0])
+    for name, times in WHOLE.items():
+        row = model.trace(write(refactored(own, times), folder / "leak.safetensors", "F32"), 1, name, "", copies=True)
+        found.append(row.stamps[0])
     vault.close()
+    return found
+
+
+def refactored(tensors: dict[str, leaks.Array], times: float) -> dict[str, leaks.Array]:
+    """Each product of its singular values and vectors: the strongest of so many times its ranks, one at least, or with
+    zeros for those that there were not."""
+    found: dict[str, leaks.Array] = {}
+    for name in [name for name in tensors if "lora_A" in name]:
+        a, b = tensors[name], tensors[name.replace("lora_A", "lora_B")]
+        rank, wanted = len(a), max(1, int(times * len(a)))
+        q, r = np.linalg.qr(b)  # of matrices that are as narrow as the adapter
+        left, strengths, v = np.linalg.svd(r @ a, full_matrices=False)
+        kept = min(rank, wanted)
+        root = np.sqrt(strengths[:kept])
+        found[name] = np.zeros((wanted, a.shape[1]), np.float32)
+        found[name.replace("lora_A", "lora_B")] = np.zeros((len(b), wanted), np.float32)
+        found[name][:kept] = root[:, None] * v[:kept]
+        found[name.replace("lora_A", "lora_B")][:, :kept] = (q @ left[:, :kept]) * root
     return found
 
 
@@ -80,8 +102,8 @@ def table(found: Sequence[tuple[str, int, Sequence[float]]], least: float) -> st
         "grows with the root of the number of elements, so the last line says how many it takes (256 at least, for a "
         "smaller tensor has no stamp).",
         "",
-        f"| adapter | elements | {' | '.join(ATTACKS)} |",
-        f"|---|---:|{'---:|' * len(ATTACKS)}",
+        f"| adapter | elements | {' | '.join([*ATTACKS, *WHOLE])} |",
+        f"|---|---:|{'---:|' * (len(ATTACKS) + len(WHOLE))}",
         *(f"| {what} | {count:,} | {' | '.join(f'{each:.1f}' for each in z)} |" for what, count, z in found),
     ]
     _, count, z = found[-1]

@@ -52,12 +52,14 @@ def test_a_key_is_shown_once_and_is_good_until_it_is_ended(team):
 
 def test_what_programs_read(team):
     made = team.run("apikey", "new", "--expires", "1h", "--as", "user/ana", "--json").json
-    assert set(made) == {"key", "id", "principal", "name", "expires_at", "entry"}
+    assert set(made) == {"key", "id", "principal", "name", "expires_at", "entry", "infers"}
     assert (made["principal"], made["name"], made["id"]) == ("user/ana", "default", digest_of(made["key"])[:16])
     (listed,) = team.run("apikey", "ls", "user/ana", "--as", "user/ben", "--json").json["apikeys"]
-    assert listed == {name: made[name] for name in made if name != "key"} | {"key": digest_of(made["key"])}
+    assert listed == {name: made[name] for name in made if name not in ("key", "infers")} | {
+        "key": digest_of(made["key"])
+    }
     ended = team.run("apikey", "end", made["id"], "--as", "user/ben", "--json").json  # who may grant may end it
-    assert set(ended) == {"id", "principal", "name", "expires_at", "state", "entry"}
+    assert set(ended) == {"id", "principal", "name", "expires_at", "state", "entry", "infers"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,6 @@ def test_whoever_infers_is_told_of_keys(team):
 def test_a_key_that_policy_gives_nothing_is_made_and_says_so(team):
     ended = team.run("apikey", "new", "--as", "user/ben")  # an officer, who asks no model anything
     assert (ended.code, is_one(ended.out.strip())) == (0, True)
-    assert "strongroom: policy lets user/ben infer on no version that is here" in ended.err
+    assert "strongroom: policy lets user/ben infer on no version that is here with an API key" in ended.err
     assert "strongroom --as user/ben reach user/ben --all" in ended.err
     assert "infer on no version" not in team.run("apikey", "new", "--as", "user/pat").err

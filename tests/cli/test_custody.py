@@ -352,7 +352,10 @@ def test_review_names_everybody_who_may_and_explains_its_exit_codes(team):
 
 
 def test_teams_are_joined_and_left(team):
-    team.run("principal", "add", "team/evals", "--as", "user/olga")
+    made = team.run("principal", "add", "team/evals", "--as", "user/olga", "--json")
+    assert (made.code, made.error["code"]) == (2, "principal.team")
+    assert "principal team PRINCIPAL team/evals" in made.error["hint"]
+    assert not (team.room / "identities" / "team").exists()
     ended = team.run("principal", "team", "user/ana", "team/evals", "team/red", "--as", "user/ben")
     assert (ended.code, ended.out) == (0, "user/ana: team/evals, team/red\n")
     assert "teams      team/evals, team/red" in team.run("principal", "show", "user/ana", "--as", "user/ben").out

@@ -11,17 +11,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from strongroom.client import Room
 from strongroom.gateway.generations import Generations
+from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.vault import Vault
 from vault.rooms import write_model
+
+if TYPE_CHECKING:
+    import uvicorn
 
 REF = "acme/tiny@1"
 OWNER, ANA, PIA, BEN = "user/olga", "user/ana", "user/pia", "user/ben"
@@ -135,7 +137,7 @@ def listening(
     config = configure(app, certificate)
     if config.ssl is not None:
         app.certificates.ask_with(config.ssl)
-    server = uvicorn.Server(config)
+    server = Server(config)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

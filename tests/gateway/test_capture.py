@@ -20,6 +20,7 @@ from strongroom.errors import BackendError, StrongroomError, Tampered, UsageErro
 from strongroom.gateway import serving
 from strongroom.gateway.capture import Capture
 from strongroom.gateway.captured import opened
+from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.settings import Settings
 from strongroom.vault.callers import Callers
 
@@ -75,8 +76,11 @@ def test_whoever_has_the_specification_and_the_key_can_open_it(kept):
         info = b"strongroom/1 capture\0" + hashes[record]
         content = open_base(key.private_bytes(), base64.b64decode(line["sealed"]), info)
         told = json.loads(records[record])
-        assert told["capture"] == hashlib.sha256(b"strongroom/1 captured\0" + content).hexdigest()
-        assert (line["n"], line["key"]) == (told["n"], hashlib.sha256(key.public_key).hexdigest())
+        assert told["capture"] == {
+            "content": hashlib.sha256(b"strongroom/1 captured\0" + content).hexdigest(),
+            "key": hashlib.sha256(key.public_key).hexdigest(),
+        }
+        assert (line["n"], line["key"]) == (told["n"], told["capture"]["key"])
         assert json.loads(content[32:])["ref"] == REF
 
 
@@ -108,9 +112,20 @@ def swapped(lines):
     return [json.dumps(each, sort_keys=True, separators=(",", ":")) for each in (first, second, *rest)]
 
 
+def relabelled(lines, *, spoilt):
+    """As if the first were for somebody else, whose line nobody here can open."""
+    first = json.loads(lines[0])
+    first["key"] = "0" * 64
+    if spoilt:
+        first["sealed"] = base64.b64encode(base64.b64decode(first["sealed"])[:-1] + b"?").decode()
+    return [json.dumps(first, sort_keys=True, separators=(",", ":")), *lines[1:]]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        ({"sealed": lambda lines: relabelled(lines, spoilt=True)}, "names another key than the record"),
+        ({"sealed": lambda lines: relabelled(lines, spoilt=False)}, "names another key than the record"),
         ({"sealed": lambda lines: lines[1:]}, "is not there"),
         ({"sealed": lambda lines: []}, "is not there"),
         ({"sealed": swapped}, "does not open"),
@@ -134,6 +149,7 @@ def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
         lambda lines: lines[1:],
         lambda lines: ["{}", *lines[1:]],
         lambda lines: [lines[0].replace('"sealed":"', '"sealed":"AAAA'), *lines[1:]],
+        lambda lines: relabelled(lines, spoilt=True),
     ],
 )
 def test_nobody_hides_all_by_spoiling_one(kept, tmp_path, change):
@@ -172,7 +188,7 @@ def test_a_new_key_for_what_comes_next_hides_nothing_from_either(place, tmp_path
     (tmp_path / "mine").chmod(0o600)
     shown = strongroom("capture", "open", str(path), "--key", "mine", cwd=tmp_path)
     assert (shown.code, "user: Second" in shown.out, "user: First" in shown.out) == (0, True, False)
-    assert "record 0 says that it was sealed to another key" in shown.err
+    assert "record 0 was sealed to another key" in shown.err
 
 
 def test_nothing_is_written_behind_a_part_of_a_line(tmp_path):
@@ -230,7 +246,7 @@ def test_from_the_command_line(kept, tmp_path):
     assert other.error["code"] == "capture.other_key"
 
 
-def test_what_can_not_be_captured_is_not_answered(place):
+def test_what_can_not_be_captured_is_not_answered(place, caplog):
     key = CaptureKey().public_key.hex()
     gateway = place.gateway(f'[capture]\nkey = "{key}"\nmodels = ["{REF}"]\n')
     app = place.newest
@@ -239,7 +255,14 @@ def test_what_can_not_be_captured_is_not_answered(place):
     os.close(full)
     assert gateway.post(chat())[0] == 200  # it is found out as it is written
     eventually(lambda: gateway.post(chat())[2].get("error", {}).get("code") == "sealed")
-    assert "captured" in gateway.get("/readyz")[1]["problems"][0]
+    # Anybody may ask whether it is ready. What it is, the log says, once.
+    for _ in range(2):
+        told = gateway.get("/readyz")
+        assert told == (503, {"ready": False, "problems": ["capture"], "capture": app.capture.key_id})
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == [
+        f"not ready, capture: can't keep what was to be captured in {app.capture.path.name}: No space left on device"
+    ]
+    assert 'strongroom_gateway_problem{problem="capture"} 1.0' in GatewayMetrics(app).exposition().decode()
 
 
 def test_what_can_not_be_sealed_is_not_answered_either(place, monkeypatch):

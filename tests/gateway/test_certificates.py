@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import signal
 import socket
 import ssl
 import subprocess
@@ -14,10 +15,6 @@ import time
 
 import openai
 import pytest
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import Name, NameAttribute, UniformResourceIdentifier
-from cryptography.x509.oid import NameOID
 
 from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, token, whole
 from server.provider import TrustDomain, usage
@@ -186,18 +183,9 @@ def test_a_certificate_of_another_authority_ends_the_handshake(call):
 
 def test_a_chain_with_a_certificate_between(call, domain):
     """SPIRE's servers have authorities of their own below that of the bundle."""
-    below = TrustDomain.__new__(TrustDomain)
-    below.name, below.key = domain.name, ec.generate_private_key(ec.SECP256R1())
-    below.certificate = domain._sign(
-        Name([NameAttribute(NameOID.ORGANIZATION_NAME, "below")]),
-        below.key.public_key(),
-        [UniformResourceIdentifier("spiffe://example.org")],
-        ca=True,
-        usage=usage(signs=False, certificates=True),
-    )
+    below = domain.between()
     chain, key = below.svid(ID[EVAL])
-    between = below.certificate.public_bytes(Encoding.PEM).decode()
-    assert call((chain + between, key)).post() == (200, "Hello.")
+    assert call((chain + below.bundle, key)).post() == (200, "Hello.")
 
 
 def test_each_connection_has_proved_the_key(call, domain, monkeypatch):
@@ -305,23 +293,104 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
     assert call().post(**bearer(place.keys[ANA])) == (200, "Hello.")
 
 
-def test_as_it_is_started(place, call, domain, tmp_path):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_path, workers):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    chain = str(place.certificate[0])
+    chain, crl, said = str(place.certificate[0]), tmp_path / "crl.pem", tmp_path / "stderr"
+    crl.write_bytes(domain.crl(begin=-600))
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     upstream = ["--upstream", f"http://127.0.0.1:{place.inference.port}", "--listen", f"127.0.0.1:{port}"]
-    tls = ["--certificate", chain, "--key", chain]
-    process = subprocess.Popen([*command, *upstream, *tls, "--client-certificates"], stdout=subprocess.PIPE)
+    tls = ["--certificate", chain, "--key", chain, "--client-certificates", "--crl", str(crl)]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        shown_at = probe.getsockname()[1]
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(
+            [*command, *upstream, *tls, "--workers", str(workers), "--metrics", f"127.0.0.1:{shown_at}"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+    made = []
+
+    def one(shown) -> Caller:
+        made.append(Caller(Gateway(place, port), tmp_path, shown))
+        return made[-1]
+
+    def hangup(list_: bytes, expected: str) -> None:
+        crl.write_bytes(list_)
+        before = len(said.read_text())
+        process.send_signal(signal.SIGHUP)
+        end = time.monotonic() + 30
+        while expected not in (found := said.read_text()[before:]):
+            assert time.monotonic() < end, found
+            time.sleep(0.02)
+
     try:
         assert json.loads(process.stdout.readline())["url"] == f"https://127.0.0.1:{port}/v1"
-        caller = Caller(Gateway(place, port), tmp_path, domain.svid(ID[EVAL]))
-        assert caller.post() == (200, "Hello.")
-        caller.connection.close()
+        shown, other = domain.svid(ID[EVAL]), domain.svid(ID[EVAL])
+        streaming, begun = one(shown), threading.Event()
+
+        def slow(_):
+            yield STREAM
+            yield token(" word")
+            begun.set()
+            while True:
+                yield token(" word")
+                yield 0.05
+
+        place.inference.script = slow
+        body = json.dumps(chat(stream=True, max_tokens=4096))
+        streaming.connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
+        answer = streaming.connection.getresponse()
+        assert begun.wait(10)
+        place.inference.script = lambda _: [whole()]
+        kept, others = [one(shown) for _ in range(6)], one(other)
+        assert {each.post() for each in (*kept, others)} == {(200, "Hello.")}
+        hangup(domain.crl(shown[0], begin=-300), "new settings are in force")
+        # Connections that were made before are closed, also those that are not asked on, and what is under way ends.
+        for each in kept:
+            each.connection.sock.settimeout(10)
+            assert each.connection.sock.recv(1) == b""
+        last = answer.read().split(b"\n\n")[-2]
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "invalid_api_key"
+        assert one(shown).post() == NOBODY
+        assert others.post() == (200, "Hello.")
+        # What can't be used leaves in force what is.
+        for wrong, why in (
+            (domain.crl(begin=-400), "is in force"),
+            (domain.crl(begin=-100, end=-1), "ended"),
+            (TrustDomain().crl(), "no authority of this room has signed"),
+            (b"", "is no list of revoked certificates"),
+        ):
+            hangup(wrong, why)
+            assert one(shown).post() == NOBODY
+        assert one(other).post() == (200, "Hello.")
+        assert Gateway(place, port).metrics(shown_at)["strongroom_gateway_crl_end"] == pytest.approx(
+            time.time() + 3600, abs=60
+        )
+        hangup(domain.crl(begin=-200), "new settings are in force")
+        assert one(shown).post() == (200, "Hello.")
     finally:
+        for each in made:
+            each.connection.close()
         process.terminate()
         process.wait(40)
         process.stdout.close()
+
+
+def test_a_gateway_does_not_start_with_a_list_that_has_ended(place, domain, tmp_path, capsys):
+    crl = tmp_path / "crl.pem"
+    crl.write_bytes(domain.crl(begin=-100, end=-1))
+    chain = str(place.certificate[0])
+    tls = ["--certificate", chain, "--key", chain, "--client-certificates", "--crl", str(crl)]
+    listen = ["--listen", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{place.inference.port}"]
+    code = execute(["--room", str(place.folder), "--json", "gateway", *listen, *tls])
+    assert (code, json.loads(capsys.readouterr().out)["error"]["code"]) == (2, "revocation.expired")
+
+
+def test_revoked_certificates_are_those_of_callers(place, capsys):
+    code = execute(["--room", str(place.folder), "--json", "gateway", "--upstream", "http://127.0.0.1:1", "--crl", "x"])
+    assert (code, json.loads(capsys.readouterr().out)["error"]["code"]) == (2, "gateway.crl")
 
 
 @pytest.mark.parametrize("more", [[], ["--certificate", "x", "--key", "x", "--behind-proxy"]])

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from gateway.places import ANA, PIA, REF, Place, chat
 from strongroom.cli.main import execute
-from strongroom.client.records import Wanted, read
+from strongroom.client.records import Account, Wanted, read
 from strongroom.errors import NotFound, UsageError
 from strongroom.gateway.records import Records
+from strongroom.storage.db import Database, egress
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_the_file_of_another_stream_is_not_its_own(ask, copied):
 def test_what_the_log_does_not_have_yet(tmp_path):
     """And a line that is being written."""
     entered = []
-    records = Records(tmp_path, lambda ref, body: entered.append((5, body)) or 0, "5" * 64)
+    records = Records(tmp_path, lambda ref, body: entered.append(Account(5, ref, body)) or 0, "5" * 64)
     record = {"by": ANA, "ref": REF, "status": 200, "tokens": 5, "bits": 80, "stream": records.stream}
     records.add(record)
     records._wake.set()
@@ -165,3 +167,89 @@ def test_whom_and_what_there_is_no_name_for():
             Wanted(**wrong)
     with pytest.raises(NotFound):
         read([], [Path("nowhere")], Wanted())
+
+
+def entries_of(folder, path):
+    """What a gateway enters that has written this file, and its name there."""
+    entered = []
+    records = Records(folder, lambda ref, body: entered.append(Account(5, ref, body)) or 0, "5" * 64)
+    for line in path:
+        records.add({"by": ANA, "status": 200, "tokens": 5, "bits": 80, **line})
+    records.close()
+    return entered
+
+
+def test_sums_that_the_records_do_not_come_to(tmp_path):
+    """Whoever tells the log of less than was answered can't keep records of it, and the other way round."""
+    other = "acme/tiny@2"
+    lines = [{"ref": REF}, {"ref": REF, "status": 100}, {"ref": REF, "status": 429}, {"ref": other}, {"ref": ""}]
+    told = entries_of(tmp_path, lines)
+    assert read(told, [tmp_path], Wanted())["ok"]
+    for name, by in (("bits", -1), ("requests", 1), ("refused", -1), ("tokens", 7)):
+        wrong = [one if one.ref != REF else one._replace(body={**one.body, name: one.body[name] + by}) for one in told]
+        found = read(wrong, [tmp_path], Wanted(ref=other))  # whatever is looked for
+        (stream,) = found["streams"]
+        assert (found["ok"], stream["code"]) == (False, "records.sums")
+        (difference,) = stream["differences"]
+        assert difference["ref"] == REF
+        assert difference["log"][name] == difference["records"][name] + by
+        assert f"{difference['records'][name]} {name}" in stream["problem"]
+        assert [each["ref"] for each in found["accounts"]] == [other]
+    # Of a version of which the log has nothing, nothing is compared: it may not have been entered yet.
+    assert read([one for one in told if one.ref != other], [tmp_path], Wanted())["ok"]
+
+
+def test_an_account_that_came_late_is_no_difference(tmp_path):
+    """The log was away for a while: what could not be entered comes with the next, and the other version's before."""
+    entered, away = [], ["acme/tiny@2"]
+
+    def enter(ref, body):
+        if ref in away:
+            raise OSError
+        entered.append(Account(5, ref, body))
+        return 0
+
+    records = Records(tmp_path, enter, "5" * 64)
+    line = {"by": ANA, "status": 200, "tokens": 5, "bits": 80}
+    for k in range(2):
+        for ref in (REF, "acme/tiny@2"):
+            records.add({**line, "ref": ref})
+        records._write()
+        records._enter()
+        assert read(entered, [tmp_path], Wanted())["ok"], k
+        away.clear()
+    records.close()
+    assert read(entered, [tmp_path], Wanted())["ok"]
+    assert {each["ref"]: each["bits"] for each in read(entered, [tmp_path], Wanted())["accounts"]} == {
+        REF: 160,
+        "acme/tiny@2": 160,
+    }
+
+
+def test_an_entry_about_what_is_captured_counts_nothing(tmp_path):
+    entered = []
+    records = Records(tmp_path, lambda ref, body: entered.append(Account(5, ref, body)) or 0, "5" * 64)
+    records.add({"by": ANA, "status": 400, "tokens": 0, "bits": 0, "ref": ""})
+    records.announce("a" * 64)
+    assert [each.body["requests"] for each in entered] == [0]
+    assert entered[0].body["records"] == 1
+    assert read(entered, [tmp_path], Wanted())["ok"]
+    records.close()
+    assert read(entered, [tmp_path], Wanted())["ok"]
+
+
+def test_counters_that_were_set_back(kept, ask):
+    found = ask()[1]
+    (account,) = found["accounts"]
+    assert account["counters"] >= account["bits"] == found["bits"] > 0
+    assert (account["ref"], account["requests"], account["refused"]) == (REF, 6, 0)
+    assert "set back" not in ask(json_=False)[1]
+    database = Database.open(f"sqlite:///{kept.folder}/room.db")
+    try:
+        with database.counting() as tx:
+            tx.execute(sa.update(egress).where(egress.c.ref == REF, egress.c.scope == "model").values(used=1))
+    finally:
+        database.close()
+    code, text = ask(json_=False)
+    assert code == 0
+    assert f"the budget's counters have 1 bits of {REF}" in text

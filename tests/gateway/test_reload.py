@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,16 +13,20 @@ import threading
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 
 from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token, whole
 from gateway.test_gateway import eventually
 from gateway.test_limits_redis import Server
+from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.crypto.capture import CaptureKey
-from strongroom.errors import StrongroomError, UsageError
+from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway import generations
 from strongroom.gateway.captured import opened
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
+from strongroom.gateway.reload import Prepared
 from strongroom.gateway.settings import Settings
 from strongroom.storage.db import Database
 from strongroom.watch.tallies import Tallies
@@ -278,3 +283,81 @@ def test_limits_in_redis_go_on_and_its_address_stays(place, tmp_path):
     finally:
         place.stop_gateways()
         redis.kill()
+
+
+def test_many_hangups_are_one(monkeypatch):
+    """Each would make all parts of a worker anew. The last one is never passed over: it may be of a file that was
+    written after the one under way was read."""
+    go, read, told = threading.Event(), [], []
+
+    def reading() -> Settings:
+        read.append(len(read))
+        assert go.wait(20)
+        return Settings()
+
+    async def story() -> None:
+        prepared = Prepared(None, None, None)
+        monkeypatch.setattr(prepared, "prepare", _nothing)
+        monkeypatch.setattr(prepared, "take", _nothing)
+        before = signal.getsignal(signal.SIGHUP)
+        loop = asyncio.get_running_loop()
+        prepared.on_hangup(reading, told.append)
+        try:
+            for _ in range(20):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.005)
+                if read:
+                    break
+            for _ in range(20):
+                os.kill(os.getpid(), signal.SIGHUP)
+                await asyncio.sleep(0.005)
+            go.set()
+            for _ in range(400):
+                await asyncio.sleep(0.005)
+                if len(told) > 1 and not asyncio.all_tasks() - {asyncio.current_task()}:
+                    break
+        finally:
+            loop.remove_signal_handler(signal.SIGHUP)
+            signal.signal(signal.SIGHUP, before)
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+    assert (len(read), told) == (2, [Settings()] * 2)
+
+
+async def _nothing(*_) -> None:
+    """What a test is not about."""
+
+
+def test_that_a_model_is_too_small_is_said_once(place, caplog):
+    """And again with budgets that are others: it is about these."""
+    gateway = place.gateway()
+    app = place.newest
+    upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
+
+    def said() -> int:
+        return sum("too small for its budget" in each.getMessage() for each in caplog.records)
+
+    for settings, times in (
+        ("", 1),
+        (f"[answer]\nmax_tokens = 2048\n{upstream}", 1),
+        (f"[budgets]\ncompression = 10\n{upstream}", 2),
+        (upstream, 2),
+    ):
+        if settings:
+            _take(place, app, settings)
+        assert gateway.post(chat())[0] == 200
+        assert said() == times
+
+
+def test_nobody_is_asked_for_a_passphrase_while_it_runs(tmp_path, capfd):
+    """A terminal may be there, and nobody at it: the whole gateway would wait."""
+    key = Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x"))
+    (tmp_path / "key").write_bytes(key)
+    authority = WebAuthority(tmp_path / "web", "Gateway")
+    with authority.issued(["127.0.0.1"]) as chain:
+        prepared = Prepared(None, None, (chain, tmp_path / "key"))
+        with pytest.raises(BackendError) as caught:
+            asyncio.run(prepared.prepare(Settings()))
+    assert caught.value.code == "gateway.certificate"
+    assert "is encrypted" in caught.value.message
+    assert capfd.readouterr() == ("", "")

@@ -195,7 +195,7 @@ def test_bits_that_are_hidden_in_tokens_end_inference(room):
         # No end of the gateway clears the alarm, be its next server honest; a new term, which the log sees, does.
         with gateway(room, honest.url, term) as (app, port, key):
             assert ask(port, key)[0] == 503
-            assert "not what these weights" in app.problems()[-1]
+            assert "not what these weights" in app.problems()["verify"]
         with Room(room[0] / "room") as opened:
             found = opened.budget(REF)
         assert found["verified"]["term"] == term

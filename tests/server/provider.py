@@ -163,6 +163,38 @@ class TrustDomain:
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         return made.public_bytes(Encoding.PEM).decode(), private
 
+    def between(self) -> TrustDomain:
+        """An authority below this one, of the same name, that makes certificates and lists in its place."""
+        below = TrustDomain.__new__(TrustDomain)
+        below.name, below.key = self.name, ec.generate_private_key(ec.SECP256R1())
+        below.certificate = self._sign(
+            x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, f"below {secrets.token_hex(4)}")]),
+            below.key.public_key(),
+            [x509.UniformResourceIdentifier(f"spiffe://{self.name}")],
+            ca=True,
+            usage=_usage(signs=False, certificates=True),
+        )
+        below.bundle = below.certificate.public_bytes(Encoding.PEM).decode()
+        return below
+
+    def crl(self, *chains, begin=-60, end=3600, extensions=(), signer=None) -> bytes:
+        """The list, PEM, of the first certificate of each of `chains`, which were revoked."""
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateRevocationListBuilder()
+            .issuer_name(self.certificate.subject)
+            .last_update(now + timedelta(seconds=begin))
+            .next_update(now + timedelta(seconds=end))
+        )
+        for chain in chains:
+            serial = x509.load_pem_x509_certificates(chain.encode())[0].serial_number
+            gone = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(now).build()
+            builder = builder.add_revoked_certificate(gone)
+        for each, critical in extensions:
+            builder = builder.add_extension(each, critical=critical)
+        made = builder.sign(signer or self.key, SHA256())
+        return made.public_bytes(Encoding.PEM)
+
     def _sign(self, subject, public, names, *, ca, usage, begin=-3600, end=7200):
         now = datetime.now(UTC)
         issuer = subject if not hasattr(self, "certificate") else self.certificate.subject

@@ -42,13 +42,13 @@ class Served:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.url = self.start()
 
-    def start(self) -> str:
-        """One more custodian over the same room; its URL."""
+    def start(self, *options: str) -> str:
+        """One more custodian over the same room, with these options; its URL."""
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         listen = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "strongroom.cli", "--room", str(self.folder), "serve", "--listen", listen]
-        self.processes.append(subprocess.Popen(command, stdout=self.log, stderr=self.log))
+        self.processes.append(subprocess.Popen([*command, *options], stdout=self.log, stderr=self.log))
         url = f"https://{listen}"
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.processes[-1].poll() is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from http.cookiejar import CookieJar
+from pathlib import Path
 
 import pytest
 
@@ -165,3 +168,39 @@ def test_a_role_is_changed_and_the_binding_stays(served):
 
 def test_the_log_holds_together(served):
     served.host("log", "verify")
+
+
+def test_a_revoked_certificate_introduces_no_key(served, domain, away):
+    crl = away / "crl.pem"
+    crl.write_bytes(domain.crl(begin=-600))
+    url, process = served.start("--crl", str(crl)), served.processes[-1]
+    try:
+        chain, key = domain.svid(CI)
+        (away / "svid.pem").write_text(chain)
+        (away / "svid.key").write_bytes(key)
+        env = environment(STRONGROOM_STATE=str(away / "state"), STRONGROOM_IDENTITIES=str(away / "none"))
+        card = away / "card.json"
+        card.write_bytes((served.folder / "card.json").read_bytes())
+        here("--room", url, "trust", str(card), env=env, cwd=away)
+        login = ("login", "--svid", str(away / "svid.pem"), str(away / "svid.key"))
+
+        def code():
+            return here("--room", url, "--as", "workload/ci", "--json", *login, env=env, cwd=away).code
+
+        def hangup(data, expected):
+            before = len(Path(served.log.name).read_text())
+            crl.write_bytes(data)
+            process.send_signal(signal.SIGHUP)
+            end = time.monotonic() + 20
+            while expected not in Path(served.log.name).read_text()[before:]:
+                assert time.monotonic() < end
+                time.sleep(0.02)
+
+        assert code() == 0
+        hangup(domain.crl(chain, begin=-300), "new revocation lists are in force")
+        assert code() == 4
+        hangup(domain.crl(begin=-400), "the revocation lists stay as they were")
+        assert code() == 4
+    finally:
+        process.terminate()
+        process.wait(30)

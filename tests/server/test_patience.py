@@ -205,7 +205,7 @@ def running(tmp_path, app):
     with listen.listen("127.0.0.1", 0) as listener:
         with authority.issued(["127.0.0.1"]) as certificate:
             config = listen.configure(app, certificate)
-        server = uvicorn.Server(config)
+        server = listen.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         context = ssl.create_default_context(cadata=authority.pem)
@@ -246,7 +246,7 @@ class TestConnections:
             assert ended.wait(60)
 
     def test_one_address_has_so_many(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(listen, "_FROM_ONE", 20)
+        monkeypatch.setattr(listen.Connection, "most", 20)
         with running(tmp_path, nothing) as connect:
             for _ in range(2):  # those that are closed count no more
                 opened, alive = [], 0
@@ -258,7 +258,7 @@ class TestConnections:
                         alive += each.recv(4096).startswith(b"HTTP/1.1 204")
                     each.close()
                 assert alive == 20
-                while listen.Connection._from:  # the server has seen that they are closed
+                while listen.Connection.crowd:  # the server has seen that they are closed
                     time.sleep(0.01)
 
     def test_nobody_names_another_address(self, tmp_path):

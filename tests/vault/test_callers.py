@@ -81,6 +81,19 @@ def enact(team, rules):
 
 
 class TestDeciding:
+    def test_whoever_makes_a_key_is_told_whether_it_is_good_for_anything(self, team):
+        """As the gateway will ask: policy may tell a key of its own from an API key."""
+        assert team.pat.apikeys.new("one")["infers"]
+        assert not team.ada.apikeys.new("one")["infers"]
+        enact(
+            team,
+            '@id("no-passwords") forbid (principal in Strongroom::Role::"partner", action, resource) '
+            'when { context.authentication == "apikey" };',
+        )
+        assert not team.pat.apikeys.new("two")["infers"]
+        found = by_key(team.callers, team.pat, "three")
+        denied(team.callers, found)
+
     def test_policy_says_who_may_infer(self, team):
         pat, ada = by_key(team.callers, team.pat), by_key(team.callers, team.ada)
         assert pat == Caller("user/pat", ("partner",), (), "user/pat", pat.key, "apikey")

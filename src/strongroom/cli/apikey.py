@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import click
 
 from strongroom.cli.custody import Duration
 from strongroom.cli.options import Group, Options, command, pass_options
 from strongroom.cli.output import facts, table
 from strongroom.core.clock import text
-from strongroom.errors import StrongroomError
 
 
 @click.group("apikey", cls=Group)
@@ -32,13 +29,10 @@ def new(options: Options, name: str, seconds: int) -> None:
     with options.open() as room:
         done = room.apikeys.new(name, seconds)
         options.output.answer(done, [done["key"]])  # first: whatever comes now, it is shown this once
-        infers = True
-        with contextlib.suppress(StrongroomError):
-            found = room.reach(done["principal"])
-            infers = any(each["action"] == "infer" and each["state"] == "now" for each in found)
-    if not infers:
+    if not done["infers"]:
         options.output.warn(
-            f"policy lets {done['principal']} infer on no version that is here, so the gateway answers this key nothing"
+            f"policy lets {done['principal']} infer on no version that is here with an API key, so the gateway answers "
+            "this key nothing"
         )
         options.output.note(
             f"  → strongroom reach {done['principal']} --all shows which rule is missing, or in the way"

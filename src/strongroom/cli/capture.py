@@ -88,7 +88,7 @@ def open_(options: Options, files: tuple[Path, ...], key: Path, by: str | None, 
     answer = {"captured": mine, "others": others, "problems": problems}
     options.output.answer(answer, [line for each in mine for line in _lines(each)] or ["nothing"])
     for each in others:
-        said = f"record {each['record']['n']} says that it was sealed to another key, {each['other_key'][:16]}…"
+        said = f"record {each['record']['n']} was sealed to another key, {each['other_key'][:16]}…"
         options.output.warn(said)
     for problem in problems:
         options.output.warn(problem)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     explain="""Clients of OpenAI's API work unchanged: their base URL is http(s)://HOST:PORT/v1, their key one of
     `strongroom apikey new`. Every field of a request is validated and written anew, every bit of an answer is metered
     against the size of the weights, and each request is recorded. What policy does not permit (log-probabilities,
-    logit_bias, embeddings, n) is refused. SIGHUP has it read --settings and --certificate again.""",
+    logit_bias, embeddings, n) is refused. SIGHUP has it read --settings, --certificate and --crl again.""",
 )
 @click.option("--upstream", "upstreams", multiple=True, metavar="URL", help="An inference server. May be repeated.")
 @click.option(
@@ -45,6 +45,14 @@ if TYPE_CHECKING:
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
 @click.option(
     "--client-certificates", "ask", is_flag=True, help="Take X.509 certificates of workloads in place of keys."
+)
+@click.option(
+    "--crl",
+    "revoked",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Certificates of callers that were revoked, PEM or DER, read again at SIGHUP. May be repeated.",
 )
 @click.option(
     "--metrics",
@@ -66,6 +74,7 @@ def gateway(  # noqa: PLR0917 - one for each option
     certificate: str | None,
     key: str | None,
     ask: bool,
+    revoked: tuple[Path, ...],
     shown_at: str | None,
     behind_proxy: bool,
 ) -> None:
@@ -99,6 +108,13 @@ def gateway(  # noqa: PLR0917 - one for each option
             hint="--client-certificates goes with --certificate FILE --key FILE, and without --behind-proxy",
         )
 
+    if revoked and not ask:
+        raise UsageError(
+            "gateway.crl",
+            "no caller shows a certificate, so none can be revoked",
+            hint="--crl FILE goes with --client-certificates",
+        )
+
     def read() -> Settings:
         return _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
 
@@ -118,6 +134,7 @@ def gateway(  # noqa: PLR0917 - one for each option
                 (Path(certificate), Path(key)) if certificate and key else None,
                 _shown(*address(shown_at)) if shown_at else lambda _, __: None,
                 ask,
+                revoked,
                 # Without a file there is nothing to read again, and a terminal that is closed ends what runs in it.
                 read if file or certificate else None,
                 partial(_tell, options),

@@ -22,7 +22,7 @@ def principal() -> None:
     explain="""Registering is an entry of the log, signed by you. The principal's key is made on its own machine
     (`strongroom identity new`), and --public-key is its public half. In an embedded room it may be left out: then the
     key is made in the room's folder, where whoever can read the folder has it. No weights and no lease come with
-    it.""",
+    it. A team is not registered: it is there as soon as somebody is in it.""",
 )
 @click.argument("path", metavar="PRINCIPAL")
 @click.option("--role", "roles", multiple=True, type=click.Choice(ROLES), help="May be given several times.")
@@ -42,7 +42,7 @@ def add(
     oidc: str | None,
     spiffe: str | None,
 ) -> None:
-    """Register a principal: user/NAME, workload/NAME or team/NAME."""
+    """Register a principal: user/NAME or workload/NAME."""
     with options.open() as room:
         done = room.principal_add(
             path, roles=roles, teams=teams, person=person, public_key=public_key, oidc=oidc, spiffe=spiffe
@@ -53,9 +53,7 @@ def add(
             f"the private key of {path} lies in {done['key_file']}: whoever can read it can act as {path}. Its owner "
             "has to take it away from there, to their own machine"
         )
-    if path.startswith("team/"):
-        options.output.note(f"  → who is in it: strongroom principal team PRINCIPAL {path}")
-    elif not roles:
+    if not roles:
         options.output.note(f"  → it may do nothing yet: strongroom principal role {path} researcher")
 
 

@@ -6,7 +6,7 @@ import re
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,10 @@ from strongroom.cli.custody import Duration
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, number, table
 from strongroom.core.clock import text
-from strongroom.errors import IntegrityError, UsageError
+from strongroom.errors import Denied, IntegrityError, NotFound, UsageError
+
+if TYPE_CHECKING:
+    from strongroom.client import Room
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?", re.ASCII)
 
@@ -39,7 +42,8 @@ class Since(click.ParamType[int]):
     "records",
     explain="""Each worker of a gateway keeps a chain of records, one a request, in a file; the log has the hash of the
     newest every few seconds. The files are hashed from their first line on, and compared with every entry about them:
-    who has edited a record, or taken one away, is found out. No prompt and no answer is in a record.""",
+    who has edited a record, or taken one away, is found out. What the records come to is compared with the sums in
+    the log, and these with the budget's counters, which can only be more. No prompt and no answer is in a record.""",
 )
 @click.option("--by", metavar="PRINCIPAL", help="Those of one principal.")
 @click.option("--ref", metavar="REF", help="Those of one version, or of all versions of a name.")
@@ -63,6 +67,8 @@ def records(options: Options, by: str | None, ref: str | None, since: int | None
     wanted = Wanted(by or "", ref or "", since or 0)
     with options.open() as room:
         found = room.log.records(list(folders) or [_own(options)], wanted)
+        for each in found["accounts"]:
+            each["counters"] = _gone(room, each["ref"])
     options.output.answer(found, _lines(found))
     young = sum(each["records"] - each["accounted"] for each in found["streams"] if not each["code"])
     if young:
@@ -70,7 +76,22 @@ def records(options: Options, by: str | None, ref: str | None, since: int | None
         options.output.note(f"  → {counted(young, 'record')} {told}")
     if any(each["code"] == "records.elsewhere" for each in found["streams"]):
         options.output.note("  → a gateway on another machine has its records there: --records FOLDER for each of them")
+    for each in found["accounts"]:
+        if each["counters"] is not None and each["counters"] < each["bits"]:
+            options.output.warn(
+                f"the budget's counters have {each['counters']:,} bits of {each['ref']}, and gateways have accounted "
+                f"for {each['bits']:,} in the log: the database was set back, or written to"
+            )
     return 0 if found["ok"] else IntegrityError.exit_code
+
+
+def _gone(room: Room, ref: str) -> int | None:
+    """What the budget's counters have that left of a version; None where that can't be said: it was shredded, or
+    whoever asks may not see it."""
+    try:
+        return int(room.budget(ref)["gone_bits"])
+    except (NotFound, Denied):
+        return None
 
 
 def _own(options: Options) -> Path:
@@ -93,6 +114,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         + ("all as the log has them" if not wrong else f"{counted(len(wrong), 'stream')} NOT as the log has them")
     ]
     lines += [f"  {each['stream']}: {each['problem']}" for each in wrong]
+    if any(each["code"] == "records.sums" for each in wrong):
+        lines.append("  (a gateway whose disk was full, or that lost the log's answer, differs so, too)")
     sums: dict[tuple[str, str], list[int]] = {}
     for each in found["records"]:
         if each["status"] == 100:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +15,11 @@ from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
 from strongroom.core.files import write_whole
 from strongroom.core.limits import MIB
-from strongroom.errors import BackendError, UsageError
+from strongroom.errors import BackendError, StrongroomError, UsageError
 
 if TYPE_CHECKING:
     from strongroom.formats.card import Card
+    from strongroom.vault.revocations import Revocations
 
 
 @command(
@@ -51,6 +54,14 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Those of the room's gateway, whose budgets `strongroom budget` then shows.  [default: none]",
 )
+@click.option(
+    "--crl",
+    "revoked",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Certificates of workloads that were revoked, PEM or DER, read again at SIGHUP. May be repeated.",
+)
 @pass_options
 def serve(
     options: Options,
@@ -60,6 +71,7 @@ def serve(
     direct: bool,
     trace_memory: int | None,
     settings: Path | None,
+    revoked: tuple[Path, ...],
 ) -> None:
     """Serve the room to others, until interrupted."""
     try:
@@ -73,6 +85,7 @@ def serve(
     from strongroom.crypto.authority import Authority
     from strongroom.formats.card import Card
     from strongroom.gateway.settings import Settings
+    from strongroom.vault.revocations import Revocations
     from strongroom.vault.vault import Vault
 
     budgets = Settings.read(settings).budgets if settings else None
@@ -82,6 +95,8 @@ def serve(
     vault = Vault(options.folder)
     try:
         vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not by the first client
+        revocations = Revocations(vault, revoked)
+        revocations.take(revocations.read())
         # Before anything is written: the card of a server that runs here already stays.
         with listen(host, port) as listener, contextlib.ExitStack() as stack:
             authority = Authority(vault.folder / "tls", f"Strongroom room {vault.id.hex()[:8]}")
@@ -102,9 +117,37 @@ def serve(
                 stack.callback(metrics.shutdown)
             options.output.answer(answer, facts(list(answer.items())))
             options.output.note("  → give the card to clients, over a channel that they trust: strongroom trust CARD")
+            if revoked:
+                stack.enter_context(_again(options, revocations))
             run(config, listener)
     finally:
         vault.close()
+
+
+@contextlib.contextmanager
+def _again(options: Options, revocations: Revocations) -> Iterator[None]:
+    """SIGHUP has the lists read again; what can't be used is said, and those in force stay."""
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # stderr, where nobody listens
+            try:
+                revocations.take(revocations.read())
+                options.output.note("  → new revocation lists are in force")
+            except StrongroomError as error:
+                options.output.warn(f"the revocation lists stay as they were: {error}")
+
+    lock = threading.Lock()
+
+    def once() -> None:
+        with lock:
+            read()
+
+    # In a thread: it asks the database, and a request may be in the middle of that here.
+    before = signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=once, daemon=True).start())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def address(text: str) -> tuple[str, int]:

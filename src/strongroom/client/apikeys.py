@@ -27,12 +27,15 @@ class ApiKeys:
 
     def new(self, name: str = "default", duration: int = DURATION) -> dict[str, Any]:
         """Make one, good for `duration` seconds: `key`, which is kept nowhere, `id`, `principal`, `name`, `expires_at`,
-        `entry`. Errors as policy/apikeys.py has them."""
+        `entry`, `infers` (whether policy lets it infer on any version). Errors as policy/apikeys.py has them."""
         key = make()
         expires_at = self._room.clock() + duration
         body = {"key": digest_of(key), "principal": self._who, "name": name, "expires_at": expires_at}
         done = self._room.custodian.apikeys.change(self._say("apikey", {**body, "state": "active"}))
-        return {"key": key, **{each: done[each] for each in ("id", "principal", "name", "expires_at", "entry")}}
+        return {
+            "key": key,
+            **{each: done[each] for each in ("id", "principal", "name", "expires_at", "entry", "infers")},
+        }
 
     def ls(self, principal: str | None = None) -> list[dict[str, Any]]:
         """Those that are good now, without the keys themselves: of `principal`, or all that `who` may see."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from strongroom.core.ids import Ref, parse_id, parse_principal
 from strongroom.errors import IntegrityError, NotFound, StrongroomError, Tampered
 
 _LINE_MOST = 64 << 10  # bytes of a record
 _READ = 1 << 20
+_SUMS = ("requests", "refused", "tokens", "bits")
 
 
 @dataclass(frozen=True)
@@ -32,51 +34,71 @@ class Wanted:
     def has(self, record: dict[str, Any]) -> bool:
         if record["at"] < self.since * 1000 or (self.by and record["by"] != self.by):
             return False
-        ref = str(record["ref"])
+        return self.names(str(record["ref"]))
+
+    def names(self, ref: str) -> bool:
+        """Whether a version is one of those that are looked for."""
         return not self.ref or ref == self.ref or ("@" not in self.ref and ref.partition("@")[0] == self.ref)
+
+
+class Account(NamedTuple):
+    """An `inference` entry of the log: its time (seconds), its version or an empty text, and its body."""
+
+    at: int
+    ref: str
+    body: dict[str, Any]
 
 
 @dataclass
 class Stream:
     """The chain of one worker. `records`: how many there are; `accounted`: how many of them the log has the head of;
-    `unfinished`: bytes at the end that are no record, or none yet. `problem`: what is wrong, with `code`."""
+    `unfinished`: bytes at the end that are no record, or none yet. `differences`: versions of which the log's sums are
+    others than those of the records, each with both. `problem`: what is wrong, with `code`."""
 
     stream: str
     records: int = 0
     accounted: int = 0
     unfinished: int = 0
+    differences: list[dict[str, Any]] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
     code: str = ""
     problem: str = ""
 
 
-def read(bodies: Iterable[tuple[int, dict[str, Any]]], folders: Sequence[Path], wanted: Wanted) -> dict[str, Any]:
-    """All streams in `folders` against the log's `inference` entries, each its time and its body.
+def read(accounts: Iterable[Account], folders: Sequence[Path], wanted: Wanted) -> dict[str, Any]:
+    """All streams in `folders` against the log's `inference` entries.
 
     ``ok``, ``streams``, ``records`` (those wanted, by time; `accounted` says whether the log has them), and what they
-    come to: ``requests``, ``refused``, ``tokens``, ``bits``. NotFound ``records.missing`` for a folder that there is
-    not. What is wrong with a stream is in ``problem`` of it, with ``code``: ``records.tampered`` if a record was edited
-    or taken away, ``records.elsewhere`` if the log has it and no folder does, which a gateway on another machine
-    explains.
+    come to: ``requests``, ``refused``, ``tokens``, ``bits``; and ``accounts``, what all gateways have told the log of
+    each version that is wanted, whenever and for whomever that was. NotFound ``records.missing`` for a folder that
+    there is not. What is wrong with a stream is in ``problem`` of it, with ``code``: ``records.tampered`` if a record
+    was edited or taken away, ``records.elsewhere`` if the log has it and no folder does, which a gateway on another
+    machine explains, ``records.sums`` if the log was told another sum than the records have.
     """
-    entries: dict[str, list[dict[str, Any]]] = {}
+    entries: dict[str, list[Account]] = {}
     last: dict[str, int] = {}
-    for at, body in bodies:
-        entries.setdefault(body["gateway"], []).append(body)
-        last[body["gateway"]] = at
+    totals: dict[str, Counter[str]] = {}
+    for each in accounts:
+        stream_of = each.body["gateway"]
+        entries.setdefault(stream_of, []).append(each)
+        last[stream_of] = each.at
+        if each.ref and wanted.names(each.ref):
+            totals.setdefault(each.ref, Counter()).update({name: each.body[name] for name in _SUMS})
     paths = _paths(folders)
     found: list[Stream] = []
     rows: list[dict[str, Any]] = []
     for name in sorted({*paths, *entries}):
         known = entries.get(name, [])
-        stream = Stream(name, settings=list(dict.fromkeys(body["settings"] for body in known)))
+        stream = Stream(name, settings=list(dict.fromkeys(one.body["settings"] for one in known)))
         if name in paths:
             _check(stream, paths[name], known, wanted, rows)
-        elif last[name] < wanted.since or not any(body["records"] for body in known):
+        elif last[name] < wanted.since or not any(one.body["records"] for one in known):
             continue
         else:
             stream.code = "records.elsewhere"
-            stream.problem = f"the log has {known[-1]['records']} records of it, and they are in none of the folders"
+            stream.problem = (
+                f"the log has {known[-1].body['records']} records of it, and they are in none of the folders"
+            )
         found.append(stream)
     rows.sort(key=lambda each: (each["at"], each["stream"], each["n"]))
     requests = [each for each in rows if each["status"] != 100]  # of a stream the answer's own is the other one
@@ -88,6 +110,7 @@ def read(bodies: Iterable[tuple[int, dict[str, Any]]], folders: Sequence[Path], 
         "refused": sum(each["status"] >= 400 for each in requests),
         "tokens": sum(each["tokens"] for each in requests),
         "bits": sum(each["bits"] for each in requests),
+        "accounts": [{"ref": ref, **_plain(told)} for ref, told in sorted(totals.items())],
     }
 
 
@@ -109,12 +132,18 @@ def _paths(folders: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _check(
-    stream: Stream, path: Path, bodies: list[dict[str, Any]], wanted: Wanted, rows: list[dict[str, Any]]
-) -> None:
+def _check(stream: Stream, path: Path, accounts: list[Account], wanted: Wanted, rows: list[dict[str, Any]]) -> None:
     from strongroom.gateway.records import verify
 
+    bodies = [each.body for each in accounts]
     accounted = max((body["records"] for body in bodies), default=0)
+    # Each version's sums go as far as the newest account of it. One that could not be entered comes with the next.
+    until, told = dict[str, int](), dict[str, Counter[str]]()
+    for each in accounts:
+        if each.body["requests"]:  # else it says what is captured from then on, and counts nothing
+            until[each.ref] = max(until.get(each.ref, 0), each.body["records"])
+        told.setdefault(each.ref, Counter()).update({name: each.body[name] for name in _SUMS})
+    kept = {ref: Counter[str]() for ref in told}
     mine: list[dict[str, Any]] = []
 
     def take(record: dict[str, Any]) -> None:
@@ -122,8 +151,12 @@ def _check(
         try:
             if record["stream"] != stream.stream:
                 raise Tampered("records.tampered", f"record {record['n']} is of another stream")
+            row = _row(record, accounted=record["n"] < accounted)
+            if record["n"] < until.get(record["ref"], 0):
+                said = (1, record["status"] >= 400, record["tokens"], record["bits"])
+                kept[record["ref"]].update(dict(zip(_SUMS, said, strict=True)))
             if wanted.has(record):
-                mine.append(_row(record, accounted=record["n"] < accounted))
+                mine.append(row)
         except (KeyError, TypeError):
             raise Tampered("records.tampered", f"record {stream.records - 1} is not that of a request") from None
 
@@ -132,14 +165,41 @@ def _check(
         stream.accounted = accounted
     except StrongroomError as error:
         stream.code, stream.problem = error.code, error.message
-        for each in mine:  # edited, maybe: nothing vouches for any of them
-            each["accounted"] = False
+        for row in mine:  # edited, maybe: nothing vouches for any of them
+            row["accounted"] = False
+    else:
+        _compare(stream, told, kept)
     rows += mine
+
+
+def _compare(stream: Stream, told: dict[str, Counter[str]], kept: dict[str, Counter[str]]) -> None:
+    """What a gateway has told the log that its own records do not come to."""
+    for ref, log in told.items():
+        if _plain(log) != _plain(kept[ref]):
+            stream.differences.append({"ref": ref, "log": _plain(log), "records": _plain(kept[ref])})
+    if stream.differences:
+        stream.code = "records.sums"
+        stream.problem = "; ".join(
+            f"of {each['ref'] or 'no version'} the log has {_said(each['log'])}, its records {_said(each['records'])}"
+            for each in stream.differences
+        )
+
+
+def _plain(sums: Counter[str]) -> dict[str, int]:
+    return {name: sums[name] for name in _SUMS}
+
+
+def _said(sums: dict[str, int]) -> str:
+    return ", ".join(f"{value} {name}" for name, value in sums.items())
 
 
 def _row(record: dict[str, Any], *, accounted: bool) -> dict[str, Any]:
     numbers = ("n", "at", "status", "tokens", "bits")
-    if not all(type(record[name]) is int for name in numbers) or not isinstance(record["by"], str):
+    if (
+        not all(type(record[name]) is int for name in numbers)
+        or not isinstance(record["by"], str)
+        or not isinstance(record["ref"], str)
+    ):
         raise TypeError
     return {**record, "accounted": accounted}
 

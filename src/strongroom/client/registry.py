@@ -34,7 +34,12 @@ class Registry:
         spiffe: str | None,
     ) -> dict[str, Any]:
         """See `strongroom.client.Room.principal_add`."""
-        parse_principal(path)
+        if parse_principal(path).startswith("team/"):
+            raise UsageError(
+                "principal.team",
+                f"{path} is a team: it acts through its members, needs no registering, and must have no key",
+                hint=f"strongroom principal team PRINCIPAL {path}, for each who is in it",
+            )
         if public_key is not None:
             _check(public_key, path)
         known = {item["path"]: item["state"] for item in self._room.principal_ls()}

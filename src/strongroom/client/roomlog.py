@@ -12,7 +12,7 @@ from strongroom.errors import NotFound
 
 if TYPE_CHECKING:
     from strongroom.client.anyroom import AnyRoom
-    from strongroom.client.records import Wanted
+    from strongroom.client.records import Account, Wanted
     from strongroom.formats.checkpoint import Checkpoint
     from strongroom.vault.vault import Vault
 
@@ -103,8 +103,9 @@ class RoomLog:
         # The log first: what it has is on disk by then.
         return read(list(self._inference()), folders, wanted)
 
-    def _inference(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Time and body of each account that a gateway has given."""
+    def _inference(self) -> Iterator[Account]:
+        """Each account that a gateway has given."""
+        from strongroom.client.records import Account
         from strongroom.formats.entry import Entry
 
         size = self._ledger.checkpoint()[0].size
@@ -113,7 +114,7 @@ class RoomLog:
                 if b'"type":"inference"' in data:
                     entry = Entry.decode(data)
                     if entry.type == "inference":
-                        yield entry.at, dict(entry.body)
+                        yield Account(entry.at, entry.ref, dict(entry.body))
 
     def redact(self, index: int) -> dict[str, Any]:
         """Delete what is kept beside an entry (reasons, addresses): the log stays whole."""

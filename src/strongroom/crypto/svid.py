@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import verification
 from cryptography.x509.verification import Criticality, ExtensionPolicy, PolicyBuilder, Store
 
+from strongroom.crypto.revocation import RevocationLists
 from strongroom.errors import Tampered, UsageError
 
 _DEPTH = 4  # certificates between a workload's own and the bundle
@@ -23,6 +24,7 @@ _REFUSED = (
     *(x509.ExtensionNotFound, x509.DuplicateExtension),
 )
 _CURVES = (ec.SECP256R1, ec.SECP384R1)
+_NONE = RevocationLists()
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Svid:
     until: int
 
 
-def verify(chain: str, signature: bytes, message: bytes, bundle: str, now: int) -> Svid:
+def verify(
+    chain: str, signature: bytes, message: bytes, bundle: str, now: int, revoked: RevocationLists = _NONE
+) -> Svid:
     """The workload that has signed `message`, by the PEM `chain` of its certificate, its own first, up to one of
-    `bundle`. X509-SVID (SPIFFE), section 5: one URI and no other names, a leaf that may sign and is no authority.
-    Tampered ``svid.invalid``."""
-    leaf, found = _judged(chain, bundle, now)
+    `bundle`. X509-SVID (SPIFFE), section 5: one URI and no other names, a leaf that may sign and is no authority; and
+    nothing of it is `revoked`. Tampered ``svid.invalid``."""
+    leaf, found, _ = _judged(chain, bundle, now, revoked)
     try:
         _check(leaf.public_key(), signature, message)
     except _REFUSED as error:
@@ -47,17 +51,18 @@ def verify(chain: str, signature: bytes, message: bytes, bundle: str, now: int) 
     return found
 
 
-def shown(chain: str, bundle: str, now: int) -> Svid:
-    """As `verify`, of a chain whose key somebody else has proved: TLS, in its handshake."""
-    leaf, found = _judged(chain, bundle, now)
+def shown(chain: str, bundle: str, now: int, revoked: RevocationLists = _NONE) -> Svid:
+    """As `verify`, of a chain whose key somebody else has proved: TLS, in its handshake. It is good until the list ends
+    by which it is not revoked, if that is sooner."""
+    leaf, found, known = _judged(chain, bundle, now, revoked)
     try:
         _check_kind(leaf.public_key())
     except _REFUSED as error:
         raise _invalid(str(error)[:300]) from None
-    return found
+    return found if known is None else Svid(found.uri, min(found.until, known))
 
 
-def _judged(chain: str, bundle: str, now: int) -> tuple[x509.Certificate, Svid]:
+def _judged(chain: str, bundle: str, now: int, revoked: RevocationLists) -> tuple[x509.Certificate, Svid, int | None]:
     certificates = _load(chain, "the chain")
     if len(certificates) > _CHAIN:
         raise _invalid(f"the chain has more than {_CHAIN} certificates")
@@ -69,20 +74,22 @@ def _judged(chain: str, bundle: str, now: int) -> tuple[x509.Certificate, Svid]:
         .require_present(x509.KeyUsage, Criticality.AGNOSTIC, _signs)
         .may_be_present(x509.BasicConstraints, Criticality.AGNOSTIC, _no_authority)
     )
+    anchors = _load(bundle, "the bundle")
     try:
         policy = (
             PolicyBuilder()
-            .store(Store(_load(bundle, "the bundle")))
+            .store(Store(anchors))
             .time(datetime.fromtimestamp(now, UTC))
             .max_chain_depth(_DEPTH)
             .extension_policies(ca_policy=usual, ee_policy=own)
         )
-        policy.build_client_verifier().verify(leaf, between)
+        verified = policy.build_client_verifier().verify(leaf, between)
+        known = revoked.check(verified.chain, anchors, now)
         names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
     except _REFUSED as error:
         raise _invalid(str(error)[:300]) from None
-    return leaf, Svid(uri, int(leaf.not_valid_after_utc.timestamp()))
+    return leaf, Svid(uri, int(leaf.not_valid_after_utc.timestamp())), known
 
 
 def check_bundle(bundle: str) -> None:

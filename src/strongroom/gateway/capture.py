@@ -23,10 +23,11 @@ _EVERY = 0.25  # seconds between two writes
 
 @dataclass(frozen=True)
 class Captured:
-    """What one request and its answer were, until they are sealed. `commitment` is for its record."""
+    """What one request and its answer were, until they are sealed. `commitment` is for its record: to that, and to whom
+    it is sealed for."""
 
     content: bytes
-    commitment: str
+    commitment: dict[str, str]
 
 
 class Capture:
@@ -74,7 +75,7 @@ class Capture:
         answers = ["".join(texts[index]) for index in sorted(texts)]
         value = {"route": flight.route, "ref": flight.ref, "asked": asked, "answers": answers}
         content = secrets.token_bytes(32) + orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-        return Captured(content, commitment(content))
+        return Captured(content, {"content": commitment(content), "key": self.key_id})
 
     def add(self, captured: Captured, number: int, record: str) -> None:
         """Seal it for the record with this number and hash. Returns at once."""

@@ -35,24 +35,31 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
             record, name = decode(line, what="record"), digest(line)
             if record.get("capture") is None:
                 continue
+            number, said = record["n"], _commitment(record)
+            if said is None:
+                wrong.append(f"record {number} does not say what was captured of it")
+                places.pop(name, None)
+                continue
             if name not in places:
-                wrong.append(f"what was captured of record {record['n']} is not there")
+                wrong.append(f"what was captured of record {number} is not there")
                 continue
             file.seek(places.pop(name))
             found = _sealed(file.readline().removesuffix(b"\n"))
+            # The record's word, and not the line's: whoever can write to the file could say of any that it is not ours.
+            if found["key"] != said["key"]:
+                wrong.append(f"what was captured of record {number} names another key than the record does")
+            if said["key"] != key.key_id:
+                others[said["key"]] = number
+                yield {"record": record, "other_key": said["key"]}
+                continue
+            mine += 1
             try:
                 content = key.open(found["sealed"], bytes.fromhex(name))
             except Tampered as error:
-                if found["key"] == key.key_id:
-                    wrong.append(error.message)
-                    continue
-                # So it says: whoever can write to the file can say so of any. It is for its reader to be told.
-                others[found["key"]] = record["n"]
-                yield {"record": record, "other_key": found["key"]}
+                wrong.append(error.message)
                 continue
-            mine += 1
-            if commitment(content) != record["capture"]:
-                wrong.append(f"what was captured of record {record['n']} is not what the record says")
+            if commitment(content) != said["content"]:
+                wrong.append(f"what was captured of record {number} is not what the record says")
                 continue
             yield {"record": record, **_content(content)}
     if places:
@@ -67,6 +74,12 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
             f"record {number} was sealed to another key, {other[:16]}…",
             hint="--key with the private half of that one",
         )
+
+
+def _commitment(record: dict[str, Any]) -> dict[str, str] | None:
+    said = record["capture"]
+    fine = isinstance(said, dict) and isinstance(said.get("content"), str) and isinstance(said.get("key"), str)
+    return said if fine else None
 
 
 def _places(path: Path, wrong: list[str]) -> dict[str, int]:

@@ -65,6 +65,7 @@ class Certificates:
         self._bundles = bundles
         self._context: ssl.SSLContext | None = None
         self._told: set[str] = set()
+        self.crl_end: Callable[[], int | None] = lambda: None  # when the first list of revoked ones ends, in seconds
 
     def ask_with(self, context: ssl.SSLContext) -> None:
         """Ask for certificates in handshakes of `context`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,7 @@ class Counts:
         self.tokens += tokens
         self.bits += bits
         self._sum += seconds
-        for k, bound in enumerate(_BOUNDS):
-            if seconds <= bound:
-                self._seconds[k] += 1
-                return
-        self._seconds[-1] += 1
+        self._seconds[bisect_left(_BOUNDS, seconds)] += 1
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """The histogram of seconds, as the library takes it, and its sum."""
@@ -78,15 +75,27 @@ class GatewayMetrics:
         seconds.add_metric((), buckets, total)
         yield seconds
         yield from self._verified()
+        ends = self._app.certificates.crl_end()
+        if ends is not None:
+            yield GaugeMetricFamily(
+                "strongroom_gateway_crl_end",
+                "Until when the revocation lists are good, in Unix seconds; nobody of a domain gets in after its own",
+                value=ends,
+            )
         settings = GaugeMetricFamily(
             "strongroom_gateway_settings", "The settings in force, by their digest", labels=("digest",)
         )
         settings.add_metric((self._app.settings.digest,), 1)
         yield settings
         yield GaugeMetricFamily("strongroom_gateway_under_way", "Requests under way", value=self._app.under_way)
-        yield GaugeMetricFamily(
-            "strongroom_gateway_ready", "Whether requests are answered", value=0 if self._app.problems() else 1
+        found = self._app.problems()
+        yield GaugeMetricFamily("strongroom_gateway_ready", "Whether requests are answered", value=0 if found else 1)
+        problems = GaugeMetricFamily(
+            "strongroom_gateway_problem", "Why they are not; the log has what it is", labels=("problem",)
         )
+        for word in found:
+            problems.add_metric((word,), 1)
+        yield problems
 
     def _verified(self) -> Iterator[Metric]:
         """Of answers that were run again, if any are."""

@@ -9,15 +9,17 @@ import asyncio
 import logging
 import signal
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from strongroom.crypto.revocation import RevocationLists
 from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.settings import Settings
+from strongroom.vault.revocations import Revocations
 
 _log = logging.getLogger("strongroom.gateway")
 
@@ -26,25 +28,39 @@ Tell = Callable[["Settings | StrongroomError"], None]
 
 
 class Prepared:
-    """New settings in one worker. `tls` is the context whose `certificate` (chain and key) is read again with them."""
+    """New settings in one worker. `tls` is the context whose `certificate` (chain and key) is read again with them, and
+    so are lists of revoked certificates (`revocations`): whoever is on one loses those of the `connections` that were
+    made before."""
 
-    def __init__(self, app: Generations, tls: ssl.SSLContext | None, certificate: tuple[Path, Path] | None) -> None:
+    def __init__(
+        self,
+        app: Generations,
+        tls: ssl.SSLContext | None,
+        certificate: tuple[Path, Path] | None,
+        revocations: Revocations | None = None,
+        connections: Collection[Any] = (),
+    ) -> None:
         self._app, self._tls, self._certificate = app, tls, certificate
-        self._waiting: tuple[Settings, GatewayApp] | None = None
+        self._revocations, self._connections = revocations, connections
+        self._waiting: tuple[Settings, GatewayApp, RevocationLists | None] | None = None
 
     async def prepare(self, settings: Settings) -> None:
         """All that can go wrong. StrongroomError: nothing is prepared."""
         await self.drop()
         if self._certificate is not None:
             _load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self._certificate)
-        self._waiting = settings, await self._app.prepare(settings)
+        lists = await asyncio.to_thread(self._revocations.read) if self._revocations is not None else None
+        self._waiting = settings, await self._app.prepare(settings), lists
 
     async def take(self) -> None:
         """What was prepared is in force."""
         if self._waiting is None:
             return
-        (settings, app), self._waiting = self._waiting, None
+        (settings, app, lists), self._waiting = self._waiting, None
         self._app.take(settings, app)
+        if lists is not None and self._revocations is not None:
+            self._revocations.take(lists)
+            await self._app.certificates_changed(self._connections)
         if self._tls is not None and self._certificate is not None:
             try:
                 _load(self._tls, self._certificate)
@@ -61,10 +77,12 @@ class Prepared:
 
     def on_hangup(self, read: Read, tell: Tell) -> None:
         """From now on SIGHUP has this process `read` settings and take them, and `tell` what came of it."""
-        lock, tasks = asyncio.Lock(), set[asyncio.Task[None]]()
+        lock, tasks, waiting = asyncio.Lock(), set[asyncio.Task[None]](), False
 
         async def again() -> None:
+            nonlocal waiting
             async with lock:
+                waiting = False  # whoever hangs up from now on may have written to a file that was read already
                 try:
                     settings = await asyncio.to_thread(read)
                     await self.prepare(settings)
@@ -76,6 +94,10 @@ class Prepared:
                     tell(unexpected(error))
 
         def rung() -> None:
+            nonlocal waiting
+            if waiting:
+                return
+            waiting = True
             task = asyncio.get_running_loop().create_task(again())
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -153,7 +175,15 @@ def unexpected(error: Exception) -> UsageError:
 
 
 def _load(context: ssl.SSLContext, certificate: tuple[Path, Path]) -> None:
+    def ask() -> str:
+        # OpenSSL would at the terminal, where nobody may be, and everything here would wait for an answer.
+        raise BackendError(
+            "gateway.certificate",
+            f"the key {certificate[1]} is encrypted, and nobody is asked for a passphrase while the gateway runs",
+            hint=f"openssl pkey -in {certificate[1]} -out KEY, into memory or a secret of the platform; then --key KEY",
+        )
+
     try:
-        context.load_cert_chain(*certificate)
+        context.load_cert_chain(*certificate, password=ask)
     except (OSError, ssl.SSLError) as error:
         raise BackendError("gateway.certificate", f"can't use the certificate: {error}") from None

@@ -14,25 +14,29 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
-
-import uvicorn
+from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.generations import Generations
+from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 from strongroom.gateway.reload import Prepared, Read, Tell, everywhere, unexpected
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
+from strongroom.vault.revocations import Revocations
 from strongroom.vault.vault import Vault
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 @dataclass(frozen=True)
 class Plan:
     """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS; `observe` is
     called in each worker with its application and its number, before requests are answered; `ask`: whether callers may
-    show certificates of their own; `read` reads the settings again at a SIGHUP, and `tell` is told those that are in
-    force from then on, or why they are not. Without `read` a SIGHUP ends it."""
+    show certificates of their own, but for those on the lists in the files `revoked`; `read` reads the settings again
+    at a SIGHUP, and `tell` is told those that are in force from then on, or why they are not. Without `read` a SIGHUP
+    ends it."""
 
     room: Path
     settings: Settings
@@ -41,11 +45,12 @@ class Plan:
     certificate: tuple[Path, Path] | None = None
     observe: Callable[[Generations, int], None] = lambda _, __: None
     ask: bool = False
+    revoked: tuple[Path, ...] = ()
     read: Read | None = None
     tell: Tell = lambda _: None
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """A server that says when it has started, and why it has not."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
@@ -166,13 +171,17 @@ def _serve(
         config = configure(app, plan.certificate)
         if plan.ask and config.ssl is not None:
             app.certificates.ask_with(config.ssl)
-        prepared = Prepared(app, config.ssl, plan.certificate)
+        revocations = Revocations(vault, plan.revoked) if plan.revoked else None
+        if revocations is not None:
+            revocations.take(revocations.read())
+            app.certificates.crl_end = revocations.end
 
         def begun() -> None:
             listening(prepared)
             ready()
 
         server = _Server(config, begun)
+        prepared = Prepared(app, config.ssl, plan.certificate, revocations, server.server_state.connections)
         # Why it did not start is said once, by whoever catches it, with what to do.
         logging.getLogger("uvicorn.error").addFilter(lambda _: app.failure is None)
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
 from strongroom.gateway.spelt import Spellings
-from strongroom.gateway.tolls import Tolls, told, too_small
+from strongroom.gateway.tolls import Small, Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
 from strongroom.vault.callers import Callers
@@ -48,12 +48,12 @@ def application(vault: Vault, settings: Settings, records: Path, *, workers: int
     """The application of one of so many workers. `records`: the folder that they are written into."""
     callers = Callers(vault)
     _check_models(callers, settings)
-    door, kept = Door(callers), Records(records, callers.record, settings.digest)
+    door, kept, small = Door(callers), Records(records, callers.record, settings.digest), Small()
 
     def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
         if before is not None:
             _check_models(callers, settings)
-        return _made(vault, callers, door, kept, settings, workers, before)
+        return _made(vault, callers, door, kept, small, settings, workers, before)
 
     return Generations(door, kept, make, settings)
 
@@ -76,6 +76,7 @@ def _made(
     callers: Callers,
     door: Door,
     records: Records,
+    small: Small,
     settings: Settings,
     workers: int,
     before: GatewayApp | None,
@@ -93,7 +94,9 @@ def _made(
     def vocabulary(ref: str) -> int:
         return callers.model(ref).vocabulary or _VOCABULARY
 
-    budgets = Budgets(vault.db, settings.budgets.rules, size, time.time, alarm=told, small=too_small)
+    budgets = Budgets(
+        vault.db, settings.budgets.rules, size, time.time, alarm=told, small=partial(small, settings.budgets)
+    )
     limits = _limits(vault, settings, workers, before)
     backends = [
         Backend(

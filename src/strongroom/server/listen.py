@@ -21,6 +21,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from strongroom.errors import BackendError
+from strongroom.gateway.handshakes import Server
 
 _HEAD_TIME = 20.0  # seconds in which the next request has to begin, and its head to have come
 _TAKE_TIME = 60.0  # seconds in which a reader has to take what waits to be sent: a piece of an object at most
@@ -32,23 +33,33 @@ class Connection(H11Protocol):
     """A connection that is closed when no request comes, or what it was sent is not taken, and is not opened when its
     address has too many."""
 
-    _from: ClassVar[Counter[str]] = Counter()
+    crowd: ClassVar[Counter[str]] = Counter()  # connections, by their address
+    most: ClassVar[int] = _FROM_ONE
+    counted: str | None = None  # see gateway/handshakes.py
     _waiting: TimerHandle | None = None
     _taking: TimerHandle | None = None
 
+    @staticmethod
+    def whose(host: str) -> str:
+        """As it is: this is for those whom the room knows, and a cluster may share an address."""
+        return host
+
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._address = self.client[0] if self.client else ""
-        self._from[self._address] += 1
-        if self._from[self._address] > _FROM_ONE:
+        if self.counted is None:
+            self._address = self.whose(self.client[0] if self.client else "")
+            self.crowd[self._address] += 1
+        else:
+            self._address, self.counted = self.counted, None
+        if self.crowd[self._address] > self.most:
             transport.abort()
             return
         self._waiting = self.loop.call_later(_HEAD_TIME, self._look, None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._from[self._address] -= 1
-        if not self._from[self._address]:
-            del self._from[self._address]
+        self.crowd[self._address] -= 1
+        if not self.crowd[self._address]:
+            del self.crowd[self._address]
         for timer in (self._waiting, self._taking):
             if timer is not None:
                 timer.cancel()
@@ -118,4 +129,4 @@ def run(config: uvicorn.Config, listener: socket.socket) -> None:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard > 0 else 65_536, hard))
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])

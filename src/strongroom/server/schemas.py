@@ -142,7 +142,9 @@ COMPONENTS: dict[str, Schema] = {
     ),
     "PasskeyChanged": _object({**_all("principal", "state"), "entry": COUNT}),
     "ApiKeys": _object({"apikeys": _list(_object(_APIKEY))}),
-    "ApiKeyChanged": _object({"id": ID, **_all("principal", "name", "state"), **_counts("expires_at", "entry")}),
+    "ApiKeyChanged": _object(
+        {"id": ID, **_all("principal", "name", "state"), **_counts("expires_at", "entry"), "infers": FLAG}
+    ),
     "AuthorityChanged": _object({**_all("authority", "state"), "id": ID, "entry": COUNT}, optional=("id",)),
     "Policy": _object(
         {

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from strongroom.ledger.log import Draft
 from strongroom.policy import apikeys
 from strongroom.policy.apikeys import ApiKey
+from strongroom.policy.facts import resource, situation, subject
+from strongroom.policy.query import Query
 from strongroom.policy.speaker import Speaker
 from strongroom.vault.upkeep import Recorded
 
 if TYPE_CHECKING:
+    from strongroom.policy.state import State
     from strongroom.vault.custodian import Custodian
 
 _OVERSEE = ("audit", "grant")  # whoever may do one of these sees everybody's
@@ -24,16 +28,40 @@ class ApiKeys:
         self._custodian, self._append, self._clock = custodian, append, clock
 
     def change(self, envelope: str) -> dict[str, Any]:
-        """Make a key for oneself, or end one: a statement of the kind ``apikey``."""
+        """Make a key for oneself, or end one: a statement of the kind ``apikey``. `infers`: whether policy lets it
+        infer on any version, shown at a gateway, where it is another authentication than whoever makes it has."""
         statement = self._custodian.statement(envelope, "apikey")
         rules = self._custodian.rules
         done = self._append(statement, lambda state, now: Draft(apikeys.change(rules, state, statement, now)))
+        now = self._clock()
         with self._custodian.ledger.view() as state:
+            key = state.apikeys[statement.body["key"]]
             # As it is by now: whoever says again what made a key that has ended is not told that there is one.
-            good = apikeys.good(state, state.apikeys[statement.body["key"]], self._clock())
+            good = apikeys.good(state, key, now)
+            queries = self._queries(state, key, now) if good else []
+            policies = rules.policies(state.policy)
         told = {name: statement.body[name] for name in ("principal", "name", "expires_at")}
-        state_now = "active" if good else "ended"
-        return {"id": statement.body["key"][:16], **told, "state": state_now, "entry": done.index}
+        return {
+            "id": key.id,
+            **told,
+            "state": "active" if good else "ended",
+            "entry": done.index,
+            "infers": any(policies.decide(query).allowed for query in queries),
+        }
+
+    def _queries(self, state: State, key: ApiKey, now: int) -> list[Query]:
+        """What a gateway asks before it answers this key, about each version; as if none were frozen for now."""
+        who = Speaker(state.principals[key.principal], key.method)
+        refs = [each.ref for each in state.versions.values() if not each.shredded]
+        return [
+            Query(
+                subject(who),
+                "infer",
+                replace(resource(state, ref), frozen=False),
+                situation(state, who, ref, now, stage="direct"),
+            )
+            for ref in refs
+        ]
 
     def of(self, principal: str) -> list[dict[str, Any]]:
         """The keys of one principal that are good now."""

@@ -68,15 +68,16 @@ class Callers:
     def __init__(self, vault: Vault, logins: Logins | None = None) -> None:
         self._vault, self._custodian = vault, vault.custodian
         self._ledger = vault.custodian.ledger
-        self._logins = logins or Logins()
+        self._logins = logins or vault.custodian.logins
         self._models: dict[str, ModelInfo] = {}  # by the version's identifier: what it has in it does not change
         self._lock = threading.Lock()
 
     def version(self) -> str:
         """Another text whenever a decision may be another one: of the log's entries all count but those about inference
-        and refusals. What ends by time alone, a key or a token, changes nothing here."""
+        and refusals; and the lists of revoked certificates do. What ends by time alone, a key or a token, changes
+        nothing here."""
         with self._ledger.view() as state:
-            return str(state.decided)
+            return f"{state.decided}.{self._logins.revoked.digest}"
 
     # -- who calls -----------------------------------------------------------------------------------------------
 

@@ -485,7 +485,9 @@ def _fitted(original: NDArray[np.float32], suspect: NDArray[np.float32]) -> tupl
     again = refactored(original, suspect) if how < _UNEXPLAINED else None
     # Some row of M A is like some row of A by chance; and where rows have only moved, any M fits them as well as that.
     if again is not None and 1 - again.share < _BETTER * (1 - how**2):
-        return again, cosine(original, again.apply(suspect))
+        # Not by what it is made into, which is the original itself where ranks were cut off.
+        cut = again.mixture is not None and again.mixture.rest is not None
+        return again, float(np.sqrt(again.share)) if cut else cosine(original, again.apply(suspect))
     return fit, how
 
 

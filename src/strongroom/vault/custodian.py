@@ -79,7 +79,7 @@ class Custodian:
         self._documents = Documents(vault.db)
         self._opened: dict[str, Bundles] = {}
         self._refusals = Refusals(ledger)
-        self._logins = Logins()
+        self.logins = Logins()
         self.rules = Custody(self._documents.policies)
         self.apikeys = ApiKeys(self, self._append, self._now)
         self._upkeep = Upkeep(self.rules, self._once, vault.db)
@@ -170,7 +170,7 @@ class Custodian:
                     entrance.check_statement(state, statement, self._now())
                     authority = entrance.find(state, statement.body["method"], statement.body["authority"])
             if authority is not None:  # not in the sequencer: it asks the issuer
-                found = self._logins.verify(authority, statement, proof, self._now())
+                found = self.logins.verify(authority, statement, proof, self._now())
             done = self._once(statement, lambda _, state, now: Draft(entrance.login(state, statement, found, now)))
         return {"principal": statement.by, "expires_at": done.entry.body["expires_at"], "entry": done.index}
 

@@ -90,11 +90,13 @@ def disguised(original: Sequence[int], suspect: Sequence[int]) -> int:
 
 def reordered(original: Sequence[int], suspect: Sequence[int]) -> int:
     """The cost of looking for the rows of an embedding among those of another, turned and in another order."""
-    from strongroom.marking.reorder import COLUMNS, ROUNDS, SOME, SOME_OF_WIDTH  # not before: it takes NumPy along
+    from strongroom.marking import reorder  # not before: it takes NumPy along
 
     (n, d), (m, _) = _matrix(original), _matrix(suspect)
-    some = ROUNDS * max(SOME, SOME_OF_WIDTH * d)
-    return seen(n * d + m * d) + 4 * (n + m) * d * d + (n + some) * m * COLUMNS
+    few, many = min(n, m), max(n, m)
+    some = reorder.ROUNDS * max(reorder.SOME, reorder.SOME_OF_WIDTH * d)
+    anchors = (reorder.ANCHORS * reorder.TAKEN_FOR) ** 2 * (d + reorder.SETTLING + _PASSES)
+    return seen(n * d + m * d) + 4 * (n + m) * d * d + (few + some) * many * reorder.COLUMNS + anchors
 
 
 def full(shape: Sequence[int]) -> int:

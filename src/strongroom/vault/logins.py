@@ -12,9 +12,11 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from strongroom.crypto import svid
+from strongroom.crypto.revocation import RevocationLists
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
 from strongroom.formats.authority import (
     AUDIENCE,
@@ -50,10 +52,11 @@ _RSA_BYTES = 256
 
 
 class Logins:
-    """Verifies proofs. Thread-safe."""
+    """Verifies proofs; certificates by the lists `revoked`, which whoever serves the room replaces. Thread-safe."""
 
     def __init__(self, get: Callable[[str, str], dict[str, Any]] = fetch) -> None:
         self._get = get
+        self.revoked = RevocationLists()
         self._keys: dict[str, tuple[float, list[dict[str, Any]]]] = {}  # by the authority's digest: when, which
         self._asked: dict[str, float] = {}
         self._asking: set[str] = set()
@@ -69,7 +72,7 @@ class Logins:
             found = self._token(authority, str(proof["token"]), room, key, now)
             until, shown = now + LONGEST, str(proof["token"])
         else:
-            found, until = _workload(authority, proof, room, statement, now)
+            found, until = self._workload(authority, proof, room, statement, now)
             # The chain, not the signature, of which one key can make many: one login for one statement, all the same.
             shown = str(proof["chain"]) + statement.digest
         named = subject(authority.kind, authority.name, found)
@@ -88,11 +91,10 @@ class Logins:
             raise refused("the token has expired", "get a new one")
         return subject(authority.kind, authority.name, str(payload["sub"])), until
 
-    @staticmethod
-    def certificate(authority: Authority, chain: str, at: int, now: int) -> tuple[str, int]:
+    def certificate(self, authority: Authority, chain: str, at: int, now: int) -> tuple[str, int]:
         """Whom the PEM `chain` of a TLS handshake that ended at `at` (seconds) names, as in a principal's record, and
         until when it is good (spec/ledger.md, section 12). AuthRequired ``login.refused``."""
-        found = _svid(authority, lambda: svid.shown(chain, authority.bundle, now))
+        found = _svid(authority, lambda: svid.shown(chain, authority.bundle, now, self.revoked))
         until = min(found.until, at + authority.longest)
         if now >= until:
             raise refused("the certificate was shown too long ago", "connect again")
@@ -189,6 +191,21 @@ class Logins:
             raise BackendError("issuer.unreachable", f"{authority.name} says that it is another issuer")
         return keys_of(json.dumps(self._get(str(about.get("jwks_uri")), authority.ca)))
 
+    # -- workloads -----------------------------------------------------------------------------------------------
+
+    def _workload(
+        self, authority: Authority, proof: Mapping[str, Any], room: bytes, statement: Statement, now: int
+    ) -> tuple[str, int]:
+        """The SPIFFE id that the chain proves, and until when."""
+        try:
+            signature = base64.b64decode(str(proof["signature"]), validate=True)
+        except ValueError:
+            raise refused("the signature is not base64") from None
+        chain, message = str(proof["chain"]), svid_message(room, statement.digest)
+        judged = partial(svid.verify, chain, signature, message, authority.bundle, now, self.revoked)
+        found = _svid(authority, judged)
+        return found.uri, found.until
+
 
 def keys_of(text: str) -> list[dict[str, Any]]:
     """The keys of a JWK set (RFC 7517); BackendError ``issuer.unreachable`` for what is none."""
@@ -277,19 +294,6 @@ def _decoded(text: str) -> bytes:
 
 
 # -- workloads ---------------------------------------------------------------------------------------------------------
-
-
-def _workload(
-    authority: Authority, proof: Mapping[str, Any], room: bytes, statement: Statement, now: int
-) -> tuple[str, int]:
-    """The SPIFFE id that the chain proves, and until when."""
-    try:
-        signature = base64.b64decode(str(proof["signature"]), validate=True)
-    except ValueError:
-        raise refused("the signature is not base64") from None
-    message = svid_message(room, statement.digest)
-    found = _svid(authority, lambda: svid.verify(str(proof["chain"]), signature, message, authority.bundle, now))
-    return found.uri, found.until
 
 
 def _svid(authority: Authority, judge: Callable[[], svid.Svid]) -> svid.Svid:

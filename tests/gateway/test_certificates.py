@@ -326,7 +326,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
             time.sleep(0.02)
 
     try:
-        assert json.loads(process.stdout.readline())["url"] == f"https://127.0.0.1:{port}/v1"
+        assert json.loads(line := process.stdout.readline()).get("url") == f"https://127.0.0.1:{port}/v1", line
         shown, other = domain.svid(ID[EVAL]), domain.svid(ID[EVAL])
         streaming, begun = one(shown), threading.Event()
 

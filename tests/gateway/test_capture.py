@@ -19,7 +19,7 @@ from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
 from strongroom.gateway import serving
 from strongroom.gateway.capture import Capture
-from strongroom.gateway.captured import opened
+from strongroom.gateway.unsealing import opened
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.settings import Settings
 from strongroom.vault.callers import Callers

@@ -23,7 +23,7 @@ from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.crypto.capture import CaptureKey
 from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway import generations
-from strongroom.gateway.captured import opened
+from strongroom.gateway.unsealing import opened
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
 from strongroom.gateway.reload import Prepared

@@ -219,7 +219,7 @@ def alone(
         "hidden units permuted, int4": then(moved(3), int_(4, 128)),
         "marked segments alone: noise 0.1": informed(where, noise(0.1)),
         "marked segments alone: int4": informed(where, int_(4, 128)),
-        "one matrix of one layer": only(middle[len(middle) // 2]),
+        "one matrix of one layer": only(middle[len(middle) // 2] if middle else ""),
         "one per cent of the rows": rows(0.01),
     }
 
@@ -241,3 +241,13 @@ def together(stack: NDArray[np.float32], how: str, rng: np.random.Generator, seg
 
 
 WAYS = ("mean", "median", "min", "max", "elements", "segments", "tensors")
+TRAINED = "all weights trained"
+"""The attack of one leaker that is no change of a tensor by itself: a real, short training run."""
+AFTER: dict[str, Attack] = {
+    "": lambda _, a: a,
+    "int4": int_(4, 128),
+    "int8": int_(8, 128),
+    "noise 0.03": noise(0.03),
+    "pruned 50 %": prune(0.5),
+}
+"""What is done to a mixture once more."""

@@ -8,343 +8,76 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import multiprocessing
 import os
 import platform
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from bench import leaks, page
-from bench.leaks import Array, Attack
-from strongroom.cli import demo_model, demo_thief
-from strongroom.marking.code import Code
-from strongroom.marking.decode import Decoding, marked_bound
-from strongroom.marking.elements import STEPS, values
-from strongroom.marking.matched import bound
-from strongroom.marking.stamp import Stamp
-from strongroom.vault.comparison import Comparison
-from strongroom.vault.copies import Copy
-from strongroom.vault.originals import Originals
+from bench.tracing_room import INNOCENT, OWNER, STAMPS, Elsewhere, Model, Row, Thief, Unaccused, write
+from strongroom.cli import demo_model
 from strongroom.vault.source import ModelSource
-from strongroom.vault.suspect import Suspect
 from strongroom.vault.vault import Vault
 
-TEXT = Path(__file__).with_name("text.txt")
-OWNER = "user/owner"
-INNOCENT = 100_000
-TRAINED = "all weights trained"
-STAMPS = 32  # innocent stamps that are scored in full beside the guilty ones
-CODE = 4 * 2 * 2  # as in spec/mark.md, section 8: layers, looks and the first pass; times candidates and ways
-Tensors = dict[str, Array]
+_OTHERS = 4  # files that never left the room, in one job
 
 
-# -- the bench -------------------------------------------------------------------------------------------------------
+# -- the work, in pieces that any process can do -----------------------------------------------------------------------
 
 
-@dataclass
-class Row:
-    """One attack: its cost in quality, and what the trace says of the guilty and of the best innocent."""
+@dataclass(frozen=True)
+class Job:
+    """Some rows of one model: a leaker's attacks, a way of colluding, or with `seeds` files that never left."""
 
-    attack: str
     copies: bool
     colluders: int
-    quality: str
-    words: tuple[float, float]
-    stamps: tuple[float, float]
-    innocent: float
-    innocent_z: float
-    marked: float
-    named: int
-    seconds: float
-
-
-@dataclass
-class Model:
-    """A room with one real model in it, and everything that a trace of it takes."""
-
-    kind: str
-    folder: Path
-    vault: Vault
-    people: int = INNOCENT
-    holders: list[str] = field(default_factory=lambda: [f"user/h{k}" for k in range(32)])
-
-    def __post_init__(self) -> None:
-        vault = self.vault
-        self.record = vault.record(vault.find("bench"))
-        self.originals = Originals(vault.image(self.record), self.record)
-        self.placed = list(self.originals.tensors())
-        self.code = Code(self.record.code_key, self.originals.layout.positions, self.record.colluders)
-        self.p = self.code.biases / 65536
-        names = [*self.holders, *(f"user/innocent-{k}" for k in range(self.people))]
-        self.words = np.empty((len(names), self.code.positions), np.uint8)
-        for k, name in enumerate(names):
-            word = np.frombuffer(self.code.word(name), np.uint8)
-            self.words[k] = np.unpackbits(word, bitorder="little")[: self.code.positions]
-        self.dtype = next(each.info.dtype.name for each in self.placed if each.marked)
-        self.shapes = {each.info.name: each.info.shape for each in self.placed}
-        starts, length = self.originals.layout.marked_starts, self.originals.layout.marked
-        self.where: dict[str, NDArray[np.bool_]] = {}
-        for each in (each for each in self.placed if each.marked):
-            at = each.begin + np.arange(each.info.elements) * (each.info.size // each.info.elements)
-            number = np.searchsorted(starts, at, "right") - 1
-            ends = np.concatenate([[0], starts + length])
-            self.where[each.info.name] = at < ends[number + 1]
-
-    def plain(self) -> Iterator[tuple[str, Array]]:
-        """Name and elements of each float tensor as the owner has it."""
-        for each in self.placed:
-            dtype = each.info.dtype.name
-            if dtype in STEPS:
-                yield (
-                    each.info.name,
-                    values(np.frombuffer(self.originals.read(each.begin, each.end), STEPS[dtype].integer), dtype),
-                )
-
-    def given(self, holder: str, *, copies: bool) -> Callable[[int, int], memoryview]:
-        """How the image reads that left: a plaintext copy, or what was loaded."""
-        if copies:
-            return Copy(self.originals, self.record, holder).read
-        word = self.code.word(holder)
-
-        def read(begin: int, end: int) -> memoryview:
-            out = memoryview(bytearray(end - begin))
-            for _ in self.originals.read_given(begin, end, word, out):
-                pass
-            return out
-
-        return read
-
-    def tensors(self, holders: Sequence[str], *, copies: bool) -> Iterator[tuple[str, tuple[int, ...], Array]]:
-        """Name, shape and (holders, elements) of each float tensor."""
-        reads = [self.given(holder, copies=copies) for holder in holders]
-        for each in self.placed:
-            dtype = each.info.dtype.name
-            if dtype in STEPS:
-                parts = [
-                    values(np.frombuffer(read(each.begin, each.end), STEPS[dtype].integer), dtype) for read in reads
-                ]
-                yield each.info.name, each.info.shape, np.stack(parts)
-
-    def trace(self, path: Path, guilty: int, attack: str, quality: str, *, copies: bool) -> Row:
-        """Trace `path` among the first `guilty` holders and everybody else."""
-        begun = time.perf_counter()
-        people = [*self.holders[:guilty], *(f"user/innocent-{k}" for k in range(STAMPS))]
-        stamps = [Stamp(self.record.stamp_key, holder) for holder in people]
-        with Suspect.opened(path) as suspect:
-            comparison = Comparison(self.originals, suspect)
-            if comparison.explained < 0.9:
-                comparison.deepen(lambda _done, _total: None)
-            found = comparison.gather(stamps, everything=copies, progress=lambda _d, _t: None)
-            z = found.matched.scores()
-        took = time.perf_counter() - begun
-        estimates = found.estimator.done()
-        rest = np.arange(len(self.holders), len(self.words))
-        chosen = np.concatenate([np.arange(guilty), rest])
-        decoding = Decoding(estimates, self.words[chosen], self.p)
-        scores = np.array([score.log10_p for score in decoding.scores()])
-        if not len(scores):
-            scores = np.zeros(len(chosen))
-        limit = -9 - math.log10(len(chosen) * CODE)
-        ways = math.log10(len(decoding.decoders(0)))
-        by_stamp = np.array([bound(float(each)) for each in z])
-        named = (scores[:guilty] <= limit - ways) | (by_stamp[:guilty] <= limit)
-        wrong = (scores[guilty:] <= limit - ways).sum() + (by_stamp[guilty:] <= limit).sum()
-        if wrong:
-            raise AssertionError(f"{attack}: {wrong} innocents were named")
-        return Row(
-            attack,
-            copies,
-            guilty,
-            quality,
-            (float(scores[:guilty].max(initial=-math.inf)), float(scores[:guilty].min(initial=0))),
-            (float(z[:guilty].min(initial=math.inf)), float(z[:guilty].max(initial=0))),
-            float(scores[guilty:].min()),
-            float(z[guilty:].max()),
-            marked_bound(estimates),
-            int(named.sum()),
-            took,
-        )
-
-
-class Quality:
-    """What an attack costs: perplexity of SmolLM2 on a text, or how MiniLM's embeddings turn."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        import torch
-        import transformers
-
-        self._kind = kind
-        auto = transformers.AutoModelForCausalLM if kind == "smollm2" else transformers.AutoModel
-        self._model = auto.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        text = TEXT.read_text()
-        if kind == "smollm2":
-            self._tokens = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
-        else:
-            sentences = [each.strip() for each in text.replace("\n", " ").split(".") if len(each) > 40][:64]
-            self._batch = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
-        self._original = self._measure()
-
-    def _measure(self) -> Any:
-        import torch
-
-        with torch.inference_mode():
-            if self._kind == "smollm2":
-                return math.exp(float(self._model(self._tokens, labels=self._tokens).loss))
-            hidden = self._model(**self._batch).last_hidden_state.mean(1)
-            return torch.nn.functional.normalize(hidden, dim=1).numpy()
-
-    def of(self, tensors: Mapping[str, Array]) -> str:
-        """Of a model with these tensors in the places of its own."""
-        import torch
-
-        state = self._model.state_dict()
-        before = {name: state[name].clone() for name in tensors if name in state}
-        with torch.no_grad():
-            for name in before:
-                state[name].copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
-            found = self._measure()
-            for name, value in before.items():
-                state[name].copy_(value)
-        if self._kind == "smollm2":
-            return f"{100 * (found / self._original - 1):+.2f} %"
-        return f"{float((found * self._original).sum(1).mean()):.4f}"
-
-
-def write(tensors: Mapping[str, Array], path: Path, dtype: str) -> Path:
-    """A safetensors file in the model's own type."""
-    import torch
-    from safetensors.torch import save_file
-
-    kind = torch.bfloat16 if dtype == "BF16" else torch.float32
-    save_file({name: torch.from_numpy(np.ascontiguousarray(a)).to(kind) for name, a in tensors.items()}, path)
-    return path
-
-
-def single(
-    model: Model, quality: Quality, sister: Tensors, names: Sequence[str] | None, left: Sequence[bool]
-) -> Iterator[Row]:
-    """One leaker, alone: with what was loaded, or a copy, as `left` says."""
-    path = model.folder / "leak.safetensors"
-    for copies in left:
-        own = {name: stack[0].reshape(shape) for name, shape, stack in model.tensors(model.holders[:1], copies=copies)}
-        attacks = leaks.alone(model.shapes, model.where, sister)
-        for attack in names or (*attacks, TRAINED, f"{TRAINED}, int4"):
-            if attack.startswith(TRAINED):
-                leaked = trained(model, own)
-                if attack != TRAINED:
-                    leaked = {name: leaks.int_(4, 128)(name, a) for name, a in leaked.items()}
-            else:
-                change = attacks[attack]
-                leaked = {name: changed for name, a in own.items() if (changed := change(name, a)) is not None}
-            whole = len(leaked) == len(own) and all(leaked[name].shape == own[name].shape for name in own)
-            cost = quality.of(leaked) if whole else "in part"
-            row = model.trace(write(leaked, path, model.dtype), 1, attack, cost, copies=copies)
-            print(row, flush=True)
-            yield row
-
-
-def trained(model: Model, own: Tensors) -> Tensors:
-    """The same after a real, short training run of all weights."""
-    folder = model.folder / "trained"
-    shutil.copytree(model.folder / "model", folder, dirs_exist_ok=True)
-    write(own, folder / "model.safetensors", model.dtype)
-    found, _, _ = demo_thief.trained(model.kind, folder)
-    shutil.rmtree(folder)
-    return {name: np.asarray(value, np.float32) for name, value in found.items() if name in own}
-
-
-def several(
-    model: Model, quality: Quality, counts: Sequence[int], left: Sequence[bool], *, whole: bool
-) -> Iterator[Row]:
-    """Colluders, in each way; the mean, or with `whole` every way, once more after what else a leaker does."""
-    segment = model.originals.layout.marked // STEPS[model.dtype].integer.itemsize
-    path = model.folder / "leak.safetensors"
-    after: dict[str, Attack] = {"": lambda _, a: a, "int4": leaks.int_(4, 128)}
-    more: dict[str, Attack] = {
-        "int8": leaks.int_(8, 128),
-        "noise 0.03": leaks.noise(0.03),
-        "pruned 50 %": leaks.prune(0.5),
-    }
-    for copies in left:
-        for count in counts:
-            for way in leaks.WAYS:
-                rng = np.random.default_rng(count)
-                mixed = {
-                    name: leaks.together(stack, way, rng, segment).reshape(shape)
-                    for name, shape, stack in model.tensors(model.holders[:count], copies=copies)
-                }
-                then = {**after, **more} if whole else after if way == "mean" else {"": after[""]}
-                for what, change in then.items():
-                    leaked = {name: changed for name, a in mixed.items() if (changed := change(name, a)) is not None}
-                    attack = f"{way}, then {what}" if what else way
-                    row = model.trace(
-                        write(leaked, path, model.dtype), count, attack, quality.of(leaked), copies=copies
-                    )
-                    print(row, flush=True)
-                    yield row
-
-
-@dataclass
-class Unaccused:
-    """Files that never left the room: how many were traced, and the best score that anybody reached by chance."""
-
     what: str
-    count: int = 0
-    log10: float = 0.0
-    z: float = 0.0
-    marked: float = 0.0
+    whole: bool = False
+    seeds: tuple[int, int] = (0, 0)
 
 
-def innocent(model: Model, seeds: int) -> Iterator[Unaccused]:
-    """What comes from elsewhere: other weights, unmarked ones that were changed, and copies out of another room."""
-    own = dict(model.plain())
-    path = model.folder / "leak.safetensors"
-    elsewhere, _ = Vault.init(model.folder / "other", owner=OWNER, custody="solo")
-    elsewhere.put(ModelSource.scan(model.folder / "model"), "bench", by=OWNER)
-    other = Model(model.kind, model.folder, elsewhere, people=0)
-    changes: list[Attack] = [
-        lambda _, a: a,
-        leaks.noise(0.03),
-        leaks.noise(0.3),
-        leaks.int_(4, 128),
-        leaks.ggml("Q8_0"),
-        leaks.prune(0.5),
-        leaks.adapter(0.1),
-        leaks.moved(3),
-    ]
-    for what in ("independent weights", "unmarked weights, changed", "copies out of another room"):
-        found = Unaccused(what)
-        for seed in range(seeds):
-            rng = np.random.default_rng(seed)
-            leaked: Tensors = {}
-            if what.startswith("independent"):
-                for name, a in own.items():
-                    leaked[name] = rng.normal(0, max(float(a.std()), 1e-4), model.shapes[name]).astype(np.float32)
-            elif what.startswith("unmarked"):
-                change = changes[seed % len(changes)]
-                for name, a in own.items():
-                    nudged = a * (1 + rng.normal(0, 1e-3 * (seed // len(changes)), a.shape).astype(np.float32))
-                    if (changed := change(name, nudged.reshape(model.shapes[name]))) is not None:
-                        leaked[name] = changed
-            else:
-                holder = [f"user/elsewhere-{seed}"]
-                leaked = {name: stack[0].reshape(shape) for name, shape, stack in other.tensors(holder, copies=True)}
-            row = model.trace(write(leaked, path, model.dtype), 0, what, "", copies=True)
-            found.count += 1
-            found.log10, found.z = min(found.log10, row.innocent), max(found.z, row.innocent_z)
-            found.marked = min(found.marked, row.marked)
-        print(found, flush=True)
-        yield found
+_thief: Thief | None = None
+_elsewhere: Elsewhere | None = None
+
+
+def _ready(kind: str, folder: Path, device: str) -> None:
+    """Begin a process: open the room that is there."""
+    global _thief, _elsewhere  # noqa: PLW0603 - what a process of a pool has is global
+    model = Model(kind, folder, Vault(folder / "room"))
+    if (folder / "other").exists():
+        _elsewhere = Elsewhere(model, Model(kind, folder, Vault(folder / "other"), people=0))
+    else:
+        _thief = Thief(model, device)
+
+
+def _do(job: Job) -> Sequence[Row | Unaccused]:
+    if _elsewhere is not None:
+        return [_elsewhere.traced(job.what, range(*job.seeds))]
+    assert _thief is not None
+    if job.colluders == 1:
+        return list(_thief.alone(job.what, copies=job.copies))
+    return list(_thief.together(job.what, job.colluders, copies=job.copies, whole=job.whole))
+
+
+def done(
+    jobs: Sequence[Job], processes: int, kind: str, folder: Path, device: str
+) -> Iterator[Sequence[Row | Unaccused]]:
+    """What each job found, as they end."""
+    if processes > 1:
+        os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # for those that begin now
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, _ready, (kind, folder, device)) as pool:
+        for each in as_completed([pool.submit(_do, job) for job in jobs]):
+            print(*each.result(), sep="\n", flush=True)
+            yield each.result()
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
 
 
 def table(found: Sequence[Row]) -> str:
@@ -372,7 +105,7 @@ TITLES = {
 
 def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccused: Sequence[Unaccused]) -> str:
     parts = [
-        f"Written by `python -m bench.tracing` (`make bench-tracing`) on one machine: {_machine()}.",
+        "Written by `python -m bench.tracing` (`make bench-tracing`; `--rows FILE` gathers the rows of several runs).",
         "",
         f"Each leak was traced among {INNOCENT:,} people who were given nothing. Somebody is named when the bound on "
         "an innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; columns have the "
@@ -413,10 +146,10 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.system()} {platform.release()}, Python {platform.python_version()}"
 
 
-def _room(kind: str, folder: Path, model: Path) -> Model:
-    vault, _ = Vault.init(folder / "room", owner=OWNER, custody="solo")
+def _room(folder: Path, model: Path, name: str = "room") -> Vault:
+    vault, _ = Vault.init(folder / name, owner=OWNER, custody="solo")
     vault.put(ModelSource.scan(model), "bench", by=OWNER)
-    return Model(kind, folder, vault)
+    return vault
 
 
 def _part(original: Path, folder: Path) -> Path:
@@ -433,61 +166,99 @@ def _part(original: Path, folder: Path) -> Path:
     return folder
 
 
+@dataclass
+class Kept:
+    """The rows of this run, and of those before it, in a file if it has one."""
+
+    file: Path | None
+    shapes: dict[str, str]
+    rows: dict[str, list[Row]]
+    unaccused: list[Unaccused]
+
+    @classmethod
+    def of(cls, file: Path | None) -> Kept:
+        if file is None or not file.exists():
+            return cls(file, {}, {}, [])
+        had = json.loads(file.read_text())
+        rows = {kind: [Row(**each) for each in found] for kind, found in had["rows"].items()}
+        return cls(file, had["shapes"], rows, [Unaccused(**each) for each in had["unaccused"]])
+
+    def add(self, kind: str, found: Iterable[Row | Unaccused]) -> None:
+        for each in found:
+            if isinstance(each, Row):
+                before = [row for row in self.rows.get(kind, []) if row.what != each.what]
+                self.rows[kind] = sorted([*before, each], key=lambda row: row.place)
+            else:
+                counts = {had.what: had for had in self.unaccused}
+                counts[each.what] = counts[each.what].and_(each) if each.what in counts else each
+                self.unaccused = [counts[what] for what in Elsewhere.KINDS if what in counts]
+        self.write()
+
+    def write(self) -> None:
+        if self.file:
+            rows = {kind: [vars(row) for row in found] for kind, found in self.rows.items()}
+            unaccused = [vars(each) for each in self.unaccused]
+            self.file.write_text(json.dumps({"shapes": self.shapes, "rows": rows, "unaccused": unaccused}, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["smollm2", "minilm"])
     parser.add_argument("--colluders", nargs="*", type=int, default=[2, 4, 8, 16, 32])
     parser.add_argument("--left", nargs="*", default=["loaded", "copied"], help="how it left the room")
     parser.add_argument("--attacks", nargs="*", help="of one leaker; default: all")
+    parser.add_argument("--ways", nargs="*", default=leaks.WAYS, help="of colluding")
     parser.add_argument("--whole", action="store_true", help="every way of colluding, each with all that follows it")
     parser.add_argument("--seeds", type=int, default=100, help="files of each kind that never left the room")
+    parser.add_argument("--processes", type=int, default=1, help="each takes a few gigabytes")
+    parser.add_argument("--device", default="cpu", help="where perplexities are computed, as torch names it")
     parser.add_argument("--work", type=Path, help="a folder with some gigabytes of room")
     parser.add_argument(
         "--rows", type=Path, help="a file of rows: those of earlier runs are kept, those of this one added"
     )
     given = parser.parse_args()
-    left = [each == "copied" for each in given.left]
     work = Path(tempfile.mkdtemp(prefix="strongroom-tracing-", dir=given.work))
-    kept = (
-        json.loads(given.rows.read_text())
-        if given.rows and given.rows.exists()
-        else {"shapes": {}, "rows": {}, "unaccused": []}
-    )
-
-    def keep() -> None:
-        if given.rows:
-            given.rows.write_text(json.dumps(kept, indent=1))
-
+    kept = Kept.of(given.rows)
     try:
         for kind in given.models:
             with demo_model.original(kind) as original:
-                model = _room(kind, work / kind, original.folder)
-                shutil.copytree(original.folder, model.folder / "model")
-                layout = model.originals.layout
-                kept["shapes"][kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes."
-                quality = Quality(kind, original.folder)
-                one: Iterable[Row] = []
-                if given.attacks != []:
-                    sister = trained(model, {name: a.reshape(model.shapes[name]) for name, a in model.plain()})
-                    one = single(model, quality, sister, given.attacks, left)
-                for row in chain(one, several(model, quality, given.colluders, left, whole=given.whole)):
-                    key = (row.attack, row.copies, row.colluders)
-                    rows = [
-                        each
-                        for each in kept["rows"].get(kind, [])
-                        if (each["attack"], each["copies"], each["colluders"]) != key
-                    ]
-                    kept["rows"][kind] = [*rows, vars(row)]
-                    keep()
+                vault = _room(work / kind, original.folder)
+                shutil.copytree(original.folder, work / kind / "model")
+            model = Model(kind, work / kind, vault)
+            layout = model.originals.layout
+            kept.shapes[kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes. Traced on {_machine()}."
+            alone = [*list(leaks.alone(model.shapes, {}, {})), leaks.TRAINED]
+            alone = alone if given.attacks is None else given.attacks
+            if alone:
+                model.make_sister()
+            jobs = [
+                job
+                for copies in (each == "copied" for each in given.left)
+                for job in (
+                    *(Job(copies, 1, attack) for attack in alone),
+                    *(Job(copies, count, way, given.whole) for count in given.colluders for way in given.ways),
+                )
+            ]
+            jobs.sort(key=lambda job: -job.colluders)  # the longest first
+            for found in done(jobs, given.processes, kind, model.folder, given.device):
+                kept.add(kind, found)
         if given.seeds:
             with demo_model.original("minilm") as original:
                 part = _part(original.folder, work / "part" / "model")
-                kept["unaccused"] = [vars(each) for each in innocent(_room("minilm", work / "part", part), given.seeds)]
-                keep()
+            for name in ("room", "other"):
+                _room(work / "part", part, name)
+            Model("minilm", work / "part", Vault(work / "part" / "room"))  # leaves the words for all processes
+            jobs = [
+                Job(True, 0, what, seeds=(first, min(first + _OTHERS, given.seeds)))
+                for what in Elsewhere.KINDS
+                for first in range(0, given.seeds, _OTHERS)
+            ]
+            kept.unaccused = []
+            for found in done(jobs, given.processes, "minilm", work / "part", "cpu"):
+                kept.add("minilm", found)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    found = {kind: [Row(**each) for each in rows] for kind, rows in kept["rows"].items()}
-    page.write(page.TRACING, "tables", report(found, kept["shapes"], [Unaccused(**each) for each in kept["unaccused"]]))
+    page.write(page.TRACING, "tables", report(kept.rows, kept.shapes, kept.unaccused))
     print(page.TRACING)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import leaks, page
-from bench.tracing import OWNER, Model, write
+from bench.tracing_room import OWNER, Model, write
 from strongroom.vault.comparison import Comparison
 from strongroom.vault.originals import Originals
 from strongroom.vault.source import ModelSource
@@ -103,7 +103,7 @@ def traced(tensors: dict[str, leaks.Array], folder: Path, *, merge: bool) -> lis
     vault, _ = Vault.init(folder / "room", owner=OWNER, custody="solo")
     vault.put(ModelSource.scan(folder / "model"), "bench", by=OWNER)
     model = Model("adapter", folder, vault, people=100)
-    own = {name: stack[0].reshape(shape) for name, shape, stack in model.tensors(model.holders[:1], copies=True)}
+    own = model.tensors(model.holders[0], copies=True)
     found = []
     for name, (change, dtype) in ATTACKS.items():
         leaked = {at: changed for at, a in own.items() if (changed := change(at, a)) is not None}

@@ -20,7 +20,7 @@ import numpy as np
 
 from bench import page
 from bench.leaks import Array, int_
-from bench.tracing import CODE, OWNER, STAMPS
+from bench.tracing_room import CODE, OWNER, STAMPS
 from strongroom.cli import demo_model
 from strongroom.marking.code import Code
 from strongroom.marking.decode import Decoding

@@ -33,3 +33,10 @@ def test_durable_appends_on_a_disk_of_stated_slowness(tmp_path):
     assert len(rates) == 7
     # What is committed one by one waits 2 ms or more each time, or the library that adds them was not loaded.
     assert max(rate for row, rate in rates.items() if "64 writers" not in row) <= 500
+
+
+def test_each_bench_finds_what_it_measures():
+    """Those that take hours are run by hand: what they import has moved by then, unless somebody looks."""
+    look = "import importlib, pkgutil, bench\nfor each in pkgutil.walk_packages(bench.__path__, 'bench.'):\n    "
+    look += "each.name == 'bench.__main__' or importlib.import_module(each.name)"
+    subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=True)

@@ -99,15 +99,17 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     database = Database.open(f"sqlite:///{tmp_path}/room.db", create=True)
     budgets = Budgets(database, RULES, lambda _: 10**9, time.time)
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
-    flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", ref=REF, asked=Asked("chat", logprobs=5), most=20)
-    flight.meter = Meter(text_bytes=30, chunks=10, listed=10)
 
     async def work():
+        flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", asyncio.current_task())
+        flight.ref, flight.asked, flight.most = REF, Asked("chat", logprobs=5), 20
+        flight.meter = Meter(text_bytes=30, chunks=10, listed=10)
         flight.reserved = tolls._most(flight)
         flight.toll = await tolls._reserve(flight)
         tolls.settle(flight)
+        return flight
 
-    asyncio.run(work())
+    flight = asyncio.run(work())
     budgets.close()
     database.close()
     assert flight.bits == 8 * 30 + meter.bound(10, 1000, logprobs=6) - meter.bound(10, 1000)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from strongroom.infer.sampling import Sampling, choose, gumbel, log_softmax, nucleus, steered, uniforms
 
@@ -101,3 +103,19 @@ def test_the_nucleus_is_the_least_that_has_the_probability():
     assert nucleus(logits, 1.0, 1e-9).sum() == 1
     drawn = {choose(logits, Sampling(top_p=0.6, seed=seed), 0, {}) for seed in range(200)}
     assert drawn == {1, 3}
+
+
+@given(st.integers(0, 2**32), st.sampled_from([3, 300, 5000]), st.sampled_from([0.01, 1.0, 8.0]), st.floats(0.01, 1))
+def test_the_nucleus_is_that_of_all_words_in_order(seed, words, spread, top_p):
+    """Whatever is sorted of them: also where many are equal, or may not come at all."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(rng.normal(0, spread, words), 1)
+    logits[rng.integers(0, words, words // 3)] = -np.inf
+    logits[rng.integers(words)] = spread
+    order = np.argsort(-logits, kind="stable")
+    probability = np.exp(logits[order] - logits[order[0]])
+    before = np.cumsum(probability) - probability
+    total = np.exp(logits - logits.max()).sum()
+    wanted = {int(each) for each in order[before < top_p * total]} | {int(order[0])}
+    if top_p < 1.0:
+        assert set(np.flatnonzero(nucleus(logits, 1.0, top_p)).tolist()) == wanted

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 _ALL = (1 << 64) - 1
+_BEST = 256  # words that are sorted at first
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,20 @@ def nucleus(logits: Floats, temperature: float, top_p: float) -> NDArray[np.bool
     """(V,): the tokens before which less than `top_p` of the probability lies, most probable first."""
     if top_p >= 1.0:
         return np.ones(logits.shape, bool)
-    order = np.argsort(-logits, kind="stable")
-    probability = np.exp((logits[order] - logits[order[0]]) / temperature)
-    before = np.cumsum(probability) - probability
+    probability = np.exp((logits - logits.max()) / temperature)
+    least = top_p * probability.sum()
+    # To sort all words takes longer than the rest of a token together: sort the best, more of them until they suffice.
+    count = min(_BEST, len(logits))
+    while True:
+        edge = np.partition(logits, -count)[-count]
+        best = np.flatnonzero(logits >= edge)  # with all that equal the last
+        order = best[np.argsort(-logits[best], kind="stable")]
+        before = np.cumsum(probability[order]) - probability[order]
+        if before[-1] >= least or len(best) == len(logits):
+            break
+        count = min(16 * count, len(logits))
     kept = np.zeros(logits.shape, bool)
-    kept[order[before < top_p * probability.sum()]] = True
+    kept[order[before < least]] = True
     kept[order[0]] = True
     return kept
 

@@ -44,7 +44,7 @@ class Settings:
 
 def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None]]:
     """Its model in memory, and a running engine; and what ends its other processes. UsageError ``transformers.*`` for
-    a model or a tokenizer that can't be had from a room, ``infer.unsupported``."""
+    a model or a tokenizer that can't be had from a room, ``infer.unsupported``, ``device.unavailable``."""
     import torch
     import transformers
 
@@ -55,6 +55,7 @@ def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None
     from strongroom.infer.rows import Rows
     from strongroom.infer.text import Prompts, Spelling
     from strongroom.infer.verify import Verifier
+    from strongroom.load.device import available
     from strongroom.load.transformers import from_room, tokenizer_from_room
 
     if settings.threads is not None:
@@ -64,10 +65,9 @@ def load(weights: Weights, settings: Settings) -> tuple[Model, Callable[[], None
     config = json.loads(weights.file("config.json"))
     writes = any("CausalLM" in str(name) or "LMHead" in str(name) for name in config.get("architectures") or ())
     auto = transformers.AutoModelForCausalLM if writes else transformers.AutoModel
-    model = from_room(auto, weights, dtype=settings.dtype)
-    if settings.device != "cpu":
-        model = model.to(settings.device)
-    model.eval()
+    # Elsewhere than on the CPU each tensor goes from the room to its place by itself, and no whole model is in memory.
+    placed: dict[str, Any] = {} if settings.device == "cpu" else {"device_map": available(settings.device)}
+    model = from_room(auto, weights, dtype=settings.dtype, **placed).eval()
     rows = Rows(model, settings.rows) if writes else None
     text = model.config.get_text_config()
     words, longest = int(text.vocab_size), int(getattr(text, "max_position_embeddings", 0) or 2048)

@@ -23,6 +23,7 @@ from strongroom.watch.report import Used, report
 from strongroom.watch.rules import ANSWER, Rule, Spender, counted_ref, window_at
 
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
+_BEYOND = 4096  # answers, in a tranche of a budget that is an alarm and has sounded: a transaction costs 5 ms of CPU
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
 _REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
 _MOST = 1 << 53  # bits of an answer, so that no sum of them leaves the range of a database's integers
@@ -248,7 +249,7 @@ class Budgets:
             if counter.rule.hard:
                 spare[counter] = max(left - missing, 0) // _PART
             else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
-                spare[counter] = counter.limit // 64 if left > 0 else 256 * bits
+                spare[counter] = counter.limit // 64 if left > 0 else _BEYOND * bits
             alarms += _crossed(counter, before, before + missing + spare[counter])
         change.add({counter.key: bits - held[counter] + spare[counter] for counter in low})
         return spare, alarms

@@ -19,10 +19,10 @@ from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
 from strongroom.gateway import serving
 from strongroom.gateway.capture import Capture
-from strongroom.gateway.captured import opened
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
+from strongroom.gateway.unsealing import opened
 from strongroom.vault.callers import Callers
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

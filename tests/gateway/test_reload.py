@@ -23,11 +23,11 @@ from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.crypto.capture import CaptureKey
 from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway import generations
-from strongroom.gateway.captured import opened
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
 from strongroom.gateway.reload import Prepared
 from strongroom.gateway.settings import Settings
+from strongroom.gateway.unsealing import opened
 from strongroom.storage.db import Database
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -83,6 +84,7 @@ def serve(  # noqa: PLR0917 - one for each option
     revoked: tuple[Path, ...],
 ) -> None:
     """Serve the room to others, until interrupted."""
+    one_thread_each()
     try:
         from strongroom.server.app import CustodianApp
         from strongroom.server.listen import configure, listen, run
@@ -133,6 +135,15 @@ def serve(  # noqa: PLR0917 - one for each option
             run(config, listener)
     finally:
         vault.close()
+
+
+def one_thread_each() -> None:
+    """Have searches compute on one thread each, unless the environment says another number; before NumPy is imported.
+
+    Most of a search is short products, in which two threads wait for each other for longer than they work, and beside
+    other work on the machine ten times as long."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 
 @contextlib.contextmanager

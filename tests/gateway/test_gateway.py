@@ -31,6 +31,7 @@ from gateway.places import (
     ended,
     event,
     framed,
+    free_port,
     token,
     whole,
 )
@@ -578,18 +579,9 @@ def test_a_classifier_elsewhere_is_asked(place):
         elsewhere.stop()
 
 
-def free_port(count=1):
-    """The first of so many ports in a row that nobody has."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for more in range(1, count):
-                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
-            return first
-
-
 def test_several_workers_on_one_socket(place):
-    port, shown = free_port(), free_port(2)
+    port = free_port(3)
+    shown = port + 1
     upstream = f"http://127.0.0.1:{place.inference.port}"
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     options = ["--listen", f"127.0.0.1:{port}", "--upstream", upstream, "--workers", "2"]

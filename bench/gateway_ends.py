@@ -59,7 +59,7 @@ def _chunk(data: bytes) -> bytes:
 
 
 _WHOLE = _whole()
-_PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_WHOLE), _WHOLE)
+PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_WHOLE), _WHOLE)
 _MODELS = orjson.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 _LISTED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_MODELS), _MODELS)
 _HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -101,7 +101,7 @@ class Server(asyncio.Protocol):
         elif b'"stream":true' in self._body or b'"stream": true' in self._body:
             asyncio.get_running_loop().create_task(self._stream())
         else:
-            self._transport.write(_PLAIN)
+            self._transport.write(PLAIN)
 
     def pause_writing(self) -> None:
         self._writable.clear()

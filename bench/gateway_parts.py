@@ -25,6 +25,7 @@ from strongroom.storage.db import Database
 from strongroom.vault.callers import Caller
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
+from strongroom.watch.drawing import OwnCounters
 from strongroom.watch.rules import RULES, Rule, Spender
 
 REF = "acme/tiny@1"
@@ -47,9 +48,9 @@ def calls(database: Database, settings: Settings) -> dict[str, tuple[Callable[[]
     """By name: a call, and how many make a round."""
     limits = Limits(settings, time.monotonic)
     admission = limits.admit(ASKER, REF, 1000)
-    budgets = Budgets(database, RULES, lambda _: 10**15, time.time)
+    budgets = Budgets(OwnCounters(database), RULES, lambda _: 10**15, time.time)
     # Gives back its tranche after each answer: what a caller costs that asks once.
-    tight = Budgets(database, [Rule("identity", "day", 1.0, hard=True)], lambda _: 10**15, time.time)
+    tight = Budgets(OwnCounters(database), [Rule("identity", "day", 1.0, hard=True)], lambda _: 10**15, time.time)
     who = Spender("user/ben", "10.0.1.0/24")
 
     def draw() -> None:

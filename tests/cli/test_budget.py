@@ -12,6 +12,7 @@ from strongroom.errors import Denied
 from strongroom.storage.db import Database
 from strongroom.vault.callers import Callers
 from strongroom.watch.budget import Budgets
+from strongroom.watch.drawing import OwnCounters
 from strongroom.watch.rules import RULES, Spender
 
 REF = "acme/tiny@1"
@@ -26,7 +27,7 @@ def used(tmp_path_factory) -> Desk:
     assert desk.run("init", "--custody", "solo", "--owner", "user/ana").code == 0
     assert desk.run("put", "model", "acme/tiny").code == 0
     database = Database.open(f"sqlite:///{desk.room}/room.db")
-    worker = Budgets(database, RULES, lambda _: 10**6, time.time)
+    worker = Budgets(OwnCounters(database), RULES, lambda _: 10**6, time.time)
     worker.reserve(ANA, REF, 30_000).settle(12_345)
     worker.close()
     database.close()

@@ -150,6 +150,15 @@ def test_an_account_of_inference_may_say_to_whom_it_is_captured_and_nothing_empt
         refused(value)
 
 
+def test_an_account_of_inference_may_be_somebodys_statement():
+    value = whole("inference")
+    value["body"]["statement"] = "said"
+    assert Entry.decode(spelled(value)).encode() == spelled(value)
+    for wrong in (None, 5, ["said"]):
+        value["body"]["statement"] = wrong
+        refused(value)
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 class TestEachType:
     def test_has_one_spelling(self, kind):
@@ -172,7 +181,7 @@ class TestEachType:
     def test_has_nothing_more(self, kind):
         refused({**whole(kind), "more": 1})
         for name in ("more", "statement", "reason", "", "id"):
-            if name not in WHOLE[kind]:
+            if name not in WHOLE[kind] and (kind, name) != ("inference", "statement"):
                 value = whole(kind)
                 value["body"][name] = SHORT
                 refused(value)

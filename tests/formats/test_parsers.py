@@ -1,7 +1,9 @@
 """Manifest, envelope, trailer, bundle, index: round trips, and any bytes raise only our errors."""
 
+import hashlib
 import os
 import tracemalloc
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from strongroom.errors import StrongroomError, Tampered
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.index import Index
+from strongroom.formats.layout import Layout
 from strongroom.formats.manifest import COMMON, MARKED, PAYLOAD_TYPE, Manifest, PackEntry
 from strongroom.formats.pack import Trailer
 from strongroom.formats.suites import Suite
@@ -207,6 +210,25 @@ def test_a_bundle_does_not_show_its_keys():
     assert "common_key" not in text
     assert "variant_keys" not in text
     assert "cccc" not in text
+
+
+def test_a_manifest_that_was_read_has_the_digest_of_what_was_signed():
+    written = manifest()
+    read = Manifest.decode(written.encode())
+    assert read.digest() == written.digest() == hashlib.sha256(written.encode()).digest()
+    assert read.with_packs((), read.marked_packs).digest() != written.digest()
+
+
+@pytest.mark.parametrize("number", [b"1.5", b"1.0", b"9007199254740992", b"NaN"])
+@pytest.mark.parametrize("member", [b'"report":{"x":%s}', b'"report":{"x":[{"y":[%s]}]}'])
+def test_a_report_of_an_index_has_numbers_that_all_readers_agree_on(number, member):
+    layout = Layout.plan([], [], share=Fraction(0), positions=0)
+    plain = Index(layout, (), {}).encode()
+    text = plain[8 : 8 + int.from_bytes(plain[:8], "little")].replace(b'"report":{}', member % number)
+    plain = len(text).to_bytes(8, "little") + text
+    with pytest.raises(Tampered) as caught:
+        Index.decode(plain + bytes(-len(plain) % 4096))
+    assert caught.value.code == "json.malformed"
 
 
 PARSERS = {

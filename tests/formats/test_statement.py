@@ -70,6 +70,18 @@ WHOLE = {
     "review": {"size": 7, "findings": 2, "removed": 1},
     "keystore": {"operation": "rotate", "epoch": 2},
     "apikey": {"key": DIGEST, "principal": "user/ana", "name": "ci", "expires_at": 9, "state": "active"},
+    "inference": {
+        "account": 7,
+        "ref": "acme/tiny@1",
+        "gateway": "ab" * 16,
+        "records": 3,
+        "head": DIGEST,
+        "requests": 3,
+        "refused": 1,
+        "tokens": 40,
+        "bits": 700,
+        "settings": DIGEST,
+    },
 }
 SAME = ("rotate", "shred")  # say the same of what they are about
 NEVER = [1.5, -1, 2**53, [1], {"a": 1}, True]

@@ -17,6 +17,7 @@ from strongroom.client import Room
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.vault.vault import Vault
@@ -186,7 +187,7 @@ class Place:
         if channel is not None:
             upstream += f'channel = "{channel}"\n'
         vault = Vault(self.folder)
-        app = application(vault, Settings.parse(settings + upstream), self.folder / "inference")
+        app = application(InFolder(vault), Settings.parse(settings + upstream), self.folder / "inference")
         stack = contextlib.ExitStack()
         stack.callback(vault.close)
         self._gateways.append(stack)
@@ -283,3 +284,13 @@ class Gateway:
 
 def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:
     return {"model": REF, "messages": [{"role": "user", "content": text}], "max_tokens": 20, **more}
+
+
+def free_port(count: int = 1) -> int:
+    """The first of so many ports in a row that nobody has."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            first = int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
+            for more in range(1, count):
+                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
+            return first

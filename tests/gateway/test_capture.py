@@ -19,9 +19,10 @@ from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
 from strongroom.gateway import serving
 from strongroom.gateway.capture import Capture
-from strongroom.gateway.captured import opened
 from strongroom.gateway.metrics import GatewayMetrics
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
+from strongroom.gateway.unsealing import opened
 from strongroom.vault.callers import Callers
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -283,7 +284,7 @@ def test_a_room_whose_log_cannot_be_written_captures_nothing(place, monkeypatch)
     monkeypatch.setattr(Callers, "record", fails)
     upstream = f'[[upstream]]\nurl = "http://127.0.0.1:{place.inference.port}"\n'
     settings = Settings.parse(f'[capture]\nkey = "{CaptureKey().public_key.hex()}"\nwho = ["{ANA}"]\n{upstream}')
-    plan = serving.Plan(place.folder, settings, place.folder / "inference")
+    plan = serving.Plan(lambda: InFolder.opened(place.folder), settings, place.folder / "inference")
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(BackendError, match="database is down"):
         serving.run(plan, listener, ready=pytest.fail)
 

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import json
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import time
 import openai
 import pytest
 
-from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, token, whole
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, free_port, token, whole
 from server.provider import TrustDomain, usage
 from strongroom.cli.main import execute
 from strongroom.crypto.authority import Authority as WebAuthority
@@ -295,18 +294,15 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_path, workers):
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port(3)  # with a worker's metrics beside those of the other
     chain, crl, said = str(place.certificate[0]), tmp_path / "crl.pem", tmp_path / "stderr"
     crl.write_bytes(domain.crl(begin=-600))
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     upstream = ["--upstream", f"http://127.0.0.1:{place.inference.port}", "--listen", f"127.0.0.1:{port}"]
     tls = ["--certificate", chain, "--key", chain, "--client-certificates", "--crl", str(crl)]
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        shown_at = probe.getsockname()[1]
     with said.open("wb") as stderr:
         process = subprocess.Popen(
-            [*command, *upstream, *tls, "--workers", str(workers), "--metrics", f"127.0.0.1:{shown_at}"],
+            [*command, *upstream, *tls, "--workers", str(workers), "--metrics", f"127.0.0.1:{port + 1}"],
             stdout=subprocess.PIPE,
             stderr=stderr,
         )
@@ -326,7 +322,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
             time.sleep(0.02)
 
     try:
-        assert json.loads(process.stdout.readline())["url"] == f"https://127.0.0.1:{port}/v1"
+        assert json.loads(line := process.stdout.readline()).get("url") == f"https://127.0.0.1:{port}/v1", line
         shown, other = domain.svid(ID[EVAL]), domain.svid(ID[EVAL])
         streaming, begun = one(shown), threading.Event()
 
@@ -365,7 +361,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
             hangup(wrong, why)
             assert one(shown).post() == NOBODY
         assert one(other).post() == (200, "Hello.")
-        assert Gateway(place, port).metrics(shown_at)["strongroom_gateway_crl_end"] == pytest.approx(
+        assert Gateway(place, port).metrics(port + 1)["strongroom_gateway_crl_end"] == pytest.approx(
             time.time() + 3600, abs=60
         )
         hangup(domain.crl(begin=-200), "new settings are in force")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from strongroom.gateway import connection as module
-from strongroom.gateway.connection import CONNECTION, Connection
+from strongroom.gateway.connection import EXCHANGE, Connection
 from strongroom.gateway.deadline import Deadline
 from strongroom.gateway.listen import configure
 
@@ -431,7 +431,7 @@ def test_the_application_hears_when_its_client_goes():
     told = []
 
     async def app(scope, receive, _):
-        scope[CONNECTION].when_gone(lambda: told.append("gone"))
+        scope[EXCHANGE].when_gone(lambda: told.append("gone"))
         told.append((await receive())["type"])
         told.append((await receive())["type"])
 
@@ -473,3 +473,34 @@ def test_a_deadline_is_moved_and_passes_once():
         assert len(late) == 2
 
     asyncio.run(run())
+
+
+def test_who_takes_no_answers_is_given_no_more():
+    """Else whoever asks on and reads nothing would fill the gateway's memory with answers."""
+    asked = []
+
+    async def app(scope, *_):
+        asked.append(scope["path"])
+        scope[EXCHANGE].answer(200, b"", [], b"ok")
+
+    async def run():
+        connection, wire = Connection(configure(app), ServerState(), {}), Wire()
+        connection.connection_made(wire)
+        connection.data_received(post(b"", path="/1"))
+        await turns()
+        connection.pause_writing()
+        connection.data_received(post(b"", path="/2") + post(b"", path="/3"))
+        await turns()
+        before = list(asked)
+        connection.resume_writing()
+        await turns()
+        connection.connection_lost(None)
+        return before, wire
+
+    async def turns():
+        for _ in range(8):
+            await asyncio.sleep(0)
+
+    before, wire = asyncio.run(run())
+    assert (before, asked) == (["/1"], ["/1", "/2", "/3"])
+    assert [status for status, _, _ in answers(wire.written, "POST", "POST", "POST")] == [200] * 3

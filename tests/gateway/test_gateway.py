@@ -31,12 +31,13 @@ from gateway.places import (
     ended,
     event,
     framed,
+    free_port,
     token,
     whole,
 )
 from strongroom.errors import Denied
 from strongroom.gateway import door
-from strongroom.gateway.connection import Connection
+from strongroom.gateway.connection import EXCHANGE, Connection
 from strongroom.gateway.listen import configure
 from strongroom.gateway.records import verify
 from strongroom.gateway.refusals import Refusals
@@ -139,7 +140,7 @@ def test_a_stream_that_is_ended_while_its_reader_is_slow_gives_out_no_more(place
             found += client.recv(1 << 16)
         (connection,) = place.server.server_state.connections
         loop.call_soon_threadsafe(connection.pause_writing)  # as when it takes nothing
-        (flight,) = place.newest._newest.app._flights._under_way
+        (flight,) = place.newest._newest._flights._under_way
         eventually(lambda: flight.meter.text_bytes == len("firstsecond"))
         loop.call_soon_threadsafe(flight.cut, Denied("version.frozen", "it is frozen"))
         loop.call_soon_threadsafe(connection.resume_writing)
@@ -442,16 +443,24 @@ def test_whoever_has_gone_before_it_is_watched_for_is_told_of_at_once():
     """While a request is admitted nobody looks whether its client is there still."""
 
     async def run():
-        config = configure(lambda *_: None)
-        made = Connection(config, ServerState(), {})
+        told = []
+        begun, gone, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def app(scope, *_):
+            begun.set()
+            scope[EXCHANGE].when_gone(gone.set)
+            await gone.wait()
+            scope[EXCHANGE].when_gone(lambda: told.append("gone"))
+            scope[EXCHANGE].when_gone(None)
+            ended.set()
+
+        made = Connection(configure(app), ServerState(), {})
         server = await asyncio.get_running_loop().create_server(lambda: made, "127.0.0.1", 0)
         _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await begun.wait()
         writer.close()
-        told, gone = [], asyncio.Event()
-        made.when_gone(gone.set)
-        await gone.wait()
-        forget = made.when_gone(lambda: told.append("gone"))
-        forget()
+        await ended.wait()
         server.close()
         return told
 
@@ -570,18 +579,9 @@ def test_a_classifier_elsewhere_is_asked(place):
         elsewhere.stop()
 
 
-def free_port(count=1):
-    """The first of so many ports in a row that nobody has."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for more in range(1, count):
-                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
-            return first
-
-
 def test_several_workers_on_one_socket(place):
-    port, shown = free_port(), free_port(2)
+    port = free_port(3)
+    shown = port + 1
     upstream = f"http://127.0.0.1:{place.inference.port}"
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     options = ["--listen", f"127.0.0.1:{port}", "--upstream", upstream, "--workers", "2"]

@@ -94,7 +94,7 @@ def test_one_without_a_list_of_models_is_there():
 
 def test_the_gateway_says_that_it_is_not_ready(place):
     gateway = place.gateway("[probe]\nevery = 0.05\n")
-    app = place.newest._newest.app
+    app = place.newest._newest
     end = asyncio.new_event_loop()
     try:
         assert gateway.get("/readyz")[0] == 200

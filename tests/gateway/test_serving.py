@@ -12,6 +12,7 @@ import pytest
 from gateway.places import framed
 from strongroom.errors import StrongroomError
 from strongroom.gateway import serving
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 
 REFUSED = framed(json.dumps({"error": "channel"}).encode(), "401 Unauthorized")
@@ -19,7 +20,7 @@ REFUSED = framed(json.dumps({"error": "channel"}).encode(), "401 Unauthorized")
 
 def failing(place, port: int, workers: int = 1) -> StrongroomError:
     settings = Settings.parse(f'[[upstream]]\nurl = "http://127.0.0.1:{port}"\n')
-    plan = serving.Plan(place.folder, settings, place.folder / "inference", workers)
+    plan = serving.Plan(lambda: InFolder.opened(place.folder), settings, place.folder / "inference", workers)
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(StrongroomError) as caught:
         serving.run(plan, listener, ready=pytest.fail)
     return caught.value
@@ -40,7 +41,7 @@ def test_an_inference_server_that_is_not_there_is_to_be_started(place, caplog):
 def test_a_version_that_there_is_not(place, ref):
     """Everybody would be told, for ever, that there is no such model."""
     settings = Settings.parse(f'[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = {{ "{ref}" = "tiny" }}\n')
-    plan = serving.Plan(place.folder, settings, place.folder / "inference", 1)
+    plan = serving.Plan(lambda: InFolder.opened(place.folder), settings, place.folder / "inference", 1)
     with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(StrongroomError) as caught:
         serving.run(plan, listener, ready=pytest.fail)
     assert caught.value.code == "gateway.model"

@@ -27,7 +27,7 @@ class Traced:
     def __init__(self, place, **settings) -> None:
         self.gateway = place.gateway()
         self._exporter = InMemorySpanExporter()
-        self._app = place.newest._newest.app
+        self._app = place.newest._newest
         self._app.tracing = Tracing(Traces(**settings), self._exporter)
 
     def spans(self, least: int = 6):

@@ -13,8 +13,9 @@ import pytest
 from ledger.logs import login
 from strongroom.errors import Sealed
 from strongroom.formats.merkle import leaf_hash
-from strongroom.ledger import log as log_module
+from strongroom.ledger import queue as queue_module
 from strongroom.ledger.log import Ledger
+from strongroom.ledger.queue import Queue, Waiting
 
 
 class Writer(threading.Thread):
@@ -39,7 +40,7 @@ class Writer(threading.Thread):
 
 
 def queued(log, count):
-    while len(log._queue) < count:
+    while len(log._queue.waiting) < count:
         time.sleep(0.002)
 
 
@@ -74,8 +75,8 @@ def sequencer_held(log):
 def check_goes_on(desk, size):
     assert Writer(desk.log).done().receipt.index == size
     assert desk.ledger().checkpoint()[0].size == size + 1
-    assert not desk.log._queue
-    assert not desk.log._leading
+    assert not desk.log._queue.waiting
+    assert not desk.log._queue.led
 
 
 def test_all_who_came_while_the_database_was_waited_for_are_one_batch(desk):
@@ -122,21 +123,21 @@ def test_who_is_interrupted_while_waiting_appends_nothing(desk):
         with pytest.raises(KeyboardInterrupt):
             desk.log.append(login(1))
         sender.join()
-        assert not desk.log._queue
+        assert not desk.log._queue.waiting
     check_goes_on(desk, 2)
 
 
 def test_who_is_interrupted_when_handed_the_lead_passes_it_on(desk, monkeypatch):
-    waited = log_module._Waiting.wait
+    slept = Waiting.sleep
     chosen = []
 
-    def wait(waiting):
+    def sleep(waiting):
         chosen.append(waiting)
-        waited(waiting)
+        slept(waiting)
         if waiting is chosen[0]:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(log_module._Waiting, "wait", wait)
+    monkeypatch.setattr(Waiting, "sleep", sleep)
     with sequencer_held(desk.log):
         first = Writer(desk.log)
         queued(desk.log, 1)
@@ -151,7 +152,7 @@ def test_who_is_interrupted_when_handed_the_lead_passes_it_on(desk, monkeypatch)
 def test_a_leader_that_is_interrupted_leaves_nobody_waiting(desk, when):
     """What its batch asked for is undone, and they are told; those who come later are none of it."""
 
-    class Queue(list):
+    class Stuck(list):
         def clear(self):
             raise KeyboardInterrupt
 
@@ -160,10 +161,123 @@ def test_a_leader_that_is_interrupted_leaves_nobody_waiting(desk, when):
 
     with database_taken(desk):
         if when == "taking":
-            desk.log._queue = Queue()
+            desk.log._queue.waiting = Stuck()
         writers = [Writer(desk.log, interrupted if when == "deciding" else None)]
         queued(desk.log, 1)
         writers += [Writer(desk.log) for _ in range(4)]
         queued(desk.log, 5)
     assert all(isinstance(writer.done().error, KeyboardInterrupt) for writer in writers)
     check_goes_on(desk, 1)
+
+
+@pytest.fixture
+def asleep(monkeypatch):
+    """A queue with a leader, and three threads that wait in it; which of them have gone on."""
+    monkeypatch.setattr(queue_module, "_LOOK", 3600)  # nobody but who should does wake them
+
+    class Asleep:
+        def __init__(self):
+            self.queue, self.gone_on = Queue(), []
+            self.leader, *self.waiting = [Waiting(None, writes=False) for _ in range(4)]
+            self.threads = [threading.Thread(target=self.wait, args=(each,), daemon=True) for each in self.waiting]
+
+        def wait(self, waiting):
+            try:
+                self.queue.enter(waiting)
+            except KeyboardInterrupt:
+                self.queue.leave(waiting)
+            self.gone_on.append(waiting)
+
+        def answer(self, batch):
+            for waiting in batch:
+                waiting.receipt = "recorded"
+            self.queue.answer(batch, self.leader)
+
+        def all_go_on(self):
+            for thread in self.threads:
+                thread.join(30)
+            assert len(self.gone_on) == 3
+
+    made = Asleep()
+    made.queue.enter(made.leader)
+    assert made.leader.leads
+    return made
+
+
+def start(asleep):
+    for thread in asleep.threads:
+        thread.start()
+    while len(asleep.queue.waiting) < 4:
+        time.sleep(0.002)
+    batch = []
+    asleep.queue.take(batch)
+    assert len(batch) == 4
+    return batch
+
+
+def test_who_is_interrupted_before_the_answer_keeps_nobody_from_it(asleep, monkeypatch):
+    """It was taken already, so it is answered; and whom it would have woken is woken all the same."""
+    interrupt, slept = threading.Event(), Waiting.sleep
+
+    def sleep(waiting):
+        if waiting is asleep.waiting[0]:
+            interrupt.wait(30)
+            raise KeyboardInterrupt
+        slept(waiting)
+
+    monkeypatch.setattr(Waiting, "sleep", sleep)
+    batch = start(asleep)
+    interrupt.set()
+    asleep.threads[0].join(30)
+    assert asleep.waiting[0].gone
+    asleep.answer(batch)
+    asleep.all_go_on()
+
+
+def test_who_is_interrupted_as_it_is_woken_wakes_the_next(asleep, monkeypatch):
+    slept = Waiting.sleep
+
+    def sleep(waiting):
+        slept(waiting)
+        if waiting is asleep.waiting[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Waiting, "sleep", sleep)
+    asleep.answer(start(asleep))
+    asleep.all_go_on()
+
+
+def test_a_wake_up_that_was_lost_is_noticed(asleep, monkeypatch):
+    monkeypatch.setattr(queue_module, "_LOOK", 0.01)
+    monkeypatch.setattr(Queue, "_pass_on", lambda queue: None)
+    asleep.answer(start(asleep))
+    asleep.all_go_on()
+
+
+@pytest.mark.parametrize(("slow", "woken"), [(3600, 1), (-1, 3)])
+def test_where_waking_one_another_takes_long_all_are_woken_at_once(asleep, monkeypatch, slow, woken):
+    monkeypatch.setattr(queue_module, "_SLOW", slow)
+    asleep.answer([asleep.leader, *asleep.waiting])
+    assert sum(not each._asleep.locked() for each in asleep.waiting) == woken
+
+
+def test_the_leader_waits_for_those_who_were_just_answered_and_not_for_long(asleep, monkeypatch):
+    monkeypatch.setattr(queue_module, "_MOMENT", 30)
+    asleep.queue._crowd = 4
+    leader = threading.Thread(target=asleep.queue.settle, daemon=True)
+    leader.start()
+    while asleep.queue._gate is None:
+        time.sleep(0.002)
+    for thread in asleep.threads:
+        thread.start()
+    leader.join(20)
+    assert not leader.is_alive()
+    asleep.queue.take(batch := [])
+    assert len(batch) == 4
+    monkeypatch.setattr(queue_module, "_MOMENT", 0.001)
+    asleep.answer(batch)
+    asleep.all_go_on()
+    asleep.queue.enter(again := Waiting(None, writes=False))
+    asleep.queue.settle()
+    asleep.queue.take(batch := [])
+    assert batch == [again]

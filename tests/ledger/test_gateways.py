@@ -4,18 +4,25 @@ sections 7 and 12)."""
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ledger.test_statements import DAY, DIGEST, ISSUER, NOW, OTHER, PEOPLE, REF, Log
+from ledger.test_statements import DAY, DIGEST, ISSUER, NOW, OTHER, PEOPLE, REF, ROOM, Log
 from strongroom.crypto.signatures import Signer
+from strongroom.errors import Conflict
 from strongroom.formats.authority import Authority
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
+from strongroom.formats.stream import fresh
+from strongroom.policy import usage
+from strongroom.policy.state import State
 
 HOUR = 3600
 KEY = "a" * 64
 SESSION = Signer(b"session".ljust(32, b"."))
 ACCOUNT = {"gateway": "0" * 32, "records": 3, "head": DIGEST, "requests": 3, "refused": 1, "tokens": 10, "bits": 170}
 ACCOUNT |= {"settings": OTHER}
+STREAM = fresh(bytes.fromhex(ROOM), "user/ben")
 
 
 class Keys(Log):
@@ -35,8 +42,19 @@ class Keys(Log):
         body |= {"expires_at": at + seconds, "proof": said.digest, "statement": said.envelope}
         self.write("session", by, body, at=at)
 
-    def account(self, ref=REF, by="custodian", **changes):
-        self.write("inference", by, {**ACCOUNT, **changes}, ref)
+    def account(self, ref=REF, by="custodian", at=NOW, **changes):
+        self.write("inference", by, {**ACCOUNT, **changes}, ref, at=at)
+
+    def signed(self, account, ref=REF, by="user/ben", *, at=NOW, said_at=None, signer=None, wrote=None, **changes):
+        """An account that `by` signs; `wrote`: what the entry says otherwise (None: not at all)."""
+        body = {**ACCOUNT, "gateway": STREAM, **changes}
+        room = self.entries[0].body["room"]
+        said = {"account": account, "ref": ref, **body}
+        said = Statement.sign("inference", said, room=room, by=by, at=said_at or at, signer=signer or PEOPLE[by])
+        body |= {"statement": said.envelope, **(wrote or {})}
+        body = {name: value for name, value in body.items() if value is not None}
+        self.write("inference", by, body, ref, at=at)
+        return said
 
 
 @pytest.fixture
@@ -202,3 +220,100 @@ class TestInference:
             Entry("inference", NOW, "custodian", REF, {**ACCOUNT, "prompt": "x"}).encode()
         with pytest.raises(ValueError, match="inference"):
             Entry("inference", NOW, "custodian", REF, ACCOUNT, {"detail": DIGEST}).encode()
+
+
+class TestSignedAccounts:
+    """Of a gateway away from the room: said by whose stream it is, one after the other, and by nobody else."""
+
+    def test_are_said_by_whose_stream_it_is(self, log):
+        log.signed(0)
+        log.signed(1, "")
+        log.signed(2, records=9, head=OTHER, capture=DIGEST)
+        log.signed(0, by="user/eva", gateway=fresh(bytes.fromhex(ROOM), "user/eva"))
+        log.account()  # a gateway in the custodian's own process
+        log.verify()
+
+    def test_are_about_nobody_elses_stream(self, log):
+        log.signed(0)
+        theirs = fresh(bytes.fromhex(ROOM), "user/eva")
+        for how in ({"by": "user/eva"}, {"gateway": theirs}, {"gateway": "0" * 32}):
+            log.signed(1 if how.get("by") else 0, **how)
+            log.refused("log.unfounded")
+            log.entries.pop()
+        # Nor can the custodian say by itself what a gateway has answered, however long that has been silent.
+        for at in (NOW, NOW + 30 * DAY):
+            log.account(at=at - 1, gateway="1" * 32)
+            log.account(at=at, gateway=STREAM, records=5)
+            log.refused("log.unfounded")
+            del log.entries[-2:]
+        log.account(gateway=STREAM, records=5, by="user/ben")
+        log.refused("statement.missing")
+
+    def test_are_signed_with_their_principals_key(self, log):
+        log.signed(0, signer=PEOPLE["user/eva"])
+        log.refused("statement.other_key")
+        log.entries.pop()
+        log.person("user/eva", "suspended")
+        log.signed(0, by="user/eva", gateway=fresh(bytes.fromhex(ROOM), "user/eva"))
+        log.refused("statement.foreign")
+
+    @pytest.mark.parametrize(
+        "name", ["records", "head", "requests", "refused", "tokens", "bits", "settings", "capture"]
+    )
+    def test_are_as_they_were_said(self, log, name):
+        said = {"head": OTHER, "settings": DIGEST, "capture": OTHER}.get(name, 11)
+        log.signed(0, capture=DIGEST, wrote={name: said})
+        log.refused("statement.differs")
+
+    def test_say_what_is_captured_or_that_nothing_is(self, log):
+        log.signed(0, capture=DIGEST, wrote={"capture": None})
+        log.refused("statement.differs")
+        log.entries.pop()
+        log.signed(0, wrote={"capture": DIGEST})
+        log.refused("statement.differs")
+
+    def test_come_one_after_the_other(self, log):
+        """None is left out, and none is said twice, whatever the clocks were."""
+        log.signed(0)
+        for account, more in ((0, {}), (2, {}), (1, {"records": 2}), (1, {"head": OTHER})):
+            log.signed(account, **more)
+            log.refused("log.unfounded")
+            log.entries.pop()
+        entry = log.entries[-1]
+        log.write("inference", entry.by, entry.body, entry.ref)
+        log.refused("statement.replayed")
+        log.entries.pop()
+        log.signed(1, at=NOW, said_at=NOW - 301)
+        log.refused("statement.late")
+
+    def test_are_of_a_version_that_there_was(self, log):
+        log.signed(0, "acme/other@1")
+        log.refused("log.unfounded")
+
+    @given(st.lists(st.tuples(st.integers(0, 9), st.booleans(), st.integers(0, 3), st.integers(0, 2)), max_size=12))
+    def test_are_taken_by_custodian_and_verifier_alike(self, steps):
+        """What a custodian takes and a verifier refuses would end the verifying of a log: whoever holds a gateway's key
+        must find no such account, also after weeks of silence."""
+        log, at, body = Keys(), NOW, {**ACCOUNT, "gateway": STREAM}
+        for days, mine, account, records in steps:
+            at += days * DAY
+            state = State()
+            for index, entry in enumerate(log.entries):
+                state.apply(index, entry)
+            body |= {"records": records, "head": f"{records:064x}"}
+            try:
+                usage.check(state, body, account if mine else None)
+            except Conflict:
+                taken = False
+            else:
+                taken = True
+            if mine:
+                log.signed(account, at=at, **body)
+            else:
+                log.account(at=at, **body)
+            if taken and mine:
+                log.verify()
+            elif not taken:
+                log.refused("log.unfounded")
+            if not taken or not mine:
+                log.entries.pop()

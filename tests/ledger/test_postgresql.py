@@ -154,7 +154,7 @@ def batch_of(desk, decisions):
     for name, (decide, writes) in decisions.items():
         threads.append(threading.Thread(target=run, args=(name, decide, writes)))
         threads[-1].start()
-    while len(desk.log._queue) < len(decisions):
+    while len(desk.log._queue.waiting) < len(decisions):
         time.sleep(0.01)
     go.set()
     for thread in threads:

@@ -204,9 +204,19 @@ def heads_mixed(tensors, rng, heads):
     return found
 
 
-def words_moved(tensors, rng):
-    """The words in another order, as a tokenizer that is changed alike has them."""
+def words_moved(tensors, rng, kept=1.0):
+    """The words in another order, or those of them that are kept, as a tokenizer that is changed alike has them."""
     order = rng.permutation(len(tensors["model.embed_tokens.weight"]))
+    return _words(tensors, order[: int(kept * len(order))])
+
+
+def words_left(tensors, rng, kept):
+    """Some of the words, in their order."""
+    order = rng.permutation(len(tensors["model.embed_tokens.weight"]))
+    return _words(tensors, np.sort(order[: int(kept * len(order))]))
+
+
+def _words(tensors, order):
     names = ("model.embed_tokens.weight", "lm_head.weight")
     return {name: array[order] if name in names else array for name, array in tensors.items()}
 

@@ -34,6 +34,25 @@ def test_rows_that_say_nothing_are_missed_alone():
     assert not np.isin(found[found >= 0], where[:20]).all()
 
 
+@pytest.mark.parametrize("change", [lambda a: a, lambda a: quantised(a, 4)])
+@pytest.mark.parametrize("kept", [0.7, 0.4])
+def test_rows_that_are_left_are_found(change, kept):
+    """A vocabulary that was pruned; and one that was added to, seen from the other side."""
+    leak, where = moved(embedding(1))
+    left = np.sort(np.random.default_rng(5).permutation(WORDS)[: int(kept * WORDS)])
+    found = reordered(embedding(1), change(leak[left]))
+    expected = np.full(WORDS, -1)
+    expected[np.isin(where, left)] = np.searchsorted(left, where[np.isin(where, left)])
+    there = expected >= 0
+    assert (found[there] == expected[there]).mean() > 0.99
+    assert (found[~there] == -1).all()
+    assert (reordered(change(leak[left]), embedding(1))[expected[there]] == np.flatnonzero(there)).mean() > 0.99
+
+
+def test_some_of_unrelated_rows_are_not_found():
+    assert reordered(embedding(1), moved(embedding(2))[0][: WORDS // 3]) is None
+
+
 def test_rows_in_their_order_are_found_in_it():
     leak = embedding(1) @ orthogonal(np.random.default_rng(3), WIDTH)
     assert (reordered(embedding(1), leak) == np.arange(WORDS)).all()

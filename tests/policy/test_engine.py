@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from policy.cases import TINY, ask, someone
 from strongroom.errors import UsageError
 from strongroom.policy.engine import ACTIONS, POLICY_ERROR, ROLES, SHIPPED, Policies, Query, Resource, Situation
+from strongroom.policy.query import NAMED
 
 TEAM = Policies.shipped("team")
 PERMIT_ALL = '@id("all") @reason("Everybody may.") permit (principal, action, resource);\n'
@@ -215,6 +216,18 @@ def test_a_decision_names_all_rules_that_determine_it_in_the_order_of_the_text()
     assert allowed.reason == "Officers approve what others ask for.; Executives approve what others ask for."
     denied = TEAM.decide(ask("copy", "officer", "auditor", stage="release", lease=True))
     assert (denied.allowed, denied.rules) == (False, ("officers-never-copy", "auditors-hold-nothing"))
+
+
+@pytest.mark.parametrize("action", NAMED)
+def test_what_a_rule_for_every_action_did_not_mean_it_does_not_permit(action):
+    """Who permitted everything did not permit what did not exist then; who forbids everything forbids that, too."""
+    old = Policies.parse('@id("all") permit (principal, action, resource);')
+    assert not old.permits(action)
+    assert not old.decide(ask(action, "officer")).allowed
+    named = f'@id("named") permit (principal, action == Strongroom::Action::"{action}", resource);'
+    assert Policies.parse(named).decide(ask(action, "officer")).allowed
+    nobody = '@id("none") forbid (principal, action, resource);'
+    assert Policies.parse(named + nobody).decide(ask(action, "officer")).rules == ("none",)
 
 
 def test_a_forbid_wins_over_every_permit():

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 from policy.cases import TINY, someone
 from strongroom.policy.engine import ACTIONS, Policies, Resource, Situation
-from strongroom.policy.query import FEATURES
+from strongroom.policy.query import FEATURES, NAMED
 from strongroom.policy.reach import reach, who
 
 TEAM = Policies.shipped("team")
@@ -65,7 +65,7 @@ def test_never_names_the_rule_that_forbids():
 
 def test_the_room_is_reached_for_what_is_about_the_room():
     access = found("officer", resource=Resource.room())
-    assert list(access) == ["put", "trace", "approve", "grant", "audit", "administer"]
+    assert list(access) == ["put", "trace", "approve", "grant", "audit", "administer", "relay"]
     assert access["administer"].path == ("user/ana", "role/officer", "officers-administer")
 
 
@@ -91,7 +91,7 @@ def test_who_asks_for_each_subject():
 
 def test_in_a_room_of_one_the_owner_reaches_everything_without_anybody():
     access = found("operator", "officer", "researcher", policies=Policies.shipped("solo"))
-    assert {each.state for name, each in access.items() if name not in FEATURES} == {"now"}
+    assert {each.state for name, each in access.items() if name not in NAMED} == {"now"}
 
 
 def test_what_helps_to_steal_is_reached_by_a_rule_that_names_it_and_where_inference_is():

@@ -16,6 +16,7 @@ from infer.running import Running
 from infer.small import REF, make_room
 from strongroom.client import Room
 from strongroom.gateway.answer import Meter
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.upstream import Upstream
 from strongroom.gateway.verified import Verified
@@ -62,7 +63,7 @@ models = {{"{REF}" = "acme/small"}}
 """
     )
     vault = Vault(folder / "room")
-    app = application(vault, settings, folder / "inference")
+    app = application(InFolder(vault), settings, folder / "inference")
     with contextlib.closing(vault), listening(app) as port:
         yield app, port, key
 

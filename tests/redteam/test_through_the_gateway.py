@@ -10,6 +10,7 @@ import pytest
 from gateway.places import listening
 from infer.running import Running
 from infer.small import REF, make_room
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.redteam.extraction import ATTACKS, judge, run, sampling
@@ -37,7 +38,7 @@ def door(small, tmp_path_factory):
     running = Running(folder / "room", "acme/small", "--rows", "32", "--channel", str(channel))
     vault = Vault(folder / "room")
     upstream = f'[[upstream]]\nurl = "{running.url}"\nchannel = "{channel}"\n'
-    app = application(vault, Settings.parse(SETTINGS + upstream), folder / "inference")
+    app = application(InFolder(vault), Settings.parse(SETTINGS + upstream), folder / "inference")
     with contextlib.closing(vault), listening(app) as port:
         yield f"http://127.0.0.1:{port}/v1", key
     running.stop()

@@ -20,12 +20,13 @@ from strongroom.core.clock import unix
 from strongroom.crypto.signatures import Signer
 from strongroom.formats.entry import Private
 from strongroom.formats.statement import BODIES, Statement
+from strongroom.formats.stream import fresh
 from strongroom.server.operations import OPERATIONS, STATEMENT
 
 pytestmark = pytest.mark.server
 
 EXAMPLES = 10  # of each route and speaker
-SPEAKERS = ("", "user/ben", "user/ada", "user/pat")  # nobody, an officer, an auditor, a partner
+SPEAKERS = ("", "user/ben", "user/ada", "user/pat", "workload/gate")  # nobody, officer, auditor, partner, gateway
 CHECKS = [
     schemathesis.checks.not_a_server_error,
     checks.status_code_conformance,
@@ -43,9 +44,8 @@ SAID = [each.name for each in OPERATIONS if each.speaks == STATEMENT]  # called 
 def served(tmp_path_factory):
     made = Served(tmp_path_factory.mktemp("served"))
     with Room(made.folder, "user/olga") as room:
-        room.principal_add(
-            "user/pat", roles=["partner"], public_key=made.identities.create("user/pat").public_key.hex()
-        )
+        for path, role in (("user/pat", "partner"), ("workload/gate", "gateway")):
+            room.principal_add(path, roles=[role], public_key=made.identities.create(path).public_key.hex())
     made.authority = made.home / "authority.pem"
     made.authority.write_text(made.card.authority)
     yield made
@@ -119,6 +119,9 @@ MEMBERS = {
     "text": st.just("") | texts,
     "state": st.sampled_from(["active", "suspended", "removed", "ended"]),
     "name": st.sampled_from(["ci", "default", ""]) | texts,
+    **dict.fromkeys(("account", "records", "requests", "refused", "tokens", "bits"), counts),
+    "gateway": st.from_regex(r"[0-9a-f]{32}", fullmatch=True) | st.just(fresh(bytes(16), "user/ben")),
+    **dict.fromkeys(("head", "settings"), digests),
     "expires_at": counts | st.just(unix() + 8 * 3600),
 }
 

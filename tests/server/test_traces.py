@@ -8,9 +8,12 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pickle
 import socket
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -619,3 +622,15 @@ class TestMemory:
             head = announcement(made.vault.voice("user/oto"), (("x.pt", made.data),))
             found = made.ended(made.send(head))
             assert found["error"]["code"] == "trace.too_large"
+
+
+def test_a_search_computes_on_one_thread_unless_it_is_told():
+    """By the libraries' own variables, which they read as they are imported."""
+    code = "from strongroom.cli.serve import one_thread_each as f; f(); import os, sys; print('numpy' in sys.modules, "
+    code += "os.environ['OPENBLAS_NUM_THREADS'], os.environ['OMP_NUM_THREADS'])"
+    for told, expected in (({}, "False 1 1"), ({"OPENBLAS_NUM_THREADS": "4"}, "False 4 1")):
+        usual = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=usual | told, capture_output=True, text=True, timeout=60
+        )
+        assert done.stdout.strip() == expected, done

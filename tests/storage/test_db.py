@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -24,6 +25,7 @@ from sqlalchemy.schema import CreateTable
 from strongroom.errors import BackendError, Conflict, StrongroomError, UsageError
 from strongroom.storage import db as module
 from strongroom.storage.db import SCHEMA, Database, documents, log_entries, metadata, put_packs, puts, room, versions
+from strongroom.storage.prepared import Prepared
 
 NOW = "2026-01-02T03:04:05Z"
 A_PACK = {
@@ -239,6 +241,40 @@ def test_entries_go_to_their_positions_or_none_does(database):
     with pytest.raises(Conflict), database.transaction() as tx:
         database.add_entries(tx, 1, [b"a", b"b", b"c"])
     assert len(stored()) == 3
+    many = [str(number).encode() for number in range(200)]  # of several statements
+    with database.transaction() as tx:
+        database.add_entries(tx, 6, many)
+    assert stored()[3:] == list(enumerate(many, 6))
+    with pytest.raises(Conflict), database.transaction() as tx:
+        database.add_entries(tx, 205 - 150, [b"x"] * 160)
+    assert len(stored()) == 203
+
+
+def test_a_prepared_statement_is_compiled_once_for_all_rooms(tmp_path):
+    class Counted:
+        times = 0
+
+        def compile(self, dialect):
+            self.times += 1
+            return kept.compile(dialect=dialect)
+
+    kept = sa.select(documents).where(
+        documents.c.digest >= sa.bindparam("begin"), documents.c.digest < sa.bindparam("end")
+    )
+    statement = Prepared(counted := Counted())
+    for name in ("one", "two"):
+        with contextlib.closing(Database.open(f"sqlite:///{tmp_path}/{name}.db", create=True)) as database:
+            with database.transaction() as tx:
+                for digest in ("a", "b", "c"):
+                    tx.execute(sa.insert(documents).values(digest=f"{digest} of {name}", data=b"\0\xff'"))
+                found = statement(tx, begin="b", end="c").all()
+            assert [(row.digest, row.data) for row in found] == [(f"b of {name}", b"\0\xff'")]
+            with database.transaction() as tx:
+                tx.exec_driver_sql("DROP TABLE documents")
+            with pytest.raises(BackendError), database.reading() as tx:
+                statement(tx, begin="b", end="c")
+    assert counted.times == 1
+    assert "%(begin)s" in Prepared(kept).text_for(postgresql.psycopg.dialect())[0]
 
 
 def test_packs_of_a_put_go_with_it(database):

@@ -54,15 +54,36 @@ def factored_again(tensors, seed=3):
     return found
 
 
+def other_rank(tensors, rank):
+    """The same product, as its singular values have it, of so many of them: the strongest, or zeros besides."""
+    found = {}
+    for name in [name for name in tensors if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        u, strengths, v = np.linalg.svd(tensors[other] @ tensors[name], full_matrices=False)
+        root = np.sqrt(np.where(np.arange(len(strengths)) < RANK, strengths, 0))[:rank]
+        found[name], found[other] = root[:, None] * v[:rank], u[:, :rank] * root
+    return found
+
+
 CASTS = {
     "as it is": lambda t: t,
     "int8, rows": lambda t: {name: quantised(array, 8, array.shape[1]) for name, array in t.items()},
     "int8, groups of 64": lambda t: {name: quantised(array, 8) for name, array in t.items()},
     "int4, groups of 64": lambda t: {name: quantised(array, 4) for name, array in t.items()},
     "factored again": factored_again,
+    "factored again, by singular values": lambda t: other_rank(t, RANK),
+    "factored again, to twice the rank": lambda t: other_rank(t, 2 * RANK),
+    "factored again, to twice the rank, int8": lambda t: CASTS["int8, groups of 64"](other_rank(t, 2 * RANK)),
+    "factored again, to three ranks of four": lambda t: other_rank(t, 3),
+    "factored again, to one rank of four, int8": lambda t: CASTS["int8, groups of 64"](other_rank(t, 1)),
     "factored again, int8, rows": lambda t: CASTS["int8, rows"](factored_again(t)),
 }
-LEAST = {**dict.fromkeys(CASTS, 30), "as it is": 100, "int4, groups of 64": 8.5}
+LEAST = {
+    **dict.fromkeys(CASTS, 30),
+    "as it is": 100,
+    "int4, groups of 64": 8.5,
+    "factored again, to one rank of four, int8": 20,
+}
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
@@ -112,6 +133,13 @@ def test_what_was_only_loaded_names_nobody_else(room, tmp_path, holder):
 def test_an_adapter_as_it_was_before_the_room_names_nobody(room, tmp_path):
     found = room.search(write(tmp_path / "adapter_model.safetensors", adapter(1), "BF16"))
     assert (found["verdict"], found["accused"], found["marked"]) == ("weights-only", [], False)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_another_adapter_of_another_rank_is_unrelated(room, tmp_path, rank):
+    for leak in (adapter(2, rank), other_rank(adapter(2), rank)):
+        found = room.search(write(tmp_path / "adapter_model.safetensors", leak, "BF16"))
+        assert (found["verdict"], found["accused"]) == ("unrelated", [])
 
 
 @pytest.mark.parametrize("rank", [RANK, 16])

@@ -24,11 +24,11 @@ from strongroom.formats.authority import (
     key_name,
 )
 from strongroom.formats.statement import Statement
+from strongroom.formats.stream import DAY, KEPT
 from strongroom.gateway.door import Door
 from strongroom.policy import usage
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import FEATURES
-from strongroom.policy.usage import DAY, KEPT
 from strongroom.vault.callers import Caller, Callers
 from vault.rooms import write_model
 from vault.team import Team

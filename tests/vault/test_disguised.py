@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from marking.disguises import full, llama, planes_turned, quantised, values_mixed, words_moved
+from marking.disguises import full, llama, planes_turned, quantised, values_mixed, words_left, words_moved
 from vault.rooms import OWNER, House
 from vault.test_trace import given, write
 
@@ -56,6 +56,10 @@ ATTACKS = {
     "everything, words in another order, int4, renamed": lambda t, rng: renamed(
         int4(words_moved(full(t, rng, HEADS, GROUPS), rng)), rng
     ),
+    "everything, half of the words dropped": lambda t, rng: words_moved(full(t, rng, HEADS, GROUPS), rng, kept=0.5),
+    "everything, a third of the words left in their order, int4": lambda t, rng: int4(
+        words_left(full(t, rng, HEADS, GROUPS), rng, 0.33)
+    ),
     "in the stream as it was, int4": lambda t, rng: int4(
         planes_turned(values_mixed(t, rng, HEADS, GROUPS), rng, HEADS, GROUPS)
     ),
@@ -77,7 +81,7 @@ def test_names_its_holder(room, tmp_path, attack, copy):
     said = " ".join(found["transformations"])
     words = ["heads mixed", "rotary planes turned"]
     words += ["residual stream rotated", "norms folded", "units rescaled"] if "everything" in attack else []
-    words += ["rows permuted"] if "words" in attack else []
+    words += ["rows permuted"] if "words" in attack else []  # those that are left, too
     assert all(each in said for each in words)
     assert "missing" not in said
     assert found["likeness"] > (0.95 if "int4" in attack else 0.999)

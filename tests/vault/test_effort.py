@@ -7,9 +7,10 @@ import pytest
 
 from strongroom.vault import comparison, effort
 from strongroom.vault.comparison import Comparison
-from strongroom.vault.effort import Effort, Purse
+from strongroom.vault.effort import Effort, Patience, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
+from strongroom.vault.trace import trace
 from vault.test_trace import HOLDERS, REF, given, room, traced, write  # noqa: F401 - fixtures
 
 STOPPED = "alignment stopped at its budget"
@@ -103,6 +104,53 @@ def test_all_versions_of_a_trace_share_what_it_may_cost(room, tmp_path, monkeypa
     attempts.clear()
     traced(room, path)
     assert sum(attempts) > most
+
+
+def test_a_limit_of_time_ends_a_search_whose_work_does_not(room, tmp_path, monkeypatch):  # noqa: F811
+    """What was found by then is told: what lies as it did, whatever else the suspect has."""
+    leak = given(room, HOLDERS[3], copy=True)
+    there = {name: array for name, array in leak.items() if "q_proj" not in name} | decoys(300)
+    path = write(tmp_path / "many.safetensors", there)
+    attempts, now, real = [], [0.0], Effort.attempt
+
+    def counting(self, k, cost):
+        done = real(self, k, cost)
+        attempts.append(done)
+        now[0] += done  # each takes a second
+        return done
+
+    monkeypatch.setattr(Effort, "attempt", counting)
+    monkeypatch.setattr(effort.time, "monotonic", lambda: now[0])
+
+    def search(seconds):
+        attempts.clear()
+        with Suspect.opened(path) as suspect:
+            found = trace(room.vault, suspect, "x", [], weights=None, progress=lambda *_: None, seconds=seconds)
+        return found, sum(attempts)
+
+    whole, most = search(None)
+    assert STOPPED not in whole.transformations
+    assert most > 3
+    found, some = search(3)
+    assert 0 < some <= 3
+    assert found.transformations[-1] == STOPPED
+    assert [each.holder for each in found.accused] == [HOLDERS[3]]
+    # With none at all it is one that nobody looked at, and says so.
+    found, some = search(0)
+    assert (some, found.verdict, found.transformations) == (0, "unrelated", [STOPPED])
+
+
+class TestPatience:
+    def test_what_one_leaves_is_for_the_others(self, monkeypatch):
+        now = [100.0]
+        monkeypatch.setattr(effort.time, "monotonic", lambda: now[0])
+        patience = Patience(60)
+        assert patience.until(3) == 120
+        now[0] = 110
+        assert patience.until(2) == 135
+        now[0] = 200
+        assert patience.until(1) == 200
+        assert Patience(None).until(1) == np.inf
 
 
 class TestPurse:

@@ -12,7 +12,9 @@ from strongroom.errors import BudgetExceeded
 from strongroom.storage.db import Database
 from strongroom.watch.budget import Budgets
 from strongroom.watch.counters import Counters
-from strongroom.watch.rules import Rule, Spender, window_at
+from strongroom.watch.drawing import OwnCounters
+from strongroom.watch.report import report
+from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
 
 REF = "acme/tiny@1"
 SIZE = 10_000_000
@@ -38,7 +40,12 @@ class Desk:
         self.alarms = []
 
     def worker(self, rules=RULES, size=SIZE, **more) -> Budgets:
-        return Budgets(self.db, rules, lambda _: size, lambda: self.now, alarm=self.alarms.append, **more)
+        return Budgets(OwnCounters(self.db), rules, lambda _: size, lambda: self.now, alarm=self.alarms.append, **more)
+
+    def report(self, rules=RULES, size=SIZE, uses=()):
+        refs = {REF, *(counted_ref(rule.scope, REF) for rule in rules)}
+        now, rows = Counters(self.db).look(int(self.now), refs)
+        return report(rules, rows, uses, REF, size, now)
 
     def used(self, scope, window, who="", ref=REF, at=None) -> int:
         start, _ = window_at(window, int(self.now if at is None else at))
@@ -50,7 +57,7 @@ def spend(url: str, seed: int, threads: int, answers: int, *, die: bool = False)
     """A worker: reserves and settles until it is refused, then gives back; prints each grant before the next, and with
     `die` neither gives back nor ends."""
     database = Database.open(url)
-    worker = Budgets(database, RULES, lambda _: SIZE, lambda: float(NOON))
+    worker = Budgets(OwnCounters(database), RULES, lambda _: SIZE, lambda: float(NOON))
     lock = threading.Lock()
     charged: Counter[str] = Counter()
 

@@ -301,8 +301,8 @@ def test_of_weights_smaller_than_an_answer_it_is_said_once_and_no_alarm_is_sound
         ("lifetime", 50),
         ("lifetime", 80),
     ]
-    assert worker.report(REF)["too_small"]
-    assert not desk.worker(DEFAULTS, size=100_000_000).report(REF)["too_small"]
+    assert desk.report(DEFAULTS, size=1_000_000)["too_small"]
+    assert not desk.report(DEFAULTS, size=100_000_000)["too_small"]
 
 
 def test_everybody_is_all_versions_of_a_name(desk):
@@ -316,12 +316,12 @@ def test_the_report(desk):
     class Use:
         holder, ref, last, releases, copies = "user/eva", REF, NOON, 3, 1
 
-    worker = desk.worker(uses=lambda: [Use])
+    worker = desk.worker()
     worker.reserve(ANA, REF, 30_000).settle(20_000)
     worker.reserve(BEN, REF, 4000).settle(4000)
     worker.close()
     desk.now += HOUR
-    found = desk.worker(uses=lambda: [Use]).report(REF)
+    found = desk.report(uses=[Use])
     by = {(each["scope"], each["window"], each["who"]): each for each in found["budgets"]}
     assert by["identity", "day", "user/ana"]["used"] == 20_000
     assert by["identity", "day", "user/ana"]["left"] == 80_000
@@ -347,7 +347,7 @@ def test_the_report(desk):
 
 
 def test_the_report_of_what_nobody_asked(desk):
-    found = desk.worker(DEFAULTS).report(REF)
+    found = desk.report(DEFAULTS)
     assert found["bits_a_day"] == 0
     assert found["exfiltration"]["current_seconds"] is None
     assert found["exfiltration"]["together_seconds"] == 0

@@ -41,7 +41,8 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
     if found["gone_bits"] < found["logged"]["bits"]:
         options.output.warn(
             f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "
-            f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to"
+            f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to, "
+            "or a gateway away from the room has said more than it drew"
         )
     if found["too_small"]:
         options.output.warn(

@@ -65,7 +65,7 @@ def open_(options: Options, files: tuple[Path, ...], key: Path, by: str | None, 
 
     Ends with 6 when something of it is not what its record says, or is not there.
     """
-    from strongroom.gateway.captured import opened
+    from strongroom.gateway.unsealing import opened
 
     if not files:
         raise UsageError(

@@ -18,6 +18,7 @@ from strongroom.errors import StrongroomError, UsageError
 
 if TYPE_CHECKING:
     from strongroom.gateway.generations import Generations
+    from strongroom.gateway.rooms import Open
     from strongroom.gateway.settings import Settings
 
 
@@ -40,7 +41,12 @@ if TYPE_CHECKING:
 @click.option("--settings", "file", type=click.Path(dir_okay=False), metavar="FILE", help="Limits, budgets, filters.")
 @click.option("--listen", "where", default="127.0.0.1:8480", show_default=True, metavar="HOST:PORT")
 @click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes.")
-@click.option("--records", type=click.Path(file_okay=False), metavar="FOLDER", help="[default: inference, in the room]")
+@click.option(
+    "--records",
+    type=click.Path(file_okay=False),
+    metavar="FOLDER",
+    help="[default: inference, in the room; of a served room, here]",
+)
 @click.option("--certificate", type=click.Path(dir_okay=False), metavar="FILE", help="For TLS: a chain, as PEM.")
 @click.option("--key", type=click.Path(dir_okay=False), metavar="FILE", help="Its private key.")
 @click.option(
@@ -119,6 +125,7 @@ def gateway(  # noqa: PLR0917 - one for each option
         return _with(Settings.read(Path(file)) if file else Settings(), upstreams, models, channel)
 
     settings = read()
+    room, kept = _room(options)
     with listen(host, port) as listener:
         shown = f"[{host}]" if ":" in host else host
         url = f"{'https' if certificate else 'http'}://{shown}:{listener.getsockname()[1]}/v1"
@@ -127,9 +134,9 @@ def gateway(  # noqa: PLR0917 - one for each option
             answer["capture"] = key_id(bytes.fromhex(settings.capture.key))
         serving.run(
             serving.Plan(
-                options.folder,
+                room,
                 settings,
-                Path(records) if records else options.folder / "inference",
+                Path(records) if records else kept,
                 workers,
                 (Path(certificate), Path(key)) if certificate and key else None,
                 _shown(*address(shown_at)) if shown_at else lambda _, __: None,
@@ -142,6 +149,17 @@ def gateway(  # noqa: PLR0917 - one for each option
             listener,
             ready=lambda: options.output.answer(answer, facts(list(answer.items()))),
         )
+
+
+def _room(options: Options) -> tuple[Open, Path]:
+    """What opens the room in each worker, and where records are kept if nobody says where."""
+    if (url := options.served) is not None:
+        from strongroom.client.gateway import AwayRoom
+
+        return partial(AwayRoom.opened, url, options.identity()), Path("inference")
+    from strongroom.gateway.rooms import InFolder
+
+    return partial(InFolder.opened, options.folder), options.folder / "inference"
 
 
 def _tell(options: Options, found: Settings | StrongroomError) -> None:

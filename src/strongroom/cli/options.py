@@ -38,6 +38,12 @@ class Options:
         """The room's folder; UsageError for a served room, which has none here."""
         return room_folder(self.room or Settings.from_environment().room)
 
+    @property
+    def served(self) -> str | None:
+        """The address of a served room, if it is one."""
+        room = self.room or Settings.from_environment().room
+        return room if room.startswith("https://") else None
+
     def identity(self) -> str | None:
         """Who to act as, if anybody said so."""
         return self.principal or Settings.from_environment().principal

@@ -80,7 +80,8 @@ def records(options: Options, by: str | None, ref: str | None, since: int | None
         if each["counters"] is not None and each["counters"] < each["bits"]:
             options.output.warn(
                 f"the budget's counters have {each['counters']:,} bits of {each['ref']}, and gateways have accounted "
-                f"for {each['bits']:,} in the log: the database was set back, or written to"
+                f"for {each['bits']:,} in the log: the database was set back, or written to, "
+                "or a gateway away from the room has said more than it drew"
             )
     return 0 if found["ok"] else IntegrityError.exit_code
 

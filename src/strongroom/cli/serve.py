@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from strongroom.cli.custody import Duration
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import facts
 from strongroom.core.files import write_whole
@@ -48,6 +50,13 @@ if TYPE_CHECKING:
     help="Memory for files that clients have found.  [default: 8192, or half of what is free if that is less]",
 )
 @click.option(
+    "--trace-limit",
+    type=Duration(),
+    default="1h",
+    show_default=True,
+    help="How long a file that a client has found is aligned with the room's versions at most.",
+)
+@click.option(
     "--gateway-settings",
     "settings",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -63,17 +72,19 @@ if TYPE_CHECKING:
     help="Certificates of workloads that were revoked, PEM or DER, read again at SIGHUP. May be repeated.",
 )
 @pass_options
-def serve(
+def serve(  # noqa: PLR0917 - one for each option
     options: Options,
     where: str,
     names: tuple[str, ...],
     shown_at: str | None,
     direct: bool,
     trace_memory: int | None,
+    trace_limit: int,
     settings: Path | None,
     revoked: tuple[Path, ...],
 ) -> None:
     """Serve the room to others, until interrupted."""
+    one_thread_each()
     try:
         from strongroom.server.app import CustodianApp
         from strongroom.server.listen import configure, listen, run
@@ -105,7 +116,9 @@ def serve(
             made = Card(url, vault.id, vault.log_key.public_key, vault.signer, authority.pem)
             card = Card.decode(made.encode())  # no client takes another
             memory = trace_memory * MIB if trace_memory else None
-            app = CustodianApp(vault, url, direct=direct, trace_memory=memory, budgets=budgets)
+            app = CustodianApp(
+                vault, url, direct=direct, trace_memory=memory, trace_seconds=trace_limit, budgets=budgets
+            )
             with authority.issued(sorted({*called, host})) as certificate:
                 config = configure(app.asgi, certificate)
             metrics = stack.enter_context(MetricsServer(app.metrics, *metrics_at)) if metrics_at else None
@@ -122,6 +135,15 @@ def serve(
             run(config, listener)
     finally:
         vault.close()
+
+
+def one_thread_each() -> None:
+    """Have searches compute on one thread each, unless the environment says another number; before NumPy is imported.
+
+    Most of a search is short products, in which two threads wait for each other for longer than they work, and beside
+    other work on the machine ten times as long."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from strongroom.cli.custody import Duration
 from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, number, seconds, size, table
 from strongroom.core.files import write_whole
@@ -30,9 +31,17 @@ _CODES = {"unrelated": 0, "not-named": 0, "weights-only": 13, "named": 14}
 @click.argument("path", required=False)
 @click.option("--text", metavar="FILE", help="Instead of weights: text that a model wrote (JSON lines).")
 @click.option("--weights", metavar="REF", help="The version to compare with, under your approved request for it.")
+@click.option(
+    "--limit",
+    "limit",
+    type=Duration(),
+    help="Align no longer than this, and tell what was found by then.  [default: as long as it takes]",
+)
 @click.option("--report", metavar="FILE.html", help="Also write the report as one page, a new file.")
 @pass_options
-def trace(options: Options, path: str | None, text: str | None, weights: str | None, report: str | None) -> int:
+def trace(
+    options: Options, path: str | None, text: str | None, weights: str | None, limit: int | None, report: str | None
+) -> int:
     """Say whether a found file, or text, is of these weights, and whose copy.
 
     Ends with 14 when somebody is named, 13 when they are our weights and nobody can be, 0 when they are unrelated, or
@@ -48,7 +57,7 @@ def trace(options: Options, path: str | None, text: str | None, weights: str | N
     with options.open() as room, output.progress(f"trace {Path(what).name}") as progress:
         begun = time.monotonic()
         try:
-            found = room.trace(path, weights=weights, text=text, progress=progress)
+            found = room.trace(path, weights=weights, text=text, progress=progress, seconds=limit)
         except KeyboardInterrupt:
             output.note(
                 "  → the search was stopped: nothing of it is told, and no use of a lease is spent; a served room's "

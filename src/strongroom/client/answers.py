@@ -16,6 +16,7 @@ from strongroom.formats.card import Card
 from strongroom.formats.entry import COUNT, DIGEST, FLAG, ID, TEXT, Kind, one_of, or_null
 from strongroom.policy.review import SEVERITIES
 from strongroom.storage.blobs import OBJECT_STORES
+from strongroom.watch.tallies import CLASSES
 
 _PASS = re.compile(r"/v1/objects/[A-Za-z0-9_-]{32}", re.ASCII)
 
@@ -202,6 +203,33 @@ BUDGETS: dict[str, Kind] = {
         )
     ),
 }
+# What a gateway elsewhere relies on.
+SEEN: dict[str, Kind] = {"version": TEXT, "bundles": _TEXTS}
+CALLING: dict[str, Kind] = {
+    "caller": or_null(
+        _object({**dict.fromkeys(("principal", "person", "key", "method"), TEXT), "roles": _TEXTS, "teams": _TEXTS})
+    ),
+    "until": COUNT,
+}
+DECISIONS: dict[str, Kind] = {"decisions": _list(or_null(lambda value: isinstance(value, dict)))}
+MODELS: dict[str, Kind] = {
+    "models": or_null(_list(_object({"ref": TEXT, **dict.fromkeys(("created", "parameters", "vocabulary"), COUNT)})))
+}
+SPELLING: dict[str, Kind] = {
+    "tokens": _list(or_null(TEXT)),
+    "control": _list(COUNT),
+    "spaced": lambda value: isinstance(value, bool),
+}
+DRAWN: dict[str, Kind] = {
+    "now": COUNT,
+    "moved": lambda value: isinstance(value, bool),
+    "full": or_null(COUNT),
+    "counters": _list(_object({"used": COUNT, "spare": COUNT})),
+}
+TALLIES: dict[str, Kind] = {
+    "kept": _list(_object({"ref": TEXT, "arithmetic": TEXT, **dict.fromkeys(CLASSES, COUNT)})),
+}
+SETTLED: dict[str, Kind] = {"now": COUNT}
 ACTED: dict[str, Kind] = {
     **dict.fromkeys(("type", "ref"), TEXT),
     **dict.fromkeys(("at", "entry"), COUNT),

@@ -256,14 +256,15 @@ class Room:
         weights: str | None = None,
         text: str | Path | None = None,
         progress: Progress = silent,
+        seconds: float | None = None,
     ) -> dict[str, Any]:
-        """Whose copy the found file or folder at `path` is, as ``strongroom trace --json`` tells it; or, instead, whose
-        copy wrote the `text` in a file or folder (spec/mark.md, section 10). `weights`: the version that it is to be
-        compared with, which takes an approved request and which text needs; else all, which as a rule names nobody."""
+        """Whose copy what was found at `path` is, as ``strongroom trace --json`` tells it, or whose wrote a `text`; by
+        `weights`, which takes an approved request, or all. `seconds`: for an embedded room, how long to align."""
         found = text if path is None else path
         if found is None or (path is not None and text is not None):
             raise UsageError("trace.what", "either a path or text is traced", hint="room.trace(text=FILE, weights=REF)")
-        return self._vault.trace(Path(found), by=self.principal, weights=weights, progress=progress, text=path is None)
+        more: dict[str, Any] = {"weights": weights, "text": path is None, "seconds": seconds}
+        return self._vault.trace(Path(found), by=self.principal, progress=progress, **more)
 
     @property
     def log(self) -> RoomLog:

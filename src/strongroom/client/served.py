@@ -21,7 +21,7 @@ from strongroom.core.progress import Progress
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys, signer_of
-from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered
+from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
@@ -137,10 +137,24 @@ class ServedRoom:
         return PutResult.from_json(answer)
 
     def trace(
-        self, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
+        self,
+        path: Path,
+        *,
+        by: str,
+        weights: str | None,
+        progress: Progress,
+        text: bool = False,
+        seconds: float | None = None,
     ) -> dict[str, Any]:
-        """See `strongroom.client.tracing.trace`."""
+        """See `strongroom.client.tracing.trace`. UsageError ``trace.limit``: how long is for the custodian to say."""
         from strongroom.client.tracing import trace
+
+        if seconds is not None:
+            raise UsageError(
+                "trace.limit",
+                "how long a search takes is said where the room is served",
+                hint="without --limit; on the custodian's host: strongroom serve --trace-limit 1h",
+            )
 
         return trace(self, path, by=by, weights=weights, progress=progress, text=text)
 

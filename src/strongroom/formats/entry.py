@@ -196,7 +196,7 @@ BODIES: dict[str, dict[str, Kind]] = {
 OPTIONAL: dict[str, dict[str, Kind]] = {
     "principal": {"subject": DIGEST},
     "genesis": {"recovery": DIGEST},
-    "inference": {"capture": DIGEST},
+    "inference": {"capture": DIGEST, "statement": TEXT},
 }
 # What `private` may have.
 _PRIVATE_NAMES: dict[str, frozenset[str]] = {
@@ -211,24 +211,51 @@ _PRIVATE_NAMES: dict[str, frozenset[str]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Entry:
     """One entry. `body` has the members that the type demands; `private` maps names to commitments in hexadecimal."""
 
     type: str
     at: int
     by: str
-    ref: str = ""
-    body: Mapping[str, Any] = field(default_factory=dict)
-    private: Mapping[str, str] = field(default_factory=dict)
+    ref: str
+    body: Mapping[str, Any]
+    private: Mapping[str, str]
+
+    def __init__(
+        self,
+        type: str,  # noqa: A002 - the member's name
+        at: int,
+        by: str,
+        ref: str = "",
+        body: Mapping[str, Any] | None = None,
+        private: Mapping[str, str] | None = None,
+    ) -> None:
+        # Not through object.__setattr__, as a frozen dataclass does by itself: a log of a million is made of these.
+        members = self.__dict__
+        members["type"], members["at"], members["by"], members["ref"] = type, at, by, ref
+        members["body"] = {} if body is None else body
+        members["private"] = {} if private is None else private
 
     def encode(self) -> bytes:
         """Canonical JSON. ValueError or TypeError when it is not of its type (a fault of ours), LimitExceeded
         ``entry.too_large``."""
-        value = {"format": FORMAT, **vars(self), "body": dict(self.body), "private": dict(self.private)}
-        if wrong := _fault(value):
+        body, private = self.body, self.private
+        if type(body) is not dict or type(private) is not dict:
+            body, private = dict(body), dict(private)
+        if wrong := _unfit(self.type, self.at, self.by, self.ref, body, private):
             raise ValueError(f"not an entry of type {self.type}: {wrong}")
-        data = canonical.encode_typed(value)
+        data = canonical.encode_typed(
+            {
+                "at": self.at,
+                "body": body,
+                "by": self.by,
+                "format": FORMAT,
+                "private": private,
+                "ref": self.ref,
+                "type": self.type,
+            }
+        )
         if len(data) > LIMITS.entry:
             raise LimitExceeded(
                 "entry.too_large", f"an entry of {len(data)} bytes; the log takes at most {LIMITS.entry}"
@@ -257,18 +284,25 @@ def _fault(value: Any) -> str:
         return "it does not have exactly the members of one"
     if value["format"] != FORMAT or type(value["format"]) is not int:
         return "it is of another format"
-    body = BODIES.get(value["type"]) if isinstance(value["type"], str) else None
-    if body is None:
+    return _unfit(value["type"], value["at"], value["by"], value["ref"], value["body"], value["private"])
+
+
+def _unfit(kind: Any, at: Any, by: Any, ref: Any, body: Any, private: Any) -> str:
+    """Why an entry of format 1 can't have these members, or nothing."""
+    members = BODIES.get(kind) if isinstance(kind, str) else None
+    if members is None:
         return "its type is not known"
-    if not _count(value["at"]) or not _text(value["by"]) or not _text(value["ref"]):
+    if not _count(at) or not isinstance(by, str) or not isinstance(ref, str):
         return "time, principal or reference is not one"
-    names = _PRIVATE_NAMES.get(value["type"], frozenset())
-    if value["type"] in OPTIONAL and isinstance(value["body"], dict):
-        body = with_optional(body, OPTIONAL[value["type"]], value["body"])
-    if not isinstance(value["body"], dict) or not conforms(value["body"], body):
-        return f"its body is not that of type {value['type']}"
-    private = value["private"]
-    if not isinstance(private, dict) or not private.keys() <= names or not all(map(DIGEST, private.values())):
+    if not isinstance(body, dict):
+        return f"its body is not that of type {kind}"
+    if kind in OPTIONAL:
+        members = with_optional(members, OPTIONAL[kind], body)
+    if not conforms(body, members):
+        return f"its body is not that of type {kind}"
+    if not isinstance(private, dict):
+        return "what it says to be private is not"
+    if private and not (private.keys() <= _PRIVATE_NAMES.get(kind, frozenset()) and all(map(DIGEST, private.values()))):
         return "what it says to be private is not"
     return ""
 

@@ -33,7 +33,7 @@ class Index:
         size = int.from_bytes(plain[:8], "little")
         if len(plain) < _BLOCK or len(plain) != -(-(8 + size) // _BLOCK) * _BLOCK or any(plain[8 + size :]):
             raise Tampered("index.malformed", "the index is not padded as the format says")
-        value = canonical.decode(plain[8 : 8 + size], what="the index")
+        value = canonical.decode_typed(plain[8 : 8 + size], what="the index")
         if not isinstance(value, dict) or set(value) != {"layout", "sha256", "report"}:
             raise Tampered("index.malformed", "the index does not have exactly layout, sha256 and report")
         layout, digests = Layout.from_json(value["layout"]), value["sha256"]
@@ -42,6 +42,10 @@ class Index:
         )
         if not hexes or len(digests) != len(layout.files) or not isinstance(value["report"], dict):
             raise Tampered("index.malformed", "the index does not have one digest for each file")
+        try:
+            canonical.encode(value["report"])  # of which anything may be part, but nothing that has no canonical form
+        except (ValueError, TypeError):
+            raise Tampered("json.malformed", "the report in the index is not canonical JSON") from None
         return cls(layout, tuple(digests), value["report"])
 
     @staticmethod

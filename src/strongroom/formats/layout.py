@@ -126,7 +126,7 @@ class Layout:
 
     def digest(self, suite: Suite) -> bytes:
         """The layout digest that every segment's associated data carries."""
-        return suite.digest(canonical.encode(self.to_json()))
+        return suite.digest(canonical.encode_typed(self.to_json()))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class Layout:
         numbers = [self.image, self.common, self.marked, *self.stripes]
         numbers += [number for entry in self.files for number in entry[2:]]
         numbers += [number for run in self.runs for number in run[:2]]
-        if any(type(number) is not int or number < 0 for number in numbers):
+        if set(map(type, numbers)) != {int} or min(numbers) < 0:
             raise ValueError("a size is not a natural number")
         if len(self.files) > LIMITS.files or self.image > LIMITS.image or self.positions > LIMITS.positions:
             raise ValueError("beyond the limits")

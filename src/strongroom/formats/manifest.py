@@ -17,6 +17,8 @@ from strongroom.formats.suites import FORMAT, Suite, check_format
 PAYLOAD_TYPE = "application/vnd.strongroom.manifest.v1+json"
 COMMON, MARKED = 0, 1
 TAG_BYTES = 16
+_DIGITS = re.compile(r"[0-9a-f]*", re.ASCII).fullmatch
+_PACK = {"id", "first", "count", "digest"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class Manifest:
     @classmethod
     def decode(cls, payload: bytes) -> Manifest:
         """Parse and check a payload; Tampered unless it holds together (section 12, step 3)."""
-        value = canonical.decode(payload, what="the manifest")
+        value = canonical.decode_typed(payload, what="the manifest")
         try:
             check_format(value["format"], "the manifest")  # first: another format may have other members
             _members(value, {"format", "suite", "room", "version", "revision", "common", "marked", "index"})
@@ -152,6 +154,7 @@ class Manifest:
                 raise ValueError("a pack is listed twice")
         except (ValueError, TypeError, KeyError) as error:
             raise Tampered("manifest.malformed", f"the manifest does not hold together: {error}") from None
+        manifest.__dict__["_digest"] = hashlib.sha256(payload).digest()  # canonical: it would be encoded so again
         return manifest
 
     def with_packs(self, common: Sequence[PackEntry], marked: Sequence[PackEntry]) -> Manifest:
@@ -168,7 +171,7 @@ def _packs(value: Any, kind: int) -> tuple[PackEntry, ...]:
     if not isinstance(value, list):
         raise TypeError("packs are not a list")
     for item in value:
-        _members(item, {"id", "first", "count", "digest"})
+        _members(item, _PACK)
     return tuple(
         PackEntry(
             _hex(item["id"], 32),
@@ -193,7 +196,7 @@ def _contiguous(packs: Sequence[PackEntry], total: int) -> None:
 
 
 def _members(value: Any, expected: set[str]) -> None:
-    if not isinstance(value, dict) or set(value) != expected:
+    if not isinstance(value, dict) or value.keys() != expected:
         raise ValueError(f"expected exactly the members {sorted(expected)}")
 
 
@@ -204,6 +207,6 @@ def _natural(value: Any, least: int, most: int) -> int:
 
 
 def _hex(value: Any, size: int) -> bytes:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]*", value, re.ASCII) or len(value) != 2 * size:
+    if not isinstance(value, str) or not _DIGITS(value) or len(value) != 2 * size:
         raise ValueError(f"not {size} bytes in hexadecimal")
     return bytes.fromhex(value)

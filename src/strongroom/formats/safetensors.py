@@ -30,6 +30,7 @@ from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 LENGTH_BYTES = 8
 _USIZE_MAX = 2**64 - 1
 _DEPTH_MAX = 127  # serde_json's
+_INTEGERS = {int}
 _DIMENSION_MAX = 2**48
 _PRODUCT_END = 2**60  # of the dimensions that are not 0; times eight bytes it is the first that int64 has not
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -184,18 +185,18 @@ def _metadata(value: Any) -> dict[str, str]:
 def _tensor(name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         _refuse("bad_entry", "an entry is not an object", name)
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if len(entry) > 3 and not _shallow(entry, _DEPTH_MAX - 1):
         _refuse("too_deep", "its header nests too deeply", name)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         _refuse("unknown_dtype", f"unknown dtype {str(dtype)[:40]!r}", name)
-    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+    if not isinstance(shape, list) or not {*map(type, shape)} <= _INTEGERS:
         _refuse("bad_shape", "a shape is not a list of non-negative integers", name)
     if len(shape) > LIMITS.tensor_dims:
         raise LimitExceeded(
             "safetensors.limit", f"a tensor of {len(shape)} dimensions; at most {LIMITS.tensor_dims}", tensor=name[:200]
         )
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or {*map(type, offsets)} != _INTEGERS:
         _refuse("bad_offsets", "data_offsets are not two non-negative integers", name)
     begin, end = offsets
     # More bytes than elements hide data; fewer make a reader run into the next tensor or past the end.
@@ -213,6 +214,12 @@ def _shallow(value: Any, depth: int) -> bool:
 
 
 def _byte_size(name: str, dtype: Dtype, shape: tuple[int, ...]) -> int:
+    elements = math.prod(shape)
+    if 0 < elements < _PRODUCT_END and elements * dtype.bits <= _USIZE_MAX and max(shape, default=0) <= _DIMENSION_MAX:
+        # Nearly all: without a zero, no product on the way is larger, so nothing of what follows is left to refuse.
+        if elements % dtype.block:
+            _refuse("part_of_a_byte", f"{elements} elements of {dtype.name} do not end at a byte", name)
+        return elements // dtype.block * dtype.block_bytes
     elements = 1
     for n in shape:
         elements *= n

@@ -102,10 +102,22 @@ BODIES: dict[str, dict[str, Kind]] = {
     "keystore": {"operation": one_of("rotate"), "epoch": COUNT},
     "reinstate": {"principal": TEXT, "key": or_empty(DIGEST), "role": GRANTING, "reason": DIGEST},
     "apikey": {"key": DIGEST, "principal": TEXT, "name": TEXT, "expires_at": COUNT, "state": KEPT},
+    "inference": {
+        "account": COUNT,
+        "ref": TEXT,
+        "gateway": ID,
+        "records": COUNT,
+        "head": DIGEST,
+        **dict.fromkeys(("requests", "refused", "tokens", "bits"), COUNT),
+        "settings": DIGEST,
+    },
 }
 
 
-_OPTIONAL: dict[str, dict[str, Kind]] = {"principal": {"subject": or_null(DIGEST)}}
+_OPTIONAL: dict[str, dict[str, Kind]] = {
+    "principal": {"subject": or_null(DIGEST)},
+    "inference": {"capture": DIGEST},
+}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -63,7 +63,7 @@ class Meter:
 class Shape:
     """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
 
-    def __init__(self, asked: Asked, identifier: str, model: str, created: int) -> None:
+    def __init__(self, asked: Asked, identifier: str, model: str, created: int, meter: Meter | None = None) -> None:
         self._asked = asked
         self._chat = chat = asked.route == "chat"
         kind = (
@@ -77,7 +77,7 @@ class Shape:
             "created": created,
             "model": model,
         }
-        self.meter = Meter()
+        self.meter = meter or Meter()
         self._finished: set[int] = set()
         self._begun: set[int] = set()
 
@@ -90,7 +90,9 @@ class Shape:
         if not isinstance(given, list) or len(given) != self._asked.n:
             raise malformed(f"has not {self._asked.n} choices")
         self._usage(value.get("usage"))
-        choices = [self._choice(each, index) for index, each in enumerate(sorted(given, key=_index))]
+        if len(given) > 1:
+            given.sort(key=_index)
+        choices = [self._choice(each, index) for index, each in enumerate(given)]
         tokens, _ = self.meter.tokens()
         return {**self._common, "choices": choices, "usage": self.usage(tokens)}
 
@@ -101,19 +103,23 @@ class Shape:
     def _choice(self, choice: Any, index: int) -> dict[str, Any]:
         if not isinstance(choice, dict) or _index(choice) != index:
             raise malformed("has choices that are not numbered")
-        message = choice.get("message") if self._chat else choice
-        text = message.get("content" if self._chat else "text") if isinstance(message, dict) else None
-        if text is None and self._chat and isinstance(message, dict):
-            text = ""
+        if self._chat:
+            message = choice.get("message")
+            text = message.get("content", "") if isinstance(message, dict) else None
+            if text is None and message:
+                text = ""
+        else:
+            text = choice.get("text")
         if not isinstance(text, str):
             raise malformed("has a choice without a text")
         text = self._text(text, index)
         self._channel(choice.get("strongroom"), index)
-        made: dict[str, Any] = {"index": index}
-        made |= {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        made["logprobs"] = self._logprobs(choice.get("logprobs"))
-        made["finish_reason"] = _reason(choice.get("finish_reason")) or "stop"
-        return made
+        logprobs = self._logprobs(choice.get("logprobs"))
+        reason = _reason(choice.get("finish_reason")) or "stop"
+        if self._chat:
+            message = {"role": "assistant", "content": text}
+            return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     # -- a stream ------------------------------------------------------------------------------------------------
 
@@ -190,12 +196,12 @@ class Shape:
     def _usage(self, usage: Any) -> None:
         if usage is None:
             return
-        tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        prompt = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-        for each in (tokens, prompt):
-            if type(each) is not int or not 0 <= each <= _USAGE_MOST:
-                raise malformed("has a usage that is not counted in tokens")
-        self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt or 0)
+        tokens, prompt = (
+            (usage.get("completion_tokens"), usage.get("prompt_tokens")) if isinstance(usage, dict) else (None, None)
+        )
+        if not (_counted(tokens) and _counted(prompt)):
+            raise malformed("has a usage that is not counted in tokens")
+        self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt)
 
     def _channel(self, value: Any, index: int) -> None:
         """The private channel's part (section 7) goes into the meter and no further."""
@@ -393,6 +399,10 @@ def _object(body: bytes) -> dict[str, Any]:
 def _index(choice: Any) -> int:
     index = choice.get("index", 0) if isinstance(choice, dict) else -1
     return index if type(index) is int else -1
+
+
+def _counted(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= _USAGE_MOST
 
 
 def _reason(value: Any) -> str | None:

@@ -31,7 +31,7 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
-from strongroom.gateway.connection import CONNECTION, Connection
+from strongroom.gateway.connection import EXCHANGE, Connection, Exchange
 from strongroom.gateway.door import Door
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
@@ -51,6 +51,7 @@ _ALWAYS = [
     (b"x-content-type-options", b"nosniff"),
     (b"strict-transport-security", b"max-age=31536000"),
 ]
+_ALWAYS_JSON = b"".join(b"%s: %s\r\n" % each for each in [(b"content-type", b"application/json"), *_ALWAYS])
 _NO_TOKEN = b"certificate"  # from clients that can't leave the header out
 _AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
 _EMBEDDING_MOST = 1 << 20  # bytes of one embedding
@@ -84,12 +85,10 @@ class GatewayApp:
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         self.counts: Counts = before.counts if before else Counts()
+        self._requests = 0  # under way in this one
+        self._idle: Callable[[], object] | None = None
         # That the log was told of.
         self._problems: frozenset[str] = before._problems if before else frozenset()  # noqa: SLF001
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._answer(scope, receive, send)
 
     async def find(self) -> None:
         """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
@@ -107,6 +106,12 @@ class GatewayApp:
             if each is not None:
                 each.start()
 
+    def leave(self, idle: Callable[[], object]) -> None:
+        """Requests go to another one from now on; `idle` is called once none is under way here."""
+        self._idle = idle
+        if not self._requests:
+            idle()
+
     async def retire(self) -> None:
         """No more requests come, and none is under way. Door and records are others', too."""
         for each in (self._probe, self._routes, self.verified):
@@ -119,15 +124,18 @@ class GatewayApp:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it, over a connection of ours."""
+        exchange: Exchange = scope[EXCHANGE]
+        path = exchange.path
         flight: Flight | None = None
+        self._requests += 1
         try:
             route = _ROUTES.get(path)
             if route is None:
-                await self._other(path, scope, send)
+                await self._other(path, exchange)
                 return
-            if scope["method"] != "POST":
+            if exchange.method != "POST":
                 raise UsageError("route.method", f"{path} takes POST")
             self._door.check()
             self._records.check()
@@ -135,7 +143,7 @@ class GatewayApp:
                 self.verified.check()
             if self.capture is not None:
                 self.capture.check()
-            token, peer = _shown(scope)
+            token, peer = _shown(exchange)
             caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
@@ -143,18 +151,19 @@ class GatewayApp:
                 caller,
                 token,
                 f"{self._prefix}{next(self._numbers):x}",
-                _network(scope["client"][0]),
+                _network(exchange.connection.client[0]),
+                exchange.task,
                 peer,
             )
             if self.tracing is not None:
-                flight.trace = self.tracing.begin(flight, scope["headers"])
+                flight.trace = self.tracing.begin(flight, exchange.headers)
             self._flights.begin(flight)
-            await self._infer(flight, scope, receive, send)
+            await self._infer(flight, exchange, receive, send)
         except StrongroomError as error:
-            await self._refuse(error, flight, send)
+            await self._refuse(error, flight, exchange, send)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
-            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, send)
+            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange, send)
         except asyncio.CancelledError:  # the server ends: what was given out is recorded all the same
             if flight is not None and not flight.recorded:
                 with contextlib.suppress(BackendError):
@@ -163,17 +172,24 @@ class GatewayApp:
         finally:
             if flight is not None:
                 self._flights.end(flight)
+            self._requests -= 1
+            if self._idle is not None and not self._requests:
+                self._idle()
 
-    async def _infer(self, flight: Flight, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = flight.asked = self._forms.read(flight.route, await _body(scope, receive))
+    async def _infer(self, flight: Flight, exchange: Exchange, receive: Receive, send: Send) -> None:
+        _check_head(exchange)
+        if (body := exchange.take()) is None:
+            body = await _body(receive)
+        asked = flight.asked = self._forms.read(flight.route, body)
         flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
         if not self._flights.allowed(flight):
             await self._flights.allow(flight)
         if flight.trace is not None:
             flight.trace.part("limits")
-        await self._tolls.take(flight)
-        forget = scope[CONNECTION].when_gone(flight.leave)
         try:
+            if not self._tolls.take(flight):
+                await self._tolls.wait(flight)
+            exchange.when_gone(flight.leave)
             flight.body = self._upstream_body(flight)
             if flight.trace is not None:
                 flight.trace.upstream(flight)
@@ -183,19 +199,19 @@ class GatewayApp:
             if flight.trace is not None:
                 flight.trace.part("answer")
             if asked.stream:
-                await self._stream(flight, reply, send, scope[CONNECTION])
+                await self._stream(flight, reply, send, exchange.connection)
             else:
-                await self._whole(flight, reply, send)
+                await self._whole(flight, reply, exchange)
         finally:
             if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
                 self.verified.look(flight)
-            forget()
+            exchange.when_gone(None)
             self._routes.end(flight)
-            await self._tolls.give(flight)
+            if (given := self._tolls.give(flight)) is not None:  # over Redis
+                await given
 
     def _upstream_body(self, flight: Flight) -> dict[str, object]:
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         value: dict[str, object] = {**asked.upstream}
         if flight.route == "embeddings":
             return value
@@ -214,16 +230,15 @@ class GatewayApp:
             value["strongroom"] = {"seed": flight.seed, "record": True}
         return value
 
-    async def _whole(self, flight: Flight, reply: Reply, send: Send) -> None:
+    async def _whole(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
         else:
-            shape = Shape(asked, flight.identifier, flight.ref, int(time.time()))
-            flight.meter = self._metered(shape, flight)
+            shape = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter)
+            self._metered(flight)
             try:
                 value = shape.whole(body)
                 _check_size(shape.meter, flight)
@@ -232,18 +247,20 @@ class GatewayApp:
                 raise
         flight.check()
         self._tolls.settle(flight)
-        await self._recorded(flight, 200, "")
-        await _send(send, 200, orjson.dumps(value), flight.headers)
+        self._record(flight, 200, "")
+        if self._tolls.durable_before:
+            await self._durable()
+        exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
 
     async def _stream(self, flight: Flight, reply: Reply, send: Send, connection: Connection) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):
             raise malformed("is no stream of events")
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
-        shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time())), Events()
-        flight.meter = self._metered(shape, flight)
+        shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
+        self._metered(flight)
         if self._tolls.durable_before:
-            await self._recorded(flight, 100, "reserved")
+            self._record(flight, 100, "reserved")
+            await self._durable()
         async for piece in reply.pieces():
             out = b"".join([shape.piece(event) for event in events.feed(piece)])
             _check_size(shape.meter, flight)
@@ -263,29 +280,36 @@ class GatewayApp:
             flight.begun = True
             await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
         self._tolls.settle(flight)
-        await self._recorded(flight, 200, "")
+        self._record(flight, 200, "")
+        if self._tolls.durable_before:
+            await self._durable()
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
-    def _metered(self, shape: Shape, flight: Flight) -> Meter:
-        assert flight.asked is not None  # noqa: S101 - read before
-        shape.meter.most, shape.meter.text_most = flight.most * flight.asked.n, flight.text_most
-        kept = self.verified is not None or flight.spelling is not None
-        shape.meter.text = {} if kept or (self.capture is not None and self.capture.wants(flight)) else None
-        return shape.meter
+    def _metered(self, flight: Flight) -> None:
+        meter = flight.meter
+        meter.most, meter.text_most = flight.most * flight.asked.n, flight.text_most
+        if (
+            self.verified is not None
+            or flight.spelling is not None
+            or (self.capture is not None and self.capture.wants(flight))
+        ):
+            meter.text = {}
 
-    async def _refuse(self, error: StrongroomError, flight: Flight | None, send: Send) -> None:
+    async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange, send: Send) -> None:
         if flight is not None and flight.why is not None:
             error = flight.why
         status, code = refusal.wire(error)
         if flight is None:
             self.counts.answered("", code, 0, 0, 0.0)
-            await _send(send, status, refusal.body_of(error), refusal.headers_of(error))
+            exchange.answer(status, _ALWAYS_JSON, refusal.headers_of(error), refusal.body_of(error))
             return
         gone = error.code == "upstream.aborted"
         self._tolls.settle(flight)
         if not flight.recorded:
             with contextlib.suppress(BackendError):  # then this error says so
-                await self._recorded(flight, 499 if gone else status, "disconnected" if gone else code)
+                self._record(flight, 499 if gone else status, "disconnected" if gone else code)
+                if self._tolls.durable_before:
+                    await self._durable()
         if gone:
             return
         body = refusal.body_of(error)
@@ -294,19 +318,16 @@ class GatewayApp:
         else:
             # What was not read of a request can't be told from the next one.
             closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
-            await _send(send, status, body, [*refusal.headers_of(error), *flight.headers, *closing])
+            exchange.answer(status, _ALWAYS_JSON, [*refusal.headers_of(error), *flight.headers, *closing], body)
 
-    async def _recorded(self, flight: Flight, status: int, code: str) -> None:
-        """Record it; back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
-        self._record(flight, status, code)
-        if self._tolls.durable_before:
-            await self._records.durable()
-            if self.capture is not None:
-                await self.capture.durable()
+    async def _durable(self) -> None:
+        """Back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
+        await self._records.durable()
+        if self.capture is not None:
+            await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
-        tokens, _ = flight.meter.tokens()
-        asked, seconds = flight.asked, time.monotonic() - flight.started
+        tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
         flight.recorded = status != 100
         if status >= 400:
             self._refusals.add(flight.caller.principal)
@@ -322,12 +343,12 @@ class GatewayApp:
                 "key": flight.caller.key,
                 "ref": flight.ref,
                 "route": flight.route,
-                "features": asked.actions[1:] if asked is not None else [],
+                "features": asked.actions[1:],
                 "status": status,
                 "code": code,
                 "prompt_tokens": flight.meter.prompt,
-                "tokens": tokens if status != 100 else 0,
-                "bits": flight.bits if status != 100 else 0,
+                "tokens": tokens,  # none before the answer
+                "bits": flight.bits,
                 "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
                 "reserved": flight.reserved,
                 "ms": int(seconds * 1000),
@@ -363,9 +384,9 @@ class GatewayApp:
 
     # -- the rest ------------------------------------------------------------------------------------------------
 
-    async def _other(self, path: str, scope: Scope, send: Send) -> None:
+    async def _other(self, path: str, exchange: Exchange) -> None:
         if path == "/healthz":
-            await _send(send, 200, b'{"ok":true}', [])
+            exchange.answer(200, _ALWAYS_JSON, [], b'{"ok":true}')
             return
         if path == "/readyz":
             problems = self.problems()
@@ -374,16 +395,16 @@ class GatewayApp:
             if self.capture is not None:
                 told["capture"] = self.capture.key_id
             body = orjson.dumps(told)
-            await _send(send, 503 if problems else 200, body, [])
+            exchange.answer(503 if problems else 200, _ALWAYS_JSON, [], body)
             return
         if path == "/openapi.json":
-            await _send(send, 200, openapi.encoded(), [])
+            exchange.answer(200, _ALWAYS_JSON, [], openapi.encoded())
             return
         if path == "/v1/models" or path.startswith("/v1/models/"):
-            if scope["method"] != "GET":
+            if exchange.method != "GET":
                 raise UsageError("route.method", f"{path} takes GET")
             self._door.check()
-            caller = await self._door.caller(*_shown(scope))
+            caller = await self._door.caller(*_shown(exchange))
             found = [
                 {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
                 for each in await self._door.models(caller)
@@ -394,9 +415,9 @@ class GatewayApp:
                 one = [each for each in found if each["id"] == wanted]
                 if not one:
                     raise NotFound("model.not_found", f"there is no model {wanted!r:.80} that you may use")
-                await _send(send, 200, orjson.dumps(one[0]), [])
+                exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps(one[0]))
                 return
-            await _send(send, 200, orjson.dumps({"object": "list", "data": found}), [])
+            exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps({"object": "list", "data": found}))
             return
         raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_ROUTES)}")
 
@@ -404,10 +425,9 @@ class GatewayApp:
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
     asked = flight.asked
-    if asked is not None:
-        most = flight.most * asked.n
-        if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
-            raise malformed("has more tokens than were asked for")
+    most = flight.most * asked.n
+    if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
+        raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
         raise malformed("has more text than the tokens asked for can be")
     if flight.seed is not None and meter.text_bytes and not meter.channel:
@@ -417,28 +437,28 @@ def _check_size(meter: Meter, flight: Flight) -> None:
 def _body_most(flight: Flight) -> int:
     """Bytes of JSON that an answer may have: what is made of them takes far more memory, and time."""
     asked = flight.asked
-    assert asked is not None  # noqa: S101 - read before
     if flight.route == "embeddings":
         return asked.inputs * _EMBEDDING_MOST
     beside = 0 if asked.logprobs is None else asked.logprobs + 1
     return _AROUND + 12 * flight.text_most + flight.most * asked.n * (64 + beside * 1024)
 
 
-async def _body(scope: Scope, receive: Receive) -> bytes:
-    """The body whole; UsageError ``body.*``."""
-    for name, value in scope["headers"]:
-        if name == b"content-encoding" and value != b"identity":
-            raise UsageError("body.malformed", "the body is compressed: send it as it is")
-        if name == b"content-length" and len(value) <= 20 and value.isdigit() and int(value) > BODY_MOST:
-            raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        return bytes(message.get("body", b""))
+def _check_head(exchange: Exchange) -> None:
+    """UsageError ``body.*`` for a body that is not to be read."""
+    if exchange.named.get(b"content-encoding", b"identity") != b"identity":
+        raise UsageError("body.malformed", "the body is compressed: send it as it is")
+    if exchange.length() > BODY_MOST:
+        raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
+
+
+async def _body(receive: Receive) -> bytes:
+    """The body whole, as it comes; UsageError ``body.*``."""
     pieces: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(_BODY_TIME):
             while True:
+                message = await receive()
                 if message["type"] != "http.request":
                     raise BackendError("upstream.aborted", "the client has gone")
                 pieces.append(message.get("body", b""))
@@ -447,20 +467,19 @@ async def _body(scope: Scope, receive: Receive) -> bytes:
                     raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
                 if not message.get("more_body"):
                     return b"".join(pieces)
-                message = await receive()
     except TimeoutError:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
 
 
-def _shown(scope: Scope) -> tuple[str, Peer | None]:
+def _shown(exchange: Exchange) -> tuple[str, Peer | None]:
     """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
     a proxy says of a certificate anybody could say."""
-    found = [value for name, value in scope["headers"] if name == b"authorization"]
-    peer: Peer | None = scope[CONNECTION].peer
-    if peer is not None and not found:
+    found = exchange.named.get(b"authorization")
+    peer = exchange.connection.peer
+    if peer is not None and found is None:
         return "", peer
-    if len(found) == 1 and found[0][:7].lower() == b"bearer ":
-        token = found[0][7:].strip()
+    if found is not None and found[:7].lower() == b"bearer " and exchange.once(b"authorization"):
+        token = found[7:].strip()
         if peer is not None and token == _NO_TOKEN:
             return "", peer
         if 0 < len(token) <= 8192 and token.isascii():
@@ -489,9 +508,3 @@ def _stream_headers(flight: Flight) -> list[tuple[bytes, bytes]]:
         *_ALWAYS,
         *flight.headers,
     ]
-
-
-async def _send(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    lines = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)), *_ALWAYS, *headers]
-    await send({"type": "http.response.start", "status": status, "headers": lines})
-    await send({"type": "http.response.body", "body": body})

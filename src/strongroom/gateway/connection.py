@@ -13,7 +13,6 @@ import logging
 import socket
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import unquote
 
@@ -35,7 +34,7 @@ _FRAMING = 8  # bytes that a body of chunks may take for each of its own
 _UNREAD_MOST = 64 << 10  # bytes of a body that nobody has asked for; then the connection is not read
 _AHEAD_MOST = 16  # requests that were sent before the one under way is answered
 _FROM_ONE = 2000  # connections at a time from one address, or one network of IPv6, whose addresses nobody counts
-CONNECTION = "strongroom.connection"  # in a request's scope: its `Connection`
+EXCHANGE = "strongroom.exchange"  # in a request's scope: its `Exchange`
 _STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("ascii")) for each in http.HTTPStatus}
 _MALFORMED = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 24\r\nconnection: close\r\n\r\n"
@@ -46,33 +45,96 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 class Exchange:
-    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`."""
+    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
+    coroutine and a dictionary for each step, as `take` and `answer`. `named`: headers by their name, of several with
+    one the last; `task`: what answers it."""
 
-    __slots__ = (
-        *("begun", "chunked", "gone", "keep_alive", "more", "scope", "unread"),
-        *("_connection", "_expects", "_head", "_pieces", "_taken", "_waiter"),
-    )
+    task: asyncio.Task[None]
+    more = True  # of the body is to come
+    unread = 0  # bytes that came and were not taken
+    gone = begun = chunked = False
+    _taken = False  # the body, whole
+    _waiter: asyncio.Future[None] | None = None
+    _tell: Callable[[], object] | None = None
+    _head = b""
 
-    def __init__(self, connection: Connection, scope: dict[str, Any], *, keep_alive: bool, expects: bool) -> None:
-        self.scope, self.keep_alive = scope, keep_alive
-        self._connection, self._expects = connection, expects
-        self.more, self.unread = True, 0  # whether more of the body is to come; bytes that came and were not taken
+    def __init__(
+        self,
+        connection: Connection,
+        method: str,
+        path: str,
+        version: str,
+        headers: list[tuple[bytes, bytes]],
+        *,
+        keep_alive: bool,
+    ) -> None:
+        self.connection, self.method, self.path, self.version, self.headers = connection, method, path, version, headers
+        self.keep_alive = keep_alive
+        self.named = dict(headers)
+        # Others would take it for the answer.
+        self._expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
         self._pieces: list[bytes] = []
-        self._taken = False  # whole
-        self._waiter: asyncio.Future[None] | None = None
-        self.gone = self.begun = self.chunked = False
-        self._head = b""
+
+    def scope(self) -> dict[str, Any]:
+        """As ASGI has it. Made for who asks: kept here, each would keep the other."""
+        return {
+            "type": "http",
+            "method": self.method,
+            "path": self.path,
+            "http_version": self.version,
+            "headers": self.headers,
+            "client": self.connection.client,
+            EXCHANGE: self,
+        }
+
+    # -- for the application -------------------------------------------------------------------------------------
+
+    def take(self) -> bytes | None:
+        """The body, if it is here whole and was not taken; else it is to be asked for with `receive`."""
+        if self.more or self._taken or self.gone:
+            return None
+        return self._took()
+
+    def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
+        if not self.gone:
+            fixed += b"content-length: %d\r\n" % len(body)
+            head = self._lines(status, headers, fixed, chunked=False)
+            self._write(head if self.method == "HEAD" else head + body, more=False)
+
+    def when_gone(self, tell: Callable[[], object] | None) -> None:
+        """Call `tell` when the client goes, or now if it has gone; None: nobody is told. A task that waits for it in
+        `receive`, as ASGI has it, would cost more than the checks of a request together."""
+        self._tell = tell
+        if self.gone and tell is not None:
+            tell()
+
+    # -- for the connection --------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.gone = True
+        self.wake()
+        if self._tell is not None:
+            self._tell()
+
+    def once(self, name: bytes) -> bool:
+        """Whether one header has this name, and not several."""
+        return len(self.named) == len(self.headers) or sum(each == name for each, _ in self.headers) == 1
 
     def length(self) -> int:
         """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        for name, value in self.scope["headers"]:
-            if name == b"content-length" and len(value) <= 20 and value.isdigit():  # httptools has refused a second one
-                return int(value)
-        return 0
+        said = self.named.get(b"content-length", b"")  # httptools has refused a second one
+        return int(said) if len(said) <= 20 and said.isdigit() else 0
 
     def feed(self, body: bytes) -> None:
         self._pieces.append(body)
         self.unread += len(body)
+        self.wake()
+
+    def end(self) -> None:
+        """The body has come whole."""
+        self.more = False
         self.wake()
 
     def wake(self) -> None:
@@ -84,59 +146,64 @@ class Exchange:
         while not self.gone and (self._taken or (self.more and not self._pieces)):
             if self._expects and not self.begun:
                 self._expects = False
-                self._connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         if self.gone:
             return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": self._took(), "more_body": self.more}
+
+    def _took(self) -> bytes:
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self.unread, self._taken = [], 0, not self.more
-        self._connection.read_on()
-        return {"type": "http.request", "body": body, "more_body": self.more}
+        self.connection.read_on()
+        return body
 
     async def send(self, message: dict[str, Any]) -> None:
         """The head is kept until the first of the body comes: two writes are two packets, and twice the work at both
         ends."""
-        connection = self._connection
-        if connection.full and not self.gone:
-            await connection.writable()
+        if self.connection.full and not self.gone:
+            await self.connection.writable()
         if self.gone:
             return
         if message["type"] == "http.response.start":
             self._head = self._lines(message["status"], message["headers"])
             return
         body, more = message["body"], message.get("more_body", False)
-        if self.scope["method"] == "HEAD":
+        if self.method == "HEAD":
             body = b""
         elif self.chunked:
             body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
             if not more:
                 body += b"0\r\n\r\n"
-        if not self.begun:
-            self.begun, body = True, self._head + body
-        connection.write(body)
+        self._write(body if self.begun else self._head + body, more=more)
+
+    def _write(self, data: bytes, *, more: bool) -> None:
+        self.begun = True
+        self.connection.write(data)
         if not more:
             self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
-            connection.answered(self)
+            self.connection.answered(self)
 
-    def _lines(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
-        self.chunked = self.scope["http_version"] == "1.1"
-        lines = [_STATUS[status]]
+    def _lines(
+        self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"", *, chunked: bool = True
+    ) -> bytes:
+        lines = []
         for name, value in headers:
             lines.append(b"%s: %s\r\n" % (name, value))
             if name == b"content-length":
-                self.chunked = False
+                chunked = False
             elif name == b"connection":
                 self.keep_alive = False
         if not self.keep_alive and (b"connection", b"close") not in headers:
             lines.append(b"connection: close\r\n")
+        self.chunked = chunked and self.version == "1.1"
         if self.chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
-        lines.append(b"\r\n")
-        head = b"".join(lines)
-        if not head.count(b"\r") == head.count(b"\n") == len(lines):
+        said = b"".join(lines)
+        if not said.count(b"\r") == said.count(b"\n") == len(lines):
             raise ValueError("a header of an answer has a line break")  # another answer could begin behind it
-        return head
+        return b"%s%s%s\r\n" % (_STATUS[status], fixed, said)
 
 
 class Connection(asyncio.Protocol):
@@ -157,13 +224,14 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
-        self._address, self._client = "", ("", 0)
+        self._address, self.client = "", ("", 0)
         self.counted: str | None = None  # see gateway/handshakes.py
         self.peer: Peer | None = None  # who has shown a certificate
-        self._told: list[Callable[[], object]] = []
         self._current: Exchange | None = None  # the one that is answered
         self._reading: Exchange | None = None  # the one whose request comes
         self._ahead: deque[Exchange] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._turn: asyncio.Future[None] | None = None  # what it waits for between two requests
         self._deaf = self._gone = self._paused = False
         self.full, self._writable = False, asyncio.Event()
         # Of the message that comes: whether one does, its head, whether one ended in this piece; bytes of this piece
@@ -171,7 +239,7 @@ class Connection(asyncio.Protocol):
         self._in_message = self._in_head = self._ended = False
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
-        self._url, self._headers, self._expects = b"", cast("list[tuple[bytes, bytes]]", []), False
+        self._url, self._headers = b"", cast("list[tuple[bytes, bytes]]", [])
 
     @staticmethod
     def whose(host: str) -> str:
@@ -183,14 +251,6 @@ class Connection(asyncio.Protocol):
         return packed[:8].hex() if packed[:12].strip(b"\0") not in (b"", b"\xff\xff") else host
 
     # -- what the application uses -------------------------------------------------------------------------------
-
-    def when_gone(self, tell: Callable[[], object]) -> Callable[[], None]:
-        """Call `tell` when the client goes, or now if it has gone, until what this returns is called. A task that waits
-        for it in `receive`, as ASGI has it, would cost more than the checks of a request together."""
-        self._told.append(tell)
-        if self._gone:
-            tell()
-        return partial(self._told.remove, tell)
 
     def write(self, data: bytes) -> None:
         if self._transport is not None:
@@ -242,9 +302,9 @@ class Connection(asyncio.Protocol):
         self._server.connections.add(self)  # type: ignore[arg-type]
         name = transport.get_extra_info("peername")
         if isinstance(name, tuple):
-            self._client = (str(name[0]), int(name[1]))
+            self.client = (str(name[0]), int(name[1]))
         if self.counted is None:
-            self._address = self.whose(self._client[0])
+            self._address = self.whose(self.client[0])
             self.crowd[self._address] += 1
         else:
             self._address, self.counted = self.counted, None
@@ -263,12 +323,10 @@ class Connection(asyncio.Protocol):
         self._taking.close()
         self._gone, self.full = True, False
         self._writable.set()
+        self._wake()
         if self._current is not None:
-            self._current.gone = True
-            self._current.wake()
+            self._current.leave()
         self._ahead.clear()
-        for tell in list(self._told):
-            tell()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
@@ -294,7 +352,7 @@ class Connection(asyncio.Protocol):
                 if self._beside > _HEAD_MOST:
                     self._abort()
             if not self._coming.pending:
-                self._coming.within(_BODY_TIME)
+                self._coming.within(_HEAD_TIME if self._in_head else _BODY_TIME)
 
     def pause_writing(self) -> None:
         # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
@@ -310,9 +368,9 @@ class Connection(asyncio.Protocol):
     # -- httptools -----------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        self._url, self._headers, self._expects = b"", [], False
+        self._url, self._headers = b"", []
         self._in_message, self._in_head, self._beside = True, True, 0
-        self._coming.within(_HEAD_TIME)
+        self._coming.met()
 
     def on_url(self, url: bytes) -> None:
         self._url += url
@@ -320,10 +378,7 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:  # trailers are no headers: nobody reads them
             return
-        name = name.lower()
-        if name == b"expect" and value.lower() == b"100-continue":
-            self._expects = True
-        self._headers.append((name, value))
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -336,17 +391,11 @@ class Connection(asyncio.Protocol):
         path = url.partition(b"?")[0].decode("ascii")
         exchange = self._reading = Exchange(
             self,
-            {
-                "type": "http",
-                "method": parser.get_method().decode("ascii"),
-                "path": unquote(path) if "%" in path else path,
-                "http_version": version,
-                "headers": self._headers,
-                "client": self._client,
-                CONNECTION: self,
-            },
+            parser.get_method().decode("ascii"),
+            unquote(path) if "%" in path else path,
+            version,
+            self._headers,
             keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
-            expects=self._expects and version == "1.1",  # others would take it for the answer
         )
         if parser.should_upgrade():
             self._declined = exchange.length()
@@ -372,8 +421,7 @@ class Connection(asyncio.Protocol):
         self._in_message, self._ended = False, True
         reading, self._reading = self._reading, None
         if reading is not None:
-            reading.more = False
-            reading.wake()
+            reading.end()
         if self._current is None:  # it was answered before all of it had come
             self._coming.within(_IDLE_TIME)
         else:
@@ -383,24 +431,43 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
-        task = self._loop.create_task(self._run(exchange))
-        self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
+        if self._task is None:
+            self._task = self._loop.create_task(self._serve())
+        else:
+            self._wake()
+        exchange.task = self._task
+        self._server.tasks.add(self._task)
 
-    async def _run(self, exchange: Exchange) -> None:
+    def _wake(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and not turn.done():  # cancelled
+            turn.set_result(None)
+
+    async def _serve(self) -> None:
+        """Answer one request after the other: a task of its own for each would cost more than most checks of it."""
         try:
-            await self._app(exchange.scope, exchange.receive, exchange.send)
+            while not self._gone:
+                exchange = self._current
+                if exchange is None:
+                    self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
+                    self._turn = self._loop.create_future()
+                    await self._turn
+                    continue
+                if self.full:  # of answers before: who takes none of them is given no more
+                    await self.writable()
+                await self._app(exchange.scope(), exchange.receive, exchange.send)
+                if self._current is exchange:  # it was left without an end
+                    break
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
             _log.exception("a request failed")
-            if not exchange.begun:
+            if self._current is not None and not self._current.begun:
                 self.write(_FAILED)
-            self._close()
         except BaseException:
             self._abort()
             raise
-        else:
-            if self._current is exchange:  # it was left without an end
-                self._close()
+        finally:
+            self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
+        self._close()
 
     def _decline(self, data: bytes) -> None:
         """The body of a request that offers another protocol, as Java's client does with its first one: who is answered

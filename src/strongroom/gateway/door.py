@@ -21,6 +21,7 @@ K = TypeVar("K", bound=Hashable)
 _KEPT = 10_000  # answers of each kind that are remembered
 _DECISION = 60.0  # seconds: policy may look at the time of the day
 _LOOK_EVERY = 0.5  # seconds between two looks at the log
+_REFUSED_EVERY = 5.0  # of one that the room does not let look: each is an entry of its log
 _BLIND = 10.0  # seconds without a look, after which nothing is answered
 _KEY = re.compile(r"sr-[A-Za-z0-9_-]{43}", re.ASCII)
 
@@ -71,10 +72,10 @@ class Door:
     """Answers of a room, remembered. `changed` is called when the log has changed what decides, `blind` each time that
     it could not be seen for too long."""
 
-    def __init__(self, callers: Callers, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, callers: Callers, *, threads: int = 2, clock: Callable[[], float] = time.monotonic) -> None:
         self._callers, self._clock = callers, clock
         # Few threads: whoever sends keys that don't exist keeps these busy, and nothing else.
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="door")
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="door")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._version: str | None = None
         self._seen = -_BLIND * 2
@@ -105,12 +106,16 @@ class Door:
     async def watch(self) -> None:
         """Look at the log until cancelled."""
         while True:
-            with contextlib.suppress(Exception):  # `awake` tells when it fails for long
+            refused = False
+            try:
                 async with asyncio.timeout(_BLIND):
                     await self.look()
+            except Exception as error:  # noqa: BLE001 - `awake` tells when it fails for long
+                if isinstance(error, Sealed) and error.code == "gateway.refused":
+                    self._seen, refused = -_BLIND * 2, True  # it may not look, so it may not answer
             if not self.awake:
                 self.blind()
-            await asyncio.sleep(_LOOK_EVERY)
+            await asyncio.sleep(_REFUSED_EVERY if refused else _LOOK_EVERY)
 
     @property
     def awake(self) -> bool:

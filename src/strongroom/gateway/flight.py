@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from strongroom.errors import BackendError, Sealed, StrongroomError
@@ -13,7 +12,7 @@ from strongroom.gateway.answer import Meter
 from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Caller, Door
 from strongroom.gateway.queue import Place
-from strongroom.gateway.request import Asked
+from strongroom.gateway.request import NOTHING
 from strongroom.gateway.spelt import Spelling
 from strongroom.gateway.upstream import Reply
 from strongroom.watch.budget import Reservation
@@ -39,47 +38,47 @@ class Admission(Protocol):
     def done(self, tokens: int) -> Awaitable[None] | None: ...
 
 
-@dataclass(eq=False, slots=True)
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
     the door's answers when it was allowed, -1 before."""
 
-    route: str
-    caller: Caller
-    token: str
-    identifier: str
-    destination: str
-    peer: Peer | None = None  # who has shown a certificate
-    ref: str = ""
-    asked: Asked | None = None
-    most: int = 0
+    ref = ""
+    asked = NOTHING
+    most = 0
     seed: int | None = None
-    body: Mapping[str, object] = field(default_factory=dict)  # as it went upstream
-    meter: Meter = field(default_factory=Meter)
     spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
-    numbers: int = 0
-    reserved: int = 0
-    text_most: int = 0
-    bits: int = 0
+    numbers = reserved = text_most = 0
+    tokens = bits = 0  # that were given out, once it is settled
     admission: Admission | None = None
     toll: Reservation | None = None
     place: Place | None = None  # at an upstream
     reply: Reply | None = None
-    begun: bool = False  # its status has been sent
-    recorded: bool = False
-    misspelled: bool = False  # its text is not what its tokens spell
+    begun = False  # its status has been sent
+    recorded = False
+    misspelled = False  # its text is not what its tokens spell
     why: StrongroomError | None = None
     trace: Trace | None = None
-    epoch: int = -1
-    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    epoch = -1
+    _interrupted = False
+    _waits = False  # so that it can be interrupted
 
-    _waits: asyncio.Task[object] | None = None  # its task, while it can be interrupted
-    _interrupted: bool = False
-
-    def __post_init__(self) -> None:
-        self.headers.append((b"x-request-id", self.identifier.encode()))
+    def __init__(
+        self,
+        route: str,
+        caller: Caller,
+        token: str,
+        identifier: str,
+        destination: str,
+        task: asyncio.Task[Any],  # what answers it
+        peer: Peer | None = None,  # who has shown a certificate
+    ) -> None:
+        self.route, self.caller, self.token, self.peer = route, caller, token, peer
+        self.identifier, self.destination, self._task = identifier, destination, task
+        self.started = time.monotonic()
+        self.meter = Meter()
+        self.body: Mapping[str, object] = {}  # as it went upstream
+        self.headers = [(b"x-request-id", identifier.encode())]
 
     def check(self) -> None:
         """Whatever has ended it: to be asked before anything is begun or given out."""
@@ -92,16 +91,16 @@ class Flight:
         if self.why is not None:
             wait.close()
             raise self.why
-        self._waits = asyncio.current_task()
+        self._waits = True
         try:
             return await wait
         except asyncio.CancelledError:
             # Cancelled by `cut` alone, and not by a server that ends, too.
-            if self._interrupted and self._waits is not None and not self._waits.uncancel():
+            if self._interrupted and not self._task.uncancel():
                 self.check()
             raise
         finally:
-            self._waits = None
+            self._waits = False
 
     def leave(self) -> None:
         """The caller has gone."""
@@ -112,9 +111,9 @@ class Flight:
         self.why = self.why or why
         if self.reply is not None:
             self.reply.abort()
-        if self._waits is not None and not self._interrupted:
+        if self._waits and not self._interrupted:
             self._interrupted = True
-            self._waits.cancel()
+            self._task.cancel()
 
 
 class Flights:
@@ -135,7 +134,6 @@ class Flights:
 
     def allowed(self, flight: Flight) -> bool:
         """As `allow`, from memory alone."""
-        assert flight.asked is not None  # noqa: S101 - read before
         if not self._door.allowed(flight.caller, flight.asked.actions, flight.ref):
             return False
         flight.epoch = self._door.epoch
@@ -143,7 +141,6 @@ class Flights:
 
     async def allow(self, flight: Flight) -> None:
         """Denied, NotFound; again if the log changes meanwhile."""
-        assert flight.asked is not None  # noqa: S101 - read before
         while True:
             epoch = self._door.epoch
             if flight.epoch >= 0:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import AuthRequired, StrongroomError, UsageError
 
@@ -25,39 +25,24 @@ if TYPE_CHECKING:
     from strongroom.gateway.verified import Verified
 
 Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
-
-
-class _Generation:
-    """`app`, and how many requests it has under way."""
-
-    __slots__ = ("app", "requests")
-
-    def __init__(self, app: GatewayApp) -> None:
-        self.app, self.requests = app, 0
+Check = Callable[["Settings"], None]
 
 
 class Generations:
-    """One worker as an ASGI application. `make` makes the application of some settings, after the one before."""
+    """One worker as an ASGI application. `make` makes the application of some settings, after the one before; `check`
+    asks the room about them before, which may take a while."""
 
-    def __init__(self, door: Door, records: Records, make: Make, settings: Settings) -> None:
-        self._door, self._records, self._make = door, records, make
+    def __init__(
+        self, door: Door, records: Records, make: Make, settings: Settings, *, check: Check = lambda _: None
+    ) -> None:
+        self._door, self._records, self._make, self._check = door, records, make, check
         self._settings = settings
-        self._newest = _Generation(make(settings, None))
+        self._newest = make(settings, None)
         self._retiring: set[asyncio.Task[None]] = set()
         self.failure: StrongroomError | None = None  # why it did not start
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._live(receive, send)
-            return
-        generation = self._newest
-        generation.requests += 1
-        try:
-            await generation.app(scope, receive, send)
-        finally:
-            generation.requests -= 1
-            if generation is not self._newest and not generation.requests:
-                self._retire(generation)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        return self._live(receive, send) if scope["type"] == "lifespan" else self._newest.answer(scope, receive, send)
 
     # -- new settings --------------------------------------------------------------------------------------------
 
@@ -70,7 +55,8 @@ class Generations:
                 "redis.url can't change while the gateway runs: limits would be kept in two places",
                 hint="start the gateway again with these settings",
             )
-        app = self._make(settings, self._newest.app)
+        await asyncio.to_thread(self._check, settings)
+        app = self._make(settings, self._newest)
         try:
             await app.find()
         except BaseException:
@@ -80,13 +66,12 @@ class Generations:
 
     def take(self, settings: Settings, app: GatewayApp) -> None:
         """What is asked from now on is answered by `app`, which was prepared for `settings`."""
-        before, self._newest, self._settings = self._newest, _Generation(app), settings
-        if app.verified is not None and before.app.verified is not None:
-            before.app.verified.rest()
-            app.verified.inherit(before.app.verified)  # an alarm is not over because a limit was changed
+        before, self._newest, self._settings = self._newest, app, settings
+        if app.verified is not None and before.verified is not None:
+            before.verified.rest()
+            app.verified.inherit(before.verified)  # an alarm is not over because a limit was changed
         app.start()
-        if not before.requests:
-            self._retire(before)
+        before.leave(lambda: self._retire(before))
 
     async def certificates_changed(self, connections: Iterable[Connection]) -> None:
         """Certificates are judged by other lists from now on: what was remembered of any is forgotten, and those of the
@@ -105,18 +90,18 @@ class Generations:
         await app.retire()
         await self._say_what_is_captured()
 
-    def _retire(self, generation: _Generation) -> None:
-        task = asyncio.get_running_loop().create_task(self._retired(generation))
+    def _retire(self, app: GatewayApp) -> None:
+        task = asyncio.get_running_loop().create_task(self._retired(app))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
-    async def _retired(self, generation: _Generation) -> None:
-        await generation.app.retire()
+    async def _retired(self, app: GatewayApp) -> None:
+        await app.retire()
         await self._say_what_is_captured()
 
     async def _say_what_is_captured(self) -> None:
         """The log was told of more before it began; that it is over is said when it is."""
-        capture = self._newest.app.capture
+        capture = self._newest.capture
         with contextlib.suppress(Exception):  # the next entries say it
             key = "" if capture is None else capture.key_id
             await asyncio.to_thread(self._records.announce, key, self._settings.digest)
@@ -127,14 +112,14 @@ class Generations:
         await receive()
         try:
             await self._door.look()
-            await self._newest.app.find()
+            await self._newest.find()
         except StrongroomError as error:
             self.failure = error
             await self._close()
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         watching = asyncio.create_task(self._door.watch())
-        self._newest.app.start()
+        self._newest.start()
         await send({"type": "lifespan.startup.complete"})
         await receive()
         watching.cancel()
@@ -144,7 +129,7 @@ class Generations:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _close(self) -> None:
-        await self._newest.app.retire()
+        await self._newest.retire()
         while self._retiring:
             await asyncio.wait(self._retiring)
         await asyncio.to_thread(self._records.close)
@@ -164,20 +149,20 @@ class Generations:
 
     @property
     def counts(self) -> Counts:
-        return self._newest.app.counts
+        return self._newest.counts
 
     @property
     def under_way(self) -> int:
-        return self._newest.app.under_way
+        return self._newest.under_way
 
     @property
     def verified(self) -> Verified | None:
-        return self._newest.app.verified
+        return self._newest.verified
 
     @property
     def capture(self) -> Capture | None:
-        return self._newest.app.capture
+        return self._newest.capture
 
     def problems(self) -> dict[str, str]:
         """Why nothing is answered now, if that is so, by the word that everybody is told."""
-        return self._newest.app.problems()
+        return self._newest.problems()

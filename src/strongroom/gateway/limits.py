@@ -106,6 +106,8 @@ class Limits:
         found = []
         for scope, who in scopes_of(caller, ref):
             rate = self._settings.rates(scope, caller.roles)
+            if not (rate.requests or rate.tokens or rate.concurrency):
+                continue
             name = (scope, who, rate)
             cell = self._cells.get(name)
             if cell is None:

@@ -16,6 +16,7 @@ def configure(app: Any, certificate: tuple[Path, Path] | None = None) -> uvicorn
     """How `app` is served; with TLS where there are a certificate and its key. BackendError ``gateway.certificate``."""
     config = uvicorn.Config(
         app,
+        interface="asgi3",  # which uvicorn knows by a coroutine function alone
         http=Connection,
         loop="uvloop",
         ws="none",

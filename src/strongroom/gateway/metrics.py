@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,7 @@ class Counts:
         self.tokens += tokens
         self.bits += bits
         self._sum += seconds
-        for k, bound in enumerate(_BOUNDS):
-            if seconds <= bound:
-                self._seconds[k] += 1
-                return
-        self._seconds[-1] += 1
+        self._seconds[bisect_left(_BOUNDS, seconds)] += 1
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """The histogram of seconds, as the library takes it, and its sum."""

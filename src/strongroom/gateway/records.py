@@ -54,10 +54,18 @@ class _Unwritten:
 
 class Records:
     """The chain of one worker, in ``FOLDER/STREAM.jsonl``. `append` puts an `inference` entry into the log; `settings`
-    is the digest of the settings. BackendError ``records.unwritable``."""
+    is the digest of the settings, `stream` a name that is there already. BackendError ``records.unwritable``."""
 
-    def __init__(self, folder: Path, append: Append, settings: str, *, clock: Callable[[], float] = time.time) -> None:
-        self.stream = secrets.token_hex(16)
+    def __init__(
+        self,
+        folder: Path,
+        append: Append,
+        settings: str,
+        *,
+        stream: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.stream = stream or secrets.token_hex(16)
         self.path = folder / f"{self.stream}.jsonl"
         self._append, self._settings, self._clock = append, settings, clock
         try:

@@ -6,7 +6,6 @@ this module and an inference server could read different ones.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -71,6 +70,9 @@ class Asked:
     characters: int = 0  # of everything that the model reads
 
 
+NOTHING = Asked("")  # nothing yet
+
+
 class Forms:
     """Reads requests. `control_tokens`: texts that no request may have, `*` being up to 64 characters other than `|`:
     one that has them speaks in another role's name. `drop_unknown`: whether unknown fields are left out or refused."""
@@ -101,9 +103,12 @@ class Forms:
         for name in ("model", required):
             if value.get(name) is None:
                 raise invalid(name, "is required")
-        for text in asked.texts:
-            asked.characters += len(text)
-            self._check(text, required)
+        # What is in none of them is not in all together; what is may be half in one and half in the next.
+        together = "\n".join(asked.texts)
+        asked.characters = len(together) - len(asked.texts) + 1
+        if _CONTROL.search(together) or not together.isascii() or self._tokens.search(together):
+            for text in asked.texts:
+                self._check(text, required)
         if asked.logprobs is not None:
             if asked.steers:
                 # One query would give one exact value of the last layer (arXiv 2403.06634): no policy allows it.
@@ -140,10 +145,12 @@ def parsed(body: bytes) -> dict[str, Any]:
     if body.count(b"[") + body.count(b"{") > _DEPTH and _too_deep(body):
         raise UsageError("body.malformed", f"the body is nested deeper than {_DEPTH}")
     # Most clients write JSON as it is written here. What comes out as it went in had no name twice.
-    with contextlib.suppress(orjson.JSONDecodeError):
+    try:
         value = orjson.loads(body)
         if isinstance(value, dict) and orjson.dumps(value) == body:
             return value
+    except orjson.JSONDecodeError:
+        pass
     try:
         value = json.loads(
             body.decode(),
@@ -220,12 +227,14 @@ Take = Callable[[Asked, Any], None]
 
 
 def _number(name: str, least: float, most: float, *, above: bool = False) -> Take:
+    steers = name.endswith("penalty")  # moves the logits of chosen tokens by a chosen amount
+
     def take(asked: Asked, value: Any) -> None:
         if not is_number(value) or not least <= value <= most or (above and value == least):
             raise invalid(name, f"is not a number {'above' if above else 'from'} {least:g} to {most:g}")
         asked.upstream[name] = value
-        if name.endswith("penalty") and value:
-            asked.steers = asked.steers or name  # moves the logits of chosen tokens by a chosen amount
+        if steers and value:
+            asked.steers = asked.steers or name
 
     return take
 

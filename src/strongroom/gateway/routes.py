@@ -73,9 +73,19 @@ class Routes:
         After it, whatever it came to, `end`."""
         failure: StrongroomError | None = None
         for backend, name in self._in_turn(flight.ref):
-            size = flight.most * (flight.asked.n if flight.asked else 1)
+            size = flight.most * flight.asked.n
             try:
-                reply = await flight.interruptible(_sent(flight, backend, size, {**body, "model": name}))
+                flight.place = backend.queue.free_place()
+                if flight.place is None:
+                    flight.place = await flight.interruptible(backend.queue.enter(flight.caller.principal, size))
+                reply = flight.reply = await flight.interruptible(
+                    backend.upstream.post(
+                        PATHS[flight.route],
+                        orjson.dumps({**body, "model": name}),
+                        whole=not body.get("stream"),
+                        more=b"" if flight.trace is None else flight.trace.header,
+                    )
+                )
             except BackendError as error:
                 if error.code != "upstream.unavailable":
                     raise
@@ -114,19 +124,6 @@ class Routes:
     def close(self) -> None:
         for backend in self._backends:
             backend.upstream.close()
-
-
-async def _sent(flight: Flight, backend: Backend, size: int, body: dict[str, object]) -> Reply:
-    """The beginning of the answer, once it is the request's turn."""
-    queue = backend.queue
-    flight.place = queue.free_place() or await queue.enter(flight.caller.principal, size)
-    reply = flight.reply = await backend.upstream.post(
-        PATHS[flight.route],
-        orjson.dumps(body),
-        whole=not body.get("stream"),
-        more=b"" if flight.trace is None else flight.trace.header,
-    )
-    return reply
 
 
 async def _listed(upstream: Upstream) -> list[str]:

@@ -21,10 +21,9 @@ from strongroom.gateway.generations import Generations
 from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 from strongroom.gateway.reload import Prepared, Read, Tell, everywhere, unexpected
+from strongroom.gateway.rooms import Open
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
-from strongroom.vault.revocations import Revocations
-from strongroom.vault.vault import Vault
 
 if TYPE_CHECKING:
     import uvicorn
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to serve, and how. `records`: a folder; `certificate`: a chain and its key, or None for no TLS; `observe` is
-    called in each worker with its application and its number, before requests are answered; `ask`: whether callers may
-    show certificates of their own, but for those on the lists in the files `revoked`; `read` reads the settings again
-    at a SIGHUP, and `tell` is told those that are in force from then on, or why they are not. Without `read` a SIGHUP
-    ends it."""
+    """What to serve, and how. `room` opens it, in each worker; `records`: a folder; `certificate`: a chain and its key,
+    or None for no TLS; `observe` is called in each worker with its application and its number, before requests are
+    answered; `ask`: whether callers may show certificates of their own, but for those on the lists in the files
+    `revoked`; `read` reads the settings again at a SIGHUP, and `tell` is told those that are in force from then on, or
+    why they are not. Without `read` a SIGHUP ends it."""
 
-    room: Path
+    room: Open
     settings: Settings
     records: Path
     workers: int = 1
@@ -163,15 +162,14 @@ def _serve(
     number: int,
     listening: Callable[[Prepared], None],
 ) -> None:
-    vault = Vault(plan.room)
+    room = plan.room()
     try:
-        vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
-        app = application(vault, plan.settings, plan.records, workers=plan.workers)
+        app = application(room, plan.settings, plan.records, workers=plan.workers)
         plan.observe(app, number)
         config = configure(app, plan.certificate)
         if plan.ask and config.ssl is not None:
             app.certificates.ask_with(config.ssl)
-        revocations = Revocations(vault, plan.revoked) if plan.revoked else None
+        revocations = room.revocations(plan.revoked) if plan.revoked else None
         if revocations is not None:
             revocations.take(revocations.read())
             app.certificates.crl_end = revocations.end
@@ -193,4 +191,4 @@ def _serve(
         if app.failure is not None:
             raise app.failure
     finally:
-        vault.close()
+        room.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,9 @@ class Tolls:
     ) -> None:
         self._settings, self._limits, self._budgets = settings, limits, budgets
         self._spellings = spellings
-        self._vocabulary, self._filters = vocabulary, tuple(filters)
+        self._vocabulary, self._filters = vocabulary, tuple(each for each in filters if each.looks)
+        # Where nothing is to be waited for but, now and then, the database.
+        self._direct = limits if isinstance(limits, Limits) and not self._filters and spellings is None else None
         self._tending: asyncio.Task[None] | None = None
         self.digest, self.limits = settings.digest, limits
         self.durable_before = settings.records.durable == "before"
@@ -68,46 +70,49 @@ class Tolls:
         with suppress(StrongroomError):  # what can't be given back stays charged
             await asyncio.to_thread(self._budgets.close)
 
-    async def take(self, flight: Flight) -> None:
-        """Before anything is generated: all of it is taken, or nothing. LimitExceeded, BudgetExceeded, UsageError
-        ``content.refused``. What was taken is given back with `give`."""
+    def take(self, flight: Flight) -> bool:
+        """Before anything is generated, from memory alone; False where the rest has to be waited for, with `wait`.
+        LimitExceeded, BudgetExceeded, UsageError. What was taken is given back with `give`, whatever came of it."""
         asked, caller = flight.asked, flight.caller
-        assert asked is not None  # noqa: S101 - read before
         most = self._settings.max_tokens(caller.roles)
         if asked.most is not None and asked.most > most:
             raise invalid("max_tokens", f"is more than the {most} that you may ask for")
         flight.most = asked.most or min(most, self._settings.answer.max_tokens_default)
-        tokens = 1 + asked.characters // 4
-        if asked.route != "embeddings":
-            tokens += flight.most * asked.n
-        if isinstance(self._limits, Limits):
-            flight.admission = self._limits.admit(caller, flight.ref, tokens)
-        else:
-            flight.admission = await self._limits.admit(caller, flight.ref, tokens)
-        try:
-            flight.headers += flight.admission.headers
-            for each in self._filters:
-                if each.looks:
-                    await each.check(asked.texts, caller)
-            if self._spellings is not None and asked.route != "embeddings":
-                flight.spelling = await self._spellings.of(flight.ref)
-            flight.reserved = self._most(flight)
+        flight.reserved = self._most(flight)
+        if self._direct is None:
+            return False
+        flight.admission = self._direct.admit(caller, flight.ref, _tokens(flight))
+        flight.headers += flight.admission.headers
+        if flight.trace is not None:
+            flight.trace.part("budget")
+        flight.toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
+        return flight.toll is not None
+
+    async def wait(self, flight: Flight) -> None:
+        """What `take` left. LimitExceeded, BudgetExceeded, UsageError ``content.refused``."""
+        if self._direct is None:
+            await self._look(flight)
             if flight.trace is not None:
                 flight.trace.part("budget")
-            flight.toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
-            if flight.toll is None:
-                flight.toll = await self._reserve(flight)
-        except BaseException:
-            await self.give(flight)
-            raise
+        toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
+        flight.toll = toll or await self._reserve(flight)
 
-    async def give(self, flight: Flight) -> None:
-        """After the request: what it had not used."""
+    async def _look(self, flight: Flight) -> None:
+        asked, limits = flight.asked, self._limits
+        if isinstance(limits, Limits):
+            flight.admission = limits.admit(flight.caller, flight.ref, _tokens(flight))
+        else:
+            flight.admission = await limits.admit(flight.caller, flight.ref, _tokens(flight))
+        flight.headers += flight.admission.headers
+        for each in self._filters:
+            await each.check(asked.texts, flight.caller)
+        if self._spellings is not None and asked.route != "embeddings":
+            flight.spelling = await self._spellings.of(flight.ref)
+
+    def give(self, flight: Flight) -> Awaitable[None] | None:
+        """After the request: what it had not used. May have to be awaited."""
         self.settle(flight)
-        if flight.admission is not None:
-            done = flight.admission.done(flight.meter.prompt + flight.meter.tokens()[0])
-            if done is not None:  # over Redis
-                await done
+        return None if flight.admission is None else flight.admission.done(flight.meter.prompt + flight.tokens)
 
     async def _reserve(self, flight: Flight) -> Reservation:
         """Out of the database, which takes milliseconds."""
@@ -122,7 +127,6 @@ class Tolls:
     def _most(self, flight: Flight) -> int:
         """E_c of the most that may come."""
         asked = flight.asked
-        assert asked is not None  # noqa: S101 - read before
         if asked.route == "embeddings":
             return meter.embeddings(min(asked.dimensions or DIMENSIONS, DIMENSIONS), count=asked.inputs)
         flight.text_most = flight.most * asked.n * BYTES_A_TOKEN + _SLACK
@@ -143,6 +147,7 @@ class Tolls:
     def _bits(self, flight: Flight) -> int:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)
         tokens, counted = given.tokens()
+        flight.tokens = tokens
         if flight.spelling is not None and given.sampled:
             tokens = min(max(given.channel, given.chunks, given.listed), given.most)
             bits, counted = meter.bound(tokens, words), True
@@ -163,6 +168,13 @@ class Tolls:
         return bits
 
 
+def _tokens(flight: Flight) -> int:
+    """The most that it may have, with those of its prompt."""
+    asked = flight.asked
+    answers = 0 if asked.route == "embeddings" else flight.most * asked.n
+    return 1 + asked.characters // 4 + answers
+
+
 def _spender(flight: Flight) -> Spender:
     caller = flight.caller
     return Spender(caller.principal, flight.destination, caller.teams, caller.key)
@@ -181,7 +193,7 @@ def _free(asked: asyncio.Future[Reservation]) -> None:
 def _beside(flight: Flight) -> int:
     """Log-probabilities that come with a token: the sampled one's, too."""
     asked = flight.asked
-    return 0 if asked is None or asked.logprobs is None else asked.logprobs + 1
+    return 0 if asked.logprobs is None else asked.logprobs + 1
 
 
 def told(alarm: Alarm) -> None:

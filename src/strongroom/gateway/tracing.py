@@ -96,7 +96,6 @@ class Trace:
             self._part.end()
             self._part = None
         asked, operation = flight.asked, _OPERATIONS[flight.route]
-        assert asked is not None  # noqa: S101 - read before
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "strongroom",

@@ -104,13 +104,21 @@ class Upstream:
             fresh = connection is None
             try:
                 connection = connection or await self._connect()
-                reply = await connection.ask(request, self, first)
+                reply = connection.ask(request, self)
+                # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
+                until = connection.loop.time() + first
+                while not connection.answers():
+                    await connection.more(until - connection.loop.time(), first)
             except _ClosedEarly:
                 if not fresh:
                     continue
                 raise self._failed("upstream.unavailable", "closed the connection without an answer") from None
             except OSError as error:
                 raise self._failed("upstream.unavailable", f"can't be reached: {error.strerror or error}") from None
+            except asyncio.CancelledError:
+                if connection is not None:
+                    connection.abort()
+                raise
             self._failures = 0
             return reply
 
@@ -168,66 +176,54 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.closed = False
         self._transport: asyncio.Transport | None = None
-        self._parser: httptools.HttpResponseParser | None = None
+        self._parser = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._seconds, self._deadline = 0.0, Deadline(self._loop, self._late)
+        self.loop = asyncio.get_running_loop()
+        self._seconds, self._deadline = 0.0, Deadline(self.loop, self._late)
         self._fresh()
 
     def _fresh(self) -> None:
-        self._parser = httptools.HttpResponseParser(self)
         self.status, self.whole, self.begun = 0, False, False
         self.failure: BackendError | None = None
-        self.pieces: deque[bytes] = deque()
+        self.pieces: list[bytes] = []
         self.waiting, self.received, self._head_size = 0, 0, 0
         self.content_type, self.most = b"", _BODY_MOST
         self._paused, self._again = False, True
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    async def ask(self, request: bytes, upstream: Upstream, first: float) -> Reply:
+    def ask(self, request: bytes, upstream: Upstream) -> Reply:
         assert self._transport is not None  # noqa: S101 - made by create_connection
         self._fresh()
         self._transport.write(request)
-        reply = Reply(self, upstream)
-        # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
-        until = self._loop.time() + first
-        try:
-            while not self.status and self.failure is None and not self.closed:
-                await self.wait(until - self._loop.time(), first)
-        except BaseException:
-            self.abort()
-            raise
+        return Reply(self, upstream)
+
+    def answers(self) -> bool:
+        """Whether the head of an answer is there; _ClosedEarly, BackendError ``upstream.*`` if it will not come."""
         if self.failure is not None:
             raise self.failure
-        if not self.status:
+        if self.closed and not self.status:
             if not self.begun:
                 raise _ClosedEarly
             raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
-        return reply
+        return self.status > 0
 
-    async def wait(self, seconds: float, of: float) -> None:
-        """Until something came, or BackendError ``upstream.timeout`` after these `seconds`, the last `of` so many."""
-        self._waiter, self._seconds = self._loop.create_future(), of
+    def more(self, seconds: float, of: float) -> asyncio.Future[None]:
+        """Done when something came, or after these `seconds`, the last `of` so many: then it has failed."""
+        self._waiter, self._seconds = self.loop.create_future(), of
         self._deadline.within(seconds)
-        try:
-            await self._waiter
-        finally:
-            self._deadline.met()
-            self._waiter = None
+        return self._waiter
 
     def _late(self) -> None:
         self._fail("upstream.timeout", f"the inference server sent nothing for {self._seconds:g} s")
 
     def take(self) -> bytes:
         """All that waits, as one piece: each costs its taker a write."""
-        found = self.pieces.popleft() if len(self.pieces) == 1 else b"".join(self.pieces)
-        self.pieces.clear()
-        self.waiting = 0
+        pieces, self.pieces, self.waiting = self.pieces, [], 0
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
-        return found
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def finish(self, upstream: Upstream) -> None:
         """The answer has been taken whole."""
@@ -247,7 +243,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one in all but name
 
     def data_received(self, data: bytes) -> None:
-        if self.whole or self._parser is None:  # something that nobody asked for
+        if self.whole:  # something that nobody asked for
             self.abort()
             return
         self.begun, before = True, self.received
@@ -256,13 +252,14 @@ class _Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._fail("upstream.malformed", "the inference server sent what is not HTTP")
         # Trailers come without end as well as a head does.
-        self._head_size = max(0, self._head_size + len(data) - _FRAMING * (self.received - before))
-        if self._head_size > _HEAD_MOST:
+        beside = self._head_size + len(data) - _FRAMING * (self.received - before)
+        self._head_size = beside if beside > 0 else 0  # noqa: FURB136 - asked with every piece
+        if beside > _HEAD_MOST:
             self._fail("upstream.malformed", "the inference server's answer has a head, or trailers, that are too long")
         if self.waiting > _WAITING_MOST and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
-        self._wake()
+        self.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self.closed = True
@@ -272,17 +269,21 @@ class _Connection(asyncio.Protocol):
                 self.whole = True
             else:
                 self.failure = BackendError("upstream.malformed", "the inference server's answer was cut short")
-        self._wake()
+        self.wake()
 
     def _fail(self, code: str, what: str) -> None:
         if self.failure is None:
             self.failure = BackendError(code, what)
         self.abort()
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def wake(self) -> None:
+        """Whoever waits looks again."""
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._deadline.met()
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
 
     # -- httptools -----------------------------------------------------------------------------------------------
 
@@ -305,7 +306,6 @@ class _Connection(asyncio.Protocol):
             self._fail("upstream.malformed", "the inference server compressed an answer that was to come as it is")
 
     def on_headers_complete(self) -> None:
-        assert self._parser is not None  # noqa: S101 - it calls this
         if self._length and self._chunked:  # two readers would see two ends: smuggling
             self._fail("upstream.malformed", "the inference server's answer has two lengths")
             return
@@ -314,11 +314,12 @@ class _Connection(asyncio.Protocol):
         self.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        self.received += len(body)
+        size = len(body)
+        self.received += size
         if self.received > self.most:
             self._fail("upstream.malformed", f"the inference server's answer is longer than {self.most >> 10} KiB")
             return
-        self.waiting += len(body)
+        self.waiting += size
         self.pieces.append(body)
 
     def on_message_complete(self) -> None:
@@ -334,7 +335,7 @@ class Reply:
     def __init__(self, connection: _Connection, upstream: Upstream) -> None:
         self._connection, self._upstream = connection, upstream
         self._done = False
-        self._until = asyncio.get_running_loop().time() + upstream.timeouts.whole
+        self._until = connection.loop.time() + upstream.timeouts.whole
 
     @property
     def status(self) -> int:
@@ -348,46 +349,54 @@ class Reply:
         """The whole body, of at most so many bytes; BackendError ``upstream.*``."""
         self._connection.most = min(most, _BODY_MOST)
         pieces = []
-        while piece := await self._next():
-            pieces.append(piece)
+        try:
+            while (piece := self._now()) != b"":
+                if piece is None:
+                    await self._more()
+                else:
+                    pieces.append(piece)
+        except BaseException:
+            self.abort()
+            raise
+        self._finish()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes; BackendError ``upstream.*``. While nobody takes them, the connection is not read."""
         try:
-            while piece := await self._next():
-                yield piece
+            while (piece := self._now()) != b"":
+                if piece is None:
+                    await self._more()
+                else:
+                    yield piece
         except BaseException:
             self.abort()
             raise
+        self._finish()
 
-    async def _next(self) -> bytes:
-        """Some of the body; nothing at its end, after which the connection is another request's."""
-        connection, timeouts = self._connection, self._upstream.timeouts
-        try:
-            while True:
-                if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
-                    raise connection.failure
-                left = self._until - asyncio.get_running_loop().time()
-                # Where something always waits, too: whoever reads slowly would keep a server's place for longer.
-                if left <= 0 and not connection.whole and connection.failure is None:
-                    raise BackendError(
-                        "upstream.timeout", f"the inference server took longer than {timeouts.whole:g} s"
-                    )
-                if connection.waiting:
-                    return connection.take()
-                if connection.failure is not None:
-                    raise connection.failure
-                if connection.whole:
-                    break
-                seconds = min(timeouts.between, left)
-                await connection.wait(seconds, seconds)
-        except BaseException:
-            self.abort()
-            raise
+    def _more(self) -> asyncio.Future[None]:
+        seconds = min(self._upstream.timeouts.between, self._until - self._connection.loop.time())
+        return self._connection.more(seconds, seconds)
+
+    def _finish(self) -> None:
+        """All of it was taken: the connection is another request's."""
         self._done = True
-        connection.finish(self._upstream)
-        return b""
+        self._connection.finish(self._upstream)
+
+    def _now(self) -> bytes | None:
+        """What there is of the body; nothing at its end, and None where that, or more, is still to come."""
+        connection = self._connection
+        if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
+            raise connection.failure
+        # Where something always waits, too: whoever reads slowly would keep a server's place for longer.
+        if not connection.whole and connection.failure is None and connection.loop.time() >= self._until:
+            whole = self._upstream.timeouts.whole
+            raise BackendError("upstream.timeout", f"the inference server took longer than {whole:g} s")
+        if connection.waiting:
+            return connection.take()
+        if connection.failure is not None:
+            raise connection.failure
+        return b"" if connection.whole else None
 
     def abort(self) -> None:
         """Close the connection: an inference server stops generating for whoever has gone."""
@@ -397,7 +406,7 @@ class Reply:
                 "upstream.aborted", "the request was given up"
             )
             self._connection.abort()
-            self._connection._wake()  # noqa: SLF001 - the two are one
+            self._connection.wake()
 
 
 def unexpected(status: int) -> StrongroomError:

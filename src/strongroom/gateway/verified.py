@@ -13,8 +13,9 @@ import orjson
 
 from strongroom.errors import BackendError, Sealed
 from strongroom.gateway.flight import Flight
+from strongroom.gateway.rooms import Keeping
 from strongroom.gateway.upstream import Upstream
-from strongroom.watch.tallies import Kept, Tallies
+from strongroom.watch.tallies import Kept
 from strongroom.watch.verdict import HONEST, Tally, Verdict
 
 _WAITING = 64  # samples; more are not taken while so many wait
@@ -28,7 +29,7 @@ class Verified:
     keeps what came of it; `vocabulary` is the number of tokens that a version knows."""
 
     def __init__(
-        self, verifier: Upstream, share: float, tallies: Tallies, vocabulary: Callable[[str], int], *, stop: bool
+        self, verifier: Upstream, share: float, tallies: Keeping, vocabulary: Callable[[str], int], *, stop: bool
     ) -> None:
         self._verifier, self._share, self._stop = verifier, int(share * _FINE), stop
         self._tallies, self._vocabulary = tallies, vocabulary

@@ -21,6 +21,7 @@ from strongroom.gateway.probe import Probe
 from strongroom.gateway.queue import FairQueue
 from strongroom.gateway.records import Records
 from strongroom.gateway.request import Forms
+from strongroom.gateway.rooms import Behind
 from strongroom.gateway.routes import Backend, Routes
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.settings import Upstream as At
@@ -28,11 +29,8 @@ from strongroom.gateway.spelt import Spellings
 from strongroom.gateway.tolls import Small, Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
-from strongroom.vault.callers import Callers
-from strongroom.vault.vault import Vault
 from strongroom.watch.budget import Budgets
 from strongroom.watch.effective import effective_bits
-from strongroom.watch.tallies import Tallies
 
 if TYPE_CHECKING:
     from strongroom.gateway.limits_redis import RedisLimits
@@ -44,25 +42,26 @@ _CHANNEL = "--channel takes the file that strongroom infer was started with; of 
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
-def application(vault: Vault, settings: Settings, records: Path, *, workers: int = 1) -> Generations:
+def application(room: Behind, settings: Settings, records: Path, *, workers: int = 1) -> Generations:
     """The application of one of so many workers. `records`: the folder that they are written into."""
-    callers = Callers(vault)
-    _check_models(callers, settings)
-    door, kept, small = Door(callers), Records(records, callers.record, settings.digest), Small()
+    _check(room, settings)
+    door = Door(room.callers, threads=room.threads)
+    small = Small()
+    kept = Records(records, room.callers.record, settings.digest, stream=room.stream())
 
     def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
-        if before is not None:
-            _check_models(callers, settings)
-        return _made(vault, callers, door, kept, small, settings, workers, before)
+        return _made(room, door, kept, small, settings, workers, before)
 
-    return Generations(door, kept, make, settings)
+    return Generations(door, kept, make, settings, check=lambda settings: _check(room, settings))
 
 
-def _check_models(callers: Callers, settings: Settings) -> None:
-    """NotFound ``gateway.model`` for a version that there is not: nobody could ever ask for it."""
+def _check(room: Behind, settings: Settings) -> None:
+    """Errors of `Behind.check`; NotFound ``gateway.model`` for a version that there is not: nobody could ever ask for
+    it."""
+    room.check(settings)
     for ref in (ref for each in settings.upstream for ref, _ in each.models):
         try:
-            callers.resolve(ref)
+            room.callers.resolve(ref)
         except NotFound:
             raise NotFound(
                 "gateway.model",
@@ -72,8 +71,7 @@ def _check_models(callers: Callers, settings: Settings) -> None:
 
 
 def _made(
-    vault: Vault,
-    callers: Callers,
+    room: Behind,
     door: Door,
     records: Records,
     small: Small,
@@ -81,6 +79,8 @@ def _made(
     workers: int,
     before: GatewayApp | None,
 ) -> GatewayApp:
+    callers = room.callers
+
     # What a version has in it does not change: it is asked for once.
     @lru_cache(_VERSIONS)
     def size(ref: str) -> int:
@@ -95,9 +95,14 @@ def _made(
         return callers.model(ref).vocabulary or _VOCABULARY
 
     budgets = Budgets(
-        vault.db, settings.budgets.rules, size, time.time, alarm=told, small=partial(small, settings.budgets)
+        room.counters(settings.budgets),
+        settings.budgets.rules,
+        size,
+        time.time,
+        alarm=told,
+        small=partial(small, settings.budgets),
     )
-    limits = _limits(vault, settings, workers, before)
+    limits = _limits(room, settings, workers, before)
     backends = [
         Backend(
             _upstream(each, settings),
@@ -112,7 +117,7 @@ def _made(
     if settings.requests.classifier:
         filters.append(Classifier(settings.requests.classifier))
     routes = Routes(backends, channelled=channelled)
-    verified = _verified(settings, vault, vocabulary)
+    verified = _verified(settings, room, vocabulary)
     capture = Capture(settings.capture, records.path) if settings.capture.key else None
     try:
         tracing = _tracing(settings)
@@ -136,7 +141,7 @@ def _made(
     )
 
 
-def _limits(vault: Vault, settings: Settings, workers: int, before: GatewayApp | None) -> Limits | RedisLimits:
+def _limits(room: Behind, settings: Settings, workers: int, before: GatewayApp | None) -> Limits | RedisLimits:
     if not settings.redis.url:
         known = before.limits if before is not None else None
         return Limits(settings, time.monotonic, scale=1 / workers, before=known if isinstance(known, Limits) else None)
@@ -148,7 +153,7 @@ def _limits(vault: Vault, settings: Settings, workers: int, before: GatewayApp |
             "the client for Redis, of which the settings speak, is not installed",
             hint="pip install 'strongroom[gateway,redis]'",
         ) from None
-    return RedisLimits(settings, time.monotonic, name=vault.id.hex())
+    return RedisLimits(settings, time.monotonic, name=room.name)
 
 
 def _upstream(at: At, settings: Settings) -> Upstream:
@@ -166,7 +171,7 @@ def _upstream(at: At, settings: Settings) -> Upstream:
     )
 
 
-def _verified(settings: Settings, vault: Vault, vocabulary: Callable[[str], int]) -> Verified | None:
+def _verified(settings: Settings, room: Behind, vocabulary: Callable[[str], int]) -> Verified | None:
     """What runs answers again. UsageError ``settings.verify`` where no upstream can say which tokens it drew."""
     verify = settings.verify
     if not verify.url:
@@ -178,7 +183,7 @@ def _verified(settings: Settings, vault: Vault, vocabulary: Callable[[str], int]
             hint="strongroom infer REF --channel FILE, and channel = FILE in [[upstream]] and in [verify]",
         )
     secret = ("strongroom-channel", _secret(Path(verify.channel)))
-    tallies = Tallies(vault.db, verify.term)
+    tallies = room.tallies(verify.term)
     return Verified(Upstream(verify.url, headers=(secret,)), verify.share, tallies, vocabulary, stop=verify.stop)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from strongroom.formats.apikey import LONGEST, MOST, NAME
 from strongroom.formats.entry import CUSTODIAN, Entry
 from strongroom.formats.statement import Statement
+from strongroom.formats.stream import DAY, Told, after, fault, newest, owned, remembered
 
 
 @dataclass
@@ -29,7 +30,10 @@ class Gateways:
     def __init__(self) -> None:
         self._keys: dict[str, Key] = {}  # by digest
         self._active: dict[str, list[Key]] = {}  # of each principal those that may be active
-        self._heads: dict[str, tuple[int, str]] = {}  # by gateway: records, and the newest one's hash
+        self._streams: dict[str, Told] = {}
+        # What a custodian knows of them by then: of what it has forgotten it takes any account, and so has a verifier.
+        self._known: set[str] = set()
+        self._days: set[int] = set()
 
     def key(self, entry: Entry, said: Statement, now: int, until: int | None) -> str:
         """What is wrong with an `apikey`, or nothing. `said`: its statement; `now`: the later of its time and the
@@ -54,27 +58,40 @@ class Gateways:
         self._active[entry.by] = active
         return f"{entry.by} has more than {MOST} API keys" if len(active) >= MOST else ""
 
-    def inference(self, entry: Entry, known: Callable[[str], bool]) -> str:
-        """What is wrong with an account of inference, or nothing; `known`: whether there was a version."""
-        body = entry.body
-        if entry.by != CUSTODIAN or (entry.ref and not known(entry.ref)):
-            return "it is by somebody else, or of no version"
-        records, head = self._heads.get(body["gateway"], (0, ""))
-        if body["records"] < records or (body["records"] == records and head not in ("", body["head"])):
-            return "the gateway has fewer records than before, or others"
-        return ""
+    def inference(self, entry: Entry, said: Statement | None, known: Callable[[str], bool]) -> str:
+        """What is wrong with an account of inference, or nothing; `said`: its statement, if it has one; `known`:
+        whether there was a version."""
+        stream = entry.body["gateway"]
+        if entry.ref and not known(entry.ref):
+            return "it is of no version"
+        before = self._streams.get(stream)
+        if said is None:  # for ever: else a custodian could say what a gateway has answered that is silent for long
+            return fault(before, entry.body, None) if entry.by == CUSTODIAN else "nobody has signed it"
+        if not owned(stream, said.room, entry.by):
+            return "the stream is somebody else's"
+        return fault(before if stream in self._known else None, entry.body, said.body["account"])
 
     def apply(self, entry: Entry, session: str) -> None:
         """Take in an entry of one of the two types; `session` names the login's key that has signed it, if one has."""
         body: Mapping[str, Any] = entry.body
         if entry.type == "inference":
-            self._heads[body["gateway"]] = (body["records"], body["head"])
+            self._account(entry)
         elif body["state"] == "ended":
             self._keys[body["key"]].ended = True
         else:
             key = Key(body["principal"], body["name"], body["expires_at"], session)
             self._keys[body["key"]] = key
             self._active.setdefault(key.principal, []).append(key)
+
+    def _account(self, entry: Entry) -> None:
+        """As policy/usage.py does it, to the day."""
+        stream, day = entry.body["gateway"], entry.at // DAY
+        account = Statement.decode(entry.body["statement"]).body["account"] if "statement" in entry.body else None
+        self._streams[stream] = after(entry.body, day, account)
+        self._known.add(stream)
+        if day not in self._days:
+            self._days = newest(self._days, day) | {day}
+            self._known = {each for each in self._known if remembered(self._streams[each], day)}
 
     def end(self, which: Callable[[Key], bool]) -> None:
         """The API keys that `which` says end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from strongroom.crypto import signatures
 from strongroom.crypto.keys import derive
@@ -41,10 +42,15 @@ class LogKey:
 
     def open(self, note: bytes) -> Checkpoint:
         """The checkpoint in a note; Tampered unless this key signed it, and for this log."""
-        parsed = Note.decode(note)
-        if self.origin not in verify_note(parsed, [self.verifier], signatures.verify):
-            raise Tampered("log.unsigned", "the checkpoint is not signed by the log key of this room")
-        checkpoint = Checkpoint.decode(parsed.text)
-        if checkpoint.origin != self.origin:
-            raise Tampered("log.other", f"the checkpoint is of another log: {checkpoint.origin!r:.80}")
-        return checkpoint
+        return _opened(self, note)
+
+
+@lru_cache(maxsize=16)  # of a release, each side and each of their memories opens the same note
+def _opened(key: LogKey, note: bytes) -> Checkpoint:
+    parsed = Note.decode(note)
+    if key.origin not in verify_note(parsed, [key.verifier], signatures.verify):
+        raise Tampered("log.unsigned", "the checkpoint is not signed by the log key of this room")
+    checkpoint = Checkpoint.decode(parsed.text)
+    if checkpoint.origin != key.origin:
+        raise Tampered("log.other", f"the checkpoint is of another log: {checkpoint.origin!r:.80}")
+    return checkpoint

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -42,15 +42,38 @@ from strongroom.formats.merkle import (
 from strongroom.formats.tiles import WIDTH, verify_leaves
 from strongroom.ledger.key import LogKey
 from strongroom.ledger.published import Published
+from strongroom.ledger.queue import Queue, Waiting
 from strongroom.storage.db import Database, log_entries, log_nodes, log_private, log_snapshot, log_state
+from strongroom.storage.prepared import Prepared
 
 SNAPSHOT_TYPE = "application/vnd.strongroom.ledger-snapshot+json"
 _CHUNK = 2048
 _SNAPSHOT_EVERY = 256  # entries, more where the state is large: whoever opens a room applies those since
-_BATCH = 1024  # entries: more of them are not waited for
 _TILE_BITS = 8
 _PUBLISH_EVERY = 1.0  # seconds
 _RESTORE = "strongroom log verify; restore the database from a backup"
+
+
+_NEWEST = Prepared(sa.select(log_state.c.size, log_state.c.checkpoint))
+_ADVANCE = Prepared(
+    sa.update(log_state).values(size=sa.bindparam("new_size"), checkpoint=sa.bindparam("new_checkpoint"))
+)
+_ENTRIES = Prepared(
+    sa.select(log_entries.c.position, log_entries.c.entry)
+    .where(log_entries.c.position >= sa.bindparam("begin"), log_entries.c.position < sa.bindparam("end"))
+    .order_by(log_entries.c.position)
+)
+_NODES = Prepared(
+    sa.select(log_nodes.c.hash)
+    .where(
+        log_nodes.c.level == sa.bindparam("level"),
+        log_nodes.c.position >= sa.bindparam("begin"),
+        log_nodes.c.position < sa.bindparam("end"),
+    )
+    .order_by(log_nodes.c.position)
+)
+_SNAPSHOT = Prepared(sa.select(log_snapshot.c.data))
+_FORGET, _KEEP = Prepared(sa.delete(log_snapshot)), Prepared(sa.insert(log_snapshot))
 
 
 class Fold(Protocol):
@@ -70,8 +93,7 @@ class Fold(Protocol):
 S = TypeVar("S", bound=Fold)
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(NamedTuple):
     """What a decision wants recorded: the entry, and what its commitments stand for."""
 
     entry: Entry
@@ -82,7 +104,7 @@ class Draft:
 Decision = Callable[[Connection, S, int], Draft]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: every entry has one, and it would be made at half the speed
 class Receipt:
     """A durable entry. `note` is the signed checkpoint of the batch that it was in, `size` that checkpoint's."""
 
@@ -91,12 +113,16 @@ class Receipt:
     data: bytes = field(repr=False)
     size: int
     note: bytes = field(repr=False)
-    nodes: Mapping[tuple[int, int], bytes] = field(repr=False)
+    nodes: Sequence[tuple[int, int, bytes]] = field(repr=False)
 
     def proof(self) -> list[bytes]:
         """The audit path of the entry in the tree of `size`. The hashes left of the entry are those that the tree
         before the batch had at its edge, those right of it are the batch's: no database is asked."""
-        return inclusion_proof(self.index, self.size, lambda level, position: self.nodes[level, position])
+        found = {(level, position): value for level, position, value in self.nodes}
+        return inclusion_proof(self.index, self.size, lambda level, position: found[level, position])
+
+
+_Waiting: TypeAlias = Waiting[Decision[S], Receipt]
 
 
 @dataclass
@@ -104,30 +130,6 @@ class _Loaded(Generic[S]):
     frontier: Frontier
     state: S
     note: bytes = b""
-
-
-class _Waiting(Generic[S]):
-    """A decision in the queue, and whoever waits for what comes of it."""
-
-    def __init__(self, decide: Decision[S], *, writes: bool) -> None:
-        self.decide, self.writes = decide, writes
-        self.leads = False  # it has the lead: nobody else appends until it does, or leaves
-        self.receipt: Receipt | None = None
-        self.error: BaseException | None = None
-        # A lock that is held until it is woken: an Event costs several times as much, and every entry has one.
-        self._asleep = threading.Lock()
-        self._asleep.acquire()
-
-    @property
-    def done(self) -> bool:
-        return self.receipt is not None or self.error is not None
-
-    def wait(self) -> None:
-        self._asleep.acquire()
-
-    def wake(self) -> None:
-        if self._asleep.locked():
-            self._asleep.release()
 
 
 class Ledger(Generic[S]):
@@ -153,10 +155,7 @@ class Ledger(Generic[S]):
         self._loaded: _Loaded[S] | None = None
         self._seen: tuple[int, bytes] | None = None  # size and root, remembered when what was loaded is dropped
         self._state_lock = threading.RLock()
-        self._queue: list[_Waiting[S]] = []
-        self._queue_lock = threading.Lock()
-        self._leading = False
-        self._crowd = 0  # how many were in the last batch
+        self._queue: Queue[Decision[S], Receipt] = Queue()
         self._snapshot_due = 0
         self._published_at = -_PUBLISH_EVERY
         self._caught_up = 0.0  # when what is loaded was the newest, by the monotonic clock
@@ -170,92 +169,57 @@ class Ledger(Generic[S]):
         and calls nothing that appends or opens a transaction. `writes`: it changes tables, too; that is committed with
         the entry, and undone when it raises.
         """
-        waiting = _Waiting(decide, writes=writes)
-        with self._queue_lock:
-            self._queue.append(waiting)
-            waiting.leads, self._leading = not self._leading, True
+        waiting: _Waiting[S] = Waiting(decide, writes=writes)
         try:
-            if not waiting.leads:
-                waiting.wait()
+            self._queue.enter(waiting)
             if not waiting.done:
-                self._lead()
+                self._lead(waiting)
         except BaseException:
-            self._leave(waiting)
+            self._queue.leave(waiting)
             raise
         if waiting.error is not None:
             raise waiting.error
         assert waiting.receipt is not None  # noqa: S101 - `done` says so
         return waiting.receipt
 
-    def _lead(self) -> None:
+    def _lead(self, leader: _Waiting[S]) -> None:
         """Append all that wait, in one batch, and hand the lead to somebody who came meanwhile."""
         batch: list[_Waiting[S]] = []
         try:
             self._sequence(batch)
         except BaseException as error:
             if not batch:  # it could not even begin: nor could it for any of these
-                self._take(batch)
+                self._queue.take(batch)
             for waiting in batch:
                 waiting.receipt, waiting.error = None, waiting.error or error
             if not isinstance(error, Exception):
                 raise
         finally:
-            for waiting in batch:
-                waiting.wake()
-            with self._queue_lock:
-                self._hand_over()
+            self._queue.answer(batch, leader)
         # All are answered: what is published late does not make an entry less durable. `log verify` publishes, too,
         # and says what is wrong.
         if time.monotonic() - self._published_at > _PUBLISH_EVERY:
             with contextlib.suppress(Exception):
                 self.publish()
 
-    def _gather(self, batch: list[_Waiting[S]]) -> None:
-        """Take all that wait, once no more come. Those who were answered a moment ago ask again in a moment: without
-        this the first of them is a batch of one, and all others wait for its commit."""
-        seen = 0
-        while max(self._crowd, len(self._queue)) > 1 and seen < len(self._queue) < _BATCH:  # who is alone does not wait
-            seen = len(self._queue)
-            time.sleep(0)  # long enough for whoever can run to come as far as the queue
-        self._take(batch)
-
-    def _take(self, batch: list[_Waiting[S]]) -> None:
-        with self._queue_lock:
-            batch += self._queue
-            self._queue.clear()
-        self._crowd = len(batch)
-
-    def _hand_over(self) -> None:
-        # A leader who was interrupted as it took them has answered some that are still there.
-        self._queue = [waiting for waiting in self._queue if not waiting.done]
-        self._leading = bool(self._queue)
-        if self._queue:
-            self._queue[0].leads = True
-            self._queue[0].wake()
-
-    def _leave(self, waiting: _Waiting[S]) -> None:
-        """Somebody who was interrupted appends nothing if it is not too late for that, and leads nobody."""
-        with self._queue_lock:
-            if waiting in self._queue:
-                self._queue.remove(waiting)
-                if waiting.leads:
-                    self._hand_over()
-
     def _sequence(self, batch: list[_Waiting[S]]) -> None:
         """Append what waits when the database is ours, as `batch`, which is empty until then."""
         signer = self._signer()  # outside: it may have to ask the key store
+        self._queue.settle()  # outside, too: they come, and other processes append
         with self._state_lock:
             try:
                 with self._db.sequencing() as tx:
                     loaded = self._catch_up(tx)
-                    self._gather(batch)
-                    receipts = self._append(tx, loaded, batch, signer)
+                    self._queue.take(batch)
+                    before = loaded.frontier.size
+                    accepted, nodes = self._append(tx, loaded, batch, signer)
             except BaseException:
                 self._loaded = None  # it may be ahead of what is durable
                 raise
             self._remember()
-        for waiting, receipt in receipts:
-            waiting.receipt = receipt
+        size, note = loaded.frontier.size, loaded.note
+        for index, (waiting, entry, data) in enumerate(accepted, before):
+            waiting.receipt = Receipt(index, entry, data, size, note, nodes)
 
     def publish(self) -> None:
         """Bring what is published up to the newest entry; appending does it about once a second."""
@@ -265,53 +229,53 @@ class Ledger(Generic[S]):
 
     def _append(
         self, tx: Connection, loaded: _Loaded[S], batch: list[_Waiting[S]], signer: Signer
-    ) -> list[tuple[_Waiting[S], Receipt]]:
-        before = loaded.frontier.size
-        nodes = {(level, position): value for level, position, value in loaded.frontier.nodes()}
+    ) -> tuple[list[tuple[_Waiting[S], Entry, bytes]], list[tuple[int, int, bytes]]]:
+        """Those of `batch` whose entries are in the log if this transaction commits, and the nodes of their proofs."""
+        before = index = loaded.frontier.size
+        nodes = loaded.frontier.nodes()
         accepted: list[tuple[_Waiting[S], Entry, bytes]] = []
+        entries: list[bytes] = []
         private: list[dict[str, Any]] = []
         state, now = loaded.state, self._clock()
         for waiting in batch:
-            index = before + len(accepted)
             try:
                 if waiting.writes:
                     with self._db.savepoint(tx):  # an entry that can't be encoded undoes what was written for it
-                        draft = waiting.decide(tx, state, now)
-                        data = draft.entry.encode()
+                        entry, notes = waiting.decide(tx, state, now)
+                        data = entry.encode()
                 else:
-                    draft = waiting.decide(tx, state, now)
-                    data = draft.entry.encode()
+                    entry, notes = waiting.decide(tx, state, now)
+                    data = entry.encode()
             except Exception as error:  # noqa: BLE001 - it is the caller's; the others in the batch go on
                 waiting.error = error
                 continue
-            state.apply(index, draft.entry)
-            accepted.append((waiting, draft.entry, data))
-            if draft.private:
-                private += [{"position": index, **vars(value)} for value in draft.private]
+            state.apply(index, entry)
+            accepted.append((waiting, entry, data))
+            entries.append(data)
+            if notes:
+                private += [{"position": index, **vars(value)} for value in notes]
+            index += 1
         if not accepted:
-            return []
-        stored: list[dict[str, Any]] = []
-        for level, position, value in loaded.frontier.extend([leaf_hash(data) for _, _, data in accepted]):
-            nodes[level, position] = value
-            if level and level % _TILE_BITS == 0:
-                stored.append({"level": level, "position": position, "hash": value})
-        size = loaded.frontier.size
-        loaded.note = self._key.sign(Checkpoint(self._key.origin, size, loaded.frontier.root()), signer)
-        self._db.add_entries(tx, before, [data for _, _, data in accepted])
+            return accepted, nodes
+        made = loaded.frontier.extend(map(leaf_hash, entries))
+        nodes += made
+        stored = [
+            {"level": level, "position": position, "hash": value}
+            for level, position, value in made
+            if level and level % _TILE_BITS == 0
+        ]
+        loaded.note = self._key.sign(Checkpoint(self._key.origin, index, loaded.frontier.root()), signer)
+        self._db.add_entries(tx, before, entries)
         if stored:
             tx.execute(sa.insert(log_nodes), stored)
         if private:
             tx.execute(sa.insert(log_private), private)
-        values = {"size": size, "checkpoint": loaded.note}
         if before:
-            tx.execute(sa.update(log_state).values(values))
+            _ADVANCE(tx, new_size=index, new_checkpoint=loaded.note)
         else:
-            tx.execute(sa.insert(log_state).values(id=1, **values))
+            tx.execute(sa.insert(log_state).values(id=1, size=index, checkpoint=loaded.note))
         self._keep_snapshot(tx, loaded, signer)
-        return [
-            (waiting, Receipt(before + k, entry, data, size, loaded.note, nodes))
-            for k, (waiting, entry, data) in enumerate(accepted)
-        ]
+        return accepted, nodes
 
     # -- the state -----------------------------------------------------------------------------------------------
 
@@ -345,7 +309,7 @@ class Ledger(Generic[S]):
 
     def _catch_up(self, tx: Connection) -> _Loaded[S]:
         """Steps 1 of section 5: read what others have appended, and check all of it against the signed root."""
-        row = tx.execute(sa.select(log_state.c.size, log_state.c.checkpoint)).one_or_none()
+        row = _NEWEST(tx).one_or_none()
         size, note = (row.size, row.checkpoint) if row else (0, b"")
         if not isinstance(size, int) or not isinstance(note, bytes):
             raise Tampered("log.malformed", "the database's row of the log's state is not one that a custodian writes")
@@ -417,11 +381,7 @@ class Ledger(Generic[S]):
             )
 
     def _read(self, tx: Connection, begin: int, end: int) -> list[bytes]:
-        rows = tx.execute(
-            sa.select(log_entries.c.position, log_entries.c.entry)
-            .where(log_entries.c.position >= begin, log_entries.c.position < end)
-            .order_by(log_entries.c.position)
-        ).all()
+        rows = _ENTRIES(tx, begin=begin, end=end).all()
         if [row.position for row in rows] != list(range(begin, end)):
             raise Truncated("log.truncated", f"entries between {begin} and {end} are missing from the log")
         if not all(isinstance(row.entry, bytes) for row in rows):
@@ -442,14 +402,14 @@ class Ledger(Generic[S]):
         payload = canonical.encode(value)
         signature = signer.sign(pre_authentication_encoding(SNAPSHOT_TYPE, payload))
         data = Envelope(SNAPSHOT_TYPE, payload, ((signer.key_id, signature),)).encode()
-        tx.execute(sa.delete(log_snapshot))
-        tx.execute(sa.insert(log_snapshot).values(id=1, data=data))
+        _FORGET(tx)
+        _KEEP(tx, id=1, data=data)
         self._snapshot_due = loaded.frontier.size + max(_SNAPSHOT_EVERY, len(data) // 256)
 
     def _from_snapshot(self, tx: Connection) -> _Loaded[S]:
         """The newest snapshot that is the log key's own, else the beginning. An older one costs time, no more."""
         empty = _Loaded(Frontier(), self._fold())
-        row = tx.execute(sa.select(log_snapshot.c.data)).one_or_none()
+        row = _SNAPSHOT(tx).one_or_none()
         if row is None:
             return empty
         try:
@@ -457,7 +417,8 @@ class Ledger(Generic[S]):
             (_, signature), *_ = envelope.signatures
             signed = pre_authentication_encoding(SNAPSHOT_TYPE, envelope.payload)
             signatures.verify(self._key.public_key, signature, signed)
-            value = canonical.decode(envelope.payload, what="the snapshot of the log")
+            # The log key has signed what `encode` made: nobody else can have written what it would not have.
+            value = canonical.decode_typed(envelope.payload, what="the snapshot of the log")
             if (value["origin"], value["fold"]) != (self._key.origin, self._fold.FOLD):
                 return empty
             found = _Loaded(Frontier.decode(bytes.fromhex(value["frontier"])), self._fold.from_json(value["state"]))
@@ -538,11 +499,7 @@ class Ledger(Generic[S]):
     def _hashes(self, tx: Connection, level: int, begin: int, end: int) -> list[bytes]:
         if level == 0:
             return [leaf_hash(data) for data in self._read(tx, begin, end)]
-        rows = tx.execute(
-            sa.select(log_nodes.c.hash)
-            .where(log_nodes.c.level == level, log_nodes.c.position >= begin, log_nodes.c.position < end)
-            .order_by(log_nodes.c.position)
-        ).all()
+        rows = _NODES(tx, level=level, begin=begin, end=end).all()
         hashes = [row.hash for row in rows]
         if len(hashes) != end - begin or not all(isinstance(value, bytes) for value in hashes):
             raise CannotVerify("log.nodes", f"nodes of level {level} are missing from the log", hint="strongroom fsck")

@@ -54,11 +54,17 @@ class Statements:
             said = Statement.decode(envelope)
             self._check_statement(entry, said)
             self._consents.check(index, entry, said)
+            self._check_inference(entry, said)
         elif not self._by_itself(entry):
             raise Tampered("statement.missing", f"the entry {entry.type} rests on a statement, and has none")
-        elif entry.type == "inference" and (wrong := self._gateways.inference(entry, self._consents.knows)):
-            raise Tampered("log.unfounded", f"the entry inference does not follow from the log: {wrong}")
+        else:
+            self._check_inference(entry, None)
         self.apply(index, entry)
+
+    def _check_inference(self, entry: Entry, said: Statement | None) -> None:
+        wrong = self._gateways.inference(entry, said, self._consents.knows) if entry.type == "inference" else ""
+        if wrong:
+            raise Tampered("log.unfounded", f"the entry inference does not follow from the log: {wrong}")
 
     def _by_itself(self, entry: Entry) -> bool:
         """Whether this is what a custodian does without anybody's word: who owns the room and what is there when the
@@ -234,6 +240,8 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     if entry.type == "principal":  # what is left open is looked up in the record before: in consents.py
         shared = {"principal"}
     differing = {name for name in shared if said[name] != wrote[name]}
+    if entry.type == "inference":  # that something is captured, or nothing, is signed, too
+        differing |= (said.keys() ^ wrote.keys()) - {"account", "ref", "statement"}
     name = entry.ref.partition("@")[0]
     named = said.get("name", name) if entry.type != "apikey" else name  # which has a name of its own
     if (said.get("ref", entry.ref) or "") != entry.ref or named != name:

@@ -107,17 +107,18 @@ class Mixture:
 
     ours: Index  # (groups, s): rows of the original
     theirs: Index  # (groups, s): rows of the suspect that hold what those hold, −1 for none
-    weights: Matrix  # (groups, s, s): of the suspect's rows, made orthonormal
+    weights: Matrix  # (groups, s, as many as there are): of the suspect's rows, made orthonormal
     factors: Matrix  # (d,): what each column was multiplied by; NaN where nothing can be seen any more
     share: float  # of the original's energy that is explained, less what chance explains
     found: tuple[str, ...]  # what was done, in words
+    rest: Matrix | None = None  # what the suspect has lost, as the original has it: nothing is seen there
 
     def apply(self, rows: Matrix) -> Matrix:
         """float32 of the original's shape: the suspect's rows unmixed, NaN where there are none."""
         out = np.full((self.ours.size, rows.shape[1]), np.nan, np.float32)
         there = self.theirs[:, 0] >= 0
         out[self.ours[there]] = _made(self.weights[there], _bases(_sane(rows), self.theirs[there])) / self.factors
-        return out
+        return out if self.rest is None else out + self.rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,22 +173,40 @@ def undo(
 
 
 def refactored(original: Matrix, suspect: Matrix) -> Undone | None:
-    """How one factor of an adapter's product comes from an original one, where another was factored: as M A, or as
-    B M⁻¹, for any M. None where it does not, and of matrices that are not narrow."""
+    """How one factor of an adapter's product comes from an original one, where another was factored, to the same rank
+    or another: its rows span what the original's do, or, where ranks were cut off, a part of it. None where they do
+    not, and of matrices that are not narrow."""
+    if original.ndim != 2 or suspect.ndim != 2:
+        return None
     narrow, width = min(original.shape), max(original.shape)
-    if original.ndim != 2 or original.shape != suspect.shape or _NARROW * narrow > width:
+    if width not in suspect.shape:
         return None
-    swapped = original.shape[1] == narrow
-    a, b = (_sane(each.T if swapped else each) for each in (original, suspect))
-    if not (a.any() and b.any()):
+    swapped, turned = original.shape[1] == narrow, suspect.shape[1] != width
+    if suspect.shape == original.shape:
+        turned = swapped
+    a, b = _sane(original.T if swapped else original), _sane(suspect.T if turned else suspect)
+    if _NARROW * max(len(a), len(b)) > width or not (a.any() and b.any()):
         return None
-    every = np.arange(narrow)[None, :]
-    weights = np.asarray(a[None] @ _bases(b, every).transpose(0, 2, 1), np.float32)
-    held = np.square(weights, dtype=np.float64).sum() / np.square(a, dtype=np.float64).sum()
-    if (share := _beyond(float(held), narrow, width)) < LIKENESS:
+    ours, theirs = np.arange(len(a))[None, :], np.arange(len(b))[None, :]
+    bases = _bases(b, theirs)
+    rest, found = None, ["factored again"]
+    if len(b) < len(a):
+        found.append("ranks cut off")
+        inverse = np.linalg.pinv(a.astype(np.float64))
+        mixed = bases[0] @ inverse  # how the suspect's rows are made of the original's
+        held = float(np.square(mixed @ a).sum() / np.square(bases[0], dtype=np.float64).sum())
+        share = _beyond(held, len(a), width)
+        back = np.linalg.pinv(mixed)
+        weights = np.asarray(back[None], np.float32)
+        rest = np.asarray(a - back @ (mixed @ a), np.float32)
+    else:
+        weights = np.asarray(a[None] @ bases.transpose(0, 2, 1), np.float32)
+        held = float(np.square(weights, dtype=np.float64).sum() / np.square(a, dtype=np.float64).sum())
+        share = _beyond(held, len(b), width)
+    if share < LIKENESS:
         return None
-    mixture = Mixture(every, every, weights, np.ones(width, np.float32), share, ("factored again",))
-    return Undone(Turn(width), original.shape, swapped, suspect.shape, swapped, share, mixture)
+    mixture = Mixture(ours, theirs, weights, np.ones(width, np.float32), share, tuple(found), rest)
+    return Undone(Turn(width), original.shape, swapped, suspect.shape, turned, share, mixture)
 
 
 def profile(rows: Matrix) -> Matrix:

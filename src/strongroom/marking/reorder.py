@@ -1,8 +1,9 @@
 """Which word is which, in an embedding whose rows were put into another order and turned (spec/mark.md, section 4).
 
-The order of the rows changes nothing of E^T E, and a rotation only turns its axes. So along its axes, which are known
-but for their direction, each row has the same coordinates in both; and the direction is told by how the rows are skewed
-along it. A function of the suspect and the original alone.
+A rotation leaves lengths and inner products as they are, so a few rows are known by them, and all others by what they
+have in common with these, also where many rows are gone. And the order of the rows changes nothing of E^T E, of which a
+rotation only turns the axes: along these, which are known but for their direction, each row has the same coordinates in
+both; and the direction is told by how the rows are skewed along it. A function of the suspect and the original alone.
 """
 
 from __future__ import annotations
@@ -12,42 +13,53 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.float32]
 Index = NDArray[np.int64]
+Sizes = NDArray[np.float64]
 
 COLUMNS, ENOUGH = 256, 128  # coordinates that tell rows apart, and once the rotation is known
 ROUNDS = 4
 SOME, SOME_OF_WIDTH = 2048, 2  # rows by which axes are told, and for each element of a row
+ANCHORS, TAKEN_FOR = 64, 48  # rows that are found first, and for how many others each of them may be taken
+SETTLING = 40  # rounds
+_APART = 0.2  # cosines of two rows by which they may differ, times the root of their width: what int4 leaves is half
+_AGREE, _SIFTED = 0.6, 5  # of all anchors have to agree with one, in so many rounds
 _AGREED = 0.25  # how much skewness may differ, of the sum of both, along an axis that is the same
-_LEAST = 16  # axes that have to agree
+_LEAST = 16  # axes, or anchors, that have to agree
 _LIKE = 0.6  # cosine of a row and the one that it is taken for, in the middle: among unrelated rows it is about 0.4
-_PART = 0.5  # of the rows have to be found
+_PART = 0.5  # of the rows of the smaller one have to be found
 _ROUNDING = 1e-5
 _CHUNK, _PIECE = 256, 4096  # rows at a time
 
 
 def reordered(original: Matrix, suspect: Matrix) -> Index | None:
     """For each row of `original` the row of `suspect`, of the same width, that it is in another order and a turned
-    space, −1 for none; None where they don't seem to be the same rows."""
+    space, −1 for none; None where they don't seem to be the same rows, or so few of them are left."""
     if original.ndim != 2 or suspect.ndim != 2 or original.shape[1] != suspect.shape[1]:
         return None
     a, b = _sane(original), _sane(suspect)
-    (turned, size), (other_axes, other_size) = _axes(a), _axes(b)
-    mine, other = _skewness(a, turned, size), _skewness(b, other_axes, other_size)
-    with np.errstate(all="ignore"):
-        apart = np.abs(np.abs(mine) - np.abs(other)) / (np.abs(mine) + np.abs(other))
-    agreed = np.flatnonzero(apart < _AGREED)
-    if len(agreed) < _LEAST:
+    if len(b) >= len(a):
+        return _reordered(a, b)
+    found = _reordered(b, a)  # whose rows all have one of the others; not the other way round
+    if found is None:
         return None
-    agreed = agreed[np.argsort(-np.abs(mine[agreed]), kind="stable")][:COLUMNS]
-    # No few axes decide, and those along which there is little are not made large.
-    white = (1 / (size + size.mean())).astype(np.float32)
-    direction = np.sign(mine[agreed] * other[agreed]).astype(np.float32)
-    x, y = a @ (turned[:, agreed] * white[agreed]), _unit(b @ (other_axes[:, agreed] * (white[agreed] * direction)))
-    some = np.argsort(-np.linalg.norm(x, axis=1), kind="stable")[: max(SOME, SOME_OF_WIDTH * a.shape[1])]
+    order = np.full(len(a), -1)
+    there = found >= 0
+    order[found[there]] = np.flatnonzero(there)
+    return order
+
+
+def _reordered(a: Matrix, b: Matrix) -> Index | None:
+    """As `reordered`, of no more rows of `a` than `b` has."""
+    (turned, size), (other_axes, other_size) = _axes(a), _axes(b)
+    white = (1 / (size + size.mean())).astype(np.float32)  # axes along which there is little are not made large
     # Strong ones and weak ones, in such an order that the first of them are both, too.
     step = max(1, a.shape[1] // ENOUGH)
     every = np.concatenate([np.arange(k, a.shape[1], step) for k in range(step)])
     columns = (turned * white)[:, every[:COLUMNS]]
-    rows, whole = _unit(x[some]), _unit(a @ columns)
+    whole = _unit(a @ columns)
+    told = _by_anchors(a, b) or _by_axes(a, b, (turned, size, white), (other_axes, other_size))
+    if told is None:
+        return None
+    some, rows, y = told
     for _ in range(ROUNDS):  # the more rows are known, the better is the rotation; and the other way round
         order, _ = _paired(rows, y)
         there = order >= 0
@@ -58,6 +70,71 @@ def reordered(original: Matrix, suspect: Matrix) -> Index | None:
         return None
     order, _ = _paired(_unit(whole[:, :ENOUGH]), _unit(y[:, :ENOUGH]))
     return order if (order >= 0).mean() >= _PART else None
+
+
+def _by_anchors(a: Matrix, b: Matrix) -> tuple[Index, Matrix, Matrix] | None:
+    """Rows of `a`, and what each has in common with a few of its longest rows that are found in `b`, and the rows of
+    `b` with them there: lengths and inner products are the same in a turned space, whatever other rows there are."""
+    lengths, others = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    longest = np.argsort(-lengths, kind="stable")[:ANCHORS]
+    by_length = np.argsort(others, kind="stable")
+    near = np.searchsorted(others[by_length], lengths[longest]) - TAKEN_FOR // 2
+    taken = by_length[np.clip(near, 0, max(0, len(b) - TAKEN_FOR))[:, None] + np.arange(min(TAKEN_FOR, len(b)))]
+    count, most = taken.shape
+    mine, theirs = _unit(a[longest]), _unit(b[taken.reshape(-1)])
+    mine = mine @ mine.T
+    wide = np.float32(_APART / np.sqrt(a.shape[1]))
+    # How well two anchors agree if they are these two rows, less what any two would by chance.
+    fit = (theirs @ theirs.T).reshape(count, most, count, most)
+    fit -= mine[:, None, :, None]
+    np.exp(-np.square(fit / wide) / 2, out=fit)
+    fit -= fit.mean(axis=(1, 3), keepdims=True)
+    fit[np.arange(count), :, np.arange(count), :] = 0
+    square = fit.reshape(count * most, count * most)
+    likely = np.full((count, most), 1 / most, np.float32)
+    for k in range(SETTLING):  # each anchor's rows are weighed by how well they agree with those of all others
+        score = (square @ likely.reshape(-1)).reshape(count, most)
+        likely = np.exp((score - score.max(axis=1, keepdims=True)) * min(20.0, 0.5 * 1.2**k)).astype(np.float32)
+        likely /= likely.sum(axis=1, keepdims=True)
+    found = taken[np.arange(count), likely.argmax(axis=1)]
+    seen = _unit(b[found])
+    agree = np.abs(seen @ seen.T - mine) < 3 * wide
+    np.fill_diagonal(agree, val=False)
+    sure = np.ones(count, bool)
+    for _ in range(_SIFTED):
+        sure = agree[:, sure].sum(axis=1) > _AGREE * max(1, sure.sum() - 1)
+    sure &= np.isin(np.arange(count), np.unique(found, return_index=True)[1])
+    if sure.sum() < _LEAST:
+        return None
+    mine, theirs = a[longest[sure]], b[found[sure]]
+    values, axes = np.linalg.eigh((mine @ mine.T).astype(np.float64))
+    white = (axes / np.sqrt(np.maximum(values, values.max() * 1e-3))).astype(np.float32)
+    some = _longest(a, a.shape[1])
+    return some, _unit(a[some] @ (mine.T @ white)), _unit(b @ (theirs.T @ white))
+
+
+def _by_axes(
+    a: Matrix, b: Matrix, mine: tuple[Matrix, Sizes, Matrix], theirs: tuple[Matrix, Sizes]
+) -> tuple[Index, Matrix, Matrix] | None:
+    """The same, by their coordinates along the axes of all rows: of rows that are of one length, and say little by
+    it."""
+    (turned, size, white), (other_axes, other_size) = mine, theirs
+    skewed, other = _skewness(a, turned, size), _skewness(b, other_axes, other_size)
+    with np.errstate(all="ignore"):
+        apart = np.abs(np.abs(skewed) - np.abs(other)) / (np.abs(skewed) + np.abs(other))
+    agreed = np.flatnonzero(apart < _AGREED)
+    if len(agreed) < _LEAST:
+        return None
+    # No few axes decide.
+    agreed = agreed[np.argsort(-np.abs(skewed[agreed]), kind="stable")][:COLUMNS]
+    direction = np.sign(skewed[agreed] * other[agreed]).astype(np.float32)
+    x, y = a @ (turned[:, agreed] * white[agreed]), _unit(b @ (other_axes[:, agreed] * (white[agreed] * direction)))
+    some = _longest(x, a.shape[1])
+    return some, _unit(x[some]), y
+
+
+def _longest(rows: Matrix, width: int) -> Index:
+    return np.argsort(-np.linalg.norm(rows, axis=1), kind="stable")[: max(SOME, SOME_OF_WIDTH * width)]
 
 
 def _sane(matrix: Matrix) -> Matrix:

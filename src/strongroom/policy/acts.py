@@ -2,7 +2,7 @@
 own kind, and an entry that quotes it.
 
 As in policy/custody.py each is a decision: a function of the state, the time and a statement. All but `copy` take the
-right to `administer`, `put` and `trace` the one to do that.
+right to `administer`, `put` and `trace` the one to do that, `inference` the one to `relay`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from strongroom.core.ids import Ref
 from strongroom.errors import Conflict, Denied, NotFound, Pending, UsageError
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
+from strongroom.formats.stream import owned
+from strongroom.policy import usage
 from strongroom.policy.query import ROOM
 from strongroom.policy.speaker import TOLERANCE, Speaker, authenticate
 
@@ -176,6 +178,24 @@ def _lease_to_trace(state: State, who: Speaker, name: str, ref: str, since: int,
             hint=f"strongroom requests {name}",
         )
     return lease
+
+
+def inference(rules: Custody, state: State, statement: Statement, now: int) -> Entry:
+    """A gateway away from the room says what it has answered."""
+    who = authenticate(state, statement, now)
+    rules.may(state, who, "relay", now=now)
+    body = dict(statement.body)
+    ref, account = body.pop("ref"), body.pop("account")
+    if not owned(body["gateway"], state.room, who.path):
+        raise Denied(
+            "inference.stream",
+            f"the stream {body['gateway']} is not one of {who.path}",
+            hint="strongroom principal ls; each gateway names its streams after its own principal",
+        )
+    if ref and ref not in state.versions:
+        raise UsageError("inference.malformed", f"there never were weights {ref!r:.80} in this room")
+    usage.check(state, body, account)
+    return _entry("inference", who, ref, statement, now, body)
 
 
 def keystore(rules: Custody, state: State, statement: Statement, now: int) -> Entry:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from strongroom.errors import UsageError
 from strongroom.policy.query import (
     ACTIONS,
-    FEATURES,
+    NAMED,
     ON_WEIGHTS,
     RELEASES,
     ROLES,
@@ -243,10 +243,10 @@ def _rules(structure: dict[str, Any], found: list[Statement]) -> tuple[dict[str,
 
 def _actions(policy: Mapping[str, Any]) -> frozenset[str]:
     """The actions of a policy's scope. The schema has no groups of actions: `in` is one of a list. Who permitted
-    everything did not mean what did not exist then: the features of inference have to be named."""
+    everything did not mean what did not exist then: the features of inference, and `relay`, have to be named."""
     scope = policy["action"]
     if scope["op"] == "All":
-        return frozenset(ACTIONS) - (frozenset(FEATURES) if policy["effect"] == "permit" else frozenset())
+        return frozenset(ACTIONS) - (frozenset(NAMED) if policy["effect"] == "permit" else frozenset())
     return frozenset(entity["id"] for entity in scope.get("entities", [scope.get("entity")]))
 
 

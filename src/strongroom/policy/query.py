@@ -18,7 +18,21 @@ from strongroom.errors import UsageError
 # What a request for inference may have besides (spec/gateway.md, section 2), each asked after `infer`. They help to
 # steal a model, so a rule permits one only by its name: one for every action, maybe older than these, permits none.
 FEATURES = ("infer_logprobs", "infer_embeddings", "infer_steering", "infer_many")
-ACTIONS = ("put", "load", "copy", "infer", *FEATURES, "adapt", "trace", "approve", "grant", "audit", "administer")
+NAMED = (*FEATURES, "relay")  # what no rule for every action permits
+ACTIONS = (
+    "put",
+    "load",
+    "copy",
+    "infer",
+    *FEATURES,
+    "adapt",
+    "trace",
+    "approve",
+    "grant",
+    "audit",
+    "administer",
+    "relay",
+)
 ON_WEIGHTS = ("load", "copy", "infer", *FEATURES, "adapt")  # never about the room as a whole
 RELEASES = ("load", "copy")  # decided twice: in stage "grant" and in stage "release"
 LEASED = (*RELEASES, "trace")  # what a lease may be for
@@ -30,7 +44,7 @@ AUTHENTICATIONS = (
     "x509",
     "apikey",
 )  # what the one who speaks has shown; policy/speaker.py finds it
-ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner")
+ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner", "gateway")
 ROOM = "room"  # as a `ref`: the room as a whole. Of weights that have this very name, only versions can be named.
 
 _ROLE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)

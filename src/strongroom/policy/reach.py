@@ -12,7 +12,17 @@ from typing import Any
 
 from strongroom.policy.engine import Decision, Policies
 from strongroom.policy.explain import what_is_missing
-from strongroom.policy.query import ACTIONS, FEATURES, LEASED, ON_WEIGHTS, Query, Resource, Situation, Subject
+from strongroom.policy.query import (
+    ACTIONS,
+    FEATURES,
+    LEASED,
+    NAMED,
+    ON_WEIGHTS,
+    Query,
+    Resource,
+    Situation,
+    Subject,
+)
 
 NOW, APPROVALS, BREAK_GLASS, NEVER = "now", "approvals", "break-glass", "never"
 _NO_LEASES: frozenset[tuple[str, str, str]] = frozenset()
@@ -106,9 +116,9 @@ def access(
     def found(state: str, needs: tuple[str, ...], path: tuple[str, ...]) -> Access:
         return Access(subject.path, action, resource.ref, state, needs, path)
 
+    if action in NAMED and not policies.permits(action):  # the usual case: nothing to look for
+        return found(NEVER, (), (subject.path,))
     if action in FEATURES:
-        if not policies.permits(action):  # the usual case: nothing to look for
-            return found(NEVER, (), (subject.path,))
         # As the gateway asks: what forbids inference, and may not name these, forbids them.
         first = policies.decide(replace(query, action="infer"))
         if not first.allowed:

@@ -56,9 +56,9 @@ class Speaker:
 
     @property
     def guest(self) -> bool:
-        """Whether this is a guest, with no role or that of a partner only: who sees what concerns itself, and of all
-        else not whether it is there (spec/http.md, section 6)."""
-        return set(self.roles) <= {"partner"}
+        """Whether this is a guest, with no role or those of a partner and a gateway only: who sees what concerns
+        itself, and of all else not whether it is there (spec/http.md, section 6)."""
+        return set(self.roles) <= {"partner", "gateway"}
 
 
 def key_of(state: State, path: str, key_id: str, now: int) -> Key | None:

@@ -16,10 +16,10 @@ from strongroom.errors import Tampered
 from strongroom.formats.entry import Entry
 from strongroom.formats.principal import grants, reinstated, resolved
 from strongroom.formats.statement import Statement
+from strongroom.formats.stream import Told
 from strongroom.policy import apikeys, usage
 from strongroom.policy.apikeys import ApiKey
 from strongroom.policy.speaker import TOLERANCE, key_of
-from strongroom.policy.usage import Gateway, Usage
 
 _REMEMBERED = 4 * TOLERANCE  # a release's statement is too old long before its digest is forgotten
 _FOR_EVER = MAX_INTEGER
@@ -193,11 +193,11 @@ class State:
     """The fold. `latest` is the greatest time that an entry has had, `era` the index of the newest `clock` entry.
 
     `recent`: the digests of statements, and challenges, that must not come again, each with the time from which it may
-    be forgotten and the entry that it is in. Those of releases are too old by then, and void in another era; all
-    others, of which there are not so many, are kept for ever: after the clock was set back they would be young again.
+    be forgotten and the entry that it is in. Those of releases are too old by then, and void in another era; those of
+    inference are counted; all others are kept for ever: after the clock was set back they would be young again.
     """
 
-    FOLD: ClassVar[int] = 5  # raised with every change of what an entry does here: snapshots of before are void
+    FOLD: ClassVar[int] = 6  # raised with every change of what an entry does here: snapshots of before are void
 
     room: str = ""
     signer: str = ""
@@ -220,8 +220,8 @@ class State:
     passkeys: dict[str, Passkey] = field(default_factory=dict)  # by the identifier of the key
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     apikeys: dict[str, ApiKey] = field(default_factory=dict)  # by digest; those that have ended, too
-    usage: dict[str, dict[str, Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
-    gateways: dict[str, Gateway] = field(default_factory=dict)  # by the stream of a worker
+    usage: dict[str, dict[str, usage.Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
+    gateways: dict[str, Told] = field(default_factory=dict)  # by the stream of a worker
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:
     # the index of the entry, as text, and the person.
@@ -258,7 +258,7 @@ class State:
         if entry.type not in _NO_MATTER:
             self.decided = index
         if statement := entry.body.get("statement"):
-            until = entry.at + _REMEMBERED if entry.type == "release" else _FOR_EVER
+            until = entry.at + _REMEMBERED if entry.type in ("release", "inference") else _FOR_EVER
             said = Statement.decode(statement)
             self._remember(said.digest, until, index)
             if (used := self.passkeys.get(said.key_id)) is not None:
@@ -556,9 +556,9 @@ class State:
                     "passkeys": {key: Passkey(**item) for key, item in value["passkeys"].items()},
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "apikeys": {key: ApiKey(**item) for key, item in value["apikeys"].items()},
-                    "gateways": {key: Gateway(**item) for key, item in value["gateways"].items()},
+                    "gateways": {key: Told(**item) for key, item in value["gateways"].items()},
                     "usage": {
-                        day: {ref: Usage(**item) for ref, item in sums.items()} for day, sums in value["usage"].items()
+                        day: {ref: usage.Usage(**one) for ref, one in of.items()} for day, of in value["usage"].items()
                     },
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }

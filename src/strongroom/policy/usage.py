@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import Conflict
 from strongroom.formats.entry import Entry
+from strongroom.formats.statement import Statement
+from strongroom.formats.stream import DAY, after, fault, newest, remembered
 
 if TYPE_CHECKING:
     from strongroom.policy.state import State
-
-DAY = 86_400
-KEPT = 400  # days
-_SEEN = 7  # days for which it is known how far a gateway is: each has a stream of its own whenever it starts
 
 
 @dataclass
@@ -37,33 +35,28 @@ class Usage:
         return asdict(self)
 
 
-@dataclass
-class Gateway:
-    """How many records a worker of a gateway has, the hash of the newest, and the day (since 1970) of its entry."""
-
-    records: int
-    head: str
-    day: int
-
-
-def check(state: State, body: Mapping[str, Any]) -> None:
+def check(state: State, body: Mapping[str, Any], account: int | None = None) -> None:
     """Conflict ``inference.behind`` for an account that nobody who checks the log would take: of fewer records than the
-    gateway has had, or of others."""
+    gateway has had, or of others, of somebody else's stream, or one of those before (Conflict ``inference.told``) or
+    after the next. `account`: its number, if it is signed."""
     before = state.gateways.get(body["gateway"])
-    if before is not None and (
-        body["records"] < before.records or (body["records"] == before.records and body["head"] != before.head)
-    ):
-        raise Conflict("inference.behind", f"this gateway has had {before.records} records, with another end")
+    if account is not None and before is not None and account == before.accounts - 1:
+        # Nobody but its gateway could have said it: whoever lost the answer is told so, and counts nothing twice.
+        raise Conflict("inference.told", f"account {account} is in the log", accounts=before.accounts)
+    if wrong := fault(before, body, account):
+        raise Conflict("inference.behind", f"that is no account that the log can take: {wrong}")
 
 
 def apply(state: State, entry: Entry) -> None:
     """Take in an entry of the type inference."""
     day, body = entry.at // DAY, entry.body
-    state.gateways[body["gateway"]] = Gateway(body["records"], body["head"], day)
+    account = Statement.decode(body["statement"]).body["account"] if "statement" in body else None
+    state.gateways[body["gateway"]] = after(body, day, account)
     days = state.usage.get(str(day))
     if days is None:
-        state.usage = {each: sums for each, sums in state.usage.items() if int(each) > day - KEPT}
-        state.gateways = {name: each for name, each in state.gateways.items() if each.day > day - _SEEN}
+        kept = newest(map(int, state.usage), day)
+        state.usage = {each: sums for each, sums in state.usage.items() if int(each) in kept}
+        state.gateways = {name: each for name, each in state.gateways.items() if remembered(each, day)}
         days = state.usage[str(day)] = {}
     days.setdefault(entry.ref, Usage()).add(*(body[name] for name in ("requests", "refused", "tokens", "bits")))
 

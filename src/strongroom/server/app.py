@@ -25,6 +25,7 @@ from strongroom.gateway.settings import Budgets
 from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
 from strongroom.server.calls import Calls
+from strongroom.server.gateways import Gateways
 from strongroom.server.guard import Guard
 from strongroom.server.memory import Memory
 from strongroom.server.metrics import CONTENT_TYPE, Metrics
@@ -40,11 +41,13 @@ from strongroom.vault.vault import Vault
 Handler = Callable[[Request, bytes], Any]
 _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others are done where the room is
 
+_ASKED_BY_GATEWAYS = ("callers", "decisions", "models", "spellings", "draws", "settlements", "tallies")
+
 
 class CustodianApp:
     """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
-    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`. `budgets`:
-    those of the room's gateway, by which is told what has left."""
+    themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`;
+    `trace_seconds`: see `Traces`. `budgets`: those of the room's gateway, by which is told what has left."""
 
     def __init__(
         self,
@@ -53,13 +56,15 @@ class CustodianApp:
         *,
         direct: bool = False,
         trace_memory: int | None = None,
+        trace_seconds: float | None = None,
         budgets: Budgets | None = None,
     ) -> None:
         self._url, self._direct, self._budgets = url, direct, budgets or Budgets()
         self._vault, self._custodian = vault, vault.custodian
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
-        self._traces = Traces(vault, self._calls.caller, Memory(trace_memory))
+        self._traces = Traces(vault, self._calls.caller, Memory(trace_memory), seconds=trace_seconds)
+        self._gateways = Gateways(vault, self._calls, self._budgets)
         self._document = openapi.encoded()
         self.metrics, self._readiness = Metrics(vault), Readiness(vault)
         handlers = self._handlers()
@@ -89,6 +94,9 @@ class CustodianApp:
             "check_trace": self._traces.check,
             "show_trace": self._traces.show,
             "stop_trace": self._traces.stop,
+            "inference": self._gateways.account,
+            "gateway_version": self._gateways.version,
+            **{f"gateway_{name}": getattr(self._gateways, name) for name in _ASKED_BY_GATEWAYS},
             "openapi": lambda *_: Response(self._document, media_type="application/json"),
             "metrics": self._metrics,
             "alive": lambda *_: {"ok": True},
@@ -122,6 +130,8 @@ class CustodianApp:
         if operation.name == "trace":
             return JSONResponse(await self._traces.receive(request), operation.status)
         body = await read_body(request)
+        if operation.name == "gateway_version":  # it waits, and would keep a thread from others
+            return JSONResponse(await self._gateways.version(request, body))
         # In a thread: it waits for the database, and many who wait together share one batch of the log.
         answer = await run_in_threadpool(handler, request, body)
         return answer if isinstance(answer, Response) else JSONResponse(answer)

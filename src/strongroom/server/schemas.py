@@ -7,7 +7,10 @@ from typing import Any
 
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.limits import LIMITS
+from strongroom.policy.query import FEATURES
 from strongroom.policy.review import SEVERITIES
+from strongroom.watch.tallies import CLASSES
+from strongroom.watch.verdict import HONEST
 
 Schema = dict[str, Any]
 
@@ -31,6 +34,10 @@ def _list(schema: Schema) -> Schema:
 def _object(members: dict[str, Schema], *, optional: tuple[str, ...] = ()) -> Schema:
     required = sorted(members.keys() - set(optional))
     return {"type": "object", "properties": members, "required": required, "additionalProperties": False}
+
+
+def _few(members: dict[str, Schema], most: int) -> Schema:
+    return {**_list(_object(members)), "maxItems": most}
 
 
 def _one(name: str) -> Schema:
@@ -75,6 +82,10 @@ _VERSION: dict[str, Schema] = {
 _HELD: dict[str, Schema] = {"id": ID, **_all("holder", "action", "ref"), **_counts("expires_at", "used")}
 _APIKEY: dict[str, Schema] = {"id": ID, "key": DIGEST, **_all("principal", "name"), **_counts("expires_at", "entry")}
 _ENDED = _list(_object({"id": ID, **_all("holder", "action", "ref")}))  # leases
+
+_METHOD: Schema = {"enum": ["apikey", "oidc", "x509"]}  # of a gateway's callers
+_CALLER: dict[str, Schema] = {**_all("principal", "person", "key"), **dict.fromkeys(("roles", "teams"), _list(TEXT))}
+_TAKEN: dict[str, Schema] = {**_all("scope", "window", "who"), "start": COUNT}  # one counter of budgets
 
 # What is sent.
 _SAID: dict[str, Schema] = {"statement": {"type": "string", "maxLength": LIMITS.entry}}
@@ -188,6 +199,52 @@ COMPONENTS: dict[str, Schema] = {
             ),
         }
     ),
+    "Seen": _object({"version": TEXT, "bundles": _list(TEXT)}),
+    "Shown": _object({**_all("token", "chain"), "key": DIGEST, "at": COUNT}, optional=("key", "token", "chain", "at")),
+    "Calling": _object({"caller": _or_null(_object({**_CALLER, "method": _METHOD})), "until": COUNT}),
+    "Questions": _object(
+        {
+            "asked": {
+                **_list(
+                    _object({**_all("principal", "ref"), "method": _METHOD, "action": {"enum": ["infer", *FEATURES]}})
+                ),
+                "minItems": 1,
+                "maxItems": 64,
+            }
+        }
+    ),
+    "Decisions": _object({"decisions": _list(_or_null(_one("Problem")))}),
+    "Wanted": _object(
+        {**_all("principal", "name", "ref"), "method": _METHOD}, optional=("principal", "method", "name", "ref")
+    ),
+    "Models": _object(
+        {"models": _or_null(_list(_object({"ref": TEXT, **_counts("created", "parameters", "vocabulary")})))}
+    ),
+    "Named": _object({"ref": TEXT}),
+    "Spelling": _object({"tokens": _list(_or_null(TEXT)), "control": _list(COUNT), "spaced": FLAG}),
+    "Draw": _object(
+        {"id": TRACE, "rules": DIGEST, "ref": TEXT, "bits": COUNT, "take": _few(_TAKEN | {"missing": COUNT}, 64)}
+    ),
+    "Drawn": _object(
+        {"now": COUNT, "moved": FLAG, "full": _or_null(COUNT), "counters": _list(_object(_counts("used", "spare")))}
+    ),
+    "Settle": _object(
+        {
+            "id": TRACE,
+            "rules": DIGEST,
+            **dict.fromkeys(("pay", "back"), _few(_TAKEN | {"ref": TEXT, "bits": COUNT}, 1024)),
+        }
+    ),
+    "Settled": _object({"now": COUNT}),
+    "Tally": _object({"id": TRACE, "term": COUNT, "add": _or_null(_one("Runs"))}),
+    "Runs": _object(
+        {
+            "ref": TEXT,
+            "arithmetic": {"enum": [*HONEST]},
+            **{name: {"type": "integer", "minimum": 0, "maximum": (1 << 40) - 1} for name in CLASSES},
+        }
+    ),
+    "Tallies": _object({"kept": _list(_object({**_all("ref", "arithmetic"), **_counts(*CLASSES)}))}),
     "Acted": _object({**_all("type", "ref"), **_counts("at", "entry"), "body": {"type": "object"}}),
     "Version": _object(_VERSION),
     "Versions": _object({"versions": _list(_one("Version"))}),

@@ -82,9 +82,19 @@ class _Job:
 
 
 class Traces:
-    """The searches of one server. `memory`: what they may take of it together."""
+    """The searches of one server. `memory`: what they may take of it together; `seconds`: how long each may align what
+    it was sent, so that nobody has one of a few places for hours."""
 
-    def __init__(self, vault: Vault, caller: Caller, memory: Memory, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        vault: Vault,
+        caller: Caller,
+        memory: Memory,
+        *,
+        seconds: float | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._seconds = seconds
         self._vault, self._caller, self._memory, self._clock = vault, caller, memory, clock
         self._jobs: dict[str, _Job] = {}
         self._coming: set[str] = set()  # the digests of statements whose files are on their way
@@ -197,7 +207,7 @@ class Traces:
                 self._vault.custodian.refusing(by, "trace"),
                 self._opened(search, files, take, job) as suspect,
             ):
-                report = found(self._vault, search, suspect, job.progress)
+                report = found(self._vault, search, suspect, job.progress, self._seconds)
             error = None
         except StrongroomError as raised:
             error = described(raised)

@@ -14,6 +14,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from strongroom.errors import BackendError, Conflict, Tampered, UsageError
 
 SCHEMA = 3
 _BUSY_MS = 30_000
+_ROWS = 64  # of a statement, twice as many parameters: any SQLite takes 999
 _SEQUENCER = 0x5374726F6E67  # the key of PostgreSQL's advisory lock: one room to a database
 
 metadata = sa.MetaData()
@@ -271,12 +273,15 @@ class Database:
             yield
 
     def add_entries(self, tx: sa.Connection, first: int, entries: Sequence[bytes]) -> None:
-        """Store entries of the log at the positions from `first` on; Conflict where there is one. One statement, and
+        """Store entries of the log at the positions from `first` on; Conflict where there is one. Few statements, and
         past SQLAlchemy, which would spend longer on each entry than all else that appends it."""
         if self._engine.dialect.name == "sqlite":
-            tx.exec_driver_sql(
-                "INSERT INTO log_entries (position, entry) VALUES (?, ?)", list(enumerate(entries, first))
-            )
+            for begin in range(0, len(entries), _ROWS):
+                rows = entries[begin : begin + _ROWS]
+                values: list[Any] = []
+                for row in enumerate(rows, first + begin):
+                    values += row
+                tx.exec_driver_sql(_insert_of(len(rows)), tuple(values))
             return
         tx.exec_driver_sql(
             "INSERT INTO log_entries (position, entry)"
@@ -340,9 +345,14 @@ class Database:
 
     @staticmethod
     def _schema_of(tx: sa.Connection) -> int | None:
-        if not sa.inspect(tx).has_table(_schema.name):
+        if tx.dialect.name == "sqlite":  # SQLAlchemy asks each database that is attached, and in several ways
+            named = "SELECT 1 FROM sqlite_master WHERE type IN ('table', 'view') AND name = ?"
+            there = tx.exec_driver_sql(named, (_schema.name,)).first() is not None
+        else:
+            there = sa.inspect(tx).has_table(_schema.name)
+        if not there:
             return None
-        found: int | None = tx.execute(sa.select(sa.func.max(_schema.c.version))).scalar()
+        found: int | None = tx.exec_driver_sql(f"SELECT max(version) FROM {_schema.name}").scalar()  # noqa: S608 - ours
         return found
 
     def _check_schema(self) -> None:
@@ -368,6 +378,11 @@ class Database:
                 schema=found,
                 known=SCHEMA,
             )
+
+
+@cache
+def _insert_of(rows: int) -> str:
+    return f"INSERT INTO log_entries (position, entry) VALUES {', '.join(['(?, ?)'] * rows)}"  # noqa: S608 - no text
 
 
 def _sqlite_path(url: str) -> Path | None:
@@ -470,8 +485,8 @@ def _configure(connection: sqlite3.Connection, _record: object) -> None:
 
 def _begin(connection: sa.Connection) -> None:
     statement = connection.get_execution_options().get("strongroom_begin", "BEGIN IMMEDIATE")
-    if statement:
-        connection.exec_driver_sql(statement)
+    if statement:  # past SQLAlchemy, which would make a result of it: every transaction begins with one
+        connection.connection.cursor().execute(statement)
 
 
 def _server_engine(url: str) -> sa.Engine:

@@ -23,6 +23,7 @@ from strongroom.storage.blobs import Blobs
 from strongroom.storage.image import SealedImage
 
 _STRETCH = 8 * MIB  # of the destination that one core fills before it takes the next
+_KEPT = 2  # scratch buffers, of as much as the largest segment each
 _FAR_READERS = 16  # concurrent requests to a store that is far away
 
 
@@ -33,6 +34,7 @@ class ImageReader:
         """`sealed`: the image, where it is open already."""
         self.bundle = bundle
         self._sealed = sealed or SealedImage.open(blobs, bundle)
+        self._scratches: list[memoryview] = []  # that nobody uses
         self._workers = workers or (Settings.from_environment().workers if blobs.near else _FAR_READERS)
 
     @property
@@ -109,14 +111,24 @@ class ImageReader:
         def run() -> None:
             scratch = None
             while not failures:
-                scratch = scratch or self._sealed.scratch()
+                scratch = scratch or self._borrow()
                 with agenda.task() as (marked, numbers):
                     for number in numbers:
                         (self._stripe if marked else self._common)(number, window, scratch)
                     if not numbers:
+                        if len(self._scratches) < _KEPT:
+                            self._scratches.append(scratch)
                         return
 
         abreast(run, workers, failures)
+
+    def _borrow(self) -> memoryview:
+        """A scratch buffer that an earlier read has done with, or a new one: it holds ciphertext only, and making one
+        takes longer than reading a header into it."""
+        try:
+            return self._scratches.pop()
+        except IndexError:
+            return self._sealed.scratch()
 
     def _common(self, number: int, window: _Window, scratch: memoryview) -> None:
         segment = self.layout.common_segment(number)

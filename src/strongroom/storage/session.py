@@ -35,10 +35,10 @@ _CLASSES: dict[str, type[StrongroomError]] = {
 
 
 class Session:
-    """A served room, by its card."""
+    """A served room, by its card. `patience`: seconds without a byte."""
 
-    def __init__(self, card: Card, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.card, self._clock = card, clock
+    def __init__(self, card: Card, *, patience: float = _TIMEOUT, clock: Callable[[], float] = time.monotonic) -> None:
+        self.card, self._patience, self._clock = card, patience, clock
         parts = urlsplit(card.url)
         self._host, self._port = parts.hostname or "", parts.port or 443
         try:
@@ -73,7 +73,7 @@ class Session:
         """POST `size` bytes that come in `pieces`, on a new connection; answer and errors as `request`. What was sent
         once can't be sent again here: BackendError ``server.unreachable`` when the connection ends. What is answered
         202 goes on in that very server: this thread goes on with that connection."""
-        connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
+        connection = HTTPSConnection(self._host, self._port, timeout=self._patience, context=self._tls)
         about = {**headers, "Content-Type": "application/octet-stream", "Content-Length": str(size)}
         response = None
         try:
@@ -129,7 +129,9 @@ class Session:
         for first in (True, False):
             kept = getattr(self._own, "connection", None) is not None
             if not kept:
-                self._own.connection = HTTPSConnection(self._host, self._port, timeout=_TIMEOUT, context=self._tls)
+                self._own.connection = HTTPSConnection(
+                    self._host, self._port, timeout=self._patience, context=self._tls
+                )
                 self._all.add(self._own.connection)
             try:
                 self._own.connection.request(method, path, body or None, headers)
@@ -161,7 +163,7 @@ class Session:
         while size <= _MOST and (part := response.read1(min(_PIECE, _MOST + 1 - size))):
             parts.append(part)
             size += len(part)
-            if self._clock() - begun > _TIMEOUT + size / _SLOWEST:
+            if self._clock() - begun > self._patience + size / _SLOWEST:
                 self._drop()
                 raise BackendError(
                     "server.too_slow",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
 from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import PIECE, WHOLE, Suspect, numbers_of, readable
+from strongroom.vault.suspect import PIECE, WHOLE, Suspect, SuspectTensor, numbers_of, readable
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
@@ -69,7 +70,10 @@ class Comparison:
 
     whole = False  # whether a look at the marked segments is one at everything
 
-    def __init__(self, originals: Originals, suspect: Suspect) -> None:
+    def __init__(self, originals: Originals, suspect: Suspect, merged: str = "", *, until: float = inf) -> None:
+        """`merged`: the version whose weights the suspect was merged into, and taken out of again. What lies as it did
+        is looked for `until` then."""
+        self.merged = merged
         self._originals, self._suspect = originals, suspect
         placed = [each for each in originals.tensors() if each.marked]
         # Where nothing can be marked there is nothing to align: it is only known again, by what lies as it did.
@@ -85,7 +89,7 @@ class Comparison:
             self._by_name.setdefault(normalised(name), []).append(name)
             self._by_elements.setdefault(tensor.info.elements, []).append(name)
         self._taken: set[str] = set()
-        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors))
+        self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors), until)
         self._find()
 
     @property
@@ -126,11 +130,11 @@ class Comparison:
         theirs = sum(tensor.info.elements for tensor in self._suspect.tensors.values() if len(tensor.info.shape) > 1)
         return found / max(1, theirs)
 
-    def deepen(self, progress: Progress, purse: Purse | None = None) -> None:
-        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, and costs no
-        more than a share of `purse`. `progress` is of the version's bytes that were looked for."""
+    def deepen(self, progress: Progress, purse: Purse | None = None, until: float = inf) -> None:
+        """Look for the rest among what was transposed, permuted or cut, or disguised, which takes longer, costs no more
+        than a share of `purse`, and ends at `until`. `progress` is of the version's bytes that were looked for."""
         if purse is not None:
-            self._effort.limit(purse.share())
+            self._effort.limit(purse.share(), until)
         if not self._only_likeness and self._unclear():
             self._deepen(progress)
         if purse is not None:
@@ -304,10 +308,28 @@ class Comparison:
 
     def _note(self, k: int) -> None:
         each, partner = self._placed[k], self._suspect.tensors[self.tensors[k].partner]
+        if self.merged:
+            self.tensors[k].transformations.append(f"merged into {self.merged}")
         if partner.name != each.info.name:
             self.tensors[k].transformations.append("renamed")
         if partner.info.dtype.name != each.info.dtype.name:
             self.tensors[k].transformations.append(f"as {partner.info.dtype.name}")
+
+    def added(self, name: str) -> tuple[NDArray[np.float32], SuspectTensor] | None:
+        """What the suspect adds to the matrix of this normalised name, as it lies, and where that is; None where it is
+        not found."""
+        for k, each in enumerate(self._placed):
+            if self._fits[k] is None or normalised(each.info.name) != name or len(each.info.shape) != 2:
+                continue
+            if each.info.elements > WHOLE:
+                return None
+            leak = self._aligned(k)(0, each.info.elements)
+            if leak is None or leak.size < each.info.elements:
+                return None
+            difference = leak - self._original(each, 0, each.info.elements)
+            found = np.nan_to_num(difference, nan=0.0, posinf=0.0, neginf=0.0).reshape(each.info.shape)
+            return found, self._suspect.tensors[self.tensors[k].partner]
+        return None
 
     # -- what they say -------------------------------------------------------------------------------------------
 
@@ -485,7 +507,9 @@ def _fitted(original: NDArray[np.float32], suspect: NDArray[np.float32]) -> tupl
     again = refactored(original, suspect) if how < _UNEXPLAINED else None
     # Some row of M A is like some row of A by chance; and where rows have only moved, any M fits them as well as that.
     if again is not None and 1 - again.share < _BETTER * (1 - how**2):
-        return again, cosine(original, again.apply(suspect))
+        # Not by what it is made into, which is the original itself where ranks were cut off.
+        cut = again.mixture is not None and again.mixture.rest is not None
+        return again, float(np.sqrt(again.share)) if cut else cosine(original, again.apply(suspect))
     return fit, how
 
 

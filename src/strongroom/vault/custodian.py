@@ -522,9 +522,9 @@ class Custodian:
             return self.decide(decide, writes=True)
 
     def acted(self, envelope: str, reason: Private | None = None) -> dict[str, Any]:
-        """Do what a statement of the kind ceiling, clock, copy, enact, keystore, redact, review or thaw says."""
+        """Do what a statement says of a kind that `upkeep` knows: ceiling, clock, copy, enact, inference and so on."""
         statement = Statement.decode(envelope)
-        action = "copy" if statement.kind == "copy" else "administer"
+        action = {"copy": "copy", "inference": "relay"}.get(statement.kind, "administer")
         with self._heard(statement, action, str(statement.body.get("ref", ""))):
             done = self._upkeep.act(statement, reason, self.ledger.checkpoint()[0].size, self._entry)
         body = {name: value for name, value in done.entry.body.items() if name != "statement"}

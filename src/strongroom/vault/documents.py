@@ -7,12 +7,15 @@ import hashlib
 import threading
 from collections.abc import Iterator
 
-from sqlalchemy import insert, select
+from sqlalchemy import bindparam, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.errors import NotFound, Tampered
 from strongroom.policy.engine import Policies
 from strongroom.storage.db import Database, documents
+from strongroom.storage.prepared import Prepared
+
+_DATA = Prepared(select(documents.c.data).where(documents.c.digest == bindparam("digest")))
 
 
 class Documents:
@@ -48,13 +51,12 @@ class Documents:
             self._reading.tx = None
 
     def _text(self, digest: str) -> str:
-        query = select(documents.c.data).where(documents.c.digest == digest)
         tx: Connection | None = getattr(self._reading, "tx", None)
         if tx is not None:
-            data = tx.execute(query).scalar()
+            data = _DATA(tx, digest=digest).scalar()
         else:
             with self._db.reading() as reading:
-                data = reading.execute(query).scalar()
+                data = _DATA(reading, digest=digest).scalar()
         if data is None:
             raise NotFound("document.missing", f"the text {digest[:16]}… is not in the database", hint=_RESTORE)
         if not isinstance(data, bytes) or hashlib.sha256(data).hexdigest() != digest:

@@ -3,8 +3,9 @@ on every machine, in proportion to the version, and for all versions together to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 
 STOPPED = "alignment stopped at its budget"  # what a report says then, among the transformations
 _OF_EACH = 6  # full attempts at each tensor of the version
@@ -17,20 +18,21 @@ _LOOKS, _LOOKS_OF_EACH = 100_000, 64  # at two tensors: however many there are, 
 
 
 class Effort:
-    """What may be done to find tensors of these shapes among so many of a suspect. `stopped`: whether something was
-    left undone."""
+    """What may be done to find tensors of these shapes among so many of a suspect, and `until` when. `stopped`: whether
+    something was left undone."""
 
-    def __init__(self, shapes: Sequence[Sequence[int]], suspects: int) -> None:
+    def __init__(self, shapes: Sequence[Sequence[int]], suspects: int, until: float = inf) -> None:
         costs = [full(shape) for shape in shapes]
         self._each = [_OF_EACH * cost for cost in costs]
         self._all = _OF_ALL * sum(costs)
         self.spent = 0
         self._looks = _LOOKS + _LOOKS_OF_EACH * (len(shapes) + suspects)
+        self._until = until
         self.stopped = False
 
-    def limit(self, most: int) -> None:
-        """Let attempts cost no more than this from now on."""
-        self._all = min(self._all, most)
+    def limit(self, most: int, until: float = inf) -> None:
+        """Let attempts cost no more than this from now on, and end at `until`, as `Patience` has it."""
+        self._all, self._until = min(self._all, most), until
 
     def look(self) -> bool:
         """Whether there may be one more look at two tensors: at some elements, or at what is known of all of them."""
@@ -47,8 +49,24 @@ class Effort:
         return False
 
     def _enough(self, left: int) -> bool:
-        self.stopped = self.stopped or left < 0
-        return left >= 0
+        enough = left >= 0 and (self._until == inf or time.monotonic() < self._until)
+        self.stopped = self.stopped or not enough
+        return enough
+
+
+class Patience:
+    """How long one trace may align, in seconds, whatever work that is: products of small matrices take many times as
+    long as those of large ones, and whoever made the suspect has chosen. None: for as long as it takes."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._until = inf if seconds is None else time.monotonic() + seconds
+
+    def until(self, parts: int) -> float:
+        """When what is next has to end, of so many parts that are left."""
+        if self._until == inf:
+            return inf
+        now = time.monotonic()
+        return now + max(0.0, self._until - now) / max(1, parts)
 
 
 class Purse:
@@ -90,11 +108,13 @@ def disguised(original: Sequence[int], suspect: Sequence[int]) -> int:
 
 def reordered(original: Sequence[int], suspect: Sequence[int]) -> int:
     """The cost of looking for the rows of an embedding among those of another, turned and in another order."""
-    from strongroom.marking.reorder import COLUMNS, ROUNDS, SOME, SOME_OF_WIDTH  # not before: it takes NumPy along
+    from strongroom.marking import reorder  # not before: it takes NumPy along
 
     (n, d), (m, _) = _matrix(original), _matrix(suspect)
-    some = ROUNDS * max(SOME, SOME_OF_WIDTH * d)
-    return seen(n * d + m * d) + 4 * (n + m) * d * d + (n + some) * m * COLUMNS
+    few, many = min(n, m), max(n, m)
+    some = reorder.ROUNDS * max(reorder.SOME, reorder.SOME_OF_WIDTH * d)
+    anchors = (reorder.ANCHORS * reorder.TAKEN_FOR) ** 2 * (d + reorder.SETTLING + _PASSES)
+    return seen(n * d + m * d) + 4 * (n + m) * d * d + (few + some) * many * reorder.COLUMNS + anchors
 
 
 def full(shape: Sequence[int]) -> int:

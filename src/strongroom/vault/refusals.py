@@ -32,7 +32,8 @@ _STRANGERS = ("auth.refused", "login.key", "login.refused", "login.replayed", "s
 # What is refused of a statement that somebody has made; every other error says nothing about who asks.
 _REFUSED = (Denied, AuthRequired, Conflict, Pending, UsageError, NotFound, LimitExceeded)
 _OTHER_REASON = "entry.private"  # of the errors that are about bytes, the one that is the caller's
-_OURS = ("server.", "upload.interrupted")  # too busy, too slow, broken off
+# Too busy, too slow, broken off; and what is in the log already, of which the answer was lost.
+_OURS = ("server.", "upload.interrupted", "inference.told")
 
 
 class Refusals:

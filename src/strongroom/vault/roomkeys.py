@@ -23,8 +23,11 @@ from strongroom.crypto.signatures import Signer
 from strongroom.errors import IntegrityError, NotFound, Tampered, UsageError
 from strongroom.ledger.key import log_signer
 from strongroom.storage.db import Database, put_packs, puts, room, versions
+from strongroom.storage.prepared import Prepared
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.record import VersionRecord, job_context
+
+_ROOM = Prepared(select(room))
 
 
 class RoomKeys:
@@ -130,7 +133,8 @@ class RoomKeys:
     def _seed(self) -> bytes:
         """The room's signing seed, which a room has for good: asked for once, so that a release need not ask again."""
         if self._opened is None:
-            self._opened, _ = self._open_secrets(self.room_key, self._row())
+            row = self._row()
+            self._opened, _ = self._open_secrets(self._of(row), row)
         return self._opened
 
     # -- rotating and recovering ---------------------------------------------------------------------------------
@@ -240,7 +244,7 @@ class RoomKeys:
         if tx is None:
             with self._db.reading() as reading:
                 return self._row(reading)
-        row = tx.execute(select(room)).one_or_none()
+        row = _ROOM(tx).one_or_none()
         if row is None or row.room_id != self._room_id.hex():
             raise NotFound("room.missing", "the database holds no room, or another one", hint="strongroom init")
         if not isinstance(row.key_epoch, int) or not all(

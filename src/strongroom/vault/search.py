@@ -34,13 +34,21 @@ if TYPE_CHECKING:
 
 
 def search(
-    vault: Vault, path: Path, *, by: str, weights: str | None, progress: Progress, text: bool = False
+    vault: Vault,
+    path: Path,
+    *,
+    by: str,
+    weights: str | None,
+    progress: Progress,
+    text: bool = False,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
     """Whose copy the suspect at `path` is, as the report's JSON with the `entry` of the log that records it. `text`: it
     is text that a model wrote, and `weights` is the version that this may be.
 
     `weights`, a version, is searched under the lease of `by`. Without it every version is, which names nobody unless
     policy lets `by` trace the one that it turns out to be without a lease; `withheld` says that names were held back.
+    `seconds`: how long a suspect may be aligned; then what was found by that time is told, and that it is not all.
 
     Denied, explained; UsageError ``suspect.*``, ``source.*``, ``text.*``; NotFound ``weights.missing``.
     """
@@ -55,7 +63,7 @@ def search(
     lease = vault.custodian.tracing(by, ref)
     statement = vault.voice(by).say("trace", {"suspect": suspect_digest(files), "ref": ref, "lease": lease})
     with Text.of(walk) if text else Suspect.of(walk, name) as suspect:
-        return found(vault, Search(statement, by, statement.at, name, files), suspect, progress)
+        return found(vault, Search(statement, by, statement.at, name, files), suspect, progress, seconds)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,9 @@ def check_text_version(weights: str | None) -> None:
         )
 
 
-def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progress) -> dict[str, Any]:
+def found(
+    vault: Vault, search: Search, suspect: Suspect | Text, progress: Progress, seconds: float | None = None
+) -> dict[str, Any]:
     """The report of one search, once it is in the log; errors as `search`."""
     said, ref = search.statement, search.statement.body["ref"]
     files = [file.as_json() for file in search.files]
@@ -105,7 +115,7 @@ def found(vault: Vault, search: Search, suspect: Suspect | Text, progress: Progr
     if isinstance(suspect, Text):
         result = trace_text(vault, suspect, search.name, files, weights=ref, progress=progress)
     else:
-        result = trace(vault, suspect, search.name, files, weights=ref, progress=progress, named=named)
+        result = trace(vault, suspect, search.name, files, weights=ref, progress=progress, named=named, seconds=seconds)
     # Policy may have changed meanwhile, either way.
     withheld = bool(result.weights) and (result.withheld or not named(result.weights))
     accused = [] if withheld else [each.holder for each in result.accused]

@@ -41,6 +41,21 @@ class Spelling:
     def __init__(self, tokens: Sequence[bytes | None], control: Sequence[int], *, spaced: bool) -> None:
         self._tokens, self._control, self._spaced = tuple(tokens), frozenset(control), spaced
 
+    def as_json(self) -> dict[str, Any]:
+        """As `from_json` takes it: tokens' bytes in Latin-1."""
+        tokens = [None if each is None else each.decode("latin-1") for each in self._tokens]
+        return {"tokens": tokens, "control": sorted(self._control), "spaced": self._spaced}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Spelling:
+        """UsageError ``spelling.unknown`` for what is none."""
+        try:
+            tokens = [None if each is None else each.encode("latin-1") for each in value["tokens"]]
+            control = [each for each in value["control"] if type(each) is int]
+            return cls(tokens, control, spaced=value["spaced"] is True)
+        except (TypeError, KeyError, AttributeError, ValueError):
+            raise _unknown("what reads its tokenizer gives no bytes") from None
+
     def spells(self, tokens: Sequence[int], text: str) -> bool:
         """Whether `text` is the beginning of what `tokens` spell: with the control tokens or without, a byte that is no
         character written in one of two ways. So beside its tokens a text says how long it is and two bits more."""
@@ -90,12 +105,7 @@ def spelling_of(originals: Originals) -> Spelling:
         found = child.hear("vocabulary")
     finally:
         child.close()
-    try:  # a child that a file has turned against us says what it likes
-        tokens = [None if each is None else each.encode("latin-1") for each in found["tokens"]]
-        control = [each for each in found["control"] if type(each) is int]
-        return Spelling(tokens, control, spaced=found["spaced"] is True)
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise _unknown("what reads its tokenizer gives no bytes") from None
+    return Spelling.from_json(found)  # a child that a file has turned against us says what it likes
 
 
 def _explained(answer: Answer) -> UsageError:

@@ -19,20 +19,23 @@ from strongroom.marking.decode import Decoding, marked_bound
 from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
 from strongroom.vault.comparison import Comparison
-from strongroom.vault.effort import STOPPED, Purse
+from strongroom.vault.effort import STOPPED, Patience, Purse
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
+from strongroom.vault.unmerging import is_adapter, unmerged
 
 if TYPE_CHECKING:
     from strongroom.vault.record import VersionRecord
     from strongroom.vault.texttrace import Echo
     from strongroom.vault.vault import Vault
 
+_Compared = tuple["VersionRecord", Originals, Comparison]
 FALSE_ACCUSATION = 1e-9  # over all candidates, versions and ways of scoring together
 _UNRELATED = 0.05
 _CLOSE = 0.01
 _PART = 0.9
 _EXPLAINED = 0.9  # of the suspect's elements
+_BASES = 4  # versions that an adapter may have been merged into, those most like the suspect
 _LAYERS = 2
 _LOOKS = 2  # at the marked share, and at everything
 _PASSES = 6
@@ -148,26 +151,30 @@ def trace(
     weights: str | None,
     progress: Progress,
     named: Callable[[str], bool] = lambda _: True,
+    seconds: float | None = None,
 ) -> Trace:
     """Compare a suspect with every version of `weights`, or of the whole room, and name whose copy it is if that can be
     said with a false accusation bounded by `FALSE_ACCUSATION`. `name` and `files` are what the report calls it. Nobody
     is looked for in a version that is not to be `named` about: what nobody is told is not found out, so that nothing
-    else depends on it.
+    else depends on it. `seconds`: how long alignment may take; half of it is for what lies as it did.
 
     NotFound ``weights.missing``; UsageError ``suspect.*``, ``source.*``; what reading the room raises.
     """
     described = {"name": name, "tensors": len(suspect.tensors), "bytes": suspect.bytes, "files": files}
     result = Trace(described)
     compared = []
-    for record in _records(vault, weights):
+    patience, records = Patience(seconds), _records(vault, weights)
+    for left, record in zip(range(len(records), 0, -1), records, strict=True):
         originals = Originals(vault.image(record), record)
-        compared.append((record, originals, Comparison(originals, suspect)))
+        compared.append((record, originals, Comparison(originals, suspect, until=patience.until(left + len(records)))))
+    compared = [_unmerged(vault, suspect, each, compared) for each in compared]
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
     looked_for = [each for _, _, each in compared if most < _EXPLAINED or each.explained >= most - (1 - _EXPLAINED)]
     purse = Purse(sum(each.info.elements for each in suspect.tensors.values()), len(looked_for))
-    for each in sorted(looked_for, key=lambda each: -each.explained):
-        each.deepen(progress, purse)
+    deepened = sorted(looked_for, key=lambda each: -each.explained)
+    for left, each in zip(range(len(deepened), 0, -1), deepened, strict=True):
+        each.deepen(progress, purse, patience.until(left))
     compared.sort(key=lambda each: -each[2].common)
     most = compared[0][2].common
     result.versions = [
@@ -188,7 +195,11 @@ def trace(
     # Both by what is there and by how much of the version is there: a tensor of another version beside the leak must
     # not draw all attention to that one.
     whole = max(each[2].likeness for each in compared)
-    close = [each for each in compared if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole]
+    close = [
+        each
+        for each in compared
+        if each[2].common >= most - _CLOSE or each[2].likeness >= _PART * whole or (each[2].merged and each[2].common)
+    ]
     found = [
         traced(
             vault,
@@ -207,6 +218,27 @@ def trace(
         # As of `marked` without a name, in which nothing depends on who is accused.
         about |= {"fits": True, "marked": outcome.marked_log10_p <= math.log10(FALSE_ACCUSATION)}
     return min(found, key=lambda each: (not each.accused, each.marked_log10_p, -each.likeness))
+
+
+def _unmerged(vault: Vault, suspect: Suspect, adapter: _Compared, compared: Sequence[_Compared]) -> _Compared:
+    """An adapter compared with what a suspect adds to other weights of the room, where that is like it; else as it
+    was."""
+    record, originals, comparison = adapter
+    if comparison.likeness >= _UNRELATED or not is_adapter(originals):
+        return adapter
+    bases = [each for each in compared if each[0].version != record.version]
+    if not bases:  # one version alone is looked for, and its weights may have been merged into any other
+        bases = [
+            (other, known, Comparison(known, suspect))
+            for other in _records(vault, None)
+            if other.version != record.version
+            for known in [Originals(vault.image(other), other)]
+        ]
+    bases = sorted((each for each in bases if each[2].likeness >= _UNRELATED), key=lambda each: -each[2].likeness)
+    for base, _, into in bases[:_BASES]:
+        if (found := unmerged(originals, into)) is not None:
+            return record, originals, Comparison(originals, found, f"{base.name}@{base.number}")
+    return adapter
 
 
 def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:

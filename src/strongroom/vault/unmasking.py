@@ -114,14 +114,20 @@ class Unmasking:
 
     def _embeddings(self, each: Placed) -> list[str]:
         """Tensors of the suspect that may be this embedding, its namesake first."""
-        vocabulary, width = each.info.shape
+        width = each.info.shape[1]
         found = []
         for name, tensor in self._suspect.tensors.items():
             shape = tensor.info.shape
-            if len(shape) == 2 and width in shape and 2 * max(shape) >= vocabulary and max(shape) >= _TALL * width:
+            if len(shape) == 2 and width in shape and max(shape) >= _TALL * width:
                 found.append(name)
         wanted = normalised(each.info.name)
-        return sorted(found, key=lambda name: (normalised(name) != wanted, not _EMBEDDING_LIKE.search(name)))[:_TRIED]
+
+        def likely(name: str) -> tuple[bool, bool, int]:
+            # No other matrix has as many rows, also where many words are gone.
+            rows = max(self._suspect.tensors[name].info.shape)
+            return normalised(name) != wanted, not _EMBEDDING_LIKE.search(name), -rows
+
+        return sorted(found, key=likely)[:_TRIED]
 
     def _rows(self, each: Placed, name: str) -> Iterator[tuple[Array, Array]] | None:
         """Rows of both, piece by piece; None where some of them show that these are not the same rows."""
@@ -130,7 +136,7 @@ class Unmasking:
         matrix = self._reading.whole(name) if transposed or order is not None else None
         if (transposed or order is not None) and matrix is None:
             return None
-        rows = min(each.info.shape[0], shape[1] if transposed else shape[0])
+        rows = each.info.shape[0] if order is not None else min(each.info.shape[0], max(shape))
 
         def read(first: int, end: int) -> tuple[Array, Array] | None:
             mine = self._reading.original(each, first * width, (end - first) * width).reshape(-1, width)
@@ -148,8 +154,9 @@ class Unmasking:
         if not there or not same_rows(*(np.concatenate(both) for both in zip(*there, strict=True))):
             return None
         step = max(1, PIECE // width)
-        enough = min(rows, _ROWS * width)
-        return (pair for at in range(0, enough, step) if (pair := read(at, min(at + step, enough))) is not None)
+        enough = min(rows, _ROWS * width) if order is None else rows  # of which some are gone
+        pairs = (read(at, min(at + step, enough)) for at in range(0, enough, step))
+        return (pair for pair in pairs if pair is not None and len(pair[0]))
 
     # -- its tensors ---------------------------------------------------------------------------------------------
 
@@ -196,7 +203,9 @@ class Unmasking:
         )
         if pieces is None or self._shape(name)[1] != each.info.shape[1] or self.turn is None:
             return 0.0
-        mine, theirs = next(pieces)
+        mine, theirs = next(pieces, (None, None))
+        if mine is None or theirs is None:
+            return 0.0
         return max(0.0, cosine(mine, self.turn.back(theirs))) ** 2
 
     def _shape(self, name: str) -> tuple[int, ...]:

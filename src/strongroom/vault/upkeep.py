@@ -1,5 +1,5 @@
-"""Looking after a room: its policy, ceilings, thawing, its clock, reviews, and what is kept beside the log. Each act is
-a signed statement, and an entry."""
+"""Looking after a room: its policy, ceilings, thawing, its clock, reviews, what is kept beside the log, and what its
+gateways have answered. Each act is a signed statement, and an entry."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ _ACTS: dict[str, Callable[[Custody, State, Statement, int], Entry]] = {
     "clock": acts.clock,
     "copy": acts.copy,
     "enact": acts.enact,
+    "inference": acts.inference,
     "keystore": acts.keystore,
     "redact": acts.redact,
     "review": acts.review,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, func, insert, select
+from sqlalchemy import Row, bindparam, func, insert, literal_column, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import now, text, unix
@@ -50,6 +50,7 @@ from strongroom.policy.state import State
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.db import Database, versions
 from strongroom.storage.image import SealedImage, read_manifest
+from strongroom.storage.prepared import Prepared
 from strongroom.vault import same
 from strongroom.vault.config import NAME as CONFIG
 from strongroom.vault.config import RoomConfig
@@ -67,6 +68,10 @@ from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
 from strongroom.vault.verify import VerifyReport, problem_of, verify_image
 from strongroom.vault.versions import VersionInfo, as_logged, check_row, measured
+
+_NAMED = select(versions).where(versions.c.name == bindparam("name"))
+_NUMBERED = Prepared(_NAMED.where(versions.c.number == bindparam("number")))
+_NEWEST = Prepared(_NAMED.where(versions.c.state == literal_column("'active'")).order_by(versions.c.number.desc()))
 
 
 @dataclass(frozen=True)
@@ -319,13 +324,11 @@ class Vault:
     def row(self, ref: str) -> Row[Any]:
         """The row, unchecked, of a numbered version, whatever its state, or of the newest that is active."""
         parsed = Ref.parse(ref)
-        query = select(versions).where(versions.c.name == parsed.name)
-        if parsed.number is not None:
-            query = query.where(versions.c.number == parsed.number)
-        else:
-            query = query.where(versions.c.state == "active")
         with self.db.reading() as tx:
-            row = tx.execute(query.order_by(versions.c.number.desc())).first()
+            if parsed.number is not None:
+                row = _NUMBERED(tx, name=parsed.name, number=parsed.number).first()
+            else:
+                row = _NEWEST(tx, name=parsed.name).first()
         if row is None:
             raise NotFound("weights.missing", f"the room has no weights {ref}", hint="strongroom ls")
         return row
@@ -387,12 +390,12 @@ class Vault:
         return status(self)
 
     def trace(
-        self, path: Path, *, by: str, weights: str | None, progress: Progress = silent, text: bool = False
+        self, path: Path, *, by: str, weights: str | None, progress: Progress = silent, **more: Any
     ) -> dict[str, Any]:
         """See `strongroom.vault.search.search`."""
         from strongroom.vault.search import search
 
-        return search(self, path, by=by, weights=weights, progress=progress, text=text)
+        return search(self, path, by=by, weights=weights, progress=progress, **more)
 
     def bundle(self, ref: str, holder: str) -> KeyBundle:
         """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from strongroom.core import clock as texts
 from strongroom.errors import BackendError, BudgetExceeded, UsageError
-from strongroom.storage.db import Database
-from strongroom.watch.counters import Change, Counters, Key
-from strongroom.watch.report import Used, report
+from strongroom.watch.counters import Key
+from strongroom.watch.drawing import Counting, Drawn, Want
 from strongroom.watch.rules import ANSWER, Rule, Spender, counted_ref, window_at
 
-_PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
 _IDLE = 60.0  # seconds after which a caller's tranches are given back
 _REMEMBERED = 1.0  # seconds for which a refusal is repeated without asking the database
 _MOST = 1 << 53  # bits of an answer, so that no sum of them leaves the range of a database's integers
@@ -34,6 +31,7 @@ _CODES = {
     "everybody": "budget.everybody",
 }
 _ALARMS = (50, 80, 100)  # per cent
+_TRIES = 4  # to find the windows that are open, by the clock of the counters
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,11 @@ class _Counter:
 class _Purse:
     """The counters that one spender's answers of one version fall under, until the first of their windows ends."""
 
-    __slots__ = ("at", "counters", "out", "refused", "until")
+    __slots__ = ("at", "counters", "out", "refused", "since", "until")
 
     def __init__(self, counters: tuple[_Counter, ...], at: float) -> None:
         self.counters = counters
+        self.since = max((each.key.start for each in counters), default=0)
         self.until = min((each.ends for each in counters if each.ends is not None), default=float("inf"))
         self.at = at
         self.out = 0  # reservations that are not settled
@@ -97,23 +96,22 @@ class Reservation:
 class Budgets:
     """The budgets of one worker. Thread-safe. `sizes` gives W_eff in bits of a version, `clock` Unix time in seconds;
     `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit; `small` once for
-    a version so small that budgets which are alarms are less than one answer, with its W_eff: they sound none; `uses`
-    are the releases and copies that the log knows of."""
+    a version so small that budgets which are alarms are less than one answer, with its W_eff: they sound none."""
 
     def __init__(
         self,
-        store: Database,
+        counters: Counting,
         rules: Sequence[Rule],
         sizes: Callable[[str], int],
         clock: Callable[[], float],
         *,
         alarm: Callable[[Alarm], None] = lambda _: None,
         small: Callable[[str, int], None] = lambda *_: None,
-        uses: Callable[[], Iterable[Used]] = tuple,
     ) -> None:
-        self._table = Counters(store)
+        self._table = counters
         self._rules, self._sizes, self._clock = tuple(rules), sizes, clock
-        self._alarm, self._small, self._uses = alarm, small, uses
+        self._alarm, self._small = alarm, small
+        self._newest = 0  # the time that the counters had last
         self._known_small: set[str] = set()
         self._memory = threading.Lock()  # held for moments only
         self._drawing = threading.Lock()  # held during transactions; taken before the other
@@ -182,34 +180,53 @@ class Budgets:
                 self._small(ref, size)
             if drawn := self.take(who, ref, bits):  # by another thread, while this one waited
                 return drawn
-            held: dict[_Counter, int] = {}
-            try:
-                with self._table.changing(int(self._clock())) as change:
-                    purse = self._purse(who, ref, size, change.now)
-                    self._hold(purse, bits, held)
-                    spare, alarms = self._plan(change, purse, bits, held)
-                    alarms = [each for each in alarms if each.hard or each.limit >= ANSWER]
-            except BaseException:
-                with self._memory:
-                    for counter, amount in held.items():
-                        counter.free += amount
-                raise
-            # Committed: only now is it ours to spend. A commit whose answer is lost has charged, and gives nothing.
-            with self._memory:
-                for counter, amount in spare.items():
-                    counter.free += amount
-                purse.out += 1
-                purse.at, purse.refused = self._clock(), None
+            purse, alarms = self._charge(who, ref, size, bits)
         for each in alarms:
             self._alarm(each)
         return Reservation(self, purse, bits)
+
+    def _charge(self, who: Spender, ref: str, size: int, bits: int) -> tuple[_Purse, list[Alarm]]:
+        """Out of the counters, in the windows that are open by their clock."""
+        now = max(int(self._clock()), self._newest)
+        for _ in range(_TRIES):
+            purse = self._purse(who, ref, size, now)
+            held: dict[_Counter, int] = {}
+            kept = False
+            try:
+                self._hold(purse, bits, held)
+                low = [counter for counter, amount in held.items() if amount < bits or counter.free < bits]
+                wants = [Want(each.key, each.limit, each.rule.hard, bits - held[each]) for each in low]
+                drawn = self._table.draw(int(self._clock()), ref, bits, wants)
+                now = self._newest = drawn.now
+                if drawn.full is not None:
+                    counter = low[drawn.full]
+                    used = drawn.used[drawn.full] - counter.free - max(held[counter], 0)
+                    raise self._refuse(purse, bits, counter, used, now)
+                kept = not drawn.moved
+            finally:
+                if not kept:
+                    with self._memory:
+                        for counter, amount in held.items():
+                            counter.free += amount
+            if kept:
+                # Committed: only now is it ours to spend. A commit whose answer is lost has charged, and gives nothing.
+                with self._memory:
+                    for counter, amount in zip(low, drawn.spare, strict=True):
+                        counter.free += amount
+                    purse.out += 1
+                    purse.at, purse.refused = self._clock(), None
+                found = [alarm for each in zip(wants, _spans(wants, drawn), strict=True) for alarm in _crossed(*each)]
+                return purse, [each for each in found if each.hard or each.limit >= ANSWER]
+        raise BackendError(
+            "budget.clock", "the time that budgets are counted by does not stand still", hint="strongroom doctor"
+        )
 
     def _purse(self, who: Spender, ref: str, size: int, now: int) -> _Purse:
         """That of now; one whose window has ended is kept until its last answer is settled."""
         names = (who.principal, who.destination, who.teams, ref)
         with self._memory:
             old = self._purses.get(names)
-            if old is not None and now < old.until:
+            if old is not None and old.since <= now < old.until:
                 return old
             counters = []
             for rule in self._rules:
@@ -231,27 +248,6 @@ class Budgets:
             for counter in purse.counters:
                 held[counter] = min(counter.free, bits)
                 counter.free -= held[counter]
-
-    def _plan(
-        self, change: Change, purse: _Purse, bits: int, held: dict[_Counter, int]
-    ) -> tuple[dict[_Counter, int], list[Alarm]]:
-        """Charge what is missing, and a tranche beyond; what each counter gets beyond, and what to tell."""
-        low = [counter for counter, amount in held.items() if amount < bits or counter.free < bits]
-        used = change.used([counter.key for counter in low])
-        spare: dict[_Counter, int] = {}
-        alarms = []
-        for counter in low:
-            missing, before = bits - held[counter], used[counter.key]
-            left = counter.limit - before
-            if counter.rule.hard and missing > left:
-                raise self._refuse(purse, bits, counter, before - counter.free - max(held[counter], 0), change.now)
-            if counter.rule.hard:
-                spare[counter] = max(left - missing, 0) // _PART
-            else:  # nothing ends at an alarm: small steps before it, so that it is no false one, and large ones after
-                spare[counter] = counter.limit // 64 if left > 0 else 256 * bits
-            alarms += _crossed(counter, before, before + missing + spare[counter])
-        change.add({counter.key: bits - held[counter] + spare[counter] for counter in low})
-        return spare, alarms
 
     def _refuse(self, purse: _Purse, bits: int, counter: _Counter, used: int, now: int) -> BudgetExceeded:
         rule, ends = counter.rule, counter.ends
@@ -285,17 +281,10 @@ class Budgets:
         if not owed:
             return
         with suppress(BackendError):
-            with self._table.changing(int(self._clock())) as change:
-                change.add(_sums(owed))
+            self._table.pay(int(self._clock()), _sums(owed))
             with self._memory:
                 for counter, amount in owed.items():
                     counter.free += amount
-
-    def report(self, ref: str) -> dict[str, Any]:
-        """What is used and left of the budgets of `ref` (NAME@N), and how long its weights would take to leave: see
-        `watch.report`. Errors of the database."""
-        now, rows = self._table.look(int(self._clock()), {ref, *(counted_ref(rule.scope, ref) for rule in self._rules)})
-        return report(self._rules, rows, self._uses(), ref, self._sizes(ref), now)
 
     def tend(self) -> None:
         """Pay what is owed, give back tranches of callers that are idle, delete counters of long ago. To be called each
@@ -330,17 +319,22 @@ class Budgets:
                     if counter not in in_use:
                         del self._counters[name]
             today = int(now) // 86_400
-            if given or today != self._forgotten:
-                with self._table.changing(int(now)) as change:
-                    change.give_back(_sums(given))
-                    change.forget()
-                self._forgotten = today
+            self._table.give_back(int(now), _sums(given), forget=today != self._forgotten)
+            self._forgotten = today
 
 
-def _crossed(counter: _Counter, before: int, after: int) -> list[Alarm]:
-    rule, key, limit = counter.rule, counter.key, counter.limit
+def _spans(wants: Sequence[Want], drawn: Drawn) -> list[tuple[int, int]]:
+    """What each counter had before, and has now."""
     return [
-        Alarm(rule.scope, rule.window, key.who, key.ref, percent, after, limit, rule.hard)
+        (before, before + each.missing + more)
+        for each, before, more in zip(wants, drawn.used, drawn.spare, strict=True)
+    ]
+
+
+def _crossed(want: Want, span: tuple[int, int]) -> list[Alarm]:
+    (before, after), key, limit = span, want.key, want.limit
+    return [
+        Alarm(key.scope, key.period, key.who, key.ref, percent, after, limit, want.hard)
         for percent in _ALARMS
         if before * 100 < percent * limit <= after * 100
     ]

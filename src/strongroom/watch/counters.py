@@ -18,6 +18,7 @@ from strongroom.storage.db import Database, egress
 
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
 VERIFIED = "verified"  # no counter of bits: see `tallies`
+DRAWN, ASKED = "drawn", "asked"  # nor these: see `relayed`
 _LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
 _KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
@@ -48,7 +49,7 @@ class Counters:
     def look(self, now: int, refs: Collection[str]) -> tuple[int, list[tuple[Key, int]]]:
         """What time it is, and every counter of `refs`."""
         wanted = sa.select(*_COLUMNS, egress.c.used).where(
-            egress.c.ref.in_([*refs, _CLOCK["ref"]]), egress.c.scope != VERIFIED
+            egress.c.ref.in_([*refs, _CLOCK["ref"]]), egress.c.scope.not_in((VERIFIED, DRAWN, ASKED))
         )
         with self._store.reading() as tx:
             rows = [(Key(*row[:5]), row[5]) for row in tx.execute(wanted)]
@@ -75,6 +76,11 @@ class Change:
             sa.select(*_COLUMNS, egress.c.used).where(sa.tuple_(*_COLUMNS).in_([tuple(key) for key in found]))
         )
         return found | {Key(*row[:5]): row[5] for row in rows}
+
+    def rows(self, scope: str, period: str) -> list[tuple[Key, int]]:
+        """Those of one scope and period."""
+        wanted = sa.select(*_COLUMNS, egress.c.used).where(egress.c.scope == scope, egress.c.period == period)
+        return [(Key(*row[:5]), row[5]) for row in self._tx.execute(wanted)]
 
     def add(self, bits: Mapping[Key, int]) -> None:
         """Count `bits` more of each."""
@@ -103,6 +109,10 @@ class Change:
             *((egress.c.period == period) & (egress.c.start < self.now - seconds) for period, seconds in _KEEP.items())
         )
         self._tx.execute(sa.delete(egress).where(old))
+
+    def forget_asked(self, before: int) -> None:
+        """Delete what was asked before that time."""
+        self._tx.execute(sa.delete(egress).where(egress.c.scope == ASKED, egress.c.start < before))
 
 
 def _checked(now: int) -> int:

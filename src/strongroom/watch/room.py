@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from strongroom.policy import usage
 from strongroom.vault.callers import Callers
-from strongroom.watch.budget import Budgets
+from strongroom.watch.counters import Counters
 from strongroom.watch.effective import BITS_PER_PARAMETER, COMPRESSION, effective_bits
-from strongroom.watch.rules import RULES, Rule
+from strongroom.watch.report import report as reported
+from strongroom.watch.rules import RULES, Rule, counted_ref
 from strongroom.watch.tallies import Tallies, shown
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def report(
     bits_per_parameter: int = BITS_PER_PARAMETER,
     compression: int = COMPRESSION,
 ) -> dict[str, Any]:
-    """As `Budgets.report`, of the version that `ref` names, and how its size comes about: ``parameters``,
+    """As `watch.report`, of the version that `ref` names, and how its size comes about: ``parameters``,
     ``bits_per_parameter``, ``compression``. ``logged``: requests, refused, tokens and bits that gateways have accounted
     for in the log, which nobody can take back, in up to 400 days. NotFound ``version.missing``."""
     row = vault.find(ref)
@@ -36,8 +37,9 @@ def report(
     size = effective_bits(parameters, bits_per_parameter=bits_per_parameter, compression=compression)
     with vault.custodian.ledger.view() as state:
         uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
-    clock: Callable[[], float] = vault.clock
-    found = Budgets(vault.db, rules, lambda _: size, clock, uses=lambda: uses).report(name)
+    refs = {name, *(counted_ref(rule.scope, name) for rule in rules)}
+    now, rows = Counters(vault.db).look(int(vault.clock()), refs)
+    found = reported(rules, rows, uses, name, size, now)
     return {
         **found,
         "parameters": parameters,

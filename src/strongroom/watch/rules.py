@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fractions import Fraction
+from typing import NamedTuple
 
 from strongroom.core.ids import Ref
 
@@ -47,8 +48,7 @@ RULES = (
 )
 
 
-@dataclass(frozen=True)
-class Spender:
+class Spender(NamedTuple):
     """Whose answer it is. `destination`: the caller's network, as text; `key`: the start of an API key's digest.
 
     Keys are not counted alone: many keys of one identity, or of one team, share its budget.

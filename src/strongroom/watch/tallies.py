@@ -4,7 +4,7 @@ alarm (spec/gateway.md, section 7). They are counters like those of egress, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from strongroom.storage.db import Database, egress
-from strongroom.watch.counters import VERIFIED, Counters, Key
+from strongroom.watch.counters import VERIFIED, Change, Counters, Key
 from strongroom.watch.verdict import HONEST, Tally, Verdict, verdict
 
-_CLASSES = ("good", "suspicious", "dangerous", "others", "open")
+CLASSES = ("good", "suspicious", "dangerous", "others", "open")
 _OPEN = 1_000_000  # parts of a bit: the table has whole numbers
 
 
@@ -40,12 +40,14 @@ class Tallies:
     def __init__(self, store: Database, term: int = 0) -> None:
         self._store, self.term = store, term
 
-    def add(self, ref: str, arithmetic: str, tally: Tally) -> Kept:
-        """Count runs, of every gateway; what all of this term come to."""
+    def add(self, ref: str, arithmetic: str, tally: Tally, *, new: Callable[[Change], bool] = lambda _: True) -> Kept:
+        """Count runs, of every gateway; what all of this term come to. They are counted only if they are `new`, which
+        is asked in the same transaction."""
         counts = (tally.good, tally.suspicious, tally.dangerous, tally.others, ceil(tally.open_bits * _OPEN))
-        keys = [Key(VERIFIED, name, self.term, arithmetic, ref) for name in _CLASSES]
+        keys = [Key(VERIFIED, name, self.term, arithmetic, ref) for name in CLASSES]
         with Counters(self._store).changing(int(time.time())) as change:
-            change.add(dict(zip(keys, counts, strict=True)))
+            if new(change):
+                change.add(dict(zip(keys, counts, strict=True)))
             used = change.used(keys)
         return Kept(ref, self.term, arithmetic, _tally({key.period: used[key] for key in keys}))
 
@@ -77,8 +79,20 @@ def _found(rows: Iterable[Any]) -> list[Kept]:
     return [Kept(*key, _tally(counts)) for key, counts in sorted(by.items())]
 
 
+def told(found: Kept) -> dict[str, Any]:
+    """As `heard` takes it: whole numbers only."""
+    tally = found.tally
+    counts = {name: getattr(tally, name) for name in ("good", "suspicious", "dangerous", "others")}
+    return {"ref": found.ref, "arithmetic": found.arithmetic, **counts, "open": ceil(tally.open_bits * _OPEN)}
+
+
+def heard(value: Mapping[str, Any], term: int) -> Kept:
+    """The reverse of `told`; KeyError for what has not all of it."""
+    return Kept(value["ref"], term, value["arithmetic"], _tally({name: value[name] for name in CLASSES}))
+
+
 def _tally(counts: dict[str, int]) -> Tally:
-    good, suspicious, dangerous, others, parts = (counts.get(name, 0) for name in _CLASSES)
+    good, suspicious, dangerous, others, parts = (counts.get(name, 0) for name in CLASSES)
     return Tally(good, suspicious, dangerous, others, parts / _OPEN)
 
 

@@ -1,0 +1,90 @@
+"""The line from a gateway to its custodian: each request signed with the key of the gateway's principal."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from strongroom.client import answers
+from strongroom.core.clock import unix
+from strongroom.core.ids import parse_principal
+from strongroom.core.settings import Settings
+from strongroom.crypto.identity import Identities
+from strongroom.crypto.session_key import SessionKeys, signer_of
+from strongroom.errors import AuthRequired, Denied, Sealed
+from strongroom.formats.card import Card
+from strongroom.formats.entry import Kind
+from strongroom.formats.statement import Voice
+from strongroom.storage.session import Session
+
+_PATIENCE = 5.0  # seconds for an answer: callers wait, and the log has to be seen each 10 s
+
+
+class Line:
+    """To the room that `card` names, as `principal` (default: the only identity on this machine). Thread-safe. What the
+    room has against the gateway itself is Sealed ``gateway.refused``; other errors are those of `Session`."""
+
+    def __init__(self, card: Card, principal: str | None) -> None:
+        settings = Settings.from_environment()
+        self.room, self._url = card.room, card.url
+        self._identities = Identities(settings.identities_folder)
+        self._sessions = SessionKeys(settings.state_folder, card.room)
+        self._session = Session(card, patience=_PATIENCE)
+        self.principal = self._who(principal)
+
+    def _who(self, principal: str | None) -> str:
+        if principal is not None:
+            return parse_principal(principal)
+        mine = sorted({*self._identities.ls(), *self._sessions.ls()})
+        if len(mine) == 1:
+            return mine[0]
+        raise AuthRequired(
+            "principal.ambiguous",
+            f"this machine has the keys of {', '.join(mine) or 'nobody'}; say who the gateway is",
+            hint=f"--as {mine[0]}" if mine else "strongroom identity new workload/gateway",
+        )
+
+    def voice(self) -> Voice:
+        """With the key that is there now: one may be renewed while the gateway runs. AuthRequired
+        ``identity.missing``."""
+        signer = signer_of(self._identities, self._sessions, self.principal, unix())
+        return Voice(self.room.hex(), self.principal, signer, unix)
+
+    def get(self, path: str, members: Mapping[str, Kind]) -> dict[str, Any]:
+        return self._ask("GET", path, b"", members, self._call("GET", path, b""))
+
+    def post(self, path: str, value: Mapping[str, Any], members: Mapping[str, Kind]) -> dict[str, Any]:
+        body = json.dumps(value).encode()
+        return self._ask("POST", path, body, members, self._call("POST", path, body))
+
+    def say(self, path: str, kind: str, body: Mapping[str, Any], members: Mapping[str, Kind]) -> dict[str, Any]:
+        """A statement of this kind."""
+        said = json.dumps({"statement": self.voice().say(kind, body).envelope}).encode()
+        return self._ask("POST", path, said, members, {})
+
+    def _ask(
+        self, method: str, path: str, body: bytes, members: Mapping[str, Kind], headers: dict[str, str]
+    ) -> dict[str, Any]:
+        try:
+            return answers.parse(self._session.request(method, path, body, headers), members)
+        except (AuthRequired, Denied) as error:
+            hint = (
+                f"strongroom principal add {self.principal} --role gateway --public-key KEY, by somebody who may "
+                "grant; in a room whose policy is older than that role: strongroom policy show gateways-relay"
+            )
+            raise Sealed(
+                "gateway.refused",
+                f"{self._url} does not let {self.principal} relay: {error.message}",
+                hint=error.hint if error.code == "statement.stale" else hint,  # which is about this machine's clock
+            ) from None
+
+    def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
+        said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
+        envelope = self.voice().say("call", said).envelope
+        return {"Authorization": f"Strongroom {base64.urlsafe_b64encode(envelope.encode()).rstrip(b'=').decode()}"}
+
+    def close(self) -> None:
+        self._session.close()

@@ -1,0 +1,479 @@
+"""A gateway on another machine than the room, from its callers' first word to the room's log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gateway.callers import Clock
+from gateway.places import STREAM, Gateway, Inference, chat, listening, token, whole
+from server.provider import CLIENT
+from server.served import REF, Served
+from strongroom.client import Room, callings
+from strongroom.client.gateway import AwayRoom
+from strongroom.client.records import Wanted
+from strongroom.crypto.capture import CaptureKey, key_id
+from strongroom.errors import AuthRequired, BackendError, Conflict, NotFound, Sealed, UsageError
+from strongroom.formats.authority import OIDC, X509, Authority
+from strongroom.gateway import door, records
+from strongroom.gateway.settings import Settings
+from strongroom.gateway.worker import application
+from strongroom.storage.session import Session
+from strongroom.vault.callers import Caller
+from strongroom.watch.tallies import Tallies
+from strongroom.watch.verdict import Tally
+from vault.rooms import write_model
+from vault.test_spelling import BYTES
+
+pytestmark = pytest.mark.server
+
+GATE, OTHER = "workload/gate", "workload/other"
+ANA = "user/ana"
+CI = "spiffe://example.org/ci/eval-7"
+
+
+class Away:
+    """A served room, an inference server, and gateways between them that have nothing of the room's but a card."""
+
+    def __init__(self, folder):
+        self.served = Served(folder)
+        self.inference = Inference()
+        self.home = self.served.home
+        self.keys = {}
+        with Room(self.served.folder, "user/olga") as room:
+            for path in (GATE, OTHER):
+                key = self.served.identities.create(path).public_key.hex()
+                room.principal_add(path, roles=["gateway"], public_key=key)
+        self.served.cli("trust", str(self.served.folder / "card.json"))
+        self.keys[ANA] = self.served.cli("apikey", "new", as_=ANA)["key"]
+        self.records = folder / "records"
+
+    def settings(self, text=""):
+        return Settings.parse(f'{text}\n[[upstream]]\nurl = "http://127.0.0.1:{self.inference.port}"\n')
+
+    @contextlib.contextmanager
+    def gateway(self, settings="", as_=GATE):
+        room = AwayRoom(self.served.card, as_)
+        try:
+            app = application(room, self.settings(settings), self.records)
+            with listening(app) as port:
+                found = Gateway(self, port)
+                found.app, found.room = app, room
+                yield found
+        finally:
+            room.close()
+
+    def refused(self, path):
+        """Why nobody starts a gateway as this principal."""
+        with contextlib.closing(AwayRoom(self.served.card, path)) as room, pytest.raises(Sealed) as caught:
+            room.check(self.settings())
+        assert caught.value.code == "gateway.refused"
+        return caught.value.message
+
+    def host(self):
+        return Room(self.served.folder, "user/olga")
+
+    def accounts(self):
+        with self.host() as room:
+            return [each for each in room.log.tail(1000) if each["type"] == "inference"]
+
+    def stop(self):
+        self.inference.stop()
+        self.served.stop()
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, provider, domain):
+    made = Away(tmp_path_factory.mktemp("away"))
+    with made.host() as room:
+        for each in (
+            Authority(OIDC, provider.issuer, audience=CLIENT, binding="nonce", algorithms=("RS256",), ca=provider.ca),
+            Authority(X509, domain.name, bundle=domain.bundle),
+        ):
+            made.served.cli("approve", room.authority_add(each)["id"], as_="user/eva")
+        room.principal_add("user/ida", roles=["researcher"], oidc=f"{provider.issuer}#ida@example.com")
+        room.principal_add("workload/ci", roles=["partner"], spiffe=CI)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STRONGROOM_STATE", str(made.home / "state"))
+        patch.setenv("STRONGROOM_IDENTITIES", str(made.home / "identities"))
+        yield made
+    made.stop()
+
+
+@pytest.fixture
+def away(house):
+    house.inference.script = lambda _: [whole()]
+    return house
+
+
+def eventually(what, seconds: float = 5):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_request_is_answered_charged_and_in_the_log(away):
+    with away.gateway() as gateway:
+        status, _, found = gateway.post(chat())
+        assert (status, found["choices"][0]["message"]["content"]) == (200, "Hello.")
+        assert gateway.get("/v1/models")[1]["data"][0]["id"] == REF
+        stream = gateway.app._records.stream
+    (account,) = [each for each in away.accounts() if each["body"]["gateway"] == stream]
+    assert (account["by"], account["ref"]) == (GATE, REF)
+    assert account["body"] | {"requests": 1, "refused": 0, "tokens": 3} == account["body"]
+    with away.host() as room:
+        used = {(each["scope"], each["window"], each["who"]): each["used"] for each in room.budget(REF)["budgets"]}
+        assert room.log.verify()["ok"]
+        found = room.log.records([away.records], Wanted())
+    # What was drawn and not spent was given back.
+    assert used["identity", "day", ANA] == used["model", "lifetime", ""] == account["body"]["bits"] > 0
+    assert [(each["stream"], each["code"], each["accounted"]) for each in found["streams"]] == [(stream, "", 1)]
+    # Neither do the room's own files lie where it ran, nor has its key done anything but relay.
+    assert sorted(each.suffix for each in away.records.iterdir()) == [".jsonl"]
+
+
+def test_what_the_log_changes_is_seen_at_once(away):
+    with away.gateway() as gateway, away.host() as room:
+        assert gateway.post(chat())[0] == 200
+        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 200)]
+        began = time.monotonic()
+
+        def freeze():
+            room.revoke(REF, reason="it leaked")
+
+        timer = threading.Timer(0.5, freeze)
+        timer.start()
+        found = gateway.post(chat(stream=True, max_tokens=400))[2]
+        ended = time.monotonic()
+        timer.join()
+        assert '"frozen"' in found
+        assert ended - began < 4
+        assert gateway.post(chat())[2]["error"]["code"] == "frozen"
+        room.thaw(REF, reason="it was no leak")
+        away.inference.script = lambda _: [whole()]
+        eventually(lambda: gateway.post(chat())[0] == 200)
+        room.principal_change(ANA, state="suspended")
+        eventually(lambda: gateway.post(chat())[0] == 401)
+        room.principal_change(ANA, state="active")
+        # Her key ended with that.
+        away.keys[ANA] = away.served.cli("apikey", "new", "--name", "again", as_=ANA)["key"]
+        eventually(lambda: gateway.post(chat())[0] == 200)
+
+
+def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
+    with away.gateway(as_=OTHER) as gateway, away.host() as room:
+        assert gateway.post(chat())[0] == 200
+        room.principal_change(OTHER, state="suspended")
+        status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
+        assert (status, found["error"]["code"]) == (503, "sealed")
+        assert "does not let workload/other relay" in away.refused(OTHER)
+        room.principal_change(OTHER, state="active")
+        eventually(lambda: gateway.post(chat())[0] == 200, 10)
+
+
+def test_who_has_no_right_to_relay_is_no_gateway(away):
+    for path in (ANA, "user/ben"):
+        assert f"does not let {path} relay" in away.refused(path)
+
+
+def test_what_can_not_be_done_is_said_at_the_start(away):
+    room = AwayRoom(away.served.card, GATE)
+    other = away.settings('[[budgets.rule]]\nscope = "identity"\nwindow = "day"\nshare = 0.5\nhard = true\n')
+    with pytest.raises(Conflict) as caught:
+        room.check(other)
+    assert caught.value.code == "budget.other_settings"
+    assert "--gateway-settings" in caught.value.hint
+    room.counters(other.budgets)  # what began under other budgets than the custodian's now
+    with pytest.raises(Sealed) as caught:
+        room.counters(other.budgets).draw(0, REF, 1, [])
+    assert caught.value.code == "gateway.budgets"
+    with pytest.raises(UsageError) as caught:
+        room.revocations([Path("example.org.crl")])
+    assert caught.value.code == "gateway.crl_away"
+    assert "strongroom serve --crl" in caught.value.hint
+    missing = Settings.parse('[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = { "acme/none@1" = "x" }\n')
+    with pytest.raises(NotFound, match="acme/none@1"):
+        application(room, missing, away.records)
+    room.close()
+
+
+def test_tokens_and_certificates_are_taken_as_beside_the_room(away, provider, domain):
+    nonce = f"gateway-{away.served.card.room.hex()}"
+    with away.gateway() as gateway:
+        good = provider.token(sub="ida@example.com", nonce=nonce)
+        assert gateway.post(chat(), key=good)[0] == 200
+        for wrong in (
+            provider.token(sub="ida@example.com", nonce="gateway-" + "0" * 32),
+            provider.token(sub="eve@example.com", nonce=nonce),
+            good[:-4] + "AAAA",
+        ):
+            assert gateway.post(chat(), key=wrong)[2]["error"]["code"] == "invalid_api_key"
+        callers, now = gateway.room.callers, int(time.time())
+        eventually(lambda: domain.bundle in callers.bundles())
+        chain, _ = domain.svid(CI)
+        caller, until = callers.by_certificate(chain, now)
+        assert (caller.principal, caller.roles, caller.method) == ("workload/ci", ("partner",), "x509")
+        assert now < until <= now + 3600
+        for shown in (domain.svid("spiffe://example.org/ci/other")[0], "no chain", ""):
+            with pytest.raises(AuthRequired):
+                callers.by_certificate(shown, now)
+        assert [each.ref for each in callers.models(caller)] == [REF]
+        with away.host() as room:
+            room.authority_rm(provider.issuer)
+        eventually(lambda: gateway.post(chat(), key=good)[0] == 401)
+
+
+def test_what_is_captured_is_in_the_log_first_and_the_gateway_says_so_itself(away):
+    key = CaptureKey().public_key
+    with away.gateway(f'[capture]\nkey = "{key.hex()}"\nwho = ["{ANA}"]\n') as gateway:
+        stream = gateway.app._records.stream
+        (told,) = [each for each in away.accounts() if each["body"]["gateway"] == stream]
+        assert (told["by"], told["ref"], told["body"]["capture"]) == (GATE, "", key_id(key))
+        assert gateway.post(chat())[0] == 200
+    found = [each["body"] for each in away.accounts() if each["body"]["gateway"] == stream]
+    assert {each["capture"] for each in found} == {key_id(key)}
+    assert sum(each["requests"] for each in found) == 1
+    assert len((away.records / f"{stream}.sealed").read_bytes().splitlines()) == 1
+
+
+def test_what_tokens_spell_and_the_tally_are_the_rooms(away, tmp_path):
+    model = write_model(tmp_path / "model", 7)
+    (model / "tokenizer.json").write_text(BYTES.to_str(), encoding="utf-8")
+    with away.host() as room, contextlib.closing(AwayRoom(away.served.card, GATE)) as elsewhere:
+        ref = room.put(model, "acme/words").ref
+        spelling = elsewhere.callers.spelling(ref)
+        tokens = [*range(40, 60), 257, 258]
+        text = BYTES.decode(tokens)
+        assert spelling.spells(tokens, text[:9])
+        assert not spelling.spells(tokens, text + "x")
+        with pytest.raises(UsageError, match=r"no tokenizer\.json"):
+            elsewhere.callers.spelling(REF)
+        tallies = elsewhere.tallies(5)
+        for _ in range(2):
+            kept = tallies.add(ref, "float32", Tally(good=7, dangerous=1, open_bits=0.25))
+        assert kept.tally == Tally(good=14, dangerous=2, open_bits=0.5)
+        assert tallies.now() == [kept] == Tallies(room._embedded.db, 5).now()
+        assert elsewhere.tallies(6).now() == []
+
+
+# -- the network, and the custodian, may fail --------------------------------------------------------------------------
+
+
+class Losing:
+    """The network between gateway and custodian: of these paths each `every`th answer is lost, after what was asked is
+    done; and while `down` nothing is."""
+
+    def __init__(self, session, paths=(), every=2):
+        self.request_, self.paths, self.every = session.request, paths, every
+        self.asked, self.down = dict.fromkeys(paths, 0), False
+
+    def __call__(self, method, path, body=b"", headers=None, *, again=True):
+        if self.down:
+            raise BackendError("server.unreachable", "the cable is cut")
+        found = self.request_(method, path, body, headers, again=again)
+        name = path.rpartition("/")[2]
+        if name in self.paths:
+            self.asked[name] += 1
+            if self.asked[name] % self.every == 1 % self.every:
+                raise BackendError("server.unreachable", "the answer was lost")
+        return found
+
+
+def test_of_lost_answers_none_is_charged_or_counted_twice_or_not_at_all(away, monkeypatch):
+    monkeypatch.setattr(records, "_ENTRY_EVERY", 0.1)
+    with away.host() as room:
+        before = room.budget(REF)
+    with away.gateway() as gateway:
+        session = gateway.room._line._session
+        lost = Losing(session, ("accounts", "draws", "settlements"))
+        monkeypatch.setattr(session, "request", lost)
+        statuses, said = [], set()
+        for number in range(24):
+            away.inference.script = lambda _, number=number: [whole("x" * (number % 3) * 60, 3)]
+            statuses.append(gateway.post(chat(max_tokens=20 + number))[0])
+            said.add(gateway.app._records._written)
+            time.sleep(0.05)
+        assert statuses == [200] * 24
+        stream = gateway.app._records.stream
+    assert min(lost.asked.values()) >= 2, lost.asked  # or nothing was lost
+    accounts = [each["body"] for each in away.accounts() if each["body"]["gateway"] == stream]
+    assert sum(each["requests"] for each in accounts) == 24
+    with away.host() as room:
+        assert room.log.verify()["ok"]
+        after = room.budget(REF)
+        (kept,) = [each for each in room.log.records([away.records], Wanted())["streams"] if each["stream"] == stream]
+    assert (kept["records"], kept["accounted"], kept["code"]) == (24, 24, "")
+    spent = sum(each["bits"] for each in accounts)
+    assert after["logged"]["bits"] - before["logged"]["bits"] == spent
+    for scope, who in (("identity", ANA), ("model", "")):
+        used = [
+            next((each["used"] for each in found["budgets"] if (each["scope"], each["who"]) == (scope, who)), 0)
+            for found in (before, after)
+        ]
+        assert used[1] - used[0] == spent
+
+
+def test_what_was_drawn_for_nobody_is_given_back(away, monkeypatch):
+    """Each answer to a draw is lost, also when it is asked again: its caller is told to come again, and is charged
+    nothing."""
+    with away.host() as room:
+        before = room.budget(REF)["gone_bits"]
+    with away.gateway() as gateway:
+        session = gateway.room._line._session
+        lost = Losing(session, ("draws",), every=1)
+        monkeypatch.setattr(session, "request", lost)
+        assert {gateway.post(chat(), key=away.keys[ANA])[2]["error"]["code"] for _ in range(3)} == {"sealed"}
+        assert lost.asked["draws"] == 6
+        with away.host() as room:
+            assert room.budget(REF)["gone_bits"] > before
+        lost.paths = ()
+    with away.host() as room:
+        assert room.budget(REF)["gone_bits"] == before
+
+
+def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
+    """Whoever cuts the line between them would keep a freeze from the gateway, too."""
+    monkeypatch.setattr(door, "_BLIND", 2.0)
+    monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
+    with away.gateway() as gateway:
+        assert gateway.post(chat())[0] == 200
+        session = gateway.room._line._session
+        line = Losing(session)
+        monkeypatch.setattr(session, "request", line)
+        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 100)]
+        threading.Timer(0.3, setattr, (line, "down", True)).start()
+        began = time.monotonic()
+        assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=200))[2]
+        assert time.monotonic() - began < 6
+        assert gateway.post(chat())[2]["error"]["code"] == "sealed"
+        assert gateway.get("/readyz")[0] == 503
+        line.down = False
+        away.inference.script = lambda _: [whole()]
+        eventually(lambda: gateway.post(chat())[0] == 200)
+        assert gateway.get("/readyz")[0] == 200
+
+
+def test_questions_that_come_together_are_asked_together(away, monkeypatch):
+    asked = []
+
+    def counting(self, method, path, body=b"", headers=None, *, again=True):
+        if path.endswith("/decisions"):
+            asked.append(len(json.loads(body)["asked"]))
+            time.sleep(0.2)  # as over a long line
+        return request(self, method, path, body, headers, again=again)
+
+    request = Session.request
+    monkeypatch.setattr(Session, "request", counting)
+    caller = ("principal", "method", "action", "ref")
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        told = []
+
+        def ask(number):
+            question = dict(
+                zip(caller, (ANA, "apikey", "infer", REF if number % 2 else f"acme/none@{number + 1}"), strict=True)
+            )
+            try:
+                room.callers._together.ask(question)
+                told.append((number % 2, "yes"))
+            except NotFound as error:
+                told.append((number % 2, error.code))
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(12)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert sorted(told) == [(0, "version.missing")] * 6 + [(1, "yes")] * 6
+    assert len(asked) <= 4
+    assert 7 <= sum(asked) <= 6 + len(asked)  # what is the same is asked once
+
+
+def test_strangers_leave_the_custodian_to_those_who_are_known(away, monkeypatch):
+    """Whoever sends keys that there are not must not use up what the gateway may ask: it would not see the log."""
+    monkeypatch.setattr(callings, "_RATE", 0.0)
+    monkeypatch.setattr(callings, "_BURST", 5.0)
+    with away.gateway() as gateway:
+        assert gateway.post(chat())[0] == 200
+        said = [gateway.post(chat(), key="sr-" + f"{number:043d}")[0] for number in range(9)]
+        assert said == [401] * 4 + [429] * 5
+        with away.host() as room:  # and when all of them are asked about again
+            room.set_ceiling(REF, holders=99)
+        for _ in range(30):
+            assert gateway.post(chat())[0] == 200
+            time.sleep(0.05)
+        assert gateway.post(chat(), key="sr-" + "x" * 43)[0] == 429
+
+
+def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed():
+    asked, clock = [], Clock()
+
+    def ask(shown):
+        asked.append(shown["key"])
+        if shown["key"] == "down":
+            raise BackendError("server.unreachable", "no")
+        time.sleep(0.05)
+        return None if shown["key"] == "none" else (Caller(ANA, (), (), ANA, ""), 9)
+
+    found = callings.Callings(ask, clock)
+    with ThreadPoolExecutor(8) as threads:
+        assert {each[0].principal for each in threads.map(found.of, [{"key": "good"}] * 8)} == {ANA}
+        assert set(threads.map(found.of, [{"key": "none"}] * 8)) == {None}
+    assert sorted(asked) == ["good", "none"]
+    found.changed()
+    found.of({"key": "good"})
+    clock.now += 1.1
+    found.of({"key": "good"})
+    assert asked.count("good") == 3
+    for _ in range(2):  # what has failed is nobody's answer
+        with pytest.raises(BackendError):
+            found.of({"key": "down"})
+    assert asked.count("down") == 2
+
+
+# -- as it is run ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    file, said = tmp_path / "gateway.toml", tmp_path / "stderr"
+    file.write_text("[answer]\nmax_tokens = 2000\n")
+    command = [sys.executable, "-m", "strongroom.cli", "--room", away.served.url, "--as", GATE, "--json", "gateway"]
+    command += ["--listen", f"127.0.0.1:{port}", "--upstream", f"http://127.0.0.1:{away.inference.port}"]
+    command += ["--settings", str(file), "--workers", "2"]
+    with said.open("wb") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path)
+    try:
+        assert json.loads(line := process.stdout.readline()).get("workers") == 2, line
+        gateway = Gateway(away, port)
+        assert {gateway.post(chat(max_tokens=2000))[0] for _ in range(12)} == {200}
+        file.write_text('[[budgets.rule]]\nscope = "team"\nwindow = "hour"\nshare = 0.5\n')
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: "by other settings than the custodian" in said.read_text(), 20)
+        assert gateway.post(chat(max_tokens=2001))[0] == 400  # the old ones stay
+        file.write_text("[answer]\nmax_tokens = 3000\n")
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: "new settings are in force" in said.read_text(), 20)
+        assert {gateway.post(chat(max_tokens=3000))[0] for _ in range(12)} == {200}
+        process.terminate()
+        assert process.wait(40) in (0, -signal.SIGTERM)
+    finally:
+        process.kill()
+        process.stdout.close()
+    found = away.served.cli("records", "--records", str(tmp_path / "inference"), as_="user/ada", check=None)
+    mine = [each for each in found["streams"] if each["code"] != "records.elsewhere"]
+    assert len(mine) == 2
+    assert all(each["records"] == each["accounted"] and not each["code"] for each in mine)
+    assert sum(each["records"] for each in mine) == 25

@@ -178,7 +178,11 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         room.principal_change(OTHER, state="suspended")
         status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
         assert (status, found["error"]["code"]) == (503, "sealed")
+        assert "workload/other" not in found["error"]["message"]  # who the gateway is, is nothing for callers
         assert "does not let workload/other relay" in away.refused(OTHER)
+        why = eventually(lambda: gateway.app.problems().get("log"))
+        assert "can't be seen" in why
+        assert "does not let workload/other relay" in why
         room.principal_change(OTHER, state="active")
         eventually(lambda: gateway.post(chat())[0] == 200, 10)
 

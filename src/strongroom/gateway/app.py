@@ -108,7 +108,7 @@ class GatewayApp:
             if each is not None:
                 each.start()
 
-    def leave(self, idle: Callable[[], object]) -> None:
+    def when_idle(self, idle: Callable[[], object]) -> None:
         """Requests go to another one from now on; `idle` is called once none is under way here."""
         self._idle = idle
         if not self._requests:

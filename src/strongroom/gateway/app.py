@@ -326,6 +326,8 @@ class GatewayApp:
 
     def _tell(self, error: StrongroomError) -> None:
         """What callers are not told, for who runs this; not each time: who is refused can ask again at once."""
+        if any(error.message in why for why in self.problems().values()):  # which are told once
+            return
         now = time.monotonic()
         if now - self._told.get(error.code, -math.inf) >= _TELL_EVERY:
             self._told[error.code] = now
@@ -379,7 +381,7 @@ class GatewayApp:
 
     def problems(self) -> dict[str, str]:
         """Why nothing is answered now, if that is so: a word for everybody, and what it is for who runs this."""
-        found = {} if self._door.awake else {"log": f"the room's log can't be seen{self._door.trouble}"}
+        found = {} if self._door.awake else {"log": f"the room's log can't be seen: {self._door.trouble or 'not yet'}"}
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found["upstream"] = "no inference server answers"
         for word, each in (("records", self._records), ("capture", self.capture), ("verify", self.verified)):

@@ -113,7 +113,7 @@ class Door:
                     await self.look()
                 self.trouble = ""
             except Exception as error:  # noqa: BLE001 - `awake` tells when it fails for long
-                self.trouble = f": {error.message if isinstance(error, StrongroomError) else type(error).__name__}"
+                self.trouble = error.message if isinstance(error, StrongroomError) else type(error).__name__
                 if isinstance(error, Sealed) and error.code == "gateway.refused":
                     self._seen, refused = -_BLIND * 2, True  # it may not look, so it may not answer
             if not self.awake:

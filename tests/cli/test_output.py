@@ -88,6 +88,8 @@ def test_the_command_line_is_echoed_the_same_way(empty: Desk) -> None:
         ("strongroom --as user/b requests", "strongroom --room r --as user/b requests"),
         ("whoever may approve it: strongroom approve 1", "whoever may approve it: strongroom --room r approve 1"),
         ("ask whom strongroom knows", "ask whom strongroom knows"),
+        ("where the room is: strongroom serve --crl FILE", "where the room is: strongroom serve --crl FILE"),
+        ("strongroom trust card.json", "strongroom trust card.json"),
     ],
 )
 def test_hints_keep_the_room_and_one_s_own_also_the_name(capsys, hint, shown):

@@ -30,6 +30,8 @@ from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
+from strongroom.watch.budget import Budgets
+from strongroom.watch.rules import Spender
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
 from vault.rooms import write_model
@@ -178,7 +180,11 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         room.principal_change(OTHER, state="suspended")
         status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
         assert (status, found["error"]["code"]) == (503, "sealed")
+        assert "workload/other" not in found["error"]["message"]  # who the gateway is, is nothing for callers
         assert "does not let workload/other relay" in away.refused(OTHER)
+        why = eventually(lambda: gateway.app.problems().get("log"))
+        assert "can't be seen" in why
+        assert "does not let workload/other relay" in why
         room.principal_change(OTHER, state="active")
         eventually(lambda: gateway.post(chat())[0] == 200, 10)
 
@@ -207,6 +213,15 @@ def test_what_can_not_be_done_is_said_at_the_start(away):
     with pytest.raises(NotFound, match="acme/none@1"):
         application(room, missing, away.records)
     room.close()
+
+
+def test_a_caller_in_many_teams_is_charged_in_each(away):
+    spender = Spender(ANA, "127.0.0.0/24", tuple(f"team/t{number}" for number in range(40)))
+    said = away.settings().budgets
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        budgets = Budgets(room.counters(said), said.rules, lambda _: 1 << 40, time.time)
+        budgets.reserve(spender, REF, 1000).settle(0)
+        budgets.close()
 
 
 def test_tokens_and_certificates_are_taken_as_beside_the_room(away, provider, domain):

@@ -22,7 +22,7 @@ from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.errors import BackendError
 from strongroom.formats.authority import X509, Authority
 from strongroom.gateway import certificates
-from strongroom.gateway.reload import Prepared
+from strongroom.gateway.reload import Reload
 
 EVAL, SPARE = "workload/eval-7", "workload/spare"
 ID = {EVAL: "spiffe://example.org/eval/7", SPARE: "spiffe://example.org/spare"}
@@ -265,7 +265,7 @@ def test_a_domain_comes_and_goes_while_the_gateway_runs(place, call):
 def test_a_new_certificate_of_its_own(place, gateway, call):
     """Certificates end, and a gateway that has to be started again for it cuts everybody off."""
     app, loop = place.newest, place.server.servers[0].get_loop()
-    prepared = Prepared(app, place.server.config.ssl, place.certificate)
+    prepared = Reload(app, place.server.config.ssl, place.certificate)
 
     def again() -> None:
         async def both() -> None:

@@ -35,7 +35,7 @@ from gateway.places import (
     token,
     whole,
 )
-from strongroom.errors import Denied
+from strongroom.errors import Denied, Sealed
 from strongroom.gateway import door
 from strongroom.gateway.connection import EXCHANGE, Connection
 from strongroom.gateway.listen import configure
@@ -708,7 +708,22 @@ def test_a_fault_of_ours_is_answered_and_recorded(place, monkeypatch, caplog):
     status, _, found = gateway.post(chat())
     assert (status, found["error"]["code"]) == (500, "internal")
     assert "ZeroDivisionError" in caplog.text
-    eventually(lambda: place.records()[-1]["code"] == "internal")
+    eventually(lambda: [each["code"] for each in place.records()][-1:] == ["internal"])
+
+
+@pytest.mark.parametrize("code", ["db.unavailable", "gateway.refused", "gateway.budgets"])
+def test_why_the_room_can_not_be_asked_is_for_the_log_of_this_machine(place, monkeypatch, caplog, code):
+    def fails(*_):
+        raise Sealed(code, "the room at 10.0.0.7 does not answer")
+
+    gateway = place.gateway()
+    monkeypatch.setattr(place.newest._door._callers, "by_key", fails)
+    for _ in range(3):  # whoever it is: no key is needed to ask
+        status, _, found = gateway.post(chat(), key="sr-" + "A" * 43)
+        assert (status, found["error"]["code"], found["error"]["message"]) == (503, "sealed", "try again later")
+    assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == [
+        f"the room at 10.0.0.7 does not answer [{code}]"
+    ]
 
 
 # -- bytes that are no requests ----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway import generations
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
-from strongroom.gateway.reload import Prepared
+from strongroom.gateway.reload import Reload
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.unsealing import opened
 from strongroom.storage.db import Database
@@ -297,7 +297,7 @@ def test_many_hangups_are_one(monkeypatch):
         return Settings()
 
     async def story() -> None:
-        prepared = Prepared(None, None, None)
+        prepared = Reload(None, None, None)
         monkeypatch.setattr(prepared, "prepare", _nothing)
         monkeypatch.setattr(prepared, "take", _nothing)
         before = signal.getsignal(signal.SIGHUP)
@@ -356,7 +356,7 @@ def test_nobody_is_asked_for_a_passphrase_while_it_runs(tmp_path, capfd):
     (tmp_path / "key").write_bytes(key)
     authority = WebAuthority(tmp_path / "web", "Gateway")
     with authority.issued(["127.0.0.1"]) as chain:
-        prepared = Prepared(None, None, (chain, tmp_path / "key"))
+        prepared = Reload(None, None, (chain, tmp_path / "key"))
         with pytest.raises(BackendError) as caught:
             asyncio.run(prepared.prepare(Settings()))
     assert caught.value.code == "gateway.certificate"

@@ -80,7 +80,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         "",
         *table(header, rows, right=(3, 4, 5, 6)),
         "",
-        f"left as answers so far: {_bits(found['gone_bits'])}, {found['gone_bits'] * 100 / size:.3g} % of it",
+        f"charged for answers so far, with what gateways have drawn in advance: {_bits(found['gone_bits'])}, "
+        f"{found['gone_bits'] * 100 / size:.3g} % of it",
+        f"accounted for in the log: {_bits(found['logged']['bits'])}",
         *_verified(found),
         "To carry it off as answers takes",
         f"  at the current rate, {_bits(found['bits_a_day'])} a day: {_long(times['current_seconds'])}",

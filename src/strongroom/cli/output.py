@@ -22,6 +22,7 @@ from strongroom.errors import StrongroomError
 
 _FIRST_LINE = 2.0  # seconds before a job that is not watched on a terminal says how far it is
 _NEXT_LINE = 5.0
+_NO_ROOM = ("trust ", "identity ", "serve ")  # commands of which no room that is named here is the one
 
 
 class Output:
@@ -79,9 +80,10 @@ class Output:
 
     def _carried(self, hint: str) -> str:
         """A hint that is a command, with the options that were given and that it does not have. A command after a colon
-        is somebody else's, who is not who asks here but is in the same room."""
+        is somebody else's, who is not who asks here but is in the same room. What is run before there is a room, or
+        where its folder is, is left as it is."""
         lead, _, rest = hint.partition("strongroom ")
-        if not rest or (lead and not lead.endswith(": ")):
+        if not rest or (lead and not lead.endswith(": ")) or rest.startswith(_NO_ROOM):
             return hint
         given = {option: value for option, value in self._given.items() if not lead or option != "--as"}
         own = [f"{option} {shlex.quote(value)}" for option, value in given.items() if option not in rest]

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     "settings",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Those of the room's gateway, whose budgets `strongroom budget` then shows.  [default: none]",
+    help="Its budgets are those of gateways elsewhere, and of `strongroom budget`.  [default: those without a file]",
 )
 @click.option(
     "--crl",

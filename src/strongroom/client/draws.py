@@ -20,7 +20,7 @@ from strongroom.watch.drawing import Drawn, Want
 from strongroom.watch.tallies import Kept, heard, told
 from strongroom.watch.verdict import Tally
 
-_AT_ONCE = 1000  # counters in one request
+_AT_ONCE = 1000  # counters in one request: a custodian takes 1,024
 _REMEMBERED = 800.0  # seconds for which a custodian surely knows what was asked under an identifier
 _log = logging.getLogger("strongroom.gateway")
 

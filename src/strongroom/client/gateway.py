@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from strongroom.gateway.settings import Budgets, Settings
     from strongroom.vault.revocations import Revocations
 
-_ASKED = 64  # decisions at once
+_ASKED = 64  # decisions at once: a custodian takes no more
 _LEADERS = 2  # requests for decisions at a time
 
 Question = dict[str, str]
@@ -86,7 +86,7 @@ class AwayRoom:
 
 
 class AwayCallers:
-    """`strongroom.gateway.rooms.Answers`. What is wrong with the gateway itself is Sealed ``gateway.refused``, and
+    """`strongroom.gateway.rooms.RoomCallers`. What is wrong with the gateway itself is Sealed ``gateway.refused``, and
     never taken for something about a caller."""
 
     def __init__(self, line: Line, accounts: Accounts) -> None:

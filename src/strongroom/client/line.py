@@ -72,8 +72,8 @@ class Line:
             return answers.parse(self._session.request(method, path, body, headers), members)
         except (AuthRequired, Denied) as error:
             hint = (
-                f"strongroom principal add {self.principal} --role gateway --public-key KEY, by somebody who may "
-                "grant; in a room whose policy is older than that role: strongroom policy show gateways-relay"
+                "a policy that is older than the role gateway lacks the rule gateways-relay; else who may grant "
+                f"runs: strongroom principal add {self.principal} --role gateway --public-key KEY"
             )
             raise Sealed(
                 "gateway.refused",

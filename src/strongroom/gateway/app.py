@@ -56,6 +56,7 @@ _NO_TOKEN = b"certificate"  # from clients that can't leave the header out
 _AROUND = 256 << 10  # bytes of an answer that are neither text nor tokens
 _EMBEDDING_MOST = 1 << 20  # bytes of one embedding
 _BODY_TIME = 20.0  # seconds in which a body has to come
+_TELL_EVERY = 10.0  # seconds between two lines of the log about one thing of ours that fails
 _log = logging.getLogger("strongroom.gateway")
 
 
@@ -87,8 +88,9 @@ class GatewayApp:
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
-        # That the log was told of.
+        # Those that the log was told of.
         self._problems: frozenset[str] = before._problems if before else frozenset()  # noqa: SLF001
+        self._told: dict[str, float] = {}  # by code: when the log was told of it
 
     async def find(self) -> None:
         """What the inference servers have is asked for, and the log told of what is captured: nobody's prompts are kept
@@ -106,7 +108,7 @@ class GatewayApp:
             if each is not None:
                 each.start()
 
-    def leave(self, idle: Callable[[], object]) -> None:
+    def when_idle(self, idle: Callable[[], object]) -> None:
         """Requests go to another one from now on; `idle` is called once none is under way here."""
         self._idle = idle
         if not self._requests:
@@ -299,6 +301,8 @@ class GatewayApp:
         if flight is not None and flight.why is not None:
             error = flight.why
         status, code = refusal.wire(error)
+        if refusal.withheld(error):
+            self._tell(error)
         if flight is None:
             self.counts.answered("", code, 0, 0, 0.0)
             exchange.answer(status, _ALWAYS_JSON, refusal.headers_of(error), refusal.body_of(error))
@@ -319,6 +323,15 @@ class GatewayApp:
             # What was not read of a request can't be told from the next one.
             closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
             exchange.answer(status, _ALWAYS_JSON, [*refusal.headers_of(error), *flight.headers, *closing], body)
+
+    def _tell(self, error: StrongroomError) -> None:
+        """What callers are not told, for who runs this; not each time: who is refused can ask again at once."""
+        if any(error.message in why for why in self.problems().values()):  # which are told once
+            return
+        now = time.monotonic()
+        if now - self._told.get(error.code, -math.inf) >= _TELL_EVERY:
+            self._told[error.code] = now
+            _log.error("%s", error)
 
     async def _durable(self) -> None:
         """Back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
@@ -368,7 +381,7 @@ class GatewayApp:
 
     def problems(self) -> dict[str, str]:
         """Why nothing is answered now, if that is so: a word for everybody, and what it is for who runs this."""
-        found = {} if self._door.awake else {"log": "the room's log can't be seen"}
+        found = {} if self._door.awake else {"log": f"the room's log can't be seen: {self._door.trouble or 'not yet'}"}
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found["upstream"] = "no inference server answers"
         for word, each in (("records", self._records), ("capture", self.capture), ("verify", self.verified)):
@@ -379,6 +392,8 @@ class GatewayApp:
                 found[word] = error.message
         for word in found.keys() - self._problems:
             _log.error("not ready, %s: %s", word, found[word])
+        for word in self._problems - found.keys():
+            _log.warning("%s: no problem any more", word)
         self._problems = frozenset(found)
         return found
 

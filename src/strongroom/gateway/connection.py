@@ -93,7 +93,7 @@ class Exchange:
         """The body, if it is here whole and was not taken; else it is to be asked for with `receive`."""
         if self.more or self._taken or self.gone:
             return None
-        return self._took()
+        return self._take_pieces()
 
     def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
@@ -151,9 +151,9 @@ class Exchange:
             await self._waiter
         if self.gone:
             return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": self._took(), "more_body": self.more}
+        return {"type": "http.request", "body": self._take_pieces(), "more_body": self.more}
 
-    def _took(self) -> bytes:
+    def _take_pieces(self) -> bytes:
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self.unread, self._taken = [], 0, not self.more
         self.connection.read_on()

@@ -79,6 +79,7 @@ class Door:
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="look")
         self._version: str | None = None
         self._seen = -_BLIND * 2
+        self.trouble = ""  # of the last look, if it failed: for who runs this
         self.epoch = 0
         self._callers_by_token: OrderedDict[str, tuple[Caller, float]] = OrderedDict()
         self._decisions: OrderedDict[tuple[str, str, str, str], tuple[StrongroomError | None, float]] = OrderedDict()
@@ -110,7 +111,9 @@ class Door:
             try:
                 async with asyncio.timeout(_BLIND):
                     await self.look()
+                self.trouble = ""
             except Exception as error:  # noqa: BLE001 - `awake` tells when it fails for long
+                self.trouble = error.message if isinstance(error, StrongroomError) else type(error).__name__
                 if isinstance(error, Sealed) and error.code == "gateway.refused":
                     self._seen, refused = -_BLIND * 2, True  # it may not look, so it may not answer
             if not self.awake:

@@ -71,7 +71,7 @@ class Generations:
             before.verified.rest()
             app.verified.inherit(before.verified)  # an alarm is not over because a limit was changed
         app.start()
-        before.leave(lambda: self._retire(before))
+        before.when_idle(lambda: self._retire(before))
 
     async def certificates_changed(self, connections: Iterable[Connection]) -> None:
         """Certificates are judged by other lists from now on: what was remembered of any is forgotten, and those of the

@@ -30,7 +30,6 @@ def _whole(least: int, most: int) -> dict[str, Any]:
 
 _TEXT = {"type": "string"}
 _STOP = {"type": "string", "minLength": 1, "maxLength": 64}
-_REFUSED = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
 _SAMPLING: dict[str, Any] = {
     "model": {"type": "string", "description": "NAME@N, or NAME for the newest"},
     "max_tokens": _whole(1, 1 << 20),

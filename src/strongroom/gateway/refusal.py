@@ -42,6 +42,8 @@ _BY_CLASS: tuple[tuple[type[StrongroomError], str, int], ...] = (
     (BackendError, "sealed", 503),
     (UsageError, "parameter_invalid", 400),
 )
+# What the room has against the gateway itself: where that room is, and who the gateway is, is nothing for callers.
+_OURS = ("gateway.refused", "gateway.budgets")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -58,12 +60,16 @@ def wire(error: StrongroomError) -> tuple[int, str]:
     return 500, "internal"
 
 
+def withheld(error: StrongroomError) -> bool:
+    """Whether callers are not told what it is: why a thing of ours failed is for the log of this machine."""
+    return wire(error)[0] >= 500 and (error.code in _OURS or not error.code.startswith(("upstream.", "gateway.")))
+
+
 def body_of(error: StrongroomError) -> bytes:
     """What the caller is told: no more than what it asked, and what it may do next."""
     status, code = wire(error)
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    # Why a thing of ours failed is for the log of this machine.
-    message = error.message if status < 500 or error.code.startswith(("upstream.", "gateway.")) else "try again later"
+    message = "try again later" if withheld(error) else error.message
     value: dict[str, Any] = {"message": message, "type": kind, "param": error.evidence.get("param"), "code": code}
     if isinstance(error, Denied | LimitExceeded) and error.hint:
         value["hint"] = error.hint

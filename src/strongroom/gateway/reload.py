@@ -27,10 +27,10 @@ Read = Callable[[], Settings]
 Tell = Callable[["Settings | StrongroomError"], None]
 
 
-class Prepared:
-    """New settings in one worker. `tls` is the context whose `certificate` (chain and key) is read again with them, and
-    so are lists of revoked certificates (`revocations`): whoever is on one loses those of the `connections` that were
-    made before."""
+class Reload:
+    """New settings in one worker: prepared, and then taken or dropped. `tls` is the context whose `certificate` (chain
+    and key) is read again with them, and so are lists of revoked certificates (`revocations`): whoever is on one loses
+    those of the `connections` that were made before."""
 
     def __init__(
         self,

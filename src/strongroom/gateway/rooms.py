@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from strongroom.gateway.door import Callers as Asked
+from strongroom.gateway.door import Callers as DoorCallers
 from strongroom.gateway.door import Model
 from strongroom.gateway.spelt import Spelling
 from strongroom.vault.callers import Callers
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from strongroom.gateway.settings import Budgets, Settings
 
 
-class Answers(Asked, Protocol):
+class RoomCallers(DoorCallers, Protocol):
     """What a worker asks beside what its door does. `model` answers from memory of what `resolve` has named."""
 
     def model(self, ref: str) -> Model: ...
@@ -46,7 +46,7 @@ class Behind(Protocol):
     @property
     def threads(self) -> int: ...
     @property
-    def callers(self) -> Answers: ...
+    def callers(self) -> RoomCallers: ...
 
     def stream(self) -> str: ...
     def counters(self, budgets: Budgets) -> Counting: ...

@@ -20,7 +20,7 @@ from strongroom.errors import BackendError, StrongroomError
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
-from strongroom.gateway.reload import Prepared, Read, Tell, everywhere, unexpected
+from strongroom.gateway.reload import Read, Reload, Tell, everywhere, unexpected
 from strongroom.gateway.rooms import Open
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
@@ -70,7 +70,7 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             _serve(plan, listener, ready, 0, lambda _: None)
             return
         with _hangup(signal.SIG_IGN):  # until it can be answered
-            _serve(plan, listener, ready, 0, lambda prepared: prepared.on_hangup(read, plan.tell))
+            _serve(plan, listener, ready, 0, lambda reload: reload.on_hangup(read, plan.tell))
         return
     before = signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
@@ -145,7 +145,7 @@ def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], numb
     """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN if plan.read else signal.SIG_DFL)  # it is told by the first process
     try:
-        _serve(plan, listener, ready, number, lambda prepared: prepared.listen_to(line))
+        _serve(plan, listener, ready, number, lambda reload: reload.listen_to(line))
     except StrongroomError as error:
         line.send((error.message, error.hint))
         sys.exit(error.exit_code)
@@ -160,7 +160,7 @@ def _serve(
     listener: socket.socket,
     ready: Callable[[], None],
     number: int,
-    listening: Callable[[Prepared], None],
+    listening: Callable[[Reload], None],
 ) -> None:
     room = plan.room()
     try:
@@ -175,11 +175,11 @@ def _serve(
             app.certificates.crl_end = revocations.end
 
         def begun() -> None:
-            listening(prepared)
+            listening(reload)
             ready()
 
         server = _Server(config, begun)
-        prepared = Prepared(app, config.ssl, plan.certificate, revocations, server.server_state.connections)
+        reload = Reload(app, config.ssl, plan.certificate, revocations, server.server_state.connections)
         # Why it did not start is said once, by whoever catches it, with what to do.
         logging.getLogger("uvicorn.error").addFilter(lambda _: app.failure is None)
         try:

@@ -28,7 +28,6 @@ Index = NDArray[np.int64]
 LIKENESS = 0.25  # share of a matrix's energy that has to be explained, above what chance explains
 _SURE = 0.9  # share that no other way of reading a matrix will better
 _GRAM = 0.7  # cosine of the inner products of some rows: those of unrelated rows are about 0
-_STILL = 0.999  # cosine from which a rotation is none
 _SIMPLE = 0.03  # share that a mixture of more rows has to explain more than one of fewer
 _SAMPLED = 64  # rows of the original by which a mixture is told from another
 _COLUMNS = 256  # enough of them to tell rows apart

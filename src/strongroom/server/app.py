@@ -47,7 +47,8 @@ _ASKED_BY_GATEWAYS = ("callers", "decisions", "models", "spellings", "draws", "s
 class CustodianApp:
     """The ASGI application of one room; `asgi` is what a server runs. `direct`: clients read an object store by
     themselves, with credentials of their own. `trace_memory`: bytes that found files may take; see `Memory`;
-    `trace_seconds`: see `Traces`. `budgets`: those of the room's gateway, by which is told what has left."""
+    `trace_seconds`: see `Traces`. `budgets`: those by which is told what has left, and of which gateways elsewhere
+    draw."""
 
     def __init__(
         self,

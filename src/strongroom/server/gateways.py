@@ -33,16 +33,16 @@ from strongroom.watch.verdict import HONEST
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-METHODS = ("apikey", "oidc", "x509")  # what callers show at a gateway, and it is taken at its word for
+_METHODS = ("apikey", "oidc", "x509")  # what callers show at a gateway, and it is taken at its word for
 _HELD = 1.0  # seconds for which an unchanged version is held back
 _LOOK_EVERY = 0.2  # seconds between two looks at the log, for all who wait
 _ASKED = 64  # decisions at once
-_COUNTERS = 64  # of a request
+_COUNTERS = 1024  # of a request: a caller has some for each of its teams
 _TOKEN = 64 << 10  # characters of a token, or of a chain
 _ACCOUNTS = 1200.0  # of one gateway in a minute: 200 workers of one version, or 20 of ten
 _SPELLINGS = 4  # of the versions that were asked for last
 _QUERY = re.compile(r"[0-9a-zA-Z.-]{0,200}", re.ASCII)
-_QUESTION: dict[str, Kind] = {"principal": TEXT, "method": one_of(*METHODS), "ref": TEXT}
+_QUESTION: dict[str, Kind] = {"principal": TEXT, "method": one_of(*_METHODS), "ref": TEXT}
 _QUESTION["action"] = one_of("infer", *FEATURES)
 _TAKE: dict[str, Kind] = {"scope": TEXT, "window": TEXT, "start": COUNT, "who": TEXT, "missing": COUNT}
 _FEW: Kind = lambda value: COUNT(value) and value < 1 << 40  # noqa: E731 - no sum of them leaves a database's integers
@@ -131,7 +131,7 @@ class Gateways:
         self._calls.caller(request, body, "relay")
         value = members(body, {"principal", "method", "name", "ref"})
         match value:
-            case {"principal": str(), "method": method, **none} if not none and method in METHODS:
+            case {"principal": str(), "method": method, **none} if not none and method in _METHODS:
                 try:
                     return {"models": [_model(each) for each in self._callers.models(_caller(value))]}
                 except AuthRequired:
@@ -195,8 +195,7 @@ class Gateways:
         value = members(body, {"id", "rules", "pay", "back"})
         self._check(value)
         pay, back = (
-            [Settled(**each) for each in _list(value, name, _SETTLE, 16 * _COUNTERS, least=0)]
-            for name in ("pay", "back")
+            [Settled(**each) for each in _list(value, name, _SETTLE, _COUNTERS, least=0)] for name in ("pay", "back")
         )
         return {"now": self._counters.settle(gateway, value["id"], pay, back)}
 
@@ -238,11 +237,8 @@ def _model(found: ModelInfo) -> dict[str, Any]:
 
 
 def _drawn(found: Drawn) -> dict[str, Any]:
-    counters = [
-        {"used": used, "spare": spare} for used, spare in zip(found.used, found.spare or found.used, strict=True)
-    ]
-    if not found.spare:
-        counters = [{**each, "spare": 0} for each in counters]
+    spares = found.spare or (0,) * len(found.used)
+    counters = [{"used": used, "spare": spare} for used, spare in zip(found.used, spares, strict=True)]
     return {"now": found.now, "moved": found.moved, "full": found.full, "counters": counters}
 
 

@@ -27,7 +27,6 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "old": COUNT,
     "new": COUNT,
 }
-_RANGE = {"type": "string", "pattern": "^bytes=[0-9]{1,18}-[0-9]{1,18}$"}
 _DESCRIPTION = (
     "The custody of one room. What a principal decides is a signed statement in the body; everything else is "
     "authorised by a signed statement in the header Authorization. Errors are RFC 9457 problem documents. The "

@@ -223,7 +223,7 @@ COMPONENTS: dict[str, Schema] = {
     "Named": _object({"ref": TEXT}),
     "Spelling": _object({"tokens": _list(_or_null(TEXT)), "control": _list(COUNT), "spaced": FLAG}),
     "Draw": _object(
-        {"id": TRACE, "rules": DIGEST, "ref": TEXT, "bits": COUNT, "take": _few(_TAKEN | {"missing": COUNT}, 64)}
+        {"id": TRACE, "rules": DIGEST, "ref": TEXT, "bits": COUNT, "take": _few(_TAKEN | {"missing": COUNT}, 1024)}
     ),
     "Drawn": _object(
         {"now": COUNT, "moved": FLAG, "full": _or_null(COUNT), "counters": _list(_object(_counts("used", "spare")))}

@@ -37,7 +37,7 @@ _FLOAT8 = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _PARSED = ("safetensors", "gguf", "npy", "convert")
-_NAMED = "strongroom trace takes a file of weights, or the folder that it was found in"
+_NAMED = "a file of weights, or the folder that it was found in: strongroom trace FILE"
 _HINTS = {
     "source.missing": _NAMED,
     "source.empty": _NAMED,

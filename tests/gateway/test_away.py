@@ -23,13 +23,25 @@ from strongroom.client import Room, callings
 from strongroom.client.gateway import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
-from strongroom.errors import AuthRequired, BackendError, Conflict, NotFound, Sealed, UsageError
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    Conflict,
+    Denied,
+    LimitExceeded,
+    NotFound,
+    Sealed,
+    StrongroomError,
+    UsageError,
+)
 from strongroom.formats.authority import OIDC, X509, Authority
 from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
+from strongroom.watch.counters import Key
+from strongroom.watch.drawing import Want
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
 from vault.rooms import write_model
@@ -341,6 +353,77 @@ def test_what_was_drawn_for_nobody_is_given_back(away, monkeypatch):
         lost.paths = ()
     with away.host() as room:
         assert room.budget(REF)["gone_bits"] == before
+
+
+class Busy(Losing):
+    """A custodian that tells a gateway to come again, as it tells any address that asks too often."""
+
+    def __call__(self, method, path, body=b"", headers=None, *, again=True):
+        if self.down and path.rpartition("/")[2] in self.paths:
+            raise LimitExceeded("server.busy", "this address asks too often", hint="wait a second")
+        return self.request_(method, path, body, headers, again=again)
+
+
+def test_what_a_busy_custodian_did_not_take_is_charged_and_given_back_later(away, monkeypatch):
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        counters = room.counters(away.settings().budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+
+        def used():
+            with away.host() as host:
+                return host.budget(REF)["gone_bits"]
+
+        before = used()
+        session = room._line._session
+        busy = Busy(session, ("settlements", "draws"))
+        monkeypatch.setattr(session, "request", busy)
+        busy.down = True
+        counters.pay(0, {key: 300 + (5 << 32)})
+        with pytest.raises(BackendError) as caught:
+            counters.draw(0, REF, 50, [Want(key, 1000, False, 50)])
+        assert caught.value.code == "server.busy"
+        assert used() == before
+        busy.down = False
+        counters.give_back(0, {}, forget=False)
+        assert used() == before + 300 + (5 << 32)
+        counters.give_back(0, {key: 5 << 32}, forget=False)
+        assert used() == before + 300
+
+
+def test_a_draw_whose_answer_is_lost_is_given_back_whatever_is_said_then(away, monkeypatch):
+    """The first answer is lost, and the second is that the gateway may not, or is to wait."""
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        counters = room.counters(away.settings().budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+        said = [
+            Denied("denied.default", "you may not"),
+            LimitExceeded("server.busy", "you ask too often"),
+            Conflict("budget.other_settings", "others"),
+        ]
+        session, codes = room._line._session, []
+        request = session.request
+
+        def lost(method, path, *more, **others):
+            if path.endswith("/draws") and asked.pop(0):
+                request(method, path, *more, **others)
+                raise BackendError("server.unreachable", "the answer was lost")
+            if path.endswith("/draws") and not asked and error is not None:
+                raise error
+            return request(method, path, *more, **others)
+
+        with away.host() as host:
+            before = host.budget(REF)["gone_bits"]
+            for error in said:  # noqa: B007 - `lost` raises it
+                asked = [True, False]
+                monkeypatch.setattr(session, "request", lost)
+                with pytest.raises(StrongroomError) as caught:
+                    counters.draw(0, REF, 50, [Want(key, 1000, False, 50)])
+                codes.append(caught.value.code)
+                monkeypatch.setattr(session, "request", request)
+                assert host.budget(REF)["gone_bits"] > before
+                counters.give_back(0, {}, forget=False)
+                assert host.budget(REF)["gone_bits"] == before
+    assert codes == ["gateway.refused", "server.busy", "gateway.budgets"]
 
 
 def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):

@@ -228,3 +228,15 @@ def test_a_digest_is_of_all_that_limits_are_reckoned_by():
     }
     assert len(digests) == 12
     assert digest_of(tuple(reversed(DEFAULTS)), 4, 16) == digest_of(DEFAULTS, 4, 16)
+
+
+def test_a_tranche_of_any_size_is_given_back(desk):
+    """A sixteenth of a large budget is more than an answer can have: what could not be given back stayed charged."""
+    size = 400_000_000_000
+    rules = (Rule("model", "lifetime", 0.5, hard=True),)
+    there = Budgets(Relay(RelayedCounters(desk.db, rules, lambda _: size, lambda: NOON)), rules, lambda _: size,
+                    lambda: desk.now)  # fmt: skip
+    there.reserve(ANA, REF, 1000).settle(700)
+    assert desk.used("model", "lifetime") > 2 * MOST
+    there.close()
+    assert desk.used("model", "lifetime") == 700

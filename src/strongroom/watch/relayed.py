@@ -94,7 +94,8 @@ class RelayedCounters:
     def settle(self, gateway: str, asked: str, pay: Sequence[Settled], back: Sequence[Settled]) -> int:
         """Charge what answers had beyond what was drawn, and give back what was not spent, once under the identifier
         `asked`; what time it is. Conflict ``budget.not_drawn`` for more than `gateway` has drawn and not given back."""
-        owed, returned = ({self._settled(each): _checked(each.bits) for each in some} for some in (pay, back))
+        owed = {self._settled(each): _checked(each.bits) for each in pay}
+        returned = {self._settled(each): each.bits for each in back}  # of any size: no more than was drawn
         if len(owed) < len(pay) or len(returned) < len(back):
             raise _none("the same counter twice")
         try:

@@ -144,6 +144,7 @@ class GatewayApp:
             if self.capture is not None:
                 self.capture.check()
             token, peer = _shown(exchange)
+            known = self._door.epoch
             caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
@@ -154,6 +155,7 @@ class GatewayApp:
                 _network(exchange.connection.client[0]),
                 exchange.task,
                 peer,
+                known,
             )
             if self.tracing is not None:
                 flight.trace = self.tracing.begin(flight, exchange.headers)

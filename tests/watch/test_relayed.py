@@ -205,6 +205,15 @@ def test_more_than_any_answer_has_and_the_same_counter_twice(desk, room):
     assert desk.used("identity", "day", "user/ana") == 0
 
 
+def test_a_month_that_no_calendar_has(desk):
+    """It was no error of ours: 500, and a traceback in the custodian's log for each."""
+    room = RelayedCounters(desk.db, DEFAULTS, lambda _: SIZE, lambda: NOON)
+    for start in (1 << 40, (1 << 53) - 1):
+        with pytest.raises(UsageError) as caught:
+            room.settle(GATE, next(IDS), [Settled("model", "month", start, "", REF, 1)], ())
+        assert caught.value.code == "budget.counter"
+
+
 def test_what_was_asked_is_forgotten_and_no_budget_shows_it(desk, room):
     for _ in range(5):
         room.draw(GATE, next(IDS), REF, 10, [today(10)])

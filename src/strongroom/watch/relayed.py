@@ -16,7 +16,7 @@ from strongroom.core import canonical
 from strongroom.core.ids import Ref
 from strongroom.errors import Conflict, LimitExceeded, UsageError
 from strongroom.storage.db import Database
-from strongroom.watch.counters import ASKED, DRAWN, Change, Counters, Key
+from strongroom.watch.counters import ASKED, DRAWN, LAST, Change, Counters, Key
 from strongroom.watch.drawing import Drawn, Want, draw
 from strongroom.watch.rules import Rule, counted_ref, window_at
 
@@ -137,7 +137,7 @@ class RelayedCounters:
             named = Ref.parse(said.ref).number is None
         else:
             named = Ref.parse(said.ref).number is not None
-        if not named or window_at(said.window, said.start)[0] != said.start:
+        if not named or said.start >= LAST or window_at(said.window, said.start)[0] != said.start:
             raise _none("a window or a version that no counter has")
         return _key(said.scope, said.window, said.start, said.who, said.ref)
 

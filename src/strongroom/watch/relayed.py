@@ -144,7 +144,7 @@ class RelayedCounters:
     def _rule(self, scope: str, window: str) -> Rule:
         rule = self._rules.get((scope, window))
         if rule is None:
-            raise _none(f"{scope:.40} each {window:.40}")
+            raise _none(f"{scope!r:.40} each {window!r:.40}")  # half a character could not be answered with
         return rule
 
     def _prune(self, change: Change) -> None:

@@ -448,6 +448,36 @@ def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
         assert gateway.get("/readyz")[0] == 200
 
 
+def test_nobody_waits_for_a_budget_behind_a_network_that_has_gone_dark(away, monkeypatch):
+    """Nothing comes back, not even that it can't be reached; and those who ask wait for one another's draws."""
+    monkeypatch.setattr(door, "_BLIND", 2.0)
+    monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
+    with away.gateway() as gateway:
+        assert gateway.get("/v1/models")[0] == 200
+        session = gateway.room._line._session
+        request, light = session.request, threading.Event()
+
+        def dark(method, path, *more, **others):
+            if path.endswith("/draws"):
+                drawing.set()
+            if drawing.is_set() and not light.is_set():
+                light.wait(20)
+                raise BackendError("server.unreachable", "nothing came")
+            return request(method, path, *more, **others)
+
+        drawing = threading.Event()
+        monkeypatch.setattr(session, "request", dark)
+        try:
+            with ThreadPoolExecutor(4) as threads:
+                began = time.monotonic()
+                found = list(threads.map(lambda _: gateway.post(chat())[:1], range(4)))
+                assert (found, time.monotonic() - began < 10) == ([(503,)] * 4, True)
+        finally:
+            light.set()
+            monkeypatch.setattr(session, "request", request)
+        eventually(lambda: gateway.post(chat())[0] == 200)
+
+
 def test_questions_that_come_together_are_asked_together(away, monkeypatch):
     asked = []
 

@@ -189,9 +189,9 @@ class GatewayApp:
         if flight.trace is not None:
             flight.trace.part("limits")
         try:
+            exchange.when_gone(flight.leave)
             if not self._tolls.take(flight):
                 await self._tolls.wait(flight)
-            exchange.when_gone(flight.leave)
             flight.body = self._upstream_body(flight)
             if flight.trace is not None:
                 flight.trace.upstream(flight)

@@ -107,14 +107,28 @@ def test_an_older_list_takes_nothing_back(domain):
     chain, _ = domain.svid(ID)
     old, new = domain.crl(begin=-600), domain.crl(chain, begin=-60)
     now, before = lists(new, domains=[domain]), lists(old, domains=[domain])
-    now.check_after(before)
+    now.check_after(before, [domain.bundle])
     with pytest.raises(UsageError) as caught:
-        before.check_after(now)
+        before.check_after(now, [domain.bundle])
     assert caught.value.code == "revocation.older"
     for files in ((old, new), (new, old)):
         assert not good(chain, domain, lists(*files, domains=[domain]))
     assert now.digest != before.digest
     assert RevocationLists().digest == ""
+
+
+def test_a_list_that_is_gone_takes_nothing_back(domain):
+    """A file that another one was put in the place of: those on the list that is in force would be good again."""
+    chain, _ = domain.svid(ID)
+    other = TrustDomain("other.org")
+    both = [domain, other]
+    before = lists(domain.crl(chain), other.crl(), domains=both)
+    now = lists(other.crl(), other.crl(), domains=both)
+    with pytest.raises(UsageError) as caught:
+        now.check_after(before, [each.bundle for each in both])
+    assert caught.value.code == "revocation.gone"
+    now.check_after(before, [other.bundle])  # the room has no such authority any more
+    before.check_after(now, [each.bundle for each in both])
 
 
 CRL, OTHER = TrustDomain().crl(), TrustDomain("x.org")

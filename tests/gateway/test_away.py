@@ -23,7 +23,17 @@ from strongroom.client import Room, callings
 from strongroom.client.gateway import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
-from strongroom.errors import AuthRequired, BackendError, Conflict, NotFound, Sealed, UsageError
+from strongroom.errors import (
+    AuthRequired,
+    BackendError,
+    Conflict,
+    Denied,
+    LimitExceeded,
+    NotFound,
+    Sealed,
+    StrongroomError,
+    UsageError,
+)
 from strongroom.formats.authority import OIDC, X509, Authority
 from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
@@ -31,6 +41,8 @@ from strongroom.gateway.worker import application
 from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
 from strongroom.watch.budget import Budgets
+from strongroom.watch.counters import Key
+from strongroom.watch.drawing import Want
 from strongroom.watch.rules import Spender
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
@@ -358,6 +370,77 @@ def test_what_was_drawn_for_nobody_is_given_back(away, monkeypatch):
         assert room.budget(REF)["gone_bits"] == before
 
 
+class Busy(Losing):
+    """A custodian that tells a gateway to come again, as it tells any address that asks too often."""
+
+    def __call__(self, method, path, body=b"", headers=None, *, again=True):
+        if self.down and path.rpartition("/")[2] in self.paths:
+            raise LimitExceeded("server.busy", "this address asks too often", hint="wait a second")
+        return self.request_(method, path, body, headers, again=again)
+
+
+def test_what_a_busy_custodian_did_not_take_is_charged_and_given_back_later(away, monkeypatch):
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        counters = room.counters(away.settings().budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+
+        def used():
+            with away.host() as host:
+                return host.budget(REF)["gone_bits"]
+
+        before = used()
+        session = room._line._session
+        busy = Busy(session, ("settlements", "draws"))
+        monkeypatch.setattr(session, "request", busy)
+        busy.down = True
+        counters.pay(0, {key: 300 + (5 << 32)})
+        with pytest.raises(BackendError) as caught:
+            counters.draw(0, REF, 50, [Want(key, 1000, False, 50)])
+        assert caught.value.code == "server.busy"
+        assert used() == before
+        busy.down = False
+        counters.give_back(0, {}, forget=False)
+        assert used() == before + 300 + (5 << 32)
+        counters.give_back(0, {key: 5 << 32}, forget=False)
+        assert used() == before + 300
+
+
+def test_a_draw_whose_answer_is_lost_is_given_back_whatever_is_said_then(away, monkeypatch):
+    """The first answer is lost, and the second is that the gateway may not, or is to wait."""
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
+        counters = room.counters(away.settings().budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+        said = [
+            Denied("denied.default", "you may not"),
+            LimitExceeded("server.busy", "you ask too often"),
+            Conflict("budget.other_settings", "others"),
+        ]
+        session, codes = room._line._session, []
+        request = session.request
+
+        def lost(method, path, *more, **others):
+            if path.endswith("/draws") and asked.pop(0):
+                request(method, path, *more, **others)
+                raise BackendError("server.unreachable", "the answer was lost")
+            if path.endswith("/draws") and not asked and error is not None:
+                raise error
+            return request(method, path, *more, **others)
+
+        with away.host() as host:
+            before = host.budget(REF)["gone_bits"]
+            for error in said:  # noqa: B007 - `lost` raises it
+                asked = [True, False]
+                monkeypatch.setattr(session, "request", lost)
+                with pytest.raises(StrongroomError) as caught:
+                    counters.draw(0, REF, 50, [Want(key, 1000, False, 50)])
+                codes.append(caught.value.code)
+                monkeypatch.setattr(session, "request", request)
+                assert host.budget(REF)["gone_bits"] > before
+                counters.give_back(0, {}, forget=False)
+                assert host.budget(REF)["gone_bits"] == before
+    assert codes == ["gateway.refused", "server.busy", "gateway.budgets"]
+
+
 def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
     """Whoever cuts the line between them would keep a freeze from the gateway, too."""
     monkeypatch.setattr(door, "_BLIND", 2.0)
@@ -378,6 +461,36 @@ def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
         away.inference.script = lambda _: [whole()]
         eventually(lambda: gateway.post(chat())[0] == 200)
         assert gateway.get("/readyz")[0] == 200
+
+
+def test_nobody_waits_for_a_budget_behind_a_network_that_has_gone_dark(away, monkeypatch):
+    """Nothing comes back, not even that it can't be reached; and those who ask wait for one another's draws."""
+    monkeypatch.setattr(door, "_BLIND", 2.0)
+    monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
+    with away.gateway() as gateway:
+        assert gateway.get("/v1/models")[0] == 200
+        session = gateway.room._line._session
+        request, light = session.request, threading.Event()
+
+        def dark(method, path, *more, **others):
+            if path.endswith("/draws"):
+                drawing.set()
+            if drawing.is_set() and not light.is_set():
+                light.wait(20)
+                raise BackendError("server.unreachable", "nothing came")
+            return request(method, path, *more, **others)
+
+        drawing = threading.Event()
+        monkeypatch.setattr(session, "request", dark)
+        try:
+            with ThreadPoolExecutor(4) as threads:
+                began = time.monotonic()
+                found = list(threads.map(lambda _: gateway.post(chat())[:1], range(4)))
+                assert (found, time.monotonic() - began < 10) == ([(503,)] * 4, True)
+        finally:
+            light.set()
+            monkeypatch.setattr(session, "request", request)
+        eventually(lambda: gateway.post(chat())[0] == 200)
 
 
 def test_questions_that_come_together_are_asked_together(away, monkeypatch):

@@ -307,6 +307,27 @@ def test_whoever_does_not_take_the_last_answer_does_not_keep_the_connection(monk
     asyncio.run(run())
 
 
+def test_what_was_asked_ahead_does_not_keep_a_connection_that_ends(monkeypatch, connected):
+    """Whoever asks on behind a request that ends the connection, and takes no answer, would have it for ever."""
+    monkeypatch.setattr(module, "_TAKE_TIME", 0.02)
+    monkeypatch.setattr(module, "_BODY_TIME", 0.02)
+
+    async def ends(scope, receive, send):
+        await receive()
+        headers = [(b"content-length", b"2"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 400, "headers": headers})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async def run():
+        connection, wire = connected(ends)
+        connection.data_received(post(b"one") + post(b"two"))
+        async with asyncio.timeout(1):
+            while not wire.aborted:  # noqa: ASYNC110 - a timer is waited for
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
 def test_what_is_not_read_is_not_late(monkeypatch, connected):
     monkeypatch.setattr(module, "_HEAD_TIME", 0.03)
     go = asyncio.Event()

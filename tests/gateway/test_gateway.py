@@ -69,6 +69,27 @@ def eventually(what, seconds: float = 5):
     return found
 
 
+def test_a_key_that_ends_while_its_request_comes_is_good_for_nothing(place):
+    """Whoever keeps requests half sent until a leaked key is taken back gets no answer to any, though another key of
+    the same identity still is good, and what it may is known."""
+    gateway = place.gateway()
+    with place.room(ANA) as room:
+        leaked = room.apikeys.new("leaked")
+        body = json.dumps(chat()).encode()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %s\r\n"
+        head += b"content-length: %d\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", gateway.port), 10) as connection:
+            connection.sendall(head % (leaked["key"].encode(), len(body)) + body[:5])
+            eventually(lambda: place.newest.under_way == 1)
+            room.apikeys.end(leaked["id"])
+            eventually(lambda: gateway.post(chat(), key=leaked["key"])[0] == 401)
+            assert gateway.post(chat())[0] == 200
+            place.inference.asked.clear()
+            connection.sendall(body[5:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+    assert not place.inference.asked
+
+
 # -- what clients see ------------------------------------------------------------------------------------------------
 
 

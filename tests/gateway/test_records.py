@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from strongroom.errors import BackendError, Tampered
+from strongroom.gateway import records as module
 from strongroom.gateway.records import FIRST, Records, digest, verify
 
 RECORD = {"by": "user/ana", "ref": "acme/tiny@1", "status": 200, "tokens": 5, "bits": 80}
@@ -75,6 +76,33 @@ def test_whoever_edits_a_record_contradicts_the_log(tmp_path):
     ):
         with pytest.raises(Tampered):
             verify(changed, [body])
+
+
+def test_a_log_that_answers_slowly_keeps_no_record_from_the_disk(tmp_path, monkeypatch):
+    """It may be another machine's. Answers wait for their records, and whoever ends the gateway meanwhile must not end
+    what is only in its memory; what the log is told goes no further than the head that it is told with."""
+    monkeypatch.setattr(module, "_ENTRY_EVERY", 0.0)
+    asked, go, entered = threading.Event(), threading.Event(), []
+
+    def slow(ref, body):
+        entered.append((ref, body))
+        asked.set()
+        return len(entered) if go.wait(20) else -1
+
+    records = Records(tmp_path, slow, "5" * 64)
+    try:
+        records.add(dict(RECORD))
+        assert asked.wait(5)
+        records.add(dict(RECORD))
+        asyncio.run(asyncio.wait_for(records.durable(), 3))
+        lines = records.path.read_bytes().splitlines()
+        assert len(lines) == 2
+        assert [(body["records"], body["requests"]) for _, body in entered] == [(1, 1)]
+    finally:
+        go.set()
+        records.close()
+    assert [(body["records"], body["requests"]) for _, body in entered] == [(1, 1), (2, 1)]
+    assert verify(lines, [body for _, body in entered]) == 2
 
 
 def test_durable_means_on_disk(tmp_path):

@@ -20,6 +20,7 @@ from strongroom.gateway.settings import Budgets
 from strongroom.server.calls import Calls
 from strongroom.server.gateways import Gateways
 from strongroom.vault.vault import Vault
+from strongroom.watch.relayed import digest_of
 
 pytestmark = pytest.mark.server
 
@@ -201,3 +202,14 @@ def test_tallies_are_counted_once(gates):
     for wrong in ({"good": -1}, {"good": 1 << 40}, {"arithmetic": "float8"}, {"good": 1.5}, {"more": 1}):
         assert gates.ask("tallies", {**value, "add": {**runs, **wrong}})[0] == 400
     assert gates.ask("tallies", {**value, "add": {**runs, "ref": "acme/none@1"}})[0] == 404
+
+
+def test_half_a_character_is_refused_and_no_fault_of_ours(gates):
+    budgets = Budgets()
+    rules = digest_of(budgets.rules, budgets.bits_per_parameter, budgets.compression)
+    counter = {"scope": "\ud800", "window": "day", "start": 0, "who": ANA}
+    draw = {"id": secrets.token_hex(16), "rules": rules, "ref": REF, "bits": 1, "take": [{**counter, "missing": 1}]}
+    settle = {"id": draw["id"], "rules": rules, "pay": [{**counter, "ref": REF, "bits": 1}], "back": []}
+    for name, value in (("draws", draw), ("settlements", settle)):
+        status, found = gates.ask(name, value)
+        assert (status, found["code"]) == (400, "budget.counter")

@@ -205,6 +205,15 @@ def test_more_than_any_answer_has_and_the_same_counter_twice(desk, room):
     assert desk.used("identity", "day", "user/ana") == 0
 
 
+def test_a_month_that_no_calendar_has(desk):
+    """It was no error of ours: 500, and a traceback in the custodian's log for each."""
+    room = RelayedCounters(desk.db, DEFAULTS, lambda _: SIZE, lambda: NOON)
+    for start in (1 << 40, (1 << 53) - 1):
+        with pytest.raises(UsageError) as caught:
+            room.settle(GATE, next(IDS), [Settled("model", "month", start, "", REF, 1)], ())
+        assert caught.value.code == "budget.counter"
+
+
 def test_what_was_asked_is_forgotten_and_no_budget_shows_it(desk, room):
     for _ in range(5):
         room.draw(GATE, next(IDS), REF, 10, [today(10)])
@@ -228,3 +237,15 @@ def test_a_digest_is_of_all_that_limits_are_reckoned_by():
     }
     assert len(digests) == 12
     assert digest_of(tuple(reversed(DEFAULTS)), 4, 16) == digest_of(DEFAULTS, 4, 16)
+
+
+def test_a_tranche_of_any_size_is_given_back(desk):
+    """A sixteenth of a large budget is more than an answer can have: what could not be given back stayed charged."""
+    size = 400_000_000_000
+    rules = (Rule("model", "lifetime", 0.5, hard=True),)
+    there = Budgets(Relay(RelayedCounters(desk.db, rules, lambda _: size, lambda: NOON)), rules, lambda _: size,
+                    lambda: desk.now)  # fmt: skip
+    there.reserve(ANA, REF, 1000).settle(700)
+    assert desk.used("model", "lifetime") > 2 * MOST
+    there.close()
+    assert desk.used("model", "lifetime") == 700

@@ -14,9 +14,11 @@ from typing import Any
 
 from strongroom.client import answers
 from strongroom.client.line import Line
-from strongroom.errors import BackendError, Conflict, NotFound, Sealed, StrongroomError, UsageError
+from strongroom.errors import BackendError, Conflict, LimitExceeded, NotFound, Sealed, StrongroomError, UsageError
+from strongroom.formats.entry import Kind
 from strongroom.watch.counters import Key
 from strongroom.watch.drawing import Drawn, Want
+from strongroom.watch.relayed import MOST
 from strongroom.watch.tallies import Kept, heard, told
 from strongroom.watch.verdict import Tally
 
@@ -67,17 +69,28 @@ class ServedCounters:
         ]
         asked = {"id": secrets.token_hex(16), "rules": self._rules, "ref": ref, "bits": bits, "take": take}
         try:
+            found = self._post("draws", asked, answers.DRAWN)
+        except BackendError as lost:  # what it may have charged is asked for again: it is charged once
+            if lost.code == "server.busy":
+                raise
             try:
-                found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
-            except BackendError:  # what it may have charged is asked for again: it is charged once
-                found = self._line.post("/v1/gateway/draws", asked, answers.DRAWN)
-        except BackendError:
-            with self._lock:
-                self._unheard.append(_Unheard(asked, tuple(wants), self._clock()))
-            raise
-        except (Conflict, NotFound, UsageError) as error:  # of this gateway, and not of who has called it
-            raise Sealed("gateway.budgets", f"the room charges no budgets: {error.message}", hint=error.hint) from None
+                found = self._post("draws", asked, answers.DRAWN)
+            except StrongroomError as error:  # whatever is said now, the first time something else may have been
+                with self._lock:
+                    self._unheard.append(_Unheard(asked, tuple(wants), self._clock()))
+                raise _about_us(error) from None
+        except StrongroomError as error:
+            raise _about_us(error) from None
         return _drawn(found, len(wants))
+
+    def _post(self, name: str, value: Mapping[str, Any], members: Mapping[str, Kind]) -> dict[str, Any]:
+        """Errors as of `Line.post`, but that who is told to come again asks again: BackendError ``server.busy``."""
+        try:
+            return self._line.post(f"/v1/gateway/{name}", value, members)
+        except LimitExceeded as error:
+            if error.code == "budget.bits":
+                raise
+            raise BackendError(error.code, f"the custodian is busy: {error.message}", hint=error.hint) from None
 
     def pay(self, now: int, bits: Mapping[Key, int]) -> None:  # noqa: ARG002
         self._later(bits, back=False)
@@ -88,11 +101,14 @@ class ServedCounters:
         self._settle_all()
 
     def _later(self, bits: Mapping[Key, int], *, back: bool) -> None:
-        pairs = list(bits.items())
+        pairs = [(key, amount if back else min(amount, MOST)) for key, amount in bits.items()]
+        more = {} if back else {key: amount - MOST for key, amount in bits.items() if amount > MOST}
         with self._lock:
             for begin in range(0, len(pairs), _AT_ONCE):
                 some = dict(pairs[begin : begin + _AT_ONCE])
                 self._settling.append(_Settling(secrets.token_hex(16), back, some, self._clock()))
+        if more:
+            self._later(more, back=False)
 
     def _settle_all(self) -> None:
         """What can't be told now is told later, but for what would be given back twice by then."""
@@ -120,7 +136,7 @@ class ServedCounters:
             each = self._unheard[0]
             try:
                 if self._clock() - each.since <= _REMEMBERED:
-                    found = _drawn(self._line.post("/v1/gateway/draws", each.value, answers.DRAWN), len(each.wants))
+                    found = _drawn(self._post("draws", each.value, answers.DRAWN), len(each.wants))
                     bits = {
                         want.key: want.missing + spare for want, spare in zip(each.wants, found.spare, strict=False)
                     }
@@ -136,7 +152,7 @@ class ServedCounters:
 
     def _settle(self, asked: str, pay: Mapping[Key, int], back: Mapping[Key, int]) -> None:
         value = {"id": asked, "rules": self._rules, "pay": _listed(pay), "back": _listed(back)}
-        self._line.post("/v1/gateway/settlements", value, answers.SETTLED)
+        self._post("settlements", value, answers.SETTLED)
 
     def close(self) -> None:
         """Settle what is left, if that can be."""
@@ -165,6 +181,13 @@ class ServedTallies:
     def _ask(self, value: Mapping[str, Any]) -> list[Kept]:
         found = self._line.post("/v1/gateway/tallies", value, answers.TALLIES)["kept"]
         return [heard(each, self.term) for each in found]
+
+
+def _about_us(error: StrongroomError) -> StrongroomError:
+    """What is wrong with this gateway, and not with who has called it."""
+    if isinstance(error, Conflict | NotFound | UsageError):
+        return Sealed("gateway.budgets", f"the room charges no budgets: {error.message}", hint=error.hint)
+    return error
 
 
 def _listed(bits: Mapping[Key, int]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 
@@ -33,13 +33,16 @@ _Key = tuple[bytes, bytes]  # of whoever has signed a list: name and public key
 
 
 class RevocationLists:
-    """`lists` by who has signed them, and the `roots` that these are, or are below. `digest` is another one whenever
-    they are others, empty without any."""
+    """`lists` by who has signed them, and of each the `roots` that this is, or is below. `digest` is another one
+    whenever they are others, empty without any."""
 
     def __init__(
-        self, lists: dict[_Key, x509.CertificateRevocationList] | None = None, roots: Collection[_Key] = ()
+        self,
+        lists: dict[_Key, x509.CertificateRevocationList] | None = None,
+        roots: Mapping[_Key, Collection[_Key]] | None = None,
     ) -> None:
-        self._lists, self._roots = lists or {}, frozenset(roots)
+        self._lists, self._below = lists or {}, roots or {}
+        self._roots = frozenset(root for each in self._below.values() for root in each)
         found = sorted(each.fingerprint(SHA256()) for each in self._lists.values())
         self.digest = hashlib.sha256(b"".join(found)).hexdigest() if found else ""
 
@@ -50,7 +53,7 @@ class RevocationLists:
         ``revocation.stranger`` (signed by no authority of `bundles`), ``revocation.expired``."""
         roots = [each for bundle in bundles for each in x509.load_pem_x509_certificates(bundle.encode())]
         found: dict[_Key, x509.CertificateRevocationList] = {}
-        over: set[_Key] = set()
+        over: dict[_Key, set[_Key]] = {}
         for name, data in files:
             lists, between = _parts(name, data)
             below = [(root, _below(root, between)) for root in roots]
@@ -66,15 +69,24 @@ class RevocationLists:
                     )
                 if why := _untimely(each, now):
                     raise UsageError("revocation.expired", f"{name}: the list of {_named(each)} {why}", hint=_PAGE)
-                over |= {_key(root) for root, _ in signed}
                 key = _key(signed[0][1])
+                over.setdefault(key, set()).update(_key(root) for root, _ in signed)
                 if key not in found or found[key].last_update_utc < each.last_update_utc:
                     found[key] = each
         return cls(found, over)
 
-    def check_after(self, before: RevocationLists) -> None:
-        """UsageError ``revocation.older`` where a list is older than the one in force: what was taken back since would
-        be good again."""
+    def check_after(self, before: RevocationLists, bundles: Sequence[str]) -> None:
+        """UsageError ``revocation.older`` where a list is older than the one in force, ``revocation.gone`` where there
+        is none any more of an authority that is one of `bundles`, or below one: what was taken back would be good
+        again."""
+        roots = {_key(each) for bundle in bundles for each in x509.load_pem_x509_certificates(bundle.encode())}
+        for key, each in before._lists.items():
+            if key not in self._lists and not roots.isdisjoint(before._below[key]):
+                raise UsageError(
+                    "revocation.gone",
+                    f"the list of {_named(each)} is in force, and none of the files has one of that authority",
+                    hint="put it into a file again; if that authority has none any more: end this, and start it again",
+                )
         for key, each in self._lists.items():
             known = before._lists.get(key)
             if known is not None and each.last_update_utc < known.last_update_utc:

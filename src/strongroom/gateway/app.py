@@ -146,6 +146,7 @@ class GatewayApp:
             if self.capture is not None:
                 self.capture.check()
             token, peer = _shown(exchange)
+            known = self._door.epoch
             caller = self._door.known(token, peer) or await self._door.caller(token, peer)
             self._refusals.check(caller.principal)
             flight = Flight(
@@ -156,6 +157,7 @@ class GatewayApp:
                 _network(exchange.connection.client[0]),
                 exchange.task,
                 peer,
+                known,
             )
             if self.tracing is not None:
                 flight.trace = self.tracing.begin(flight, exchange.headers)
@@ -189,9 +191,9 @@ class GatewayApp:
         if flight.trace is not None:
             flight.trace.part("limits")
         try:
+            exchange.when_gone(flight.leave)
             if not self._tolls.take(flight):
                 await self._tolls.wait(flight)
-            exchange.when_gone(flight.leave)
             flight.body = self._upstream_body(flight)
             if flight.trace is not None:
                 flight.trace.upstream(flight)

@@ -504,6 +504,7 @@ class Connection(asyncio.Protocol):
     def _close(self) -> None:
         """Once what was written has been taken: for that there is a time, too."""
         self._deaf = True
+        self._ahead.clear()  # nobody answers those, nor may they keep a connection that nobody reads from being late
         if self._transport is not None and not self._gone:
             self._transport.close()
             self._coming.within(_TAKE_TIME)

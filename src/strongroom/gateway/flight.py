@@ -41,7 +41,7 @@ class Admission(Protocol):
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
-    the door's answers when it was allowed, -1 before."""
+    the door's answers when it was allowed, -1 before; `known`: that before it was asked who calls."""
 
     ref = ""
     asked = NOTHING
@@ -72,8 +72,9 @@ class Flight:
         destination: str,
         task: asyncio.Task[Any],  # what answers it
         peer: Peer | None = None,  # who has shown a certificate
+        known: int = 0,
     ) -> None:
-        self.route, self.caller, self.token, self.peer = route, caller, token, peer
+        self.route, self.caller, self.token, self.peer, self.known = route, caller, token, peer, known
         self.identifier, self.destination, self._task = identifier, destination, task
         self.started = time.monotonic()
         self.meter = Meter()
@@ -134,7 +135,7 @@ class Flights:
 
     def allowed(self, flight: Flight) -> bool:
         """As `allow`, from memory alone."""
-        if not self._door.allowed(flight.caller, flight.asked.actions, flight.ref):
+        if flight.known != self._door.epoch or not self._door.allowed(flight.caller, flight.asked.actions, flight.ref):
             return False
         flight.epoch = self._door.epoch
         return True
@@ -143,8 +144,9 @@ class Flights:
         """Denied, NotFound; again if the log changes meanwhile."""
         while True:
             epoch = self._door.epoch
-            if flight.epoch >= 0:
+            if flight.known != epoch:  # else a key that ends while a body comes slowly would still be good for it
                 flight.caller = await self._door.caller(flight.token, flight.peer)
+                flight.known = epoch
             await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
             if epoch == self._door.epoch:
                 flight.epoch = epoch

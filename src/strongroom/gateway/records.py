@@ -77,18 +77,25 @@ class Records:
             ) from None
         self._count, self._head, self._written_head, self._written = 0, FIRST, FIRST, 0
         self._unwritten = _Unwritten()
-        # Of what was written and not entered, by settings and version; the thread's alone.
+        # Of what was written and not entered, by settings and version.
         self._sums: dict[tuple[str, str], _Sums] = {}
         self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._wake, self._due = threading.Event(), threading.Event()
         self._appending = Appending(self._file, self._wake)
         self._failure: BackendError | None = None
         self._closing = self._ended = False
         self._capture = ""
+        # What the log is to be told: first the records of before are written.
+        self._asked: list[tuple[str, str, Future[None]]] = []
         self._announced: list[tuple[str, str, Future[None]]] = []
         self._entered_at = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="records", daemon=True)
-        self._thread.start()
+        # Two: the log may be somewhere else and slow to answer, and nothing may wait for it to be on disk.
+        self._threads = [
+            threading.Thread(target=self._run, name="records", daemon=True),
+            threading.Thread(target=self._account, name="accounts", daemon=True),
+        ]
+        for each in self._threads:
+            each.start()
 
     def check(self) -> None:
         """BackendError ``records.unwritable``: nothing is answered that can't be recorded."""
@@ -122,9 +129,9 @@ class Records:
         from being written."""
         told = Future[None]()
         with self._lock:
-            if self._ended or (not self._announced and capture == self._capture):
+            if self._ended or (not self._asked and not self._announced and capture == self._capture):
                 return  # of a stream that has ended there are no later entries
-            self._announced.append((capture, settings or self._settings, told))
+            self._asked.append((capture, settings or self._settings, told))
         self._wake.set()
         told.result()
 
@@ -137,37 +144,48 @@ class Records:
         """Write what is left, and tell the log."""
         self._closing = True
         self._wake.set()
-        self._thread.join()
+        for each in self._threads:
+            each.join()
         os.close(self._file)
 
-    # -- the thread ----------------------------------------------------------------------------------------------
+    # -- the threads ---------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        while not self._ended:
             self._wake.wait(_EVERY)
             self._wake.clear()
             last = self._closing
+            with self._lock:
+                asked, self._asked = self._asked, []
             self._write()
+            with self._lock:  # none came while these were written, and nobody waits for what nobody would do
+                self._announced += asked
+                self._ended = last and not self._unwritten.lines and not self._asked
+            self._due.set()
+
+    def _account(self) -> None:
+        last = False
+        while not last:
+            self._due.wait()
+            self._due.clear()
+            last = self._ended
             if self._announced:
                 self._tell()
             if self._sums and (last or time.monotonic() - self._entered_at >= _ENTRY_EVERY):
                 self._enter()
-            with self._lock:  # none came while these were written, and nobody waits for what nobody would do
-                if last and not self._unwritten.lines and not self._announced:
-                    self._ended = True
-                    return
 
     def _write(self) -> None:
         waiting = self._appending.waiting()
         with self._lock:
             taken, self._unwritten = self._unwritten, _Unwritten()
             head, count = self._head, self._count
-        if taken.lines and self._failure is None:
+        written = bool(taken.lines) and self._failure is None
+        if written:
             try:
                 self._appending.write(b"".join([line + b"\n" for line in taken.lines]))
-                self._written_head, self._written = head, count
             except OSError as error:
                 # A line may be there in part: this chain ends here, and nothing more is answered.
+                written = False
                 self._failure = BackendError(
                     "records.unwritable",
                     f"can't write {self.path.name}: {error.strerror}",
@@ -175,18 +193,24 @@ class Records:
                 )
         # With the lines, so that an entry counts what is in the chain up to its head; and what could not be written has
         # left the room all the same.
-        for about, sums in taken.sums.items():
-            self._sums.setdefault(about, _Sums()).add(**vars(sums))
+        with self._lock:
+            if written:
+                self._written_head, self._written = head, count
+            for about, sums in taken.sums.items():
+                self._sums.setdefault(about, _Sums()).add(**vars(sums))
         self._appending.tell(waiting)
 
     def _enter(self) -> None:
         """An entry for each version and settings. What can't be entered now is later, with what comes until then."""
-        taken, self._sums = self._sums, {}
+        with self._lock:
+            taken, self._sums = self._sums, {}
+            head = self._written, self._written_head
         for (settings, ref), sums in taken.items():
             try:
-                self._append(ref, self._body(settings, sums))
+                self._append(ref, self._body(settings, sums, *head))
             except Exception:  # noqa: BLE001 - whatever it is, the sums are not lost
-                self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
+                with self._lock:
+                    self._sums.setdefault((settings, ref), _Sums()).add(**vars(sums))
         self._entered_at = time.monotonic()
 
     def _tell(self) -> None:
@@ -194,19 +218,21 @@ class Records:
             announced, self._announced = self._announced, []
         for capture, settings, told in announced:
             before, self._capture = self._capture, capture
+            with self._lock:
+                head = self._written, self._written_head
             try:
-                self._append("", self._body(settings, _Sums()))
+                self._append("", self._body(settings, _Sums(), *head))
             except BaseException as error:  # noqa: BLE001 - it is whoever waits that has to know
                 self._capture = before
                 told.set_exception(error)
             else:
                 told.set_result(None)
 
-    def _body(self, settings: str, sums: _Sums) -> dict[str, Any]:
+    def _body(self, settings: str, sums: _Sums, written: int, head: str) -> dict[str, Any]:
         return {
             "gateway": self.stream,
-            "records": self._written,
-            "head": self._written_head,
+            "records": written,
+            "head": head,
             "settings": settings,
             **vars(sums),
             **({"capture": self._capture} if self._capture else {}),

@@ -95,7 +95,7 @@ class Tolls:
             if flight.trace is not None:
                 flight.trace.part("budget")
         toll = self._budgets.take(_spender(flight), flight.ref, flight.reserved)
-        flight.toll = toll or await self._reserve(flight)
+        flight.toll = toll or await flight.interruptible(self._reserve(flight))
 
     async def _look(self, flight: Flight) -> None:
         asked, limits = flight.asked, self._limits
@@ -115,7 +115,7 @@ class Tolls:
         return None if flight.admission is None else flight.admission.done(flight.meter.prompt + flight.tokens)
 
     async def _reserve(self, flight: Flight) -> Reservation:
-        """Out of the database, which takes milliseconds."""
+        """Out of the database, which takes milliseconds; but it may be behind a network that has gone dark."""
         work = asyncio.to_thread(self._budgets.reserve, _spender(flight), flight.ref, flight.reserved)
         asked = asyncio.ensure_future(work)
         try:

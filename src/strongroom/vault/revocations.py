@@ -27,7 +27,7 @@ class Revocations:
             today = max(self._vault.clock(), state.latest)
         bundles = [each.bundle for each in authorities if each.kind == X509]
         found = RevocationLists.decode([(path.name, _content(path)) for path in self._paths], bundles, today)
-        found.check_after(custodian.logins.revoked)
+        found.check_after(custodian.logins.revoked, bundles)
         return found
 
     def take(self, lists: RevocationLists) -> None:

@@ -19,7 +19,7 @@ from strongroom.storage.db import Database, egress
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
 VERIFIED = "verified"  # no counter of bits: see `tallies`
 DRAWN, ASKED = "drawn", "asked"  # nor these: see `relayed`
-_LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
+LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
 _KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
 
@@ -117,7 +117,7 @@ class Change:
 
 def _checked(now: int) -> int:
     """A time that has windows. Whoever writes to the database may have put any number there."""
-    if not 0 <= now < _LAST:
+    if not 0 <= now < LAST:
         raise Tampered(
             "budget.clock",
             f"the clock, or the newest time in the counters of egress, is second {now}, which no calendar has",

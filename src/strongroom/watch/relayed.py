@@ -16,7 +16,7 @@ from strongroom.core import canonical
 from strongroom.core.ids import Ref
 from strongroom.errors import Conflict, LimitExceeded, UsageError
 from strongroom.storage.db import Database
-from strongroom.watch.counters import ASKED, DRAWN, Change, Counters, Key
+from strongroom.watch.counters import ASKED, DRAWN, LAST, Change, Counters, Key
 from strongroom.watch.drawing import Drawn, Want, draw
 from strongroom.watch.rules import Rule, counted_ref, window_at
 
@@ -94,7 +94,8 @@ class RelayedCounters:
     def settle(self, gateway: str, asked: str, pay: Sequence[Settled], back: Sequence[Settled]) -> int:
         """Charge what answers had beyond what was drawn, and give back what was not spent, once under the identifier
         `asked`; what time it is. Conflict ``budget.not_drawn`` for more than `gateway` has drawn and not given back."""
-        owed, returned = ({self._settled(each): _checked(each.bits) for each in some} for some in (pay, back))
+        owed = {self._settled(each): _checked(each.bits) for each in pay}
+        returned = {self._settled(each): each.bits for each in back}  # of any size: no more than was drawn
         if len(owed) < len(pay) or len(returned) < len(back):
             raise _none("the same counter twice")
         try:
@@ -136,14 +137,14 @@ class RelayedCounters:
             named = Ref.parse(said.ref).number is None
         else:
             named = Ref.parse(said.ref).number is not None
-        if not named or window_at(said.window, said.start)[0] != said.start:
+        if not named or said.start >= LAST or window_at(said.window, said.start)[0] != said.start:
             raise _none("a window or a version that no counter has")
         return _key(said.scope, said.window, said.start, said.who, said.ref)
 
     def _rule(self, scope: str, window: str) -> Rule:
         rule = self._rules.get((scope, window))
         if rule is None:
-            raise _none(f"{scope:.40} each {window:.40}")
+            raise _none(f"{scope!r:.40} each {window!r:.40}")  # half a character could not be answered with
         return rule
 
     def _prune(self, change: Change) -> None:

@@ -294,3 +294,12 @@ def free_port(count: int = 1) -> int:
             for more in range(1, count):
                 stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
             return first
+
+
+def eventually(what: Callable[[], Any], seconds: float = 5) -> Any:
+    """What it gives once that is something."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+    return found

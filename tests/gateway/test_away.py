@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gateway.callers import Clock
-from gateway.places import STREAM, Gateway, Inference, chat, listening, token, whole
+from gateway.places import STREAM, Gateway, Inference, chat, eventually, listening, token, whole
 from server.provider import CLIENT
 from server.served import REF, Served
 from strongroom.client import Room, callings
@@ -128,14 +128,6 @@ def house(tmp_path_factory, provider, domain):
 def away(house):
     house.inference.script = lambda _: [whole()]
     return house
-
-
-def eventually(what, seconds: float = 5):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-    return found
 
 
 def test_a_request_is_answered_charged_and_in_the_log(away):

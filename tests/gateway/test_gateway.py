@@ -30,6 +30,7 @@ from gateway.places import (
     chunk,
     ended,
     event,
+    eventually,
     framed,
     free_port,
     token,
@@ -59,14 +60,6 @@ def streamed(count: int, pause: float = 0.0):
         yield ended(count)
 
     return script
-
-
-def eventually(what, seconds: float = 5):
-    end = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-    return found
 
 
 def test_a_key_that_ends_while_its_request_comes_is_good_for_nothing(place):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from strongroom.client import answers
 from strongroom.core.clock import unix
-from strongroom.core.ids import parse_principal
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
-from strongroom.crypto.session_key import SessionKeys, signer_of
+from strongroom.crypto.session_key import SessionKeys, acting, signer_of
 from strongroom.errors import AuthRequired, Denied, Sealed
 from strongroom.formats.card import Card
 from strongroom.formats.entry import Kind
 from strongroom.formats.statement import Voice
-from strongroom.storage.session import Session
+from strongroom.storage.session import Session, authorization
 
 _PATIENCE = 5.0  # seconds for an answer: callers wait, and the log has to be seen each 10 s
 
@@ -33,18 +30,8 @@ class Line:
         self._identities = Identities(settings.identities_folder)
         self._sessions = SessionKeys(settings.state_folder, card.room)
         self._session = Session(card, patience=_PATIENCE)
-        self.principal = self._who(principal)
-
-    def _who(self, principal: str | None) -> str:
-        if principal is not None:
-            return parse_principal(principal)
-        mine = sorted({*self._identities.ls(), *self._sessions.ls()})
-        if len(mine) == 1:
-            return mine[0]
-        raise AuthRequired(
-            "principal.ambiguous",
-            f"this machine has the keys of {', '.join(mine) or 'nobody'}; say who the gateway is",
-            hint=f"--as {mine[0]}" if mine else "strongroom identity new workload/gateway",
+        self.principal = acting(
+            self._identities, self._sessions, principal, whom="the gateway is", new="workload/gateway"
         )
 
     def voice(self) -> Voice:
@@ -82,9 +69,7 @@ class Line:
             ) from None
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
-        said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
-        envelope = self.voice().say("call", said).envelope
-        return {"Authorization": f"Strongroom {base64.urlsafe_b64encode(envelope.encode()).rstrip(b'=').decode()}"}
+        return authorization(self.voice(), method, path, body)
 
     def close(self) -> None:
         self._session.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -16,12 +15,12 @@ from strongroom.client import answers
 from strongroom.client.receive import Released
 from strongroom.client.send import announce, body
 from strongroom.core.clock import unix
-from strongroom.core.ids import Ref, parse_principal
+from strongroom.core.ids import Ref
 from strongroom.core.progress import Progress
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
-from strongroom.crypto.session_key import SessionKeys, signer_of
-from strongroom.errors import AuthRequired, BackendError, NotFound, Tampered, UsageError
+from strongroom.crypto.session_key import SessionKeys, acting, signer_of
+from strongroom.errors import BackendError, NotFound, Tampered, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.checkpoint import Checkpoint
 from strongroom.formats.entry import Entry, Kind, Private
@@ -33,7 +32,7 @@ from strongroom.ledger.key import LogKey
 from strongroom.policy.review import Review
 from strongroom.storage.blobs import Blobs, open_blobs
 from strongroom.storage.served import ServedBlobs
-from strongroom.storage.session import Session
+from strongroom.storage.session import Session, authorization
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult
 from strongroom.vault.versions import VersionInfo
@@ -84,16 +83,7 @@ class ServedRoom:
 
     def principal(self, path: str | None) -> str:
         """Who to act as; the server says whether that is somebody."""
-        if path is not None:
-            return parse_principal(path)
-        mine = sorted({*self.identities.ls(), *self.sessions.ls()})
-        if len(mine) == 1:
-            return mine[0]
-        raise AuthRequired(
-            "principal.ambiguous",
-            f"this machine has the keys of {', '.join(mine) or 'nobody'}; say who you are",
-            hint=f"--as {mine[0]}" if mine else "strongroom identity new user/NAME",
-        )
+        return acting(self.identities, self.sessions, path, whom="you are", new="user/NAME")
 
     def principal_ls(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/principals", answers.PRINCIPALS)["principals"])
@@ -227,10 +217,7 @@ class ServedRoom:
         return Voice(self.id.hex(), by, signer_of(self.identities, self.sessions, by, self.clock()), self.clock)
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
-        said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
-        statement = self.voice(self.principal(self._principal)).say("call", said)
-        text = base64.urlsafe_b64encode(statement.envelope.encode()).rstrip(b"=").decode()
-        return {"Authorization": f"Strongroom {text}"}
+        return authorization(self.voice(self.principal(self._principal)), method, path, body)
 
 
 class ServedCustodian:

@@ -114,6 +114,21 @@ def signer_of(identities: Identities, sessions: SessionKeys, who: str, now: int)
     return found or identities.signer(who)
 
 
+def acting(identities: Identities, sessions: SessionKeys, principal: str | None, *, whom: str, new: str) -> str:
+    """Who to act as: `principal`, else the only one that this machine has a key of; whether that is somebody, the room
+    says. `whom` and `new` are for AuthRequired ``principal.ambiguous``: whom it is about, and what one is called."""
+    if principal is not None:
+        return parse_principal(principal)
+    mine = sorted({*identities.ls(), *sessions.ls()})
+    if len(mine) == 1:
+        return mine[0]
+    raise AuthRequired(
+        "principal.ambiguous",
+        f"this machine has the keys of {', '.join(mine) or 'nobody'}; say who {whom}",
+        hint=f"--as {mine[0]}" if mine else f"strongroom identity new {new}",
+    )
+
+
 def _signer(value: dict[str, Any]) -> Signer:
     try:
         return Signer(bytes.fromhex(value["seed"]))

@@ -3,7 +3,9 @@ that the room's card names, and every error that the server tells raised as the 
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import json
 import ssl
 import threading
@@ -21,6 +23,7 @@ from strongroom.core.limits import KIB, MIB
 from strongroom.core.settings import Settings
 from strongroom.errors import BackendError, Conflict, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.formats.card import Card, Witnesses
+from strongroom.formats.statement import Voice
 
 _TIMEOUT = 60.0  # seconds without a byte
 _SLOWEST = 16 * KIB  # bytes a second of an answer, after that time
@@ -188,6 +191,13 @@ class Session:
             f"can't reach {self.card.url}: {getattr(error, 'strerror', None) or type(error).__name__}",
             hint="see that strongroom serve runs there, then try again",
         )
+
+
+def authorization(voice: Voice, method: str, path: str, body: bytes) -> dict[str, str]:
+    """The header by which a request is signed: a `call` about it (spec/http.md)."""
+    said = {"method": method, "path": path, "body": hashlib.sha256(body).hexdigest()}
+    envelope = voice.say("call", said).envelope
+    return {"Authorization": f"Strongroom {base64.urlsafe_b64encode(envelope.encode()).rstrip(b'=').decode()}"}
 
 
 def _error(status: int, data: bytes) -> StrongroomError:

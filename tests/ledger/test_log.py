@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import sqlite3
 import threading
+from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -281,6 +282,26 @@ class TestTheDatabaseLies:
             grown.log.append(login(0))
         with pytest.raises(Rollback):  # a process that has just started knows what was published
             grown.ledger().append(login(0))
+
+    def test_not_set_back_when_others_append_and_publish_as_it_is_read(self, grown, monkeypatch):
+        """What a transaction shows is older than what is published after it began."""
+        fresh, reading = grown.ledger(), grown.db.reading
+
+        @contextmanager
+        def slow():
+            with reading() as tx:
+                tx.exec_driver_sql("SELECT size FROM log_state").one()
+                other = Desk(grown.folder)
+                other.login()
+                other.log.publish()
+                other.db.close()
+                yield tx
+
+        monkeypatch.setattr(grown.db, "reading", slow)
+        with fresh.view() as state:
+            assert state is not None
+        monkeypatch.undo()
+        assert fresh.append(login(0)).index == fresh.checkpoint()[0].size - 1
 
     def test_all_of_it_gone(self, grown):
         grown.log.publish()

@@ -208,8 +208,9 @@ class Ledger(Generic[S]):
         self._queue.settle()  # outside, too: they come, and other processes append
         with self._state_lock:
             try:
+                published = self._published_size()
                 with self._db.sequencing() as tx:
-                    loaded = self._catch_up(tx)
+                    loaded = self._catch_up(tx, published)
                     self._queue.take(batch)
                     before = loaded.frontier.size
                     accepted, nodes = self._append(tx, loaded, batch, signer)
@@ -284,8 +285,9 @@ class Ledger(Generic[S]):
         """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
         with self._state_lock:
             try:
+                published = self._published_size()
                 with self._db.reading() as tx:
-                    loaded = self._catch_up(tx)
+                    loaded = self._catch_up(tx, published)
             except BaseException:
                 self._loaded = None
                 raise
@@ -307,8 +309,10 @@ class Ledger(Generic[S]):
                 raise NotFound("log.empty", "the log of this room has no entry yet", hint="strongroom init")
             return self._key.open(loaded.note), loaded.note
 
-    def _catch_up(self, tx: Connection) -> _Loaded[S]:
-        """Steps 1 of section 5: read what others have appended, and check all of it against the signed root."""
+    def _catch_up(self, tx: Connection, published: int) -> _Loaded[S]:
+        """Steps 1 of section 5: read what others have appended, and check all of it against the signed root.
+
+        `published`: how many entries were published before `tx` began."""
         row = _NEWEST(tx).one_or_none()
         size, note = (row.size, row.checkpoint) if row else (0, b"")
         if not isinstance(size, int) or not isinstance(note, bytes):
@@ -316,7 +320,12 @@ class Ledger(Generic[S]):
         loaded = self._loaded
         afresh = loaded is None
         if loaded is None:
-            self._check_published(size)
+            if published > size:
+                raise Rollback(
+                    "log.rollback",
+                    f"the log in the database has {size} entries, and {published} were published",
+                    hint="the database was set back: restore the newest copy of it",
+                )
             loaded = self._from_snapshot(tx)
         seen = self._seen[0] if self._seen is not None else 0
         if size < max(loaded.frontier.size, seen):
@@ -341,7 +350,7 @@ class Ledger(Generic[S]):
                 raise Forked("log.forked", f"the log of {size} entries has another root than it had", hint=_RESTORE)
             if not afresh:  # what was seen may be right, and the log another one: read by itself it shows which
                 self._loaded = None
-                return self._catch_up(tx)
+                return self._catch_up(tx, self._published_size())
             raise Tampered(
                 "log.tampered", f"the {size} entries in the database are not those that were signed", hint=_RESTORE
             )
@@ -371,14 +380,13 @@ class Ledger(Generic[S]):
                 hint=_RESTORE,
             ) from error
 
-    def _check_published(self, size: int) -> None:
-        newest = self._published.newest() if self._published is not None else None
-        if newest is not None and newest.size > size:
-            raise Rollback(
-                "log.rollback",
-                f"the log in the database has {size} entries, and {newest.size} were published",
-                hint="the database was set back: restore the newest copy of it",
-            )
+    def _published_size(self) -> int:
+        """How many entries are published, 0 where the log need not be read afresh. Asked before a transaction begins:
+        others append and publish while it reads, which is no log that was set back."""
+        if self._published is None or self._loaded is not None:
+            return 0
+        newest = self._published.newest()
+        return newest.size if newest is not None else 0
 
     def _read(self, tx: Connection, begin: int, end: int) -> list[bytes]:
         rows = _ENTRIES(tx, begin=begin, end=end).all()

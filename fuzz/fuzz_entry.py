@@ -46,4 +46,4 @@ def seeds() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    fuzz(one_spelling(Entry.decode, Entry.encode), seeds())
+    fuzz(one_spelling(Entry.decode, Entry.encode, json=True), seeds())

@@ -18,4 +18,4 @@ def seeds() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    fuzz(one_spelling(partial(Envelope.decode, payload_type=PAYLOAD_TYPE), Envelope.encode), seeds())
+    fuzz(one_spelling(partial(Envelope.decode, payload_type=PAYLOAD_TYPE), Envelope.encode, json=True), seeds())

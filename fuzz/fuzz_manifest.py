@@ -19,4 +19,4 @@ def seeds() -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
-    fuzz(one_spelling(Manifest.decode, Manifest.encode), seeds())
+    fuzz(one_spelling(Manifest.decode, Manifest.encode, json=True), seeds())

@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from json import loads
 from pathlib import Path
 from typing import Any
 
 import atheris
 
-from strongroom.errors import StrongroomError
+with atheris.instrument_imports():
+    from strongroom.core import canonical
+    from strongroom.errors import StrongroomError
 
 
 def fuzz(one_input: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None:
@@ -30,18 +33,30 @@ def fuzz(one_input: Callable[[bytes], None], seeds: Mapping[str, bytes]) -> None
     atheris.Fuzz()
 
 
-def one_spelling(decode: Callable[[bytes], Any], encode: Callable[[Any], bytes]) -> Callable[[bytes], None]:
-    """One input of a parser: it refuses with our errors only, and what it accepts has no other spelling."""
+def one_spelling(
+    decode: Callable[[bytes], Any], encode: Callable[[Any], bytes], *, json: bool = False
+) -> Callable[[bytes], None]:
+    """One input of a parser: it refuses with our errors only, and what it accepts has no other spelling. `json`: of
+    canonical JSON, whose spelling a fuzzer would seldom meet: JSON is tried in it, too."""
 
     def one_input(data: bytes) -> None:
-        try:
-            value = decode(data)
-        except StrongroomError:
-            return
-        if encode(value) != data:
-            raise AssertionError(value)
+        for each in (data, in_canonical_form(data)) if json else (data,):
+            try:
+                value = decode(each)
+            except StrongroomError:
+                continue
+            if encode(value) != each:
+                raise AssertionError(value)
 
     return one_input
+
+
+def in_canonical_form(data: bytes) -> bytes:
+    """What JSON says, as the formats spell it; nothing of what is no JSON."""
+    try:
+        return canonical.encode(loads(data))
+    except (TypeError, ValueError, RecursionError):
+        return b""
 
 
 def _write(folder: Path, seeds: Mapping[str, bytes]) -> None:

@@ -82,7 +82,10 @@ class Card:
         members = {"ca", "format", "log", "room", "signer", "url"}
         if not isinstance(value, dict) or value.keys() - {"witnesses"} != members:
             raise _malformed("it does not have exactly the members of one")
-        check_format(value["format"], "this card")
+        try:
+            check_format(value["format"], "this card")
+        except ValueError as error:
+            raise _malformed(str(error)) from None
         texts = {name: value[name] for name in ("ca", "log", "room", "signer", "url")}
         if not all(isinstance(text, str) for text in texts.values()) or not _address(texts["url"]):
             raise _malformed("its address is not https://HOST:PORT")

@@ -12,7 +12,7 @@ with atheris.instrument_imports():
 def seeds() -> dict[str, bytes]:
     """One that holds together."""
     files = (CopiedFile("config.json", 0, 10), CopiedFile("model.safetensors", 16, 900))
-    names = ("acme/tiny@1", "user/ana", b"k" * 32, PIECE, 1000, files)
+    names = ("acme/tiny@1", "user/ana", b"k" * 32, PIECE, 1000, files, True)
     return {"whole": CopyBundle(b"r" * 16, b"v" * 16, 1, b"m" * 32, b"s" * 32, *names).encode()}
 
 

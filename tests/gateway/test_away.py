@@ -38,6 +38,9 @@ from strongroom.formats.authority import OIDC, X509, Authority
 from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
+from strongroom.policy.engine import Policies
+from strongroom.policy.explain import explain
+from strongroom.policy.query import Query, Resource, Situation, Subject
 from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
 from strongroom.watch.budget import Budgets
@@ -92,7 +95,7 @@ class Away:
         with contextlib.closing(AwayRoom(self.served.card, path)) as room, pytest.raises(Sealed) as caught:
             room.check(self.settings())
         assert caught.value.code == "gateway.refused"
-        return caught.value.message
+        return caught.value
 
     def host(self):
         return Room(self.served.folder, "user/olga")
@@ -185,7 +188,9 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
         assert (status, found["error"]["code"]) == (503, "sealed")
         assert "workload/other" not in found["error"]["message"]  # who the gateway is, is nothing for callers
-        assert "does not let workload/other relay" in away.refused(OTHER)
+        why = away.refused(OTHER)
+        assert why.message.endswith("does not let workload/other relay: workload/other is suspended in this room")
+        assert why.hint == "somebody who may grant runs: strongroom principal restore workload/other"
         why = eventually(lambda: gateway.app.problems().get("log"))
         assert "can't be seen" in why
         assert "does not let workload/other relay" in why
@@ -193,9 +198,52 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         eventually(lambda: gateway.post(chat())[0] == 200, 10)
 
 
-def test_who_has_no_right_to_relay_is_no_gateway(away):
+def test_who_has_no_right_to_relay_is_no_gateway_and_is_told_what_is_missing(away, monkeypatch):
+    keys = {path: away.served.identities.create(path).public_key.hex() for path in ("workload/bare", "workload/none")}
+    with away.host() as room:
+        room.principal_add("workload/bare", roles=[], public_key=keys["workload/bare"])
+        room.principal_add("workload/moved", roles=["gateway"], public_key="5d" * 32)
+    keys["workload/moved"] = away.served.identities.create("workload/moved").public_key.hex()
+    # A role, where it has none; another principal, where it has one that a gateway's would take the sense of.
+    assert away.refused("workload/bare").hint.endswith("strongroom principal role workload/bare gateway")
     for path in (ANA, "user/ben"):
-        assert f"does not let {path} relay" in away.refused(path)
+        why = away.refused(path)
+        assert f"does not let {path} relay" in why.message
+        assert "strongroom principal add workload/NAME --role gateway" in why.hint
+    # Nobody of that name, and another key, can't be told apart by who may be anybody: both are said, with the key here.
+    for path in ("workload/none", "workload/moved"):
+        hint = away.refused(path).hint
+        assert f"strongroom principal show {path}" in hint
+        assert f"strongroom principal add {path} --role gateway --public-key {keys[path]}" in hint
+        assert f"strongroom principal key {path} --public-key {keys[path]}" in hint
+    # A policy from before the role: no rule permits it to anybody.
+    text = Policies.shipped("team").text
+    begin = text.index('@id("gateways-relay")')
+    older = Policies.parse(text[:begin] + text[text.index(";", begin) + 1 :])
+    told = explain(
+        older, Query(Subject(GATE, ("gateway",), (), GATE, suspended=False), "relay", Resource.room(), Situation())
+    )
+
+    def request(*_, **__):
+        raise told.denied()
+
+    monkeypatch.setattr(Session, "request", request)
+    assert "gateways-relay" in away.refused(GATE).hint
+    assert "strongroom policy propose FILE" in away.refused(GATE).hint
+
+
+def test_a_gateway_whose_key_is_gone_is_not_taken_for_a_caller_who_is_nobody(away):
+    away.served.identities.create("workload/brief")
+    with away.host() as room:
+        key = away.served.identities.signer("workload/brief").public_key.hex()
+        room.principal_add("workload/brief", roles=["gateway"], public_key=key)
+    with contextlib.closing(AwayRoom(away.served.card, "workload/brief")) as elsewhere:
+        elsewhere.callers.version()
+        (away.home / "identities" / "workload" / "brief.key").unlink()
+        for ask in (lambda: elsewhere.callers.by_key("0" * 64), lambda: elsewhere.callers.by_token("a.b.c")):
+            with pytest.raises(Sealed) as caught:
+                ask()
+            assert caught.value.code == "gateway.refused"
 
 
 def test_what_can_not_be_done_is_said_at_the_start(away):

@@ -121,6 +121,28 @@ def test_who_may_not_relay_is_told_nothing_and_it_is_recorded(gates):
     assert (last["type"], last["by"], last["body"]["action"]) == ("refused", "user/ben", "relay")
 
 
+def test_that_it_is_suspended_is_told_to_whoever_has_its_key_and_to_nobody_else(gates):
+    path, asked = "workload/away", {"name": "acme/tiny"}
+    key = gates.identities.create(path).public_key.hex()
+    with Room(gates.folder, "user/olga") as room:
+        room.principal_add(path, roles=["gateway"], public_key=key)
+        assert gates.ask("models", asked, path)[0] == 200
+        room.principal_change(path, state="suspended")
+        status, found = gates.ask("models", asked, path)
+        assert (status, found["code"]) == (401, "principal.suspended")
+        assert found["hint"].endswith(f"strongroom principal restore {path}")
+        target, body = "/v1/gateway/models", json.dumps(asked).encode()
+        for headers in (
+            call(gates, "POST", target, path, body=body, signer=gates.identities.signer(GATE)),  # somebody else's key
+            call(gates, "POST", target, path, body=body, at=int(time.time()) - 400),
+        ):
+            status, _, found = gates.raw("POST", target, body, headers)
+            assert (status, json.loads(found)["code"]) == (401, "auth.refused")
+        assert gates.raw("GET", "/v1/requests", headers=call(gates, "GET", "/v1/requests", path))[0] == 401
+        room.principal_change(path, state="removed")
+        assert gates.ask("models", asked, path)[1]["code"] == "auth.refused"
+
+
 def test_callers_are_known_or_nobody_and_nothing_says_why(gates):
     key = gates.cli("apikey", "new", as_=ANA)
     digest = key["id"]

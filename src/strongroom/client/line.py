@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from strongroom.client import answers
@@ -11,7 +12,7 @@ from strongroom.core.clock import unix
 from strongroom.core.settings import Settings
 from strongroom.crypto.identity import Identities
 from strongroom.crypto.session_key import SessionKeys, acting, signer_of
-from strongroom.errors import AuthRequired, Denied, Sealed
+from strongroom.errors import AuthRequired, Denied, Sealed, StrongroomError
 from strongroom.formats.card import Card
 from strongroom.formats.entry import Kind
 from strongroom.formats.statement import Voice
@@ -41,32 +42,55 @@ class Line:
         return Voice(self.room.hex(), self.principal, signer, unix)
 
     def get(self, path: str, members: Mapping[str, Kind]) -> dict[str, Any]:
-        return self._ask("GET", path, b"", members, self._call("GET", path, b""))
+        return self._ask("GET", path, b"", members, lambda: self._call("GET", path, b""))
 
     def post(self, path: str, value: Mapping[str, Any], members: Mapping[str, Kind]) -> dict[str, Any]:
         body = json.dumps(value).encode()
-        return self._ask("POST", path, body, members, self._call("POST", path, body))
+        return self._ask("POST", path, body, members, lambda: self._call("POST", path, body))
 
     def say(self, path: str, kind: str, body: Mapping[str, Any], members: Mapping[str, Kind]) -> dict[str, Any]:
         """A statement of this kind."""
-        said = json.dumps({"statement": self.voice().say(kind, body).envelope}).encode()
-        return self._ask("POST", path, said, members, {})
+        with self._about_us():
+            said = json.dumps({"statement": self.voice().say(kind, body).envelope}).encode()
+        return self._ask("POST", path, said, members, dict)
 
     def _ask(
-        self, method: str, path: str, body: bytes, members: Mapping[str, Kind], headers: dict[str, str]
+        self, method: str, path: str, body: bytes, members: Mapping[str, Kind], headers: Callable[[], dict[str, str]]
     ) -> dict[str, Any]:
+        with self._about_us():
+            return answers.parse(self._session.request(method, path, body, headers()), members)
+
+    @contextlib.contextmanager
+    def _about_us(self) -> Iterator[None]:
+        """What the room has against the gateway, or that the gateway's own key is gone, is no AuthRequired or Denied:
+        that would be taken for something about a caller."""
         try:
-            return answers.parse(self._session.request(method, path, body, headers), members)
+            yield
         except (AuthRequired, Denied) as error:
-            hint = (
-                "a policy that is older than the role gateway lacks the rule gateways-relay; else who may grant "
-                f"runs: strongroom principal add {self.principal} --role gateway --public-key KEY"
+            message = f"{self._url} does not let {self.principal} relay: {error.message}"
+            raise Sealed("gateway.refused", message, hint=self._advice(error)) from None
+
+    def _advice(self, error: StrongroomError) -> str:
+        """What is missing, as far as the room says: it tells nobody but a principal's own key what it has against
+        it."""
+        who = self.principal
+        if error.code == "auth.refused":
+            looks = f"who may grant looks with strongroom principal show {who}"
+            if who not in self._identities.ls():
+                return f"the login here is not good there (any more): strongroom login --as {who}; {looks}"
+            key = self._identities.signer(who).public_key.hex()
+            return (
+                f"the room has nobody of that name, or with another key than the one here, {key}; {looks}, and runs: "
+                f"strongroom principal add {who} --role gateway --public-key {key}, or, where it is there, "
+                f"strongroom principal key {who} --public-key {key}"
             )
-            raise Sealed(
-                "gateway.refused",
-                f"{self._url} does not let {self.principal} relay: {error.message}",
-                hint=error.hint if error.code == "statement.stale" else hint,  # which is about this machine's clock
-            ) from None
+        if error.code == "denied.default" and not error.evidence.get("roles"):
+            return (
+                "no rule of the room's policy permits relay: it is older than the role gateway; an officer adds the "
+                "rule gateways-relay to what strongroom policy show prints, and runs: strongroom policy propose FILE "
+                "--reason TEXT"
+            )
+        return error.hint  # of a clock that is off, a principal that is suspended, a role that it lacks
 
     def _call(self, method: str, path: str, body: bytes) -> dict[str, str]:
         return authorization(self.voice(), method, path, body)

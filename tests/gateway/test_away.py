@@ -445,6 +445,32 @@ def test_what_a_busy_custodian_did_not_take_is_charged_and_given_back_later(away
         assert used() == before + 300
 
 
+def test_what_was_spent_under_other_budgets_is_charged_all_the_same(away, monkeypatch):
+    """The custodian's settings, or the gateway's, have changed since: what has left has left."""
+    more = '[[budgets.rule]]\nscope = "identity"\nwindow = "hour"\nshare = 0.5\n'  # which the custodian does not have
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room, away.host() as host:
+        old = room.counters(away.settings(more).budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+        hour = Key("identity", "hour", int(time.time()) // 3600 * 3600, ANA, REF)
+        before = host.budget(REF)["gone_bits"]
+        old.pay(0, {key: 300})
+        assert host.budget(REF)["gone_bits"] == before + 300
+        old.pay(0, {hour: 5, key: 7})  # a budget that there is not any more takes nothing from the others
+        assert host.budget(REF)["gone_bits"] == before + 307
+        # While the custodian is away; then it is other settings' turn, and the old ones are never asked again.
+        session = room._line._session
+        cut = Losing(session)
+        monkeypatch.setattr(session, "request", cut)
+        cut.down = True
+        old.pay(0, {key: 11})
+        cut.down = False
+        room.counters(away.settings().budgets).give_back(0, {}, forget=False)
+        assert host.budget(REF)["gone_bits"] == before + 318
+        with pytest.raises(UsageError) as caught:  # more than an answer can be, as beside the room
+            room.counters(away.settings().budgets).draw(0, REF, 1 << 33, [Want(key, 1 << 40, False, 1 << 33)])
+        assert caught.value.code == "budget.bits"
+
+
 def test_a_draw_whose_answer_is_lost_is_given_back_whatever_is_said_then(away, monkeypatch):
     """The first answer is lost, and the second is that the gateway may not, or is to wait."""
     with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -196,6 +198,23 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
         with pytest.raises(LimitExceeded) as caught:
             asked.account(None, gates.said(2, OTHER))
         assert caught.value.code == "server.busy"
+
+
+def test_accounts_that_come_at_once_are_counted_each(gates, monkeypatch):
+    vault = Vault(gates.folder)
+    with contextlib.closing(vault):
+        asked = Gateways(vault, Calls(vault.custodian), Budgets())
+        together = threading.Barrier(8)
+
+        def acted(_):
+            together.wait(20)
+            return {}
+
+        monkeypatch.setattr(vault.custodian, "acted", acted)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda number: asked.account(None, gates.said(number, OTHER)), range(8))) == [{}] * 8
+        left, _ = asked._accounts[OTHER]
+        assert left == pytest.approx(1200 - 8, abs=2)
 
 
 def test_a_version_is_held_back_and_given_at_once_when_it_changes(gates):

@@ -273,6 +273,26 @@ def test_without_its_database_a_worker_gives_out_what_it_has_drawn(desk):
     assert desk.used("identity", "day", "user/ana") == granted + 50_000
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_is_owed_is_charged_however_long_the_database_is_away(desk, ends):
+    """Its caller has gone long ago, and the worker's settings may be others by then."""
+    worker = desk.worker()
+    worker.reserve(ANA, REF, 1000).settle(1000)
+    drawn = desk.used("identity", "day", "user/ana")
+    with desk.db.transaction() as tx:
+        tx.execute(sa.text("ALTER TABLE egress RENAME TO elsewhere"))
+    worker.take(ANA, REF, 0).settle(50_000)
+    assert worker.owed > 0
+    desk.now += 600
+    with pytest.raises(BackendError):  # what is given back meanwhile stays charged
+        worker.close() if ends else worker.tend()
+    with desk.db.transaction() as tx:
+        tx.execute(sa.text("ALTER TABLE elsewhere RENAME TO egress"))
+    worker.close()
+    assert worker.owed == 0
+    assert 51_000 <= desk.used("identity", "day", "user/ana") <= drawn + 50_000
+
+
 # -- alarms and report -----------------------------------------------------------------------------------------------
 
 

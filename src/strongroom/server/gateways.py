@@ -164,9 +164,7 @@ class Gateways:
         if said.kind != "inference":
             raise UsageError("statement.elsewhere", "the statement is not one that this address takes")
         with self._accounts_lock:
-            now = time.monotonic()
-            left, at = self._accounts.get(said.by, (_ACCOUNTS, now))
-            left = min(_ACCOUNTS, left + (now - at) * _ACCOUNTS / 60)
+            left = self._left(said.by)[0]
         if left < 1:
             raise LimitExceeded(
                 "server.busy",
@@ -174,9 +172,17 @@ class Gateways:
                 hint="say more in each",
             )
         found = self._vault.custodian.acted(envelope)
-        with self._accounts_lock:  # only now: anybody could have named this gateway
+        # Only now: anybody could have named this gateway. What was taken of it meanwhile counts, too.
+        with self._accounts_lock:
+            left, now = self._left(said.by)
             self._accounts[said.by] = (left - 1, now)
         return found
+
+    def _left(self, gateway: str) -> tuple[float, float]:
+        """How many more accounts it may say, by now."""
+        now = time.monotonic()
+        left, at = self._accounts.get(gateway, (_ACCOUNTS, now))
+        return min(_ACCOUNTS, left + (now - at) * _ACCOUNTS / 60), now
 
     # -- bits ----------------------------------------------------------------------------------------------------
 

@@ -610,6 +610,25 @@ def test_strangers_leave_the_custodian_to_those_who_are_known(away, monkeypatch)
         assert gateway.post(chat(), key="sr-" + "x" * 43)[0] == 429
 
 
+def test_a_certificate_that_is_known_is_no_stranger_on_its_next_connection():
+    """Each connection has a handshake of its own, and is asked about by its time; whose key has been proved again is
+    known all the same. Certificates of nobody are strangers', however many connections they make."""
+    clock, asked = Clock(), []
+
+    def ask(shown):
+        asked.append(shown)
+        return (Caller("workload/ci", (), (), "", ""), 9) if shown["chain"] == "good" else None
+
+    found = callings.Callings(ask, clock)
+    for at in range(300):
+        assert found.of({"chain": "good", "at": at})[0].principal == "workload/ci"
+    assert len(asked) == 300  # by its own time each: authorities bound how long one is good
+    assert [found.of({"chain": "nobody's", "at": at}) for at in range(99)] == [None] * 99
+    with pytest.raises(LimitExceeded):
+        found.of({"chain": "nobody's", "at": 99})
+    assert found.of({"chain": "good", "at": 301}) is not None
+
+
 def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed():
     asked, clock = [], Clock()
 

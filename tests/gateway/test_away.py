@@ -19,8 +19,9 @@ from gateway.callers import Clock
 from gateway.places import STREAM, Gateway, Inference, chat, eventually, listening, token, whole
 from server.provider import CLIENT
 from server.served import REF, Served
-from strongroom.client import Room, callings
-from strongroom.client.gateway import AwayRoom
+from strongroom.client import Room
+from strongroom.client.away import callings
+from strongroom.client.away.room import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
 from strongroom.errors import (

@@ -13,7 +13,7 @@ from infer.running import Running
 from infer.small import REF
 from server.served import Served
 from strongroom.client import Room
-from strongroom.client.gateway import AwayRoom
+from strongroom.client.away.room import AwayRoom
 from strongroom.gateway import records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application

@@ -155,7 +155,7 @@ def gateway(  # noqa: PLR0917 - one for each option
 def _room(options: Options) -> tuple[Open, Path]:
     """What opens the room in each worker, and where records are kept if nobody says where."""
     if (url := options.served) is not None:
-        from strongroom.client.gateway import AwayRoom
+        from strongroom.client.away.room import AwayRoom
 
         return partial(AwayRoom.opened, url, options.identity()), Path("inference")
     from strongroom.gateway.rooms import InFolder

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from strongroom.client import answers
-from strongroom.client.accounts import Accounts
-from strongroom.client.callings import Callings
-from strongroom.client.draws import ServedCounters, ServedTallies
-from strongroom.client.line import Line
-from strongroom.client.settlements import Settlements
+from strongroom.client.away.accounts import Accounts
+from strongroom.client.away.callings import Callings
+from strongroom.client.away.draws import ServedCounters, ServedTallies
+from strongroom.client.away.line import Line
+from strongroom.client.away.settlements import Settlements
 from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
 from strongroom.storage.session import card_of, error_of
 from strongroom.vault.callers import Caller, ModelInfo

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strongroom.client import answers
-from strongroom.client.line import Line
-from strongroom.client.settlements import Settlements
+from strongroom.client.away.line import Line
+from strongroom.client.away.settlements import Settlements
 from strongroom.errors import BackendError, Conflict, LimitExceeded, NotFound, Sealed, StrongroomError, UsageError
 from strongroom.watch.counters import Key
 from strongroom.watch.drawing import Drawn, Want

@@ -1,5 +1,8 @@
-"""What gateways ask that run elsewhere (spec/http.md, section 10). Each call is by a principal that policy lets
-`relay`; what is said of callers is in the body of a 200, so that nobody takes it for something about the gateway."""
+"""The routes for relays, which are gateways that run elsewhere (spec/http.md, section 10).
+
+Each call is by a principal that policy lets `relay`; what is said of callers is in the body of a 200, so that nobody
+takes it for something about the gateway.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ _ADDED: dict[str, Kind] = {"ref": TEXT, "arithmetic": one_of(*HONEST), **dict.fr
 _SETTLE: dict[str, Kind] = {"scope": TEXT, "window": TEXT, "start": COUNT, "who": TEXT, "ref": TEXT, "bits": COUNT}
 
 
-class Gateways:
-    """The routes of one room. `budgets`: those by which the custodian was told to reckon."""
+class Relays:
+    """The routes of one room for whoever may relay. `budgets`: those by which the custodian was told to reckon."""
 
     def __init__(self, vault: Vault, calls: Calls, budgets: Budgets) -> None:
         self._vault, self._calls = vault, calls

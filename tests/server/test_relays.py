@@ -20,7 +20,7 @@ from strongroom.formats.statement import Statement
 from strongroom.formats.stream import fresh
 from strongroom.gateway.settings import Budgets
 from strongroom.server.calls import Calls
-from strongroom.server.gateways import Gateways
+from strongroom.server.relays import Relays
 from strongroom.vault.vault import Vault
 from strongroom.watch.relayed import digest_of
 
@@ -187,9 +187,9 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
     """Else whoever has its key fills a log that is kept for ever; and strangers must not use up what it may say."""
     vault = Vault(gates.folder)
     with contextlib.closing(vault):
-        asked = Gateways(vault, Calls(vault.custodian), Budgets())
+        asked = Relays(vault, Calls(vault.custodian), Budgets())
         asked._accounts = {OTHER: (2.0, time.monotonic())}
-        monkeypatch.setattr("strongroom.server.gateways._ACCOUNTS", 3.0)
+        monkeypatch.setattr("strongroom.server.relays._ACCOUNTS", 3.0)
         for _ in range(5):
             with pytest.raises(AuthRequired):
                 asked.account(None, gates.said(0, OTHER, signer=gates.identities.signer(GATE)))
@@ -203,7 +203,7 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
 def test_accounts_that_come_at_once_are_counted_each(gates, monkeypatch):
     vault = Vault(gates.folder)
     with contextlib.closing(vault):
-        asked = Gateways(vault, Calls(vault.custodian), Budgets())
+        asked = Relays(vault, Calls(vault.custodian), Budgets())
         together = threading.Barrier(8)
 
         def acted(_):

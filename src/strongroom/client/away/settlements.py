@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strongroom.client import answers
-from strongroom.client.line import Line
+from strongroom.client.away.line import Line
 from strongroom.errors import BackendError, Conflict, LimitExceeded, Sealed, StrongroomError, UsageError
 from strongroom.formats.entry import Kind
 from strongroom.watch.counters import Key

@@ -123,7 +123,7 @@ def test_no_role_is_advised_that_does_not_go_with_those_there_are():
     assert found.roles == ("auditor",)
     assert "principal role" not in found.hint
     assert found.hint == (
-        "auditor does not go with gateway: let another principal have it; "
+        "auditor does not go with gateway: let another principal do it; if nobody has that role, "
         "an officer or executive runs: strongroom principal add user/NAME --role auditor --public-key KEY"
     )
     # Nor one that would take from a person what their own role is for: auditors, and gateways, hold no weights.

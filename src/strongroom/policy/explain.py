@@ -150,7 +150,7 @@ def _further(policies: Policies, query: Query, roles: tuple[str, ...]) -> str:
         return f"{_granter(policies)} runs: strongroom principal role {query.subject.path} {' '.join((*mine, fitting))}"
     new = "workload/NAME" if roles[0] in ALONE else "user/NAME"
     return (
-        f"{roles[0]} does not go with {', '.join(mine)}: let another principal have it; "
+        f"{roles[0]} does not go with {', '.join(mine)}: let another principal do it; if nobody has that role, "
         f"{_granter(policies)} runs: strongroom principal add {new} --role {roles[0]} --public-key KEY"
     )
 

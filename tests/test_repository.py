@@ -157,6 +157,14 @@ def test_every_layer_is_a_module_or_declared_optional() -> None:
     assert present - layers <= {"__init__", "__main__"}
 
 
+@pytest.mark.parametrize("package", ["gateway", "client/away"])
+def test_a_package_says_where_everything_of_it_is(package: str) -> None:
+    said = ast.get_docstring(ast.parse((SOURCE / package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    table = "\n".join(line for line in said.splitlines() if line.startswith("    "))
+    modules = {path.stem for path in (SOURCE / package).glob("*.py")} - {"__init__"}
+    assert modules - set(re.findall(r"\w+", table)) == set()
+
+
 def test_version_is_stated_once_and_logged() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

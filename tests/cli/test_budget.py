@@ -93,6 +93,24 @@ def test_counters_that_were_set_back_are_said_to_be(used: Desk):
     assert "77 kbit" in ended.err
 
 
+def test_what_was_drawn_in_advance_is_not_the_current_rate(used: Desk):
+    before = used.run("budget", REF, "--json").json
+    database = Database.open(f"sqlite:///{used.room}/room.db")
+    worker = Budgets(OwnCounters(database), RULES, lambda _: 10**11, time.time)
+    worker.reserve(Spender("user/bob", "10.0.0.0/24", ()), REF, 1000).settle(1000)
+    found = used.run("budget", REF, "--json").json  # its worker still holds what it drew
+    assert found["charged_bits_a_day"] > 2 * before["charged_bits_a_day"]
+    current = found["exfiltration"]["current_seconds"]  # never, unless another test has accounted for something
+    assert current is None or found["exfiltration"]["charged_seconds"] < current
+    assert found["bits_a_day"] <= before["bits_a_day"]  # as accounted for, in a day that has grown older
+    ended = used.run("budget", REF)
+    assert "at the current rate, " in ended.out
+    assert "that gateways have accounted for: " in ended.out
+    assert "with what they have drawn in advance: " in ended.out
+    worker.close()
+    database.close()
+
+
 def test_for_those_who_audit_or_administer(used: Desk):
     with Room(used.room, "user/ana") as room:
         room.principal_add("user/res", roles=["researcher"])

@@ -19,8 +19,9 @@ from gateway.callers import Clock
 from gateway.places import STREAM, Gateway, Inference, chat, eventually, listening, token, whole
 from server.provider import CLIENT
 from server.served import REF, Served
-from strongroom.client import Room, callings
-from strongroom.client.gateway import AwayRoom
+from strongroom.client import Room
+from strongroom.client.away import callings
+from strongroom.client.away.room import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
 from strongroom.errors import (
@@ -38,6 +39,9 @@ from strongroom.formats.authority import OIDC, X509, Authority
 from strongroom.gateway import door, records
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
+from strongroom.policy.engine import Policies
+from strongroom.policy.explain import explain
+from strongroom.policy.query import Query, Resource, Situation, Subject
 from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
 from strongroom.watch.budget import Budgets
@@ -92,7 +96,7 @@ class Away:
         with contextlib.closing(AwayRoom(self.served.card, path)) as room, pytest.raises(Sealed) as caught:
             room.check(self.settings())
         assert caught.value.code == "gateway.refused"
-        return caught.value.message
+        return caught.value
 
     def host(self):
         return Room(self.served.folder, "user/olga")
@@ -185,7 +189,9 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
         assert (status, found["error"]["code"]) == (503, "sealed")
         assert "workload/other" not in found["error"]["message"]  # who the gateway is, is nothing for callers
-        assert "does not let workload/other relay" in away.refused(OTHER)
+        why = away.refused(OTHER)
+        assert why.message.endswith("does not let workload/other relay: workload/other is suspended in this room")
+        assert why.hint == "somebody who may grant runs: strongroom principal restore workload/other"
         why = eventually(lambda: gateway.app.problems().get("log"))
         assert "can't be seen" in why
         assert "does not let workload/other relay" in why
@@ -193,9 +199,52 @@ def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
         eventually(lambda: gateway.post(chat())[0] == 200, 10)
 
 
-def test_who_has_no_right_to_relay_is_no_gateway(away):
+def test_who_has_no_right_to_relay_is_no_gateway_and_is_told_what_is_missing(away, monkeypatch):
+    keys = {path: away.served.identities.create(path).public_key.hex() for path in ("workload/bare", "workload/none")}
+    with away.host() as room:
+        room.principal_add("workload/bare", roles=[], public_key=keys["workload/bare"])
+        room.principal_add("workload/moved", roles=["gateway"], public_key="5d" * 32)
+    keys["workload/moved"] = away.served.identities.create("workload/moved").public_key.hex()
+    # A role, where it has none; another principal, where it has one that a gateway's would take the sense of.
+    assert away.refused("workload/bare").hint.endswith("strongroom principal role workload/bare gateway")
     for path in (ANA, "user/ben"):
-        assert f"does not let {path} relay" in away.refused(path)
+        why = away.refused(path)
+        assert f"does not let {path} relay" in why.message
+        assert "strongroom principal add workload/NAME --role gateway" in why.hint
+    # Nobody of that name, and another key, can't be told apart by who may be anybody: both are said, with the key here.
+    for path in ("workload/none", "workload/moved"):
+        hint = away.refused(path).hint
+        assert f"strongroom principal show {path}" in hint
+        assert f"strongroom principal add {path} --role gateway --public-key {keys[path]}" in hint
+        assert f"strongroom principal key {path} --public-key {keys[path]}" in hint
+    # A policy from before the role: no rule permits it to anybody.
+    text = Policies.shipped("team").text
+    begin = text.index('@id("gateways-relay")')
+    older = Policies.parse(text[:begin] + text[text.index(";", begin) + 1 :])
+    told = explain(
+        older, Query(Subject(GATE, ("gateway",), (), GATE, suspended=False), "relay", Resource.room(), Situation())
+    )
+
+    def request(*_, **__):
+        raise told.denied()
+
+    monkeypatch.setattr(Session, "request", request)
+    assert "gateways-relay" in away.refused(GATE).hint
+    assert "strongroom policy propose FILE" in away.refused(GATE).hint
+
+
+def test_a_gateway_whose_key_is_gone_is_not_taken_for_a_caller_who_is_nobody(away):
+    away.served.identities.create("workload/brief")
+    with away.host() as room:
+        key = away.served.identities.signer("workload/brief").public_key.hex()
+        room.principal_add("workload/brief", roles=["gateway"], public_key=key)
+    with contextlib.closing(AwayRoom(away.served.card, "workload/brief")) as elsewhere:
+        elsewhere.callers.version()
+        (away.home / "identities" / "workload" / "brief.key").unlink()
+        for ask in (lambda: elsewhere.callers.by_key("0" * 64), lambda: elsewhere.callers.by_token("a.b.c")):
+            with pytest.raises(Sealed) as caught:
+                ask()
+            assert caught.value.code == "gateway.refused"
 
 
 def test_what_can_not_be_done_is_said_at_the_start(away):
@@ -397,6 +446,32 @@ def test_what_a_busy_custodian_did_not_take_is_charged_and_given_back_later(away
         assert used() == before + 300
 
 
+def test_what_was_spent_under_other_budgets_is_charged_all_the_same(away, monkeypatch):
+    """The custodian's settings, or the gateway's, have changed since: what has left has left."""
+    more = '[[budgets.rule]]\nscope = "identity"\nwindow = "hour"\nshare = 0.5\n'  # which the custodian does not have
+    with contextlib.closing(AwayRoom(away.served.card, GATE)) as room, away.host() as host:
+        old = room.counters(away.settings(more).budgets)
+        key = Key("model", "lifetime", 0, "", REF)
+        hour = Key("identity", "hour", int(time.time()) // 3600 * 3600, ANA, REF)
+        before = host.budget(REF)["gone_bits"]
+        old.pay(0, {key: 300})
+        assert host.budget(REF)["gone_bits"] == before + 300
+        old.pay(0, {hour: 5, key: 7})  # a budget that there is not any more takes nothing from the others
+        assert host.budget(REF)["gone_bits"] == before + 307
+        # While the custodian is away; then it is other settings' turn, and the old ones are never asked again.
+        session = room._line._session
+        cut = Losing(session)
+        monkeypatch.setattr(session, "request", cut)
+        cut.down = True
+        old.pay(0, {key: 11})
+        cut.down = False
+        room.counters(away.settings().budgets).give_back(0, {}, forget=False)
+        assert host.budget(REF)["gone_bits"] == before + 318
+        with pytest.raises(UsageError) as caught:  # more than an answer can be, as beside the room
+            room.counters(away.settings().budgets).draw(0, REF, 1 << 33, [Want(key, 1 << 40, False, 1 << 33)])
+        assert caught.value.code == "budget.bits"
+
+
 def test_a_draw_whose_answer_is_lost_is_given_back_whatever_is_said_then(away, monkeypatch):
     """The first answer is lost, and the second is that the gateway may not, or is to wait."""
     with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
@@ -534,6 +609,25 @@ def test_strangers_leave_the_custodian_to_those_who_are_known(away, monkeypatch)
             assert gateway.post(chat())[0] == 200
             time.sleep(0.05)
         assert gateway.post(chat(), key="sr-" + "x" * 43)[0] == 429
+
+
+def test_a_certificate_that_is_known_is_no_stranger_on_its_next_connection():
+    """Each connection has a handshake of its own, and is asked about by its time; whose key has been proved again is
+    known all the same. Certificates of nobody are strangers', however many connections they make."""
+    clock, asked = Clock(), []
+
+    def ask(shown):
+        asked.append(shown)
+        return (Caller("workload/ci", (), (), "", ""), 9) if shown["chain"] == "good" else None
+
+    found = callings.Callings(ask, clock)
+    for at in range(300):
+        assert found.of({"chain": "good", "at": at})[0].principal == "workload/ci"
+    assert len(asked) == 300  # by its own time each: authorities bound how long one is good
+    assert [found.of({"chain": "nobody's", "at": at}) for at in range(99)] == [None] * 99
+    with pytest.raises(LimitExceeded):
+        found.of({"chain": "nobody's", "at": 99})
+    assert found.of({"chain": "good", "at": 301}) is not None
 
 
 def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed():

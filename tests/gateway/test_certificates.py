@@ -267,12 +267,12 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
     app, loop = place.newest, place.server.servers[0].get_loop()
     prepared = Reload(app, place.server.config.ssl, place.certificate)
 
-    def again() -> None:
-        async def both() -> None:
+    def again() -> tuple[str, ...]:
+        async def both() -> tuple[str, ...]:
             await prepared.prepare(app.settings)
-            await prepared.take()
+            return await prepared.take()
 
-        asyncio.run_coroutine_threadsafe(both(), loop).result(20)
+        return asyncio.run_coroutine_threadsafe(both(), loop).result(20)
 
     def serial() -> str:
         caller = call()
@@ -287,7 +287,7 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
     assert caught.value.code == "gateway.certificate"
     assert serial() == before
     renew(place)
-    again()
+    assert again() == ("the gateway's certificate",)
     assert serial() != before
     assert call().post(**bearer(place.keys[ANA])) == (200, "Hello.")
 
@@ -342,7 +342,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         place.inference.script = lambda _: [whole()]
         kept, others = [one(shown) for _ in range(6)], one(other)
         assert {each.post() for each in (*kept, others)} == {(200, "Hello.")}
-        hangup(domain.crl(shown[0], begin=-300), "new settings are in force")
+        hangup(domain.crl(shown[0], begin=-300), "revoked certificates: 1 (before: 0), until ")
         # Connections that were made before are closed, also those that are not asked on, and what is under way ends.
         for each in kept:
             each.connection.sock.settimeout(10)
@@ -364,7 +364,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         assert Gateway(place, port).metrics(port + 1)["strongroom_gateway_crl_end"] == pytest.approx(
             time.time() + 3600, abs=60
         )
-        hangup(domain.crl(begin=-200), "new settings are in force")
+        hangup(domain.crl(begin=-200), "revoked certificates: 0 (before: 1), until ")
         assert one(shown).post() == (200, "Hello.")
     finally:
         for each in made:

@@ -22,7 +22,8 @@ from gateway.test_limits_redis import Server
 from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.crypto.capture import CaptureKey
 from strongroom.errors import BackendError, StrongroomError, UsageError
-from strongroom.gateway import generations
+from strongroom.gateway import changes, generations
+from strongroom.gateway.hangup import Hangup
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.records import verify
 from strongroom.gateway.reload import Reload
@@ -104,6 +105,7 @@ def test_new_settings_for_what_is_asked_next(place, tmp_path, workers):
         assert begun.wait(20)
         place.inference.script = answer
         said = running.hangup("[answer]\nmax_tokens = 10\nmax_tokens_default = 10\n", "new settings are in force")
+        assert ": answer.max_tokens_default; answer.max_tokens" in said
         assert running.asks(50) == {400}
         assert running.asks(10) == {200}
         # What was begun under the old ones goes on.
@@ -129,7 +131,7 @@ def test_new_settings_for_what_is_asked_next(place, tmp_path, workers):
         assert running.asks(10) == {200}
     finally:
         running.stop()
-    digest = said.rsplit(" ", 1)[1].strip()
+    digest = said.split("in force: ")[1].split(":")[0]
     assert digest not in ("", running.digest)
     with place.room() as room:
         entries = [each["body"] for each in map(json.loads, room.log.export("jsonl")) if each["type"] == "inference"]
@@ -286,6 +288,41 @@ def test_limits_in_redis_go_on_and_its_address_stays(place, tmp_path):
         redis.kill()
 
 
+def test_what_has_changed_is_told_by_name_and_never_by_value():
+    """Whoever reads the gateway's stderr need not know its passwords, its words, or whose requests are kept."""
+    text = """
+[answer]
+max_tokens = 77
+[limits.key]
+requests = 5
+[role.partner]
+max_tokens = 9
+[requests]
+words = ["hush"]
+[redis]
+url = "redis://user:hunter2@127.0.0.1:1"
+[capture]
+key = "{key}"
+who = ["user/ana"]
+[[upstream]]
+url = "http://u:hunter3@127.0.0.1:1"
+"""
+    before, after = (
+        Settings(),
+        Settings.parse(text.format(key="ab" * 32).replace("max_tokens = 77", "max_tokens = 5000")),
+    )
+    found = changes.of_settings(before, after)
+    assert found == (
+        *("limits.key.requests", "role.partner", "answer.max_tokens", "requests.words", "upstream", "redis.url"),
+        *("capture.key", "capture.who"),
+    )
+    assert changes.of_settings(after, before) == found
+    assert changes.of_settings(after, after) == ()
+    # A password alone is a change, and the digest does not have it.
+    other = Settings.parse(text.format(key="ab" * 32).replace("hunter2", "hunter4").replace("= 77", "= 5000"))
+    assert (changes.of_settings(after, other), after.digest) == (("redis.url",), other.digest)
+
+
 def test_many_hangups_are_one(monkeypatch):
     """Each would make all parts of a worker anew. The last one is never passed over: it may be of a file that was
     written after the one under way was read."""
@@ -302,7 +339,7 @@ def test_many_hangups_are_one(monkeypatch):
         monkeypatch.setattr(prepared, "take", _nothing)
         before = signal.getsignal(signal.SIGHUP)
         loop = asyncio.get_running_loop()
-        prepared.on_hangup(reading, told.append)
+        Hangup(prepared, reading, told.append).listen()
         try:
             for _ in range(20):
                 os.kill(os.getpid(), signal.SIGHUP)
@@ -322,7 +359,7 @@ def test_many_hangups_are_one(monkeypatch):
             signal.signal(signal.SIGHUP, before)
 
     asyncio.run(asyncio.wait_for(story(), 30))
-    assert (len(read), told) == (2, [Settings()] * 2)
+    assert (len(read), [each.settings for each in told]) == (2, [Settings()] * 2)
 
 
 async def _nothing(*_) -> None:

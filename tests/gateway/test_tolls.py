@@ -8,6 +8,8 @@ import time
 from types import SimpleNamespace
 
 from gateway.callers import REF, Asker
+from strongroom.errors import BackendError
+from strongroom.gateway import tolls as tolls_module
 from strongroom.gateway.answer import Meter
 from strongroom.gateway.flight import Flight
 from strongroom.gateway.limits import Limits
@@ -18,9 +20,9 @@ from strongroom.storage.db import Database
 from strongroom.vault.spelling import Spelling
 from strongroom.watch import meter
 from strongroom.watch.budget import Budgets
-from strongroom.watch.counters import Counters
+from strongroom.watch.counters import Counters, Key
 from strongroom.watch.drawing import OwnCounters
-from strongroom.watch.rules import RULES
+from strongroom.watch.rules import RULES, Spender
 
 
 def charged(*, logprobs: int | None = 5, spelling: Spelling | None = None, **given) -> int:
@@ -116,3 +118,34 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     database.close()
     assert flight.bits == 8 * 30 + meter.bound(10, 1000, logprobs=6) - meter.bound(10, 1000)
     assert flight.bits > meter.bound(10, 1000, logprobs=5)
+
+
+def test_what_is_owed_when_settings_change_is_charged_when_the_database_is_back(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tolls_module, "_PAUSE", 0.01)
+
+    def made(fails):
+        asked = []
+
+        class Failing(OwnCounters):
+            def pay(self, now, bits):
+                asked.append(bits)
+                if len(asked) <= fails:
+                    raise BackendError("db.unavailable", "it is away")
+                super().pay(now, bits)
+
+        database = Database.open(f"sqlite:///{tmp_path}/{fails}.db", create=True)
+        budgets = Budgets(Failing(database), RULES, lambda _: 10**9, time.time)
+        tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1024, ())
+        reservation = budgets.reserve(Spender("user/ana", "10.0.0.0/24"), REF, 1000)
+        reservation.settle(100_000_000)
+        asyncio.run(tolls.close())
+        used = dict(Counters(database).look(int(time.time()), {REF})[1])
+        database.close()
+        return budgets.owed, used[Key("model", "lifetime", 0, "", REF)]
+
+    assert made(2) == (0, 100_000_000)
+    assert not caplog.text
+    owed, used = made(99)
+    assert owed > 0
+    assert used < 100_000_000
+    assert f"{owed} bits" in caplog.text  # who runs it is told what no budget has

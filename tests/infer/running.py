@@ -16,15 +16,24 @@ import pytest
 
 
 class Running:
-    """A server of the room in `folder`, ready to answer; `url` without a path."""
+    """A server of the room in `folder`, or of the one at the URL `served`, ready to answer; `url` without a path."""
 
-    def __init__(self, folder: Path, ref: str = "acme/small", *options: str, listen: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ref: str = "acme/small",
+        *options: str,
+        listen: str | None = None,
+        served: str = "",
+        as_: str = "",
+    ) -> None:
         if listen is None:
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 listen = f"127.0.0.1:{probe.getsockname()[1]}"
         self.url = f"http://{listen}"
         self.log = folder.parent / f"infer-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "strongroom.cli", "--room", str(folder), "infer", ref, "--threads", "1"]
+        command = [sys.executable, "-m", "strongroom.cli", "--room", served or str(folder)]
+        command += [*(["--as", as_] if as_ else []), "infer", ref, "--threads", "1"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--listen", listen, *options],

@@ -117,6 +117,32 @@ def test_a_further_role_is_added_to_those_there_are():
     assert found.hint.endswith("strongroom principal role user/ana researcher operator")
 
 
+def test_no_role_is_advised_that_does_not_go_with_those_there_are():
+    room = Resource.room()
+    found = explain(TEAM, ask("audit", "gateway", resource=room))
+    assert found.roles == ("auditor",)
+    assert "principal role" not in found.hint
+    assert found.hint == (
+        "auditor does not go with gateway: let another principal do it; if nobody has that role, "
+        "an officer or executive runs: strongroom principal add user/NAME --role auditor --public-key KEY"
+    )
+    # Nor one that would take from a person what their own role is for: auditors, and gateways, hold no weights.
+    for action, role in (("audit", "auditor"), ("relay", "gateway")):
+        found = explain(TEAM, ask(action, "researcher", resource=room))
+        assert found.roles == (role,)
+        assert "principal role" not in found.hint
+        assert f"--role {role} " in found.hint
+    assert "workload/NAME" in found.hint
+    # An officer holds none that an auditor might not; who has no role yet can have any.
+    for action, roles, wanted in (
+        ("audit", ("officer",), "officer auditor"),
+        ("audit", (), "auditor"),
+        ("relay", (), "gateway"),
+    ):
+        found = explain(TEAM, ask(action, *roles, resource=room))
+        assert found.hint.endswith(f"strongroom principal role user/ana {wanted}"), found.hint
+
+
 def test_roles_that_only_the_policy_knows_are_thought_of():
     policies = Policies.parse('@id("a") permit (principal in Strongroom::Role::"intern", action, resource);')
     assert explain(policies, ask("adapt")).roles == ("intern",)

@@ -88,8 +88,9 @@ def ask(port, key, **more):
         connection.close()
 
 
-def test_an_honest_server_verifies_streaming_and_not(room):
+def test_an_honest_server_verifies_streaming_and_not(room, caplog):
     with gateway(room, room[2].url) as (app, port, key):
+        assert "[verify] names the very server that answers" in caplog.text  # as it does here, for once
         for more in ({}, {"temperature": 0.7, "top_p": 0.9}, {"stream": True}, {"temperature": 0}):
             assert ask(port, key, **more)[0] == 200
         until(lambda: REF in app.verified.verdicts and app.verified.verdicts[REF].tokens >= 100)

@@ -362,4 +362,6 @@ def test_who_may(asker, operation, role):
         assert status == 422, body  # there is no statement in it
     else:
         assert status == (401 if role in OTHERS or name == "login" else 403), body
-        assert json.loads(body)["code"] == "auth.refused" or role in ROLES
+        # A gateway that is suspended is told so, with whose key it asks; nobody else is.
+        told = "principal.suspended" if role == "suspended" and name.startswith("gateway_") else "auth.refused"
+        assert json.loads(body)["code"] == told or role in ROLES

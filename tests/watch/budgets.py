@@ -42,10 +42,10 @@ class Desk:
     def worker(self, rules=RULES, size=SIZE, **more) -> Budgets:
         return Budgets(OwnCounters(self.db), rules, lambda _: size, lambda: self.now, alarm=self.alarms.append, **more)
 
-    def report(self, rules=RULES, size=SIZE, uses=()):
+    def report(self, rules=RULES, size=SIZE, uses=(), answered=(0, 0)):
         refs = {REF, *(counted_ref(rule.scope, REF) for rule in rules)}
         now, rows = Counters(self.db).look(int(self.now), refs)
-        return report(rules, rows, uses, REF, size, now)
+        return report(rules, rows, uses, REF, size, now, answered)
 
     def used(self, scope, window, who="", ref=REF, at=None) -> int:
         start, _ = window_at(window, int(self.now if at is None else at))

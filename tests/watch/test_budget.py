@@ -273,6 +273,26 @@ def test_without_its_database_a_worker_gives_out_what_it_has_drawn(desk):
     assert desk.used("identity", "day", "user/ana") == granted + 50_000
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_is_owed_is_charged_however_long_the_database_is_away(desk, ends):
+    """Its caller has gone long ago, and the worker's settings may be others by then."""
+    worker = desk.worker()
+    worker.reserve(ANA, REF, 1000).settle(1000)
+    drawn = desk.used("identity", "day", "user/ana")
+    with desk.db.transaction() as tx:
+        tx.execute(sa.text("ALTER TABLE egress RENAME TO elsewhere"))
+    worker.take(ANA, REF, 0).settle(50_000)
+    assert worker.owed > 0
+    desk.now += 600
+    with pytest.raises(BackendError):  # what is given back meanwhile stays charged
+        worker.close() if ends else worker.tend()
+    with desk.db.transaction() as tx:
+        tx.execute(sa.text("ALTER TABLE elsewhere RENAME TO egress"))
+    worker.close()
+    assert worker.owed == 0
+    assert 51_000 <= desk.used("identity", "day", "user/ana") <= drawn + 50_000
+
+
 # -- alarms and report -----------------------------------------------------------------------------------------------
 
 
@@ -321,7 +341,7 @@ def test_the_report(desk):
     worker.reserve(BEN, REF, 4000).settle(4000)
     worker.close()
     desk.now += HOUR
-    found = desk.report(uses=[Use])
+    found = desk.report(uses=[Use], answered=(6500, 11_000))
     by = {(each["scope"], each["window"], each["who"]): each for each in found["budgets"]}
     assert by["identity", "day", "user/ana"]["used"] == 20_000
     assert by["identity", "day", "user/ana"]["left"] == 80_000
@@ -336,9 +356,11 @@ def test_the_report(desk):
     assert by["everybody", "lifetime", ""]["used"] == 24_000
     assert by["everybody", "lifetime", ""]["resets_at"] is None
     # 24,000 bits in 13 hours; a caller has 1 % a day at most, all together 3 % a day.
-    assert found["bits_a_day"] == -(-24_000 * 24 // 13)
+    assert found["charged_bits_a_day"] == -(-24_000 * 24 // 13)
+    assert found["bits_a_day"] == 12_000  # 6,500 in 13 hours: what was drawn in advance has not left
     assert found["exfiltration"] == {
-        "current_seconds": -(-SIZE * 13 * HOUR // 24_000),
+        "current_seconds": -(-SIZE * 13 * HOUR // 6500),
+        "charged_seconds": -(-SIZE * 13 * HOUR // 24_000),
         "caller_seconds": 100 * DAY,
         "together_seconds": -(-SIZE * DAY // 300_000),
         "alarm_seconds": None,
@@ -348,8 +370,11 @@ def test_the_report(desk):
 
 def test_the_report_of_what_nobody_asked(desk):
     found = desk.report(DEFAULTS)
-    assert found["bits_a_day"] == 0
-    assert found["exfiltration"]["current_seconds"] is None
+    assert found["bits_a_day"] == found["charged_bits_a_day"] == 0
+    assert found["exfiltration"]["current_seconds"] is found["exfiltration"]["charged_seconds"] is None
+    # Where the budgets have no counter of the version's day, the log is all that is known.
+    alone = desk.report((), answered=(0, 86_400))
+    assert alone["bits_a_day"] == alone["charged_bits_a_day"] == 86_400
     assert found["exfiltration"]["together_seconds"] == 0
     assert {each["scope"] for each in found["budgets"]} == {"model", "everybody"}
 

@@ -85,7 +85,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"accounted for in the log: {_bits(found['logged']['bits'])}",
         *_verified(found),
         "To carry it off as answers takes",
-        f"  at the current rate, {_bits(found['bits_a_day'])} a day: {_long(times['current_seconds'])}",
+        f"  at the current rate, {_bits(found['bits_a_day'])} a day that gateways have accounted for: "
+        f"{_long(times['current_seconds'])}",
+        f"  at the rate that is charged, {_bits(found['charged_bits_a_day'])} a day with what they have drawn in "
+        f"advance: {_long(times['charged_seconds'])}",
         f"  one caller, at the greatest allowed rate: {_long(times['caller_seconds'])}",
         f"  all callers together, at the greatest allowed rate: {_long(times['together_seconds'])}",
         f"  all callers together, without an alarm: {_long(times['alarm_seconds'])}",

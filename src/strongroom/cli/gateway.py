@@ -17,6 +17,7 @@ from strongroom.cli.output import facts
 from strongroom.errors import StrongroomError, UsageError
 
 if TYPE_CHECKING:
+    from strongroom.gateway.changes import Taken
     from strongroom.gateway.generations import Generations
     from strongroom.gateway.rooms import Open
     from strongroom.gateway.settings import Settings
@@ -154,7 +155,7 @@ def gateway(  # noqa: PLR0917 - one for each option
 def _room(options: Options) -> tuple[Open, Path]:
     """What opens the room in each worker, and where records are kept if nobody says where."""
     if (url := options.served) is not None:
-        from strongroom.client.gateway import AwayRoom
+        from strongroom.client.away.room import AwayRoom
 
         return partial(AwayRoom.opened, url, options.identity()), Path("inference")
     from strongroom.gateway.rooms import InFolder
@@ -162,7 +163,7 @@ def _room(options: Options) -> tuple[Open, Path]:
     return partial(InFolder.opened, options.folder), options.folder / "inference"
 
 
-def _tell(options: Options, found: Settings | StrongroomError) -> None:
+def _tell(options: Options, found: Taken | StrongroomError) -> None:
     """What came of reading the settings again: on stderr, and never the end of a gateway that nobody listens to."""
     from strongroom.crypto.capture import key_id
 
@@ -170,9 +171,10 @@ def _tell(options: Options, found: Settings | StrongroomError) -> None:
         if isinstance(found, StrongroomError):
             options.output.warn(f"the settings stay as they were: {found}")
         else:
-            options.output.note(f"  → new settings are in force: {found.digest}")
-            if found.capture.key:
-                key = key_id(bytes.fromhex(found.capture.key))
+            told = "; ".join(found.changed) or "nothing has changed in it"
+            options.output.note(f"  → new settings are in force: {found.settings.digest}: {told}")
+            if found.settings.capture.key:
+                key = key_id(bytes.fromhex(found.settings.capture.key))
                 options.output.note(f"  → prompts and answers are captured, sealed to the key {key}")
 
 

@@ -149,12 +149,15 @@ def one_thread_each() -> None:
 @contextlib.contextmanager
 def _again(options: Options, revocations: Revocations) -> Iterator[None]:
     """SIGHUP has the lists read again; what can't be used is said, and those in force stay."""
+    from strongroom.gateway.changes import of_lists
 
     def read() -> None:
         with contextlib.suppress(OSError):  # stderr, where nobody listens
             try:
-                revocations.take(revocations.read())
-                options.output.note("  → new revocation lists are in force")
+                before, found = revocations.taken, revocations.read()
+                revocations.take(found)
+                told = "; ".join(of_lists(before, found)) or "the same as before"
+                options.output.note(f"  → new revocation lists are in force: {told}")
             except StrongroomError as error:
                 options.output.warn(f"the revocation lists stay as they were: {error}")
 

@@ -178,7 +178,7 @@ CEILINGS: dict[str, Kind] = dict.fromkeys(("holders", "copies", "copiers"), COUN
 BUDGETS: dict[str, Kind] = {
     "ref": TEXT,
     **dict.fromkeys(("effective_bits", "parameters", "bits_per_parameter", "compression"), COUNT),
-    **dict.fromkeys(("at", "gone_bits", "bits_a_day", "releases", "copies"), COUNT),
+    **dict.fromkeys(("at", "gone_bits", "bits_a_day", "charged_bits_a_day", "releases", "copies"), COUNT),
     "budgets": _list(
         _object(
             {
@@ -189,7 +189,9 @@ BUDGETS: dict[str, Kind] = {
             }
         )
     ),
-    "exfiltration": _object({f"{name}_seconds": or_null(COUNT) for name in ("current", "caller", "together", "alarm")}),
+    "exfiltration": _object(
+        {f"{name}_seconds": or_null(COUNT) for name in ("current", "charged", "caller", "together", "alarm")}
+    ),
     "artefacts": _list(_object({"holder": TEXT, **dict.fromkeys(("releases", "copies", "last"), COUNT)})),
     "logged": _object(dict.fromkeys(("requests", "refused", "tokens", "bits"), COUNT)),
     "too_small": lambda value: isinstance(value, bool),

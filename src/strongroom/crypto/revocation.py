@@ -120,6 +120,11 @@ class RevocationLists:
         return until
 
     @property
+    def revoked(self) -> int:
+        """How many certificates are on them."""
+        return sum(map(len, self._lists.values()))
+
+    @property
     def end(self) -> int | None:
         """When the first of them ends, in seconds; None without any."""
         return min(map(_end, self._lists.values()), default=None)

@@ -1,7 +1,15 @@
 """The gateway as an ASGI application: one request from its first byte to its record (spec/gateway.md).
 
-Raw ASGI: routing is one dictionary, and each check is a call. In order: who calls, what is asked, whether policy allows
-it, limits, content, budget; then upstream, and an answer that is made anew.
+Raw ASGI: routing is one dictionary, and each check is a call. A request to one of the routes of inference goes through
+
+1. `answer`: whether anything may be answered now, and who calls. From here on it is a `Flight`, which the log may end.
+2. `_infer`: what is asked, and whether policy allows it; limits, content and budget are taken (`Tolls`); upstream gets
+   the request written anew.
+3. `_whole` or `_stream`: the answer is made anew; bits are settled and the record is made before its end goes out.
+4. `_refuse`: in place of 3, or in its middle, whatever was raised on the way, a fault of ours too. It is charged and
+   recorded as well.
+
+Whatever became of it, `_infer` and `answer` give back its places and limits at their ends. Other routes are `_other`.
 """
 
 from __future__ import annotations
@@ -402,41 +410,43 @@ class GatewayApp:
     # -- the rest ------------------------------------------------------------------------------------------------
 
     async def _other(self, path: str, exchange: Exchange) -> None:
+        """What is not inference: whether this is well, what there is. NotFound ``route.missing``."""
         if path == "/healthz":
             exchange.answer(200, _ALWAYS_JSON, [], b'{"ok":true}')
-            return
-        if path == "/readyz":
-            problems = self.problems()
-            # Anybody may ask: what an alarm says would tell a thief how much of it is known.
-            told = {"ready": not problems, "problems": list(problems)}
-            if self.capture is not None:
-                told["capture"] = self.capture.key_id
-            body = orjson.dumps(told)
-            exchange.answer(503 if problems else 200, _ALWAYS_JSON, [], body)
-            return
-        if path == "/openapi.json":
+        elif path == "/readyz":
+            self._ready(exchange)
+        elif path == "/openapi.json":
             exchange.answer(200, _ALWAYS_JSON, [], openapi.encoded())
-            return
-        if path == "/v1/models" or path.startswith("/v1/models/"):
-            if exchange.method != "GET":
-                raise UsageError("route.method", f"{path} takes GET")
-            self._door.check()
-            caller = await self._door.caller(*_shown(exchange))
-            found = [
-                {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
-                for each in await self._door.models(caller)
-                if self._routes.serves(each.ref)
-            ]
-            wanted = path.removeprefix("/v1/models").removeprefix("/")
-            if wanted:
-                one = [each for each in found if each["id"] == wanted]
-                if not one:
-                    raise NotFound("model.not_found", f"there is no model {wanted!r:.80} that you may use")
-                exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps(one[0]))
-                return
-            exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps({"object": "list", "data": found}))
-            return
-        raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_ROUTES)}")
+        elif path == "/v1/models" or path.startswith("/v1/models/"):
+            await self._models(path, exchange)
+        else:
+            raise NotFound("route.missing", f"there is no {path!r:.80} here: /v1/models, {', '.join(_ROUTES)}")
+
+    def _ready(self, exchange: Exchange) -> None:
+        problems = self.problems()
+        # Anybody may ask: what an alarm says would tell a thief how much of it is known.
+        told = {"ready": not problems, "problems": list(problems)}
+        if self.capture is not None:
+            told["capture"] = self.capture.key_id
+        exchange.answer(503 if problems else 200, _ALWAYS_JSON, [], orjson.dumps(told))
+
+    async def _models(self, path: str, exchange: Exchange) -> None:
+        """Those that the caller may use, and of which there is an inference server; or one of them."""
+        if exchange.method != "GET":
+            raise UsageError("route.method", f"{path} takes GET")
+        self._door.check()
+        caller = await self._door.caller(*_shown(exchange))
+        found = [
+            {"id": each.ref, "object": "model", "created": each.created, "owned_by": "strongroom"}
+            for each in await self._door.models(caller)
+            if self._routes.serves(each.ref)
+        ]
+        told: object = {"object": "list", "data": found}
+        if wanted := path.removeprefix("/v1/models").removeprefix("/"):
+            told = next((each for each in found if each["id"] == wanted), None)
+            if told is None:
+                raise NotFound("model.not_found", f"there is no model {wanted!r:.80} that you may use")
+        exchange.answer(200, _ALWAYS_JSON, [], orjson.dumps(told))
 
 
 def _check_size(meter: Meter, flight: Flight) -> None:

@@ -20,6 +20,7 @@ import httptools
 
 from strongroom.gateway.certificates import Peer, peer
 from strongroom.gateway.deadline import Deadline
+from strongroom.gateway.leaving import Leaving, left
 
 if TYPE_CHECKING:
     import uvicorn
@@ -211,6 +212,7 @@ class Connection(asyncio.Protocol):
 
     crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
     most: ClassVar[int] = _FROM_ONE
+    _leaving: Leaving | None = None  # while nothing is read
 
     def __init__(
         self,
@@ -268,6 +270,7 @@ class Connection(asyncio.Protocol):
                 self._transport.resume_reading()
             else:
                 self._transport.pause_reading()
+            self._look_after(None if wanted else self._transport)
 
     def answered(self, exchange: Exchange) -> None:
         """The answer has been written whole: the next request's turn."""
@@ -277,6 +280,9 @@ class Connection(asyncio.Protocol):
             self._close()
             return
         if self._ahead:
+            if self._transport is None or left(self._transport):  # nothing is begun for nobody
+                self._abort()
+                return
             self._begin(self._ahead.popleft())
         elif not self._in_message:
             self._coming.within(_IDLE_TIME)
@@ -321,6 +327,7 @@ class Connection(asyncio.Protocol):
             del self.crowd[self._address]
         self._coming.close()
         self._taking.close()
+        self._look_after(None)
         self._gone, self.full = True, False
         self._writable.set()
         self._wake()
@@ -437,6 +444,14 @@ class Connection(asyncio.Protocol):
             self._wake()
         exchange.task = self._task
         self._server.tasks.add(self._task)
+
+    def _look_after(self, transport: asyncio.Transport | None) -> None:
+        """Hear when the other side goes, while `transport` is not read."""
+        if self._leaving is not None:
+            self._leaving.close()
+            self._leaving = None
+        if transport is not None:
+            self._leaving = Leaving(self._loop, transport, self._abort)
 
     def _wake(self) -> None:
         turn, self._turn = self._turn, None

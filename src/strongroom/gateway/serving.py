@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import BackendError, StrongroomError
+from strongroom.gateway.changes import Taken
 from strongroom.gateway.generations import Generations
 from strongroom.gateway.handshakes import Server
+from strongroom.gateway.hangup import Hangup
 from strongroom.gateway.listen import configure
-from strongroom.gateway.reload import Read, Reload, Tell, everywhere, unexpected
+from strongroom.gateway.reload import Read, Reload, Tell, unexpected
 from strongroom.gateway.rooms import Open
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
+from strongroom.gateway.workers import Obedient, everywhere
 
 if TYPE_CHECKING:
     import uvicorn
@@ -70,7 +73,7 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             _serve(plan, listener, ready, 0, lambda _: None)
             return
         with _hangup(signal.SIG_IGN):  # until it can be answered
-            _serve(plan, listener, ready, 0, lambda reload: reload.on_hangup(read, plan.tell))
+            _serve(plan, listener, ready, 0, lambda reload: Hangup(reload, read, plan.tell).listen())
         return
     before = signal.signal(signal.SIGTERM, _interrupted)  # else they would be left behind
     context = multiprocessing.get_context("fork")
@@ -122,8 +125,7 @@ def _again(plan: Plan, children: list[tuple[Any, Any]]) -> None:
         return
     try:
         settings = plan.read()
-        everywhere(settings, children)
-        plan.tell(settings)
+        plan.tell(Taken(settings, everywhere(settings, children)))
     except StrongroomError as error:
         if error.code == "gateway.worker":
             raise
@@ -145,7 +147,7 @@ def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], numb
     """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN if plan.read else signal.SIG_DFL)  # it is told by the first process
     try:
-        _serve(plan, listener, ready, number, lambda reload: reload.listen_to(line))
+        _serve(plan, listener, ready, number, lambda reload: Obedient(reload, line).listen())
     except StrongroomError as error:
         line.send((error.message, error.hint))
         sys.exit(error.exit_code)

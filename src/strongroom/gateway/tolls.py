@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 DIMENSIONS = 256  # of an embedding
 _SLACK = 256  # bytes of text beyond `BYTES_A_TOKEN` for each: single tokens are longer
 _TEND = 10.0  # seconds between two rounds over budgets that nobody uses
+_TRIES, _PAUSE = 3, 1.0  # at the end, to charge what is owed
 
 _log = logging.getLogger("strongroom.gateway")
 
@@ -67,8 +68,14 @@ class Tolls:
             self._tending.cancel()
         if not isinstance(self._limits, Limits):
             await self._limits.close()
-        with suppress(StrongroomError):  # what can't be given back stays charged
-            await asyncio.to_thread(self._budgets.close)
+        for more in (*[True] * (_TRIES - 1), False):
+            with suppress(StrongroomError):  # what can't be given back stays charged
+                await asyncio.to_thread(self._budgets.close)
+            if not self._budgets.owed:
+                return
+            if more:
+                await asyncio.sleep(_PAUSE)
+        _log.error("%d bits that answers had beyond what was reserved are in no budget", self._budgets.owed)
 
     def take(self, flight: Flight) -> bool:
         """Before anything is generated, from memory alone; False where the rest has to be waited for, with `wait`.

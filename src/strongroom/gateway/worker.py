@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
 _CHANNEL = "--channel takes the file that strongroom infer was started with; of [[upstream]] key and channel are files"
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
+_log = logging.getLogger("strongroom.gateway")
 
 
 def application(room: Behind, settings: Settings, records: Path, *, workers: int = 1) -> Generations:
@@ -181,6 +183,12 @@ def _verified(settings: Settings, room: Behind, vocabulary: Callable[[str], int]
             "settings.verify",
             "answers can be run again only where upstream and verifier are `strongroom infer`, each with its channel",
             hint="strongroom infer REF --channel FILE, and channel = FILE in [[upstream]] and in [verify]",
+        )
+    if any(each.url == verify.url for each in settings.upstream):
+        _log.warning(
+            "[verify] names the very server that answers, which finds right whatever it likes: %s; have answers run "
+            "again by another strongroom infer, on a machine that the first one's people have no way into",
+            verify.url,
         )
     secret = ("strongroom-channel", _secret(Path(verify.channel)))
     tallies = room.tallies(verify.term)

@@ -13,8 +13,9 @@ from strongroom.formats.authority import LONGEST, Authority
 from strongroom.formats.entry import CUSTODIAN, UNKNOWN, Entry
 from strongroom.formats.principal import reinstated
 from strongroom.formats.statement import Statement
+from strongroom.ledger.apikeys import ApiKeys
 from strongroom.ledger.consents import Consents
-from strongroom.ledger.gateways import Gateways
+from strongroom.ledger.streams import Streams
 
 Verify = Callable[[bytes, bytes, bytes], None]
 
@@ -31,7 +32,7 @@ class Statements:
     def __init__(self, origin: str, verify: Verify) -> None:
         self._origin, self._verify = origin, verify
         self._room, self._recovery = "", ""
-        self._consents, self._gateways = Consents(), Gateways()
+        self._consents, self._apikeys, self._streams = Consents(), ApiKeys(), Streams()
         self._authorities: dict[str, Authority] = {}  # in force
         # By the key's identifier: key, principal, authority and end of a key that a login has introduced.
         self._sessions: dict[str, tuple[str, str, str, int]] = {}
@@ -62,7 +63,7 @@ class Statements:
         self.apply(index, entry)
 
     def _check_inference(self, entry: Entry, said: Statement | None) -> None:
-        wrong = self._gateways.inference(entry, said, self._consents.knows) if entry.type == "inference" else ""
+        wrong = self._streams.fault(entry, said, self._consents.knows) if entry.type == "inference" else ""
         if wrong:
             raise Tampered("log.unfounded", f"the entry inference does not follow from the log: {wrong}")
 
@@ -106,13 +107,15 @@ class Statements:
                 self._trust(said)
             case "revoke":
                 self._end(1, body["target"])
-                self._gateways.end(lambda each: each.principal == body["target"])
+                self._apikeys.end(lambda each: each.principal == body["target"])
             case "clock":
                 self._sessions.clear()
-                self._gateways.end(lambda each: bool(each.session))
-            case "apikey" | "inference":
+                self._apikeys.end(lambda each: bool(each.session))
+            case "inference":
+                self._streams.apply(entry)
+            case "apikey":
                 signer = said.key_id if said is not None else ""
-                self._gateways.apply(entry, signer if signer in self._sessions else "")
+                self._apikeys.apply(entry, signer if signer in self._sessions else "")
             case "approve" if grant := self._consents.granted(body["id"]):
                 if grant.record:
                     self._install(grant.record)
@@ -126,7 +129,7 @@ class Statements:
         if body["state"] == "removed" or before is None or before.key != body["key"]:
             self._passkeys = {name: each for name, each in self._passkeys.items() if each[1] != path}
         if body["state"] != "active" or before is None or before.key != body["key"]:
-            self._gateways.end(lambda each: each.principal == path)
+            self._apikeys.end(lambda each: each.principal == path)
         self._end(1, path)
 
     def _trust(self, said: Statement) -> None:
@@ -139,7 +142,7 @@ class Statements:
     def _end(self, place: int, name: str) -> None:
         """No key that a login introduced speaks for this principal (1), or on this authority's word (2), any more."""
         self._sessions = {key_id: each for key_id, each in self._sessions.items() if each[place] != name}
-        self._gateways.end(lambda each: bool(each.session) and each.session not in self._sessions)
+        self._apikeys.end(lambda each: bool(each.session) and each.session not in self._sessions)
 
     # -- what it rests on ----------------------------------------------------------------------------------------
 
@@ -196,7 +199,7 @@ class Statements:
         own = signed_with == self._consents.people[entry.by].key
         session = self._sessions.get(statement.key_id)
         until = MAX_INTEGER if own else session[3] if session is not None else None
-        if wrong := self._gateways.key(entry, statement, max(entry.at, self._latest), until):
+        if wrong := self._apikeys.fault(entry, statement, max(entry.at, self._latest), until):
             raise Tampered("log.unfounded", f"the entry apikey does not follow from the log: {wrong}")
 
     def _check_statement(self, entry: Entry, statement: Statement) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 
 from strongroom.errors import Denied, UsageError
 from strongroom.policy.engine import POLICY_ERROR, Policies
-from strongroom.policy.query import RELEASES, ROLES, ROOM, Query, Resource, Situation, Subject
+from strongroom.policy.query import ALONE, RELEASES, ROLES, ROOM, Query, Resource, Situation, Subject
 
 _MORE_MAX = 5  # approvals beyond those there are; a policy that asks for more is explained as "never"
 _ALTERNATIVES_MAX = 3
 _COUNTED = ("operator", "officer", "executive")  # from the one whose approval is cheapest to the dearest
 _ANYBODY = ""  # somebody who may approve, and is counted in the total only
 _FIELDS = {"operator": "operators", "officer": "officers", "executive": "executives"}
+_SOME_WEIGHTS = Resource("some/weights@1", 100, 100, 100, frozen=False)  # no rule names them
 _SOMEBODY = "user/somebody-else"  # the hypothetical approver: no rule names it
 
 
@@ -46,7 +47,8 @@ class Explanation:
     """`rule`: the first that forbids (or permits), else ``default``; `rules`: all of them.
 
     `needs`: what others can give to make it allowed, approvals and a lease; empty if that would not help. `roles`: with
-    which further role (and what it asks for then) it would be allowed; looked for only where `needs` is empty.
+    which further role (and what it asks for then) it would be allowed; looked for only where `needs` is empty. That it
+    should be taken is advised (`hint`) only of one that goes with those that there are.
     """
 
     query: Query
@@ -101,9 +103,7 @@ def explain(policies: Policies, query: Query, *, act: str = "", about: str = "")
     roles = which_roles(policies, query)
     if roles:
         message = f"{what.format('not ')}: that takes the role {' or '.join(roles)}"
-        wanted = " ".join((*query.subject.roles, roles[0]))
-        hint = f"{_granter(policies)} runs: strongroom principal role {query.subject.path} {wanted}"
-        return Explanation(query, False, "default", (), message, (), roles, hint)
+        return Explanation(query, False, "default", (), message, (), roles, _further(policies, query, roles))
     message = f"{what.format('not ')}: no rule permits it, whatever lease, approvals or roles there are"
     return Explanation(query, False, "default", (), message, (), (), f"strongroom reach {query.subject.path}")
 
@@ -140,6 +140,37 @@ def which_roles(policies: Policies, query: Query) -> tuple[str, ...]:
         if any(policies.decide(each).allowed for each in _generous(given, kinds)):
             found.append(role)
     return tuple(found)
+
+
+def _further(policies: Policies, query: Query, roles: tuple[str, ...]) -> str:
+    """Advice on how to come by one of `roles`: for somebody else, where none goes with what the principal has."""
+    mine = query.subject.roles
+    fitting = next((role for role in roles if _goes_with(policies, query, role)), None)
+    if fitting is not None:
+        return f"{_granter(policies)} runs: strongroom principal role {query.subject.path} {' '.join((*mine, fitting))}"
+    new = "workload/NAME" if roles[0] in ALONE else "user/NAME"
+    return (
+        f"{roles[0]} does not go with {', '.join(mine)}: let another principal do it; if nobody has that role, "
+        f"{_granter(policies)} runs: strongroom principal add {new} --role {roles[0]} --public-key KEY"
+    )
+
+
+def _goes_with(policies: Policies, query: Query, role: str) -> bool:
+    """Whether `role` takes nothing from the principal that its other roles are for: by the policy an auditor, or a
+    gateway, holds no weights, whatever else it is. And a gateway is nothing else."""
+    before = query.subject
+    if not before.roles:
+        return True
+    if role in ALONE or not set(ALONE).isdisjoint(before.roles):
+        return False
+    after = replace(before, roles=(*before.roles, role))
+    about = _SOME_WEIGHTS if query.resource.is_room else query.resource
+    given = _approved(_with(query, stage="grant"), (*_COUNTED, _ANYBODY) * _MORE_MAX).situation
+    return not any(
+        policies.decide(Query(before, action, about, given)).allowed
+        and not policies.decide(Query(after, action, about, given)).allowed
+        for action in RELEASES
+    )
 
 
 def _generous(query: Query, kinds: list[str]) -> Iterator[Query]:

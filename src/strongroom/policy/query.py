@@ -45,6 +45,7 @@ AUTHENTICATIONS = (
     "apikey",
 )  # what the one who speaks has shown; policy/speaker.py finds it
 ROLES = ("researcher", "operator", "officer", "executive", "auditor", "partner", "gateway")
+ALONE = ("gateway",)  # goes with no other role: what has it is the one program that strangers reach
 ROOM = "room"  # as a `ref`: the room as a whole. Of weights that have this very name, only versions can be named.
 
 _ROLE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)

@@ -105,6 +105,22 @@ def authenticate(
     return Speaker(state.principals[statement.by], key.method)
 
 
+def suspended(state: State, statement: Statement, now: int) -> bool:
+    """Whether a principal that is suspended has just signed this, with its own key: nobody else may learn that from
+    what is refused."""
+    who = state.principals.get(statement.by)
+    if who is None or who.state != "suspended" or not who.key or statement.room != state.room:
+        return False
+    if statement.key_id != signatures.key_id(bytes.fromhex(who.key)):
+        return False
+    try:
+        Key(who.key, OWN_KEY).verify(statement)
+        check_age(state, statement, now)
+    except Exception:  # noqa: BLE001 - whatever it is: this is not that principal
+        return False
+    return True
+
+
 def check_age(state: State, statement: Statement, now: int) -> None:
     """AuthRequired ``statement.stale`` unless it was just signed, Conflict ``statement.replayed`` if it was said
     before."""

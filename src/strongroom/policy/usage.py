@@ -68,3 +68,8 @@ def since(state: State, ref: str, begin: int) -> Usage:
         if int(day) >= begin // DAY and (one := sums.get(ref)) is not None:
             found.add(one.requests, one.refused, one.tokens, one.bits)
     return found
+
+
+def on(state: State, ref: str, at: int) -> Usage:
+    """Those of the day that the time `at` (seconds) is in."""
+    return state.usage.get(str(at // DAY), {}).get(ref) or Usage()

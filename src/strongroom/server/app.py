@@ -25,7 +25,6 @@ from strongroom.gateway.settings import Budgets
 from strongroom.server import openapi
 from strongroom.server.bodies import base64_of, members, needed, read_body, reason_of, text_of
 from strongroom.server.calls import Calls
-from strongroom.server.gateways import Gateways
 from strongroom.server.guard import Guard
 from strongroom.server.memory import Memory
 from strongroom.server.metrics import CONTENT_TYPE, Metrics
@@ -33,6 +32,7 @@ from strongroom.server.operations import OPERATIONS, Operation
 from strongroom.server.problem import fault, missing, problem
 from strongroom.server.readiness import Readiness
 from strongroom.server.reading import Reading
+from strongroom.server.relays import Relays
 from strongroom.server.traces import Traces
 from strongroom.server.uploads import Uploads
 from strongroom.vault.custodian import Answer
@@ -41,7 +41,7 @@ from strongroom.vault.vault import Vault
 Handler = Callable[[Request, bytes], Any]
 _ACTS = ("ceiling", "clock", "copy", "redact", "review", "thaw")  # the others are done where the room is
 
-_ASKED_BY_GATEWAYS = ("callers", "decisions", "models", "spellings", "draws", "settlements", "tallies")
+_ASKED_BY_RELAYS = ("callers", "decisions", "models", "spellings", "draws", "settlements", "tallies")
 
 
 class CustodianApp:
@@ -65,7 +65,7 @@ class CustodianApp:
         self._calls = Calls(self._custodian)
         self._uploads = Uploads(vault, self._calls.caller)
         self._traces = Traces(vault, self._calls.caller, Memory(trace_memory), seconds=trace_seconds)
-        self._gateways = Gateways(vault, self._calls, self._budgets)
+        self._relays = Relays(vault, self._calls, self._budgets)
         self._document = openapi.encoded()
         self.metrics, self._readiness = Metrics(vault), Readiness(vault)
         handlers = self._handlers()
@@ -95,9 +95,9 @@ class CustodianApp:
             "check_trace": self._traces.check,
             "show_trace": self._traces.show,
             "stop_trace": self._traces.stop,
-            "inference": self._gateways.account,
-            "gateway_version": self._gateways.version,
-            **{f"gateway_{name}": getattr(self._gateways, name) for name in _ASKED_BY_GATEWAYS},
+            "inference": self._relays.account,
+            "gateway_version": self._relays.version,
+            **{f"gateway_{name}": getattr(self._relays, name) for name in _ASKED_BY_RELAYS},
             "openapi": lambda *_: Response(self._document, media_type="application/json"),
             "metrics": self._metrics,
             "alive": lambda *_: {"ok": True},
@@ -132,7 +132,7 @@ class CustodianApp:
             return JSONResponse(await self._traces.receive(request), operation.status)
         body = await read_body(request)
         if operation.name == "gateway_version":  # it waits, and would keep a thread from others
-            return JSONResponse(await self._gateways.version(request, body))
+            return JSONResponse(await self._relays.version(request, body))
         # In a thread: it waits for the database, and many who wait together share one batch of the log.
         answer = await run_in_threadpool(handler, request, body)
         return answer if isinstance(answer, Response) else JSONResponse(answer)

@@ -7,9 +7,10 @@ import binascii
 import hashlib
 from typing import TYPE_CHECKING
 
+from strongroom.core.clock import unix
 from strongroom.errors import AuthRequired, StrongroomError
 from strongroom.formats.statement import Statement
-from strongroom.policy.speaker import Speaker
+from strongroom.policy.speaker import Speaker, suspended
 from strongroom.vault.custodian import Custodian
 
 if TYPE_CHECKING:
@@ -41,10 +42,26 @@ class Calls:
         expected = {"method": request.method, "path": target, "body": hashlib.sha256(body).hexdigest()}
         if statement.kind != "call" or dict(statement.body) != expected:
             raise _unknown()
-        who = self._custodian.identify(statement)
+        who = self._identify(statement, told="relay" in actions)
         if actions:
             self._custodian.authorise(who, *actions)
         return who
+
+    def _identify(self, statement: Statement, *, told: bool) -> Speaker:
+        """`told`: a gateway that is suspended is told so (spec/http.md, section 10), as nobody else is who asks."""
+        try:
+            return self._custodian.identify(statement)
+        except AuthRequired as error:
+            if not told or error.code != "auth.refused":
+                raise
+            with self._custodian.ledger.view() as state:
+                if not suspended(state, statement, unix()):
+                    raise
+        raise AuthRequired(
+            "principal.suspended",
+            f"{statement.by} is suspended in this room",
+            hint=f"somebody who may grant runs: strongroom principal restore {statement.by}",
+        )
 
     def guest(self, request: Request, body: bytes) -> str:
         """The caller if it is a guest, who sees what concerns itself only; else nothing."""

@@ -171,7 +171,7 @@ COMPONENTS: dict[str, Schema] = {
         {
             "ref": TEXT,
             **_counts("effective_bits", "parameters", "bits_per_parameter", "compression"),
-            **_counts("at", "gone_bits", "bits_a_day", "releases", "copies"),
+            **_counts("at", "gone_bits", "bits_a_day", "charged_bits_a_day", "releases", "copies"),
             "budgets": _list(
                 _object(
                     {
@@ -183,7 +183,7 @@ COMPONENTS: dict[str, Schema] = {
                 )
             ),
             "exfiltration": _object(
-                {f"{name}_seconds": _or_null(COUNT) for name in ("current", "caller", "together", "alarm")}
+                {f"{name}_seconds": _or_null(COUNT) for name in ("current", "charged", "caller", "together", "alarm")}
             ),
             "artefacts": _list(_object({"holder": TEXT, **_counts("releases", "copies", "last")})),
             "logged": _object(_counts("requests", "refused", "tokens", "bits")),

@@ -27,16 +27,21 @@ class Revocations:
             today = max(self._vault.clock(), state.latest)
         bundles = [each.bundle for each in authorities if each.kind == X509]
         found = RevocationLists.decode([(path.name, _content(path)) for path in self._paths], bundles, today)
-        found.check_after(custodian.logins.revoked, bundles)
+        found.check_after(self.taken, bundles)
         return found
 
     def take(self, lists: RevocationLists) -> None:
         """From now on certificates are judged by `lists`."""
         self._vault.custodian.logins.revoked = lists
 
+    @property
+    def taken(self) -> RevocationLists:
+        """Those in force."""
+        return self._vault.custodian.logins.revoked
+
     def end(self) -> int | None:
         """When the first of those in force ends, in seconds; None without any."""
-        return self._vault.custodian.logins.revoked.end
+        return self.taken.end
 
 
 def _content(path: Path) -> bytes:

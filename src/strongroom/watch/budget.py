@@ -286,6 +286,11 @@ class Budgets:
                 for counter, amount in owed.items():
                     counter.free += amount
 
+    @property
+    def owed(self) -> int:
+        """Bits that were spent beyond what was reserved, and are in no counter yet: of the one that lacks most."""
+        return max(self._owed(self._counters.values()).values(), default=0)
+
     def tend(self) -> None:
         """Pay what is owed, give back tranches of callers that are idle, delete counters of long ago. To be called each
         few seconds, beside the hot path. Errors of the database: what was to be given back then stays charged."""
@@ -316,7 +321,7 @@ class Budgets:
                     if counter.free > 0:
                         given[counter] = counter.free
                         counter.free = 0
-                    if counter not in in_use:
+                    if counter not in in_use and counter.free >= 0:  # what is owed is not forgotten
                         del self._counters[name]
             today = int(now) // 86_400
             self._table.give_back(int(now), _sums(given), forget=today != self._forgotten)

@@ -29,13 +29,22 @@ class Used(Protocol):
 
 
 def report(
-    rules: Sequence[Rule], rows: Sequence[tuple[Key, int]], uses: Iterable[Used], ref: str, size: int, now: int
+    rules: Sequence[Rule],
+    rows: Sequence[tuple[Key, int]],
+    uses: Iterable[Used],
+    ref: str,
+    size: int,
+    now: int,
+    answered: tuple[int, int] = (0, 0),
 ) -> dict[str, Any]:
-    """Of `ref`, whose W_eff is `size` bits, at `now` (Unix time).
+    """Of `ref`, whose W_eff is `size` bits, at `now` (Unix time). `answered`: bits that gateways have accounted for
+    today, and yesterday.
 
     ``budgets``: scope, window, who (empty: all callers), used, limit, left (bits), hard, resets_at (Unix time, or
-    None); used is what workers have drawn, up to a 16th of what was left each more than has left. ``exfiltration``:
-    seconds that `size` bits would take: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given
+    None); used is what workers have drawn, up to a 16th of what was left each more than has left. ``bits_a_day``: as
+    gateways have accounted for them; ``charged_bits_a_day``: with what they have drawn in advance, and so the most that
+    it can be, whatever they say. ``exfiltration``: seconds that `size` bits would take, at both of these (``current``,
+    ``charged``), and at what is allowed: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given
     the weights themselves; each time was one whole artefact. ``too_small``: budgets that are alarms are less than one
     answer, and mean nothing.
     """
@@ -62,7 +71,11 @@ def report(
             )
     together = [rule for rule in rules if rule.scope in _SHARED]
     hard = [rule for rule in together if rule.hard]
-    rate = _rate(used, ref, now)
+    start, _ = window_at("day", now)
+    rate = _rate(answered, now - start)
+    days = (used.get(Key("model", "day", start - back, "", ref), 0) for back in (0, SECONDS["day"]))
+    # Settings may have no such counter: then what was accounted for is all that is known.
+    charged = max(rate, _rate((*days,), now - start))
     artefacts = [
         {"holder": use.holder, "releases": use.releases, "copies": use.copies, "last": use.last}
         for use in uses
@@ -75,9 +88,11 @@ def report(
         "at": now,
         "gone_bits": used.get(Key("model", "lifetime", 0, "", ref), 0),
         "bits_a_day": math.ceil(rate * SECONDS["day"]),
+        "charged_bits_a_day": math.ceil(charged * SECONDS["day"]),
         "budgets": budgets,
         "exfiltration": {
             "current_seconds": math.ceil(size / rate) if rate else None,
+            "charged_seconds": math.ceil(size / charged) if charged else None,
             "caller_seconds": _time([rule for rule in rules if rule.hard], size),
             "together_seconds": _time(hard, size),
             "alarm_seconds": _time(together, size),
@@ -88,12 +103,10 @@ def report(
     }
 
 
-def _rate(used: dict[Key, int], ref: str, now: int) -> float:
-    """Bits a second of all callers: of yesterday, or of today if that is more."""
-    start, _ = window_at("day", now)
-    today = used.get(Key("model", "day", start, "", ref), 0)
-    before = used.get(Key("model", "day", start - SECONDS["day"], "", ref), 0)
-    return max(today / max(now - start, SECONDS["hour"]), before / SECONDS["day"])
+def _rate(days: tuple[int, ...], so_far: int) -> float:
+    """Bits a second of all callers: of yesterday, or of today, `so_far` seconds of it, if that is more."""
+    today, before = days
+    return max(today / max(so_far, SECONDS["hour"]), before / SECONDS["day"])
 
 
 def _time(rules: Sequence[Rule], size: int) -> int | None:

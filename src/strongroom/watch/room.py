@@ -10,7 +10,7 @@ from strongroom.vault.callers import Callers
 from strongroom.watch.counters import Counters
 from strongroom.watch.effective import BITS_PER_PARAMETER, COMPRESSION, effective_bits
 from strongroom.watch.report import report as reported
-from strongroom.watch.rules import RULES, Rule, counted_ref
+from strongroom.watch.rules import RULES, SECONDS, Rule, counted_ref
 from strongroom.watch.tallies import Tallies, shown
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def report(
     model = Callers(vault).model(name)
     parameters = model.parameters
     size = effective_bits(parameters, bits_per_parameter=bits_per_parameter, compression=compression)
-    with vault.custodian.ledger.view() as state:
-        uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
     refs = {name, *(counted_ref(rule.scope, name) for rule in rules)}
     now, rows = Counters(vault.db).look(int(vault.clock()), refs)
-    found = reported(rules, rows, uses, name, size, now)
+    with vault.custodian.ledger.view() as state:
+        uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
+        answered = (usage.on(state, name, now).bits, usage.on(state, name, now - SECONDS["day"]).bits)
+    found = reported(rules, rows, uses, name, size, now, answered)
     return {
         **found,
         "parameters": parameters,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from strongroom.client import answers
-from strongroom.client.accounts import Accounts
-from strongroom.client.callings import Callings
-from strongroom.client.draws import ServedCounters, ServedTallies
-from strongroom.client.line import Line
+from strongroom.client.away.accounts import Accounts
+from strongroom.client.away.callings import Callings
+from strongroom.client.away.draws import ServedCounters, ServedTallies
+from strongroom.client.away.line import Line
+from strongroom.client.away.settlements import Settlements
 from strongroom.errors import AuthRequired, BackendError, StrongroomError, UsageError
 from strongroom.storage.session import card_of, error_of
 from strongroom.vault.callers import Caller, ModelInfo
@@ -44,7 +45,7 @@ class AwayRoom:
         self.name = card.room.hex()
         self._accounts = Accounts(self._line)
         self.callers = AwayCallers(self._line, self._accounts)
-        self._counters: dict[str, ServedCounters] = {}
+        self._settlements = Settlements(self._line)
 
     @classmethod
     def opened(cls, url: str, principal: str | None) -> AwayRoom:
@@ -57,11 +58,8 @@ class AwayRoom:
         return self._accounts.stream
 
     def counters(self, budgets: Budgets) -> ServedCounters:
-        """The same for the same budgets: what it has to pay is paid once."""
         rules = digest_of(budgets.rules, budgets.bits_per_parameter, budgets.compression)
-        if rules not in self._counters:
-            self._counters[rules] = ServedCounters(self._line, rules)
-        return self._counters[rules]
+        return ServedCounters(rules, self._settlements)
 
     def tallies(self, term: int) -> ServedTallies:
         return ServedTallies(self._line, term)
@@ -79,8 +77,7 @@ class AwayRoom:
         self.counters(settings.budgets).check()
 
     def close(self) -> None:
-        for each in self._counters.values():
-            each.close()
+        self._settlements.settle()  # what is left, if that can be
         self._accounts.close()
         self._line.close()
 

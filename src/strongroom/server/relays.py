@@ -1,5 +1,8 @@
-"""What gateways ask that run elsewhere (spec/http.md, section 10). Each call is by a principal that policy lets
-`relay`; what is said of callers is in the body of a 200, so that nobody takes it for something about the gateway."""
+"""The routes for relays, which are gateways that run elsewhere (spec/http.md, section 10).
+
+Each call is by a principal that policy lets `relay`; what is said of callers is in the body of a 200, so that nobody
+takes it for something about the gateway.
+"""
 
 from __future__ import annotations
 
@@ -50,8 +53,8 @@ _ADDED: dict[str, Kind] = {"ref": TEXT, "arithmetic": one_of(*HONEST), **dict.fr
 _SETTLE: dict[str, Kind] = {"scope": TEXT, "window": TEXT, "start": COUNT, "who": TEXT, "ref": TEXT, "bits": COUNT}
 
 
-class Gateways:
-    """The routes of one room. `budgets`: those by which the custodian was told to reckon."""
+class Relays:
+    """The routes of one room for whoever may relay. `budgets`: those by which the custodian was told to reckon."""
 
     def __init__(self, vault: Vault, calls: Calls, budgets: Budgets) -> None:
         self._vault, self._calls = vault, calls
@@ -164,9 +167,7 @@ class Gateways:
         if said.kind != "inference":
             raise UsageError("statement.elsewhere", "the statement is not one that this address takes")
         with self._accounts_lock:
-            now = time.monotonic()
-            left, at = self._accounts.get(said.by, (_ACCOUNTS, now))
-            left = min(_ACCOUNTS, left + (now - at) * _ACCOUNTS / 60)
+            left = self._left(said.by)[0]
         if left < 1:
             raise LimitExceeded(
                 "server.busy",
@@ -174,9 +175,17 @@ class Gateways:
                 hint="say more in each",
             )
         found = self._vault.custodian.acted(envelope)
-        with self._accounts_lock:  # only now: anybody could have named this gateway
+        # Only now: anybody could have named this gateway. What was taken of it meanwhile counts, too.
+        with self._accounts_lock:
+            left, now = self._left(said.by)
             self._accounts[said.by] = (left - 1, now)
         return found
+
+    def _left(self, gateway: str) -> tuple[float, float]:
+        """How many more accounts it may say, by now."""
+        now = time.monotonic()
+        left, at = self._accounts.get(gateway, (_ACCOUNTS, now))
+        return min(_ACCOUNTS, left + (now - at) * _ACCOUNTS / 60), now
 
     # -- bits ----------------------------------------------------------------------------------------------------
 

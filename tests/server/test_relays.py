@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -18,7 +20,7 @@ from strongroom.formats.statement import Statement
 from strongroom.formats.stream import fresh
 from strongroom.gateway.settings import Budgets
 from strongroom.server.calls import Calls
-from strongroom.server.gateways import Gateways
+from strongroom.server.relays import Relays
 from strongroom.vault.vault import Vault
 from strongroom.watch.relayed import digest_of
 
@@ -121,6 +123,28 @@ def test_who_may_not_relay_is_told_nothing_and_it_is_recorded(gates):
     assert (last["type"], last["by"], last["body"]["action"]) == ("refused", "user/ben", "relay")
 
 
+def test_that_it_is_suspended_is_told_to_whoever_has_its_key_and_to_nobody_else(gates):
+    path, asked = "workload/away", {"name": "acme/tiny"}
+    key = gates.identities.create(path).public_key.hex()
+    with Room(gates.folder, "user/olga") as room:
+        room.principal_add(path, roles=["gateway"], public_key=key)
+        assert gates.ask("models", asked, path)[0] == 200
+        room.principal_change(path, state="suspended")
+        status, found = gates.ask("models", asked, path)
+        assert (status, found["code"]) == (401, "principal.suspended")
+        assert found["hint"].endswith(f"strongroom principal restore {path}")
+        target, body = "/v1/gateway/models", json.dumps(asked).encode()
+        for headers in (
+            call(gates, "POST", target, path, body=body, signer=gates.identities.signer(GATE)),  # somebody else's key
+            call(gates, "POST", target, path, body=body, at=int(time.time()) - 400),
+        ):
+            status, _, found = gates.raw("POST", target, body, headers)
+            assert (status, json.loads(found)["code"]) == (401, "auth.refused")
+        assert gates.raw("GET", "/v1/requests", headers=call(gates, "GET", "/v1/requests", path))[0] == 401
+        room.principal_change(path, state="removed")
+        assert gates.ask("models", asked, path)[1]["code"] == "auth.refused"
+
+
 def test_callers_are_known_or_nobody_and_nothing_says_why(gates):
     key = gates.cli("apikey", "new", as_=ANA)
     digest = key["id"]
@@ -163,9 +187,9 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
     """Else whoever has its key fills a log that is kept for ever; and strangers must not use up what it may say."""
     vault = Vault(gates.folder)
     with contextlib.closing(vault):
-        asked = Gateways(vault, Calls(vault.custodian), Budgets())
+        asked = Relays(vault, Calls(vault.custodian), Budgets())
         asked._accounts = {OTHER: (2.0, time.monotonic())}
-        monkeypatch.setattr("strongroom.server.gateways._ACCOUNTS", 3.0)
+        monkeypatch.setattr("strongroom.server.relays._ACCOUNTS", 3.0)
         for _ in range(5):
             with pytest.raises(AuthRequired):
                 asked.account(None, gates.said(0, OTHER, signer=gates.identities.signer(GATE)))
@@ -174,6 +198,23 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
         with pytest.raises(LimitExceeded) as caught:
             asked.account(None, gates.said(2, OTHER))
         assert caught.value.code == "server.busy"
+
+
+def test_accounts_that_come_at_once_are_counted_each(gates, monkeypatch):
+    vault = Vault(gates.folder)
+    with contextlib.closing(vault):
+        asked = Relays(vault, Calls(vault.custodian), Budgets())
+        together = threading.Barrier(8)
+
+        def acted(_):
+            together.wait(20)
+            return {}
+
+        monkeypatch.setattr(vault.custodian, "acted", acted)
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda number: asked.account(None, gates.said(number, OTHER)), range(8))) == [{}] * 8
+        left, _ = asked._accounts[OTHER]
+        assert left == pytest.approx(1200 - 8, abs=2)
 
 
 def test_a_version_is_held_back_and_given_at_once_when_it_changes(gates):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from strongroom.client import answers
-from strongroom.client.line import Line
+from strongroom.client.away.line import Line
 from strongroom.errors import BackendError, Conflict, Sealed, StrongroomError
 from strongroom.formats.stream import fresh
 

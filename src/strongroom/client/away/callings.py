@@ -48,24 +48,26 @@ class Callings:
     def of(self, shown: Mapping[str, Any]) -> Found:
         """Who has `shown` this, or None for nobody; whatever `ask` raises. LimitExceeded ``gateway.strangers``: whoever
         sends keys that there are not would have the custodian answer nobody else."""
-        name = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+        name = _digest(shown)
+        # Of a certificate each handshake has another time, and has proved the same key.
+        by = _digest({**shown, "at": 0}) if "at" in shown else name
         with self._lock:
             now = self._clock()
             before = self._asked.get(name)
             if before is not None and before.epoch == self._epoch and now - before.at < _MOMENT:
                 answer, mine = before.answer, False
             else:
-                if name not in self._known:
+                if by not in self._known:
                     self._one_more(now)
                 answer, mine = Future[Found](), True
                 self._asked[name] = _Asked(answer, now, self._epoch)
                 self._asked.move_to_end(name)
                 _shorten(self._asked)
         if mine:
-            self._find(name, shown, answer)
+            self._find(name, by, shown, answer)
         return answer.result()
 
-    def _find(self, name: str, shown: Mapping[str, Any], answer: Future[Found]) -> None:
+    def _find(self, name: str, by: str, shown: Mapping[str, Any], answer: Future[Found]) -> None:
         try:
             found = self._ask(shown)
         except BaseException as error:  # noqa: BLE001 - whoever waits has to know
@@ -76,8 +78,8 @@ class Callings:
             return
         if found is not None:
             with self._lock:
-                self._known[name] = None
-                self._known.move_to_end(name)
+                self._known[by] = None
+                self._known.move_to_end(by)
                 _shorten(self._known)
         answer.set_result(found)
 
@@ -92,6 +94,11 @@ class Callings:
                 retry_after=1,
             )
         self._left -= 1
+
+
+def _digest(shown: Mapping[str, Any]) -> str:
+    """What stands for it in memory: no token is kept."""
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
 def _shorten(kept: OrderedDict[str, Any]) -> None:

@@ -91,6 +91,28 @@ class TestAQuorum:
         cosign(url, key, desk.log.checkpoint()[1], desk.log.consistency)
         require(released, Witnesses(((key, url),), 1), KEY, desk.log)
 
+    def test_that_is_ahead_each_time_it_is_asked(self, desk, stack, tmp_path, monkeypatch):
+        """A busy room: whenever the newest checkpoint is fetched, somebody else has a newer one cosigned before."""
+        key, url = witness(stack, tmp_path, "w1")
+        _, released = desk.log.checkpoint()
+        checkpoint, overtaken = desk.log.checkpoint, []
+
+        def overtake():
+            desk.login()
+            cosign(url, key, checkpoint()[1], desk.log.consistency)
+
+        def overtaken_by_others():
+            found = checkpoint()
+            if len(overtaken) < 7:
+                overtaken.append(found[0].size)
+                overtake()
+            return found
+
+        overtake()
+        monkeypatch.setattr(desk.log, "checkpoint", overtaken_by_others)
+        require(released, Witnesses(((key, url),), 1), KEY, desk.log)
+        assert len(overtaken) == 7
+
     def test_a_checkpoint_that_comes_cosigned_needs_nobody_asked(self, desk, stack, tmp_path):
         key, url = witness(stack, tmp_path, "w1")
         note = cosign(url, key, desk.log.checkpoint()[1], desk.log.consistency)

@@ -141,9 +141,10 @@ class RoomLog:
         the pinned key, and the newest checkpoint seen by this user. IntegrityError when it does not hold together."""
         from strongroom.client.receive import Remembered
 
-        remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key)
+        # First: another process of this user's may see a newer one while the log is brought up to date, and read.
+        remembered = Remembered(Settings.from_environment().state_folder, self._vault.log_key).newest()
         where = folder if folder is not None else self._vault.read_log()
-        return verify_log(where, self.key, witnesses=witnesses, remembered=remembered.newest())
+        return verify_log(where, self.key, witnesses=witnesses, remembered=remembered)
 
 
 def verify_log(

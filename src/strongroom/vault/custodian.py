@@ -471,8 +471,7 @@ class Custodian:
     def _looked_up(self, ref: str) -> Bundles | StrongroomError:
         """The secrets and the manifest of a version; or why not, which is for those that are authenticated only."""
         try:
-            record = self._vault.record(self._vault.find(ref))
-            return Bundles(record, self._vault.manifest(record), self._vault.keys.signer.public_key)
+            return self._vault.bundles(ref)
         except StrongroomError as error:
             return error
 

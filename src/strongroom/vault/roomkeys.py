@@ -20,7 +20,7 @@ from strongroom.crypto.recovery import create_recovery, open_with_shares, seal_f
 from strongroom.crypto.sealing import seal, unseal
 from strongroom.crypto.shamir import Share
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import IntegrityError, NotFound, Tampered, UsageError
+from strongroom.errors import IntegrityError, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.ledger.key import log_signer
 from strongroom.storage.db import Database, put_packs, puts, room, versions
 from strongroom.storage.prepared import Prepared
@@ -74,8 +74,16 @@ class RoomKeys:
 
     @property
     def room_key(self) -> bytes:
-        """The room key in use; unwrapped again if somebody else has rotated it since."""
-        return self._of(self._row())
+        """The room key in use; unwrapped again if somebody else has rotated it since. The key store that the database
+        named a moment ago may have been left by then, and its key destroyed."""
+        row = self._row()
+        while True:
+            try:
+                return self._of(row)
+            except StrongroomError:
+                before, row = row, self._row()
+                if row.key_epoch <= before.key_epoch:
+                    raise
 
     def current(self, tx: Connection) -> bytes:
         """The room key in use as `tx` sees it. Whatever is sealed for the database is sealed in a transaction, under

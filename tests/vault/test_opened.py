@@ -3,6 +3,7 @@ database names is gone by then, and nothing is damaged."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from strongroom.errors import NotFound, Sealed
 from strongroom.vault import fsck as fsck_module
 from strongroom.vault.callers import Callers
 from strongroom.vault.fsck import fsck
+from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.vault import Vault
 from vault.rooms import OWNER, REF, House
 
@@ -145,6 +147,30 @@ class TestTheRoomKey:
         time that it asks there."""
         with between(monkeypatch, house.vault.keys, "_row", lambda: other.vault.keys.rotate("file:keys/next.key")):
             assert house.vault.keys.room_key == other.vault.keys.room_key
+
+    def test_that_two_rotate_at_the_same_time_is_rotated_twice(self, house, other, monkeypatch):
+        """Neither is pinned in the place of the other, and no key store is left behind."""
+        install, inside = RoomKeys._install, threading.Barrier(2)
+
+        def together(*args):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.5)
+            return install(*args)
+
+        monkeypatch.setattr(RoomKeys, "_install", together)
+        done = []
+        threads = [
+            threading.Thread(target=lambda each=each: done.append(each.vault.keys.rotate())) for each in (house, other)
+        ]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert sorted(each["key_epoch"] for each in done) == [2, 3]
+        last = max(done, key=lambda each: each["key_epoch"])
+        (key,) = (house.folder / "keys").iterdir()
+        assert last["keystore"] == f"file:keys/{key.name}"
+        assert House(house.folder).vault.verify(REF, deep=True).ok
 
     def test_that_nobody_has_rotated_is_not_asked_for_without_end(self, house):
         for key in (house.folder / "keys").iterdir():

@@ -99,7 +99,7 @@ class Journal:
         with db.reading() as tx:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
-            key = keys.current(tx)
+            key = keys.as_read(tx)
         if row is None:
             return None
         # The fingerprint is bound in: a row that somebody moved to another job, or kept from an older one, stays shut.

@@ -283,7 +283,8 @@ class Ledger(Generic[S]):
 
     @contextmanager
     def view(self) -> Iterator[S]:
-        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
+        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile, though
+        other processes may append; a `view` within it takes that in."""
         with self._state_lock:
             try:
                 published = self._published_size()
@@ -294,6 +295,12 @@ class Ledger(Generic[S]):
                 raise
             self._remember()
             yield loaded.state
+
+    @property
+    def viewed(self) -> int:
+        """How many entries the state of `view` is made of, for whoever asks within its block: the log may have more by
+        then."""
+        return self._loaded.frontier.size if self._loaded is not None else 0
 
     def glance(self, age: float) -> S | None:
         """The state as it was at most `age` seconds ago, without waiting for whoever appends, or None. An entry may be

@@ -341,7 +341,7 @@ class Custodian:
         with self.ledger.view() as state:
             # As it is now: reading the log takes long, and nothing is appended while it is held.
             kept = copy.deepcopy(replace(state, recent={}))
-            size = self.ledger.checkpoint()[0].size
+            size = self.ledger.viewed  # and no more: others append meanwhile, and nobody has reviewed that
         pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
         return review(kept, (Entry.decode(data) for piece in pieces for data in piece), now)
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 import strongroom
-from strongroom.client import Room
+from strongroom.client import Room, RoomLog
+from strongroom.client.records import Wanted
 from strongroom.core.files import locked
+from strongroom.gateway.records import Records
 from strongroom.ledger import published
+from strongroom.vault.callers import Callers
 
 REF = "acme/tiny@1"
 
@@ -70,3 +74,40 @@ class TestNotSetBack:
             assert size < room._vault.custodian.ledger.checkpoint()[0].size
             monkeypatch.undo()
             assert room.log.verify()["size"] > size
+
+
+def test_an_account_that_comes_between_two_of_one_version_is_waited_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway tells of a version under the settings of before, and then under the new ones: in between its records
+    come to more than the log has."""
+    told: list[tuple[str, dict[str, Any]]] = []
+    records = Records(tmp_path / "inference", lambda ref, body: told.append((ref, body)) or 0, "5" * 64)
+    record = {"by": "user/owner", "status": 200, "tokens": 5, "bits": 80, "ref": REF}
+    records.add({**record})
+    records.add({**record}, "6" * 64)
+    records.close()
+    assert len(told) == 2
+    with strongroom.open(folder) as room, strongroom.open(folder) as other:
+        enter = Callers(other._vault).record
+        enter(*told.pop(0))
+        listed = RoomLog._inference
+
+        def late(log: RoomLog):
+            yield from listed(log)
+            while told:
+                enter(*told.pop(0))
+
+        monkeypatch.setattr(RoomLog, "_inference", late)
+        found = room.log.records([tmp_path / "inference"], Wanted())
+        assert (found["ok"], found["accounts"][0]["bits"]) == (True, 160)
+        # A difference that stays is one.
+        another = Records(tmp_path / "inference", lambda ref, body: told.append((ref, body)) or 0, "5" * 64)
+        another.add({**record})
+        another.close()
+        told[:] = [(ref, {**body, "bits": 79}) for ref, body in told]
+        assert room.log.records([tmp_path / "inference"], Wanted())["ok"]  # nothing is told of it yet
+        codes = {
+            each["stream"]: each["code"] for each in room.log.records([tmp_path / "inference"], Wanted())["streams"]
+        }
+        assert codes == {records.stream: "", another.stream: "records.sums"}

@@ -154,7 +154,6 @@ def test_what_the_log_changes_is_seen_at_once(away):
     with away.gateway() as gateway, away.host() as room:
         assert gateway.post(chat())[0] == 200
         away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 200)]
-        began = time.monotonic()
 
         def freeze():
             room.revoke(REF, reason="it leaked")
@@ -162,10 +161,9 @@ def test_what_the_log_changes_is_seen_at_once(away):
         timer = threading.Timer(0.5, freeze)
         timer.start()
         found = gateway.post(chat(stream=True, max_tokens=400))[2]
-        ended = time.monotonic()
         timer.join()
         assert '"frozen"' in found
-        assert ended - began < 4
+        assert found.count('" word"') < 200  # which take 20 seconds
         assert gateway.post(chat())[2]["error"]["code"] == "frozen"
         room.thaw(REF, reason="it was no leak")
         away.inference.script = lambda _: [whole()]
@@ -435,20 +433,23 @@ def test_a_draw_whose_answer_is_lost_is_given_back_whatever_is_said_then(away, m
 
 def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
     """Whoever cuts the line between them would keep a freeze from the gateway, too."""
-    monkeypatch.setattr(door, "_BLIND", 2.0)
     monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
     with away.gateway() as gateway:
         assert gateway.post(chat())[0] == 200
         session = gateway.room._line._session
         line = Losing(session)
         monkeypatch.setattr(session, "request", line)
-        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 100)]
-        threading.Timer(0.3, setattr, (line, "down", True)).start()
-        began = time.monotonic()
-        assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=200))[2]
-        assert time.monotonic() - began < 6
+        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 200)]  # which take 20 seconds
+
+        def cut():
+            line.down = True
+            monkeypatch.setattr(door, "_BLIND", 2.0)
+
+        threading.Timer(0.3, cut).start()
+        assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=400))[2]
         assert gateway.post(chat())[2]["error"]["code"] == "sealed"
         assert gateway.get("/readyz")[0] == 503
+        monkeypatch.setattr(door, "_BLIND", 10.0)
         line.down = False
         away.inference.script = lambda _: [whole()]
         eventually(lambda: gateway.post(chat())[0] == 200)
@@ -457,18 +458,18 @@ def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
 
 def test_nobody_waits_for_a_budget_behind_a_network_that_has_gone_dark(away, monkeypatch):
     """Nothing comes back, not even that it can't be reached; and those who ask wait for one another's draws."""
-    monkeypatch.setattr(door, "_BLIND", 2.0)
     monkeypatch.setattr(door, "_LOOK_EVERY", 0.05)
     with away.gateway() as gateway:
         assert gateway.get("/v1/models")[0] == 200
         session = gateway.room._line._session
-        request, light = session.request, threading.Event()
+        request, light, waited = session.request, threading.Event(), []
 
         def dark(method, path, *more, **others):
             if path.endswith("/draws"):
+                monkeypatch.setattr(door, "_BLIND", 2.0)
                 drawing.set()
             if drawing.is_set() and not light.is_set():
-                light.wait(20)
+                waited.append(light.wait(60))
                 raise BackendError("server.unreachable", "nothing came")
             return request(method, path, *more, **others)
 
@@ -476,29 +477,37 @@ def test_nobody_waits_for_a_budget_behind_a_network_that_has_gone_dark(away, mon
         monkeypatch.setattr(session, "request", dark)
         try:
             with ThreadPoolExecutor(4) as threads:
-                began = time.monotonic()
                 found = list(threads.map(lambda _: gateway.post(chat())[:1], range(4)))
-                assert (found, time.monotonic() - began < 10) == ([(503,)] * 4, True)
+                assert (found, waited) == ([(503,)] * 4, [])  # nothing has come back by then
         finally:
             light.set()
+            monkeypatch.setattr(door, "_BLIND", 10.0)
             monkeypatch.setattr(session, "request", request)
         eventually(lambda: gateway.post(chat())[0] == 200)
 
 
 def test_questions_that_come_together_are_asked_together(away, monkeypatch):
-    asked = []
+    asked, taken = [], []
 
     def counting(self, method, path, body=b"", headers=None, *, again=True):
         if path.endswith("/decisions"):
             asked.append(len(json.loads(body)["asked"]))
-            time.sleep(0.2)  # as over a long line
         return request(self, method, path, body, headers, again=again)
 
     request = Session.request
     monkeypatch.setattr(Session, "request", counting)
     caller = ("principal", "method", "action", "ref")
     with contextlib.closing(AwayRoom(away.served.card, GATE)) as room:
-        told = []
+        told, together = [], room.callers._together
+        send = together._send
+
+        def late(questions):
+            """As over a long line: the others have come by then."""
+            taken.append(len(questions))
+            eventually(lambda: sum(taken) + len(together._waiting) == 12)
+            return send(questions)
+
+        together._send = late
 
         def ask(number):
             question = dict(

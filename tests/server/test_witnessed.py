@@ -69,9 +69,11 @@ class TestAQuorum:
 
     def test_that_is_not_reached_says_who_and_why(self, desk, stack, tmp_path):
         mute, gone = silent(stack)
-        wanted = Witnesses((witness(stack, tmp_path, "w1"), mute, gone), 2)
+        key, url = witness(stack, tmp_path, "w1")
+        wanted = Witnesses(((key, url), mute, gone), 2)
+        note = cosign(url, key, desk.log.checkpoint()[1], desk.log.consistency)
         with pytest.raises(CannotVerify) as caught:
-            require(desk.log.checkpoint()[1], wanted, KEY, desk.log, wait=1)
+            require(note, wanted, KEY, desk.log, wait=1)
         assert caught.value.code == "release.unwitnessed"
         assert caught.value.evidence["missing"] == ["gone", "mute"]
         assert "mute: no answer within 1 seconds" in caught.value.message

@@ -302,16 +302,6 @@ def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:
     return {"model": REF, "messages": [{"role": "user", "content": text}], "max_tokens": 20, **more}
 
 
-def free_port(count: int = 1) -> int:
-    """The first of so many ports in a row that nobody has."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
-            for more in range(1, count):
-                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
-            return first
-
-
 def eventually(what: Callable[[], Any], seconds: float = 60) -> Any:
     """What it gives once that is something."""
     end = time.monotonic() + seconds

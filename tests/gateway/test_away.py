@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 
 from gateway.callers import Clock
 from gateway.places import STREAM, Gateway, Inference, chat, eventually, listening, token, whole
+from loopback import free_port
 from server.provider import CLIENT
 from server.served import REF, Served
 from strongroom.client import Room, callings
@@ -575,8 +575,7 @@ def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed()
 
 
 def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     file, said = tmp_path / "gateway.toml", tmp_path / "stderr"
     file.write_text("[answer]\nmax_tokens = 2000\n")
     command = [sys.executable, "-m", "strongroom.cli", "--room", away.served.url, "--as", GATE, "--json", "gateway"]

@@ -15,7 +15,8 @@ import time
 import openai
 import pytest
 
-from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, free_port, token, whole
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, token, whole
+from loopback import free_port
 from server.provider import TrustDomain, usage
 from strongroom.cli.main import execute
 from strongroom.crypto.authority import Authority as WebAuthority

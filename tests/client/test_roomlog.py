@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,18 @@ from safetensors.numpy import save_file
 import strongroom
 from strongroom.client import Room, RoomLog
 from strongroom.client.records import Wanted
+from strongroom.core.clock import unix
 from strongroom.core.files import locked
+from strongroom.crypto import signatures
+from strongroom.crypto.signatures import Signer
+from strongroom.errors import Conflict
+from strongroom.formats.checkpoint import verify_cosignature
+from strongroom.formats.note import Note
 from strongroom.gateway.records import Records
 from strongroom.ledger import published
+from strongroom.ledger import witness as witness_module
+from strongroom.ledger.witness import Witness, cosign
+from strongroom.server.witness import WitnessServer
 from strongroom.vault.callers import Callers
 
 REF = "acme/tiny@1"
@@ -74,6 +84,60 @@ class TestNotSetBack:
             assert size < room._vault.custodian.ledger.checkpoint()[0].size
             monkeypatch.undo()
             assert room.log.verify()["size"] > size
+
+
+class TestCosigning:
+    @pytest.fixture
+    def witness(self, folder: Path, tmp_path: Path):
+        """A witness that answers: its key and address."""
+        with strongroom.open(folder) as room:
+            key = room._vault.log_key
+        made = Witness("w.example", Signer(b"w" * 32), tmp_path / "seen", {key.origin: key.verifier}, unix)
+        with WitnessServer(made, ("127.0.0.1", 0)) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield made.key, server.url
+            server.shutdown()
+
+    @pytest.mark.parametrize("cosigned", [True, False])
+    def test_while_the_log_grows(
+        self, folder: Path, witness, monkeypatch: pytest.MonkeyPatch, *, cosigned: bool
+    ) -> None:
+        """Others are released keys, and have that cosigned: between a look at the log and the witness, or after it."""
+        key, url = witness
+        with strongroom.open(folder) as room, strongroom.open(folder) as other:
+            before, grown = room._vault.custodian.ledger.checkpoint()[0].size, []
+
+            def grow() -> None:
+                if len(grown) < 2:
+                    grown.append(other.reader(REF))
+                    ledger = other._vault.custodian.ledger
+                    cosign(url, key, ledger.checkpoint()[1], ledger.consistency)
+                    other._vault.publish_log()
+
+            def late(*args):
+                if cosigned:
+                    grow()
+                found = cosign(*args)
+                grow()
+                return found
+
+            monkeypatch.setattr(witness_module, "cosign", late)
+            done = room.log.cosign(url, key.encode())
+            monkeypatch.undo()
+            assert len(grown) == 2
+            assert done == {"size": before + 2, "witness": "w.example"}
+            note = Note.decode(room._vault.published.note())
+            assert verify_cosignature(note, key, signatures.verify) is not None
+
+    def test_of_a_log_that_was_set_back(self, folder: Path, witness, tmp_path: Path) -> None:
+        key, url = witness
+        shutil.copytree(folder, tmp_path / "before")
+        with strongroom.open(folder) as room:
+            room.reader(REF)
+            room.log.cosign(url, key.encode())
+        with strongroom.open(tmp_path / "before") as room, pytest.raises(Conflict) as caught:
+            room.log.cosign(url, key.encode())
+        assert caught.value.code == "witness.ahead"
 
 
 def test_an_account_that_comes_between_two_of_one_version_is_waited_for(

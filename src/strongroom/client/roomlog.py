@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.settings import Settings
-from strongroom.errors import NotFound
+from strongroom.errors import Conflict, NotFound
 
 if TYPE_CHECKING:
     from strongroom.client.anyroom import AnyRoom
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 _PIECE = 1024  # entries that are read at a time
+_TRIES = 10  # to have a checkpoint cosigned, and published, that is the newest still
 
 
 class RoomLog:
@@ -137,12 +138,23 @@ class RoomLog:
         from strongroom.ledger.witness import cosign
 
         vault = self._here("log cosign")
-        vault.publish_log()
-        published = vault.published
+        ledger, published = vault.custodian.ledger, vault.published
         key = VerifierKey.parse(witness)
-        note = cosign(url, key, published.note(), vault.custodian.ledger.consistency)
-        published.cosigned(note)
-        return {"size": self._vault.log_key.open(note).size, "witness": key.name}
+        left = _TRIES
+        while True:
+            left -= 1
+            vault.publish_log()
+            note = published.note()
+            try:
+                note = cosign(url, key, note, ledger.consistency)
+            except Conflict as error:
+                # Somebody else may have had a newer one cosigned since: then the log has grown, and was not set back.
+                grown = ledger.checkpoint()[0].size > self._vault.log_key.open(note).size
+                if not left or error.code != "witness.ahead" or not grown:
+                    raise
+                continue
+            if published.cosigned(note) or not left:
+                return {"size": self._vault.log_key.open(note).size, "witness": key.name}
 
     def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
         """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:

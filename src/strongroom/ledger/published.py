@@ -80,13 +80,15 @@ class Published:
                 self._write(tile.path, tile_bytes(tile, log))
             self._write(_CHECKPOINT, note)
 
-    def cosigned(self, note: bytes) -> None:
-        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on meanwhile.
-        Those that others have published since `note` was read stay."""
+    def cosigned(self, note: bytes) -> bool:
+        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on meanwhile;
+        whether it is published. Those that others have published since `note` was read stay."""
         with self._locked(wait=True):
             found = self._newest()
-            if found is not None and found[0] == self._key.open(note):
+            newest = found is not None and found[0] == self._key.open(note)
+            if found is not None and newest:
                 self._write(_CHECKPOINT, _joined(found[1], note))
+            return newest
 
     def with_cosignatures(self, note: bytes) -> bytes:
         """What is published of the same checkpoint, which may have cosignatures of witnesses; else `note`. Errors as

@@ -150,20 +150,37 @@ def test_a_request_is_answered_charged_and_in_the_log(away):
     assert sorted(each.suffix for each in away.records.iterdir()) == [".jsonl"]
 
 
+def speaking_slowly(inference):
+    """It streams 200 words, for 20 seconds; set once it has begun to."""
+    begun = threading.Event()
+
+    def script(_):
+        yield STREAM
+        for number in range(200):
+            yield token(" word")
+            if number == 3:
+                begun.set()
+            yield 0.1
+
+    inference.script = script
+    return begun
+
+
 def test_what_the_log_changes_is_seen_at_once(away):
     with away.gateway() as gateway, away.host() as room:
         assert gateway.post(chat())[0] == 200
-        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 200)]
+        begun = speaking_slowly(away.inference)
 
         def freeze():
+            assert begun.wait(60)
             room.revoke(REF, reason="it leaked")
 
-        timer = threading.Timer(0.5, freeze)
-        timer.start()
+        freezing = threading.Thread(target=freeze)
+        freezing.start()
         found = gateway.post(chat(stream=True, max_tokens=400))[2]
-        timer.join()
+        freezing.join()
         assert '"frozen"' in found
-        assert found.count('" word"') < 200  # which take 20 seconds
+        assert found.count('" word"') < 200
         assert gateway.post(chat())[2]["error"]["code"] == "frozen"
         room.thaw(REF, reason="it was no leak")
         away.inference.script = lambda _: [whole()]
@@ -439,13 +456,14 @@ def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
         session = gateway.room._line._session
         line = Losing(session)
         monkeypatch.setattr(session, "request", line)
-        away.inference.script = lambda _: [STREAM, *([token(" word"), 0.1] * 200)]  # which take 20 seconds
+        begun = speaking_slowly(away.inference)
 
         def cut():
+            assert begun.wait(60)
             line.down = True
             monkeypatch.setattr(door, "_BLIND", 2.0)
 
-        threading.Timer(0.3, cut).start()
+        threading.Thread(target=cut).start()
         assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=400))[2]
         assert gateway.post(chat())[2]["error"]["code"] == "sealed"
         assert gateway.get("/readyz")[0] == 503

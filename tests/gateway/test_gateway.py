@@ -48,13 +48,15 @@ from strongroom.watch import meter
 VOCABULARY = 200  # of the model in the room, by its tensors
 
 
-def streamed(count: int, pause: float = 0.0):
-    """A script: so many tokens, one an event."""
+def streamed(count: int, pause: float = 0.0, sent: list[int] | None = None):
+    """A script: so many tokens, one an event; those that were sent are counted in `sent`."""
 
     def script(_):
         yield STREAM
-        for _ in range(count):
+        for number in range(count):
             yield token(" word")
+            if sent is not None:
+                sent.append(number)
             if pause:
                 yield pause
         yield ended(count)
@@ -262,11 +264,11 @@ def test_what_policy_does_not_permit_says_what_would_change_that(place):
 
 def test_a_frozen_version_gives_out_nothing_more(place):
     gateway = place.gateway()
-    place.inference.script = streamed(400, 0.05)
-    found = []
+    found, sent = [], []
+    place.inference.script = streamed(400, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
-    eventually(lambda: place.inference.asked)
+    eventually(lambda: len(sent) > 4)
     with place.room(OWNER) as room:
         room.revoke(REF, reason="it may have leaked")
         try:
@@ -288,11 +290,11 @@ def test_a_frozen_version_gives_out_nothing_more(place):
 def test_a_gateway_that_cannot_see_the_log_ends_what_is_under_way(place, monkeypatch):
     """Else whoever holds up the database would have answers of a frozen version for as long as they last."""
     gateway = place.gateway()
-    place.inference.script = streamed(400, 0.05)
-    found = []
+    found, sent = [], []
+    place.inference.script = streamed(400, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
-    eventually(lambda: place.inference.asked)
+    eventually(lambda: len(sent) > 4)
     locked = threading.Event()
     monkeypatch.setattr(door, "_BLIND", 1.0)
     monkeypatch.setattr(Callers, "version", lambda _: locked.wait(30))  # as a database that does not answer
@@ -358,13 +360,7 @@ def test_a_stream_that_the_gateways_end_cuts_is_recorded(place, monkeypatch):
     monkeypatch.setattr("gateway.places.configure", hasty)
     gateway = place.gateway()
     sent = []
-
-    def script(asked):
-        for each in streamed(100_000, 0.02)(asked):
-            sent.append(each)
-            yield each
-
-    place.inference.script = script
+    place.inference.script = streamed(100_000, 0.02, sent)
     before = len(place.records())
     asking = threading.Thread(
         target=lambda: gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=20)

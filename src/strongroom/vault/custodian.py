@@ -391,13 +391,7 @@ class Custodian:
                 raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
             # Before the entry: what can fail must not be recorded as done.
             check_receiver(bytes.fromhex(body["public_key"]))
-            try:
-                receipt, bundles = self._released(statement, reason, self._opened.get(body["ref"]))
-            except (Conflict, NotFound) as error:
-                # What was opened before may be another revision than the log's by now, or have been shredded.
-                if error.code not in _OUTDATED or self._opened.pop(body["ref"], None) is None:
-                    raise
-                receipt, bundles = self._released(statement, reason, None)
+            receipt, bundles = self._released(statement, reason)
         if body["action"] == "copy":
             # No keys to ciphertext: who had them could leave out the stamp.
             secret = self._vault.copies.bundle(receipt.data, receipt.index).encode()
@@ -439,9 +433,18 @@ class Custodian:
             pass  # it may be so no more
         self.identify(statement, any_clock=any_clock)
 
-    def _released(
-        self, statement: Statement, reason: Private | None, opened: Bundles | None
-    ) -> tuple[Receipt, Bundles]:
+    def _released(self, statement: Statement, reason: Private | None, left: int = 2) -> tuple[Receipt, Bundles]:
+        """As `_release`; what was opened may be another revision than the log's by then, or have been shredded."""
+        ref = statement.body["ref"]
+        try:
+            return self._release(statement, reason, self._opened.get(ref))
+        except (Conflict, NotFound) as error:
+            before = self._opened.pop(ref, None)
+            if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
+                raise
+            return self._released(statement, reason, left - 1)
+
+    def _release(self, statement: Statement, reason: Private | None, opened: Bundles | None) -> tuple[Receipt, Bundles]:
         """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
         body = statement.body
         found = opened or self._looked_up(body["ref"])

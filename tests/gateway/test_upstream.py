@@ -192,7 +192,7 @@ def test_certificates_of_the_settings_are_trusted_and_no_others(tmp_path):
 
     async def get(trusted):
         server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        upstream = Upstream(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=FAST, trusted=trusted)
+        upstream = Upstream(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=SLOW, trusted=trusted)
         try:
             return await (await upstream.get("/v1/models")).read()
         finally:

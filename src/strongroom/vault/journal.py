@@ -58,8 +58,10 @@ class Journal:
                 journal = cls._reopen(db, blobs, keys, put_id) if mine else None
                 if journal is not None:
                     yield journal
+                if mine:  # or its job has ended since it was looked for, and the file is of this lock only
                     lock_path(locks, put_id).unlink(missing_ok=True)
-                    return
+            if journal is not None:
+                return
         put_id = random_id().hex()
         with locked(lock_path(locks, put_id)):
             yield cls._begin(db, blobs, keys, put_id, fingerprint, name, by, start)

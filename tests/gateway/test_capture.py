@@ -18,7 +18,7 @@ from gateway.test_gateway import eventually
 from gateway.test_reload import _take as take
 from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key_id
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
-from strongroom.gateway import serving
+from strongroom.gateway import serving, unsealing
 from strongroom.gateway.capture import Capture, Captured
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.rooms import InFolder
@@ -143,6 +143,28 @@ def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
     _, key, path = kept
     with pytest.raises(Tampered, match=why):
         list(opened(changed(path, tmp_path / "changed", **change), key))
+
+
+@pytest.mark.parametrize("late", ["sealed", "records"])
+def test_a_line_that_is_being_written_is_waited_for(kept, tmp_path, monkeypatch, late):
+    """The gateway runs: of its newest request one of the two files has a line, and the other one has it soon."""
+    _, key, path = kept
+    path = changed(path, tmp_path / "changed")
+    behind = path.with_suffix(".jsonl") if late == "records" else path
+    lines = behind.read_bytes().splitlines(keepends=True)
+    behind.write_bytes(b"".join(lines[:-1]))
+    slept = []
+
+    def write(seconds):
+        slept.append(seconds)
+        with behind.open("ab") as file:
+            file.write(lines[-1][:50] if len(slept) == 1 else lines[-1][50:] if len(slept) == 2 else b"")
+
+    monkeypatch.setattr(unsealing.time, "sleep", write)
+    whole = late == "sealed"  # what has no record yet is no part of what is told
+    assert len(list(opened(path, key))) == (3 if whole else 2)
+    assert len(slept) == 2
+    assert len(list(opened(path, key))) == 3
 
 
 @pytest.mark.parametrize(

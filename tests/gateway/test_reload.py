@@ -148,17 +148,22 @@ def test_a_gateway_without_settings_ends_with_its_terminal(place, tmp_path):
     command = [sys.executable, "-m", "strongroom.cli", "--room", str(place.folder), "--json", "gateway"]
     upstream = f"http://127.0.0.1:{place.inference.port}"
     for more in ([], ["--workers", "2"]):
-        process = subprocess.Popen(
-            [*command, "--listen", "127.0.0.1:0", "--upstream", upstream, *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and would be there
+        try:
+            process = subprocess.Popen(
+                [*command, "--listen", "127.0.0.1:0", "--upstream", upstream, *more],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, before)
         try:
             assert json.loads(process.stdout.readline())["url"]
             process.send_signal(signal.SIGHUP)
-            process.wait(30)
+            process.wait(120)
         finally:
             process.kill()
+            process.wait()
             process.stdout.close()
 
 

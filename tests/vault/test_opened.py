@@ -12,6 +12,7 @@ import pytest
 from strongroom.client import Room
 from strongroom.errors import NotFound, Sealed
 from strongroom.vault import fsck as fsck_module
+from strongroom.vault import trace
 from strongroom.vault.callers import Callers
 from strongroom.vault.fsck import fsck
 from strongroom.vault.roomkeys import RoomKeys
@@ -102,6 +103,12 @@ def test_that_is_rotated_as_its_bytes_are_checked_is_checked_anew(packs_house):
     other.close()
     assert done
     assert report.problems == []
+
+
+def test_that_is_shredded_as_all_are_searched_is_left_out(house, other, other_source, monkeypatch):
+    house.put(other_source, "acme/other")
+    with between(monkeypatch, Vault, "ls", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)):
+        assert [each.name for each in trace._records(house.vault, None)] == ["acme/other"]
 
 
 def test_versions_that_change_as_all_are_checked_are_as_the_log_has_them(house, other, other_source, monkeypatch):

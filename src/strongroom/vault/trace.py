@@ -246,7 +246,14 @@ def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
     """The secrets of one version, or of all that are not shredded."""
     if weights is not None:
         return [opened(vault, weights, lambda _, record: record)]
-    found = [opened(vault, info.ref, lambda _, record: record) for info in vault.ls() if info.state != "shredded"]
+    found = []
+    for info in vault.ls():
+        try:
+            if info.state != "shredded":
+                found.append(opened(vault, info.ref, lambda _, record: record))
+        except NotFound as error:
+            if error.code != "weights.shredded":  # which it was meanwhile
+                raise
     if not found:
         raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom put PATH NAME")
     return found

@@ -371,7 +371,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         for each in made:
             each.connection.close()
         process.terminate()
-        process.wait(40)
+        process.wait(120)
         process.stdout.close()
 
 

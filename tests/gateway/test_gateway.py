@@ -615,7 +615,7 @@ def test_several_workers_on_one_socket(place):
         assert all(each["strongroom_gateway_ready"] == 1 for each in counted)
     finally:
         process.terminate()
-        assert process.wait(40) == 0
+        assert process.wait(120) == 0
         process.stdout.close()
     made = [path for path in (place.folder / "inference").glob("*.jsonl") if path.name not in before]
     assert len(made) == 2

@@ -75,7 +75,7 @@ class Running:
 
     def stop(self) -> None:
         self.process.terminate()
-        code = self.process.wait(40)
+        code = self.process.wait(120)
         self.process.stdout.close()
         assert code in (0, -signal.SIGTERM)  # one worker alone ends by the signal, when all is done
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from loopback import free_port
 
 # No test may reach a model hub, and no setting of the developer's own shell may reach a test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -108,10 +109,8 @@ class S3Server:
     def _start(self, folder: Path, log) -> subprocess.Popen:
         kinds = ("master.port", "volume.port", "filer.port", "s3.port")
         names = [*kinds, *(f"{kind}.grpc" for kind in kinds)]
-        probes = [socket.create_server(("127.0.0.1", 0)) for _ in names]
-        self._ports = {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
-        for probe in probes:
-            probe.close()
+        first = free_port(len(names))
+        self._ports = {name: first + number for number, name in enumerate(names)}
         identity = {"credentials": [{"accessKey": "strongroom-tests", "secretKey": "secret-of-the-tests"}]}
         reader = {"credentials": [{"accessKey": "strongroom-reader", "secretKey": "secret-of-the-reader"}]}
         config = folder / "s3.json"
@@ -163,7 +162,7 @@ class S3Server:
 
     def _await_ready(self) -> None:
         """Until it stores an object: it answers well before it can."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 self._request("PUT", "ready", "")

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from loopback import free_port
+
 ROOT_TOKEN = "root-token-of-a-test-server"
 _VARIABLES = ("ADDR", "TOKEN", "TOKEN_PATH", "NAMESPACE", "CACERT", "CAPATH", "CLIENT_CERT", "CLIENT_KEY")
 
@@ -23,8 +25,7 @@ class BaoServer:
     """``bao server -dev`` on a free port of the loopback interface."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.tls = "-dev-tls" in options
         self._log = (folder / "bao.log").open("wb")
@@ -74,7 +75,7 @@ class BaoServer:
         self._log.close()
 
     def _await(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1):

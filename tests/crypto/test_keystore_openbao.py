@@ -345,7 +345,7 @@ class HostileServer:
 def hostile(root_token):
     servers = []
 
-    def start(behaviour) -> OpenBaoKeystore:
+    def start(behaviour, timeout: float = 30.0) -> OpenBaoKeystore:
         if isinstance(behaviour, bytes):
             answer = behaviour
 
@@ -354,7 +354,7 @@ def hostile(root_token):
                 connection.sendall(answer)
 
         servers.append(HostileServer(behaviour))
-        return OpenBaoKeystore(servers[-1].uri, timeout=1.0)
+        return OpenBaoKeystore(servers[-1].uri, timeout=timeout)
 
     yield start
     for server in servers:
@@ -500,7 +500,7 @@ class TestHostileServer:
                 time.sleep(0.02)
 
         with pytest.raises(Sealed) as caught:
-            hostile(drip).unwrap(wrapped_by_hand(), CONTEXT)
+            hostile(drip, 1.0).unwrap(wrapped_by_hand(), CONTEXT)
         assert caught.value.code == "keystore.timeout"
         assert sent  # it did answer all the while: a timeout for each read alone would never have come
 
@@ -510,7 +510,7 @@ class TestHostileServer:
                 time.sleep(0.02)
 
         with pytest.raises(Sealed) as caught:
-            hostile(silent).unwrap(wrapped_by_hand(), CONTEXT)
+            hostile(silent, 1.0).unwrap(wrapped_by_hand(), CONTEXT)
         assert caught.value.code == "keystore.timeout"
 
     def test_an_endless_answer_is_cut_off(self, hostile):

@@ -226,19 +226,35 @@ class Gateway:
     def __init__(self, place: Place, port: int) -> None:
         self.place, self.port = place, port
 
-    def raw(self, data: bytes, *, seconds: float = 10) -> bytes:
-        """Bytes on a connection of their own, and what comes within so many seconds, or until it is closed."""
+    def raw(self, data: bytes, *, seconds: float = 10, until: Callable[[bytes], Any] = lambda _: False) -> bytes:
+        """Bytes on a connection of their own, and what comes within so many seconds, or `until` it is what is waited
+        for, or it is closed."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
             connection.sendall(data)
             found, end = b"", time.monotonic() + seconds
             try:
-                while (left := end - time.monotonic()) > 0:
+                while (left := end - time.monotonic()) > 0 and not until(found):
                     connection.settimeout(left)
                     if not (piece := connection.recv(65536)):
                         break
                     found += piece
             except (TimeoutError, ConnectionError):
                 pass
+            return found
+
+    def status(self, data: bytes) -> bytes:
+        """The first line of what is answered to these bytes; nothing where the connection is closed without."""
+        found = self.raw(data, seconds=60, until=lambda found: b"\r\n" in found)
+        return found.partition(b"\r\n")[0]
+
+    def hung_up(self, data: bytes) -> bytes:
+        """What is answered to these bytes until the gateway closes the connection; TimeoutError if it does not."""
+        with socket.create_connection(("127.0.0.1", self.port), 60) as connection:
+            found = b""
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+                while piece := connection.recv(65536):
+                    found += piece
             return found
 
     def post(
@@ -286,17 +302,7 @@ def chat(text: str = "Hi", **more: Any) -> dict[str, Any]:
     return {"model": REF, "messages": [{"role": "user", "content": text}], "max_tokens": 20, **more}
 
 
-def free_port(count: int = 1) -> int:
-    """The first of so many ports in a row that nobody has."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            first = int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1])
-            for more in range(1, count):
-                stack.enter_context(socket.create_server(("127.0.0.1", first + more)))
-            return first
-
-
-def eventually(what: Callable[[], Any], seconds: float = 5) -> Any:
+def eventually(what: Callable[[], Any], seconds: float = 60) -> Any:
     """What it gives once that is something."""
     end = time.monotonic() + seconds
     while not (found := what()):

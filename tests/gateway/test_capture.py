@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import socket
+import threading
 
 import pytest
 
@@ -17,8 +18,8 @@ from gateway.test_gateway import eventually
 from gateway.test_reload import _take as take
 from strongroom.crypto.capture import CaptureKey, CaptureSealer, commitment, key_id
 from strongroom.errors import BackendError, StrongroomError, Tampered, UsageError
-from strongroom.gateway import serving
-from strongroom.gateway.capture import Capture
+from strongroom.gateway import serving, unsealing
+from strongroom.gateway.capture import Capture, Captured
 from strongroom.gateway.metrics import GatewayMetrics
 from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
@@ -144,6 +145,28 @@ def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
         list(opened(changed(path, tmp_path / "changed", **change), key))
 
 
+@pytest.mark.parametrize("late", ["sealed", "records"])
+def test_a_line_that_is_being_written_is_waited_for(kept, tmp_path, monkeypatch, late):
+    """The gateway runs: of its newest request one of the two files has a line, and the other one has it soon."""
+    _, key, path = kept
+    path = changed(path, tmp_path / "changed")
+    behind = path.with_suffix(".jsonl") if late == "records" else path
+    lines = behind.read_bytes().splitlines(keepends=True)
+    behind.write_bytes(b"".join(lines[:-1]))
+    slept = []
+
+    def write(seconds):
+        slept.append(seconds)
+        with behind.open("ab") as file:
+            file.write(lines[-1][:50] if len(slept) == 1 else lines[-1][50:] if len(slept) == 2 else b"")
+
+    monkeypatch.setattr(unsealing.time, "sleep", write)
+    whole = late == "sealed"  # what has no record yet is no part of what is told
+    assert len(list(opened(path, key))) == (3 if whole else 2)
+    assert len(slept) == 2
+    assert len(list(opened(path, key))) == 3
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -190,6 +213,36 @@ def test_a_new_key_for_what_comes_next_hides_nothing_from_either(place, tmp_path
     shown = strongroom("capture", "open", str(path), "--key", "mine", cwd=tmp_path)
     assert (shown.code, "user: Second" in shown.out, "user: First" in shown.out) == (0, True, False)
     assert "record 0 was sealed to another key" in shown.err
+
+
+def test_a_line_that_the_settings_before_are_writing_is_waited_for(tmp_path, monkeypatch):
+    """New settings come while an answer is captured under those before: the file ends in a part of a line then."""
+    wanted = Settings.parse(_for(CaptureKey()) + '[[upstream]]\nurl = "http://127.0.0.1:1"\n').capture
+    before = Capture(wanted, tmp_path / "s.jsonl")
+    write, begun, go = os.write, threading.Event(), threading.Event()
+
+    def halting(file, data):
+        if file != before._file or begun.is_set():
+            return write(file, data)
+        done = write(file, data[: len(data) // 2])
+        begun.set()
+        assert go.wait(60)
+        return done
+
+    monkeypatch.setattr("strongroom.gateway.appending.os.write", halting)
+    before.add(Captured(b"c" * 100, {}), 0, "0" * 64)
+    assert begun.wait(60)
+    made = []
+    taking = threading.Thread(target=lambda: made.append(Capture(wanted, tmp_path / "s.jsonl")))
+    taking.start()
+    taking.join(0.3)  # it waits for as long as that takes
+    go.set()
+    taking.join(60)
+    (after,) = made
+    after.add(Captured(b"d" * 100, {}), 1, "1" * 64)
+    for each in (before, after):
+        each.close()
+    assert [json.loads(line)["n"] for line in after.path.read_text().splitlines()] == [0, 1]
 
 
 def test_nothing_is_written_behind_a_part_of_a_line(tmp_path):

@@ -15,7 +15,8 @@ import time
 import openai
 import pytest
 
-from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, free_port, token, whole
+from gateway.places import ANA, OWNER, REF, STREAM, Gateway, Place, chat, token, whole
+from loopback import free_port
 from server.provider import TrustDomain, usage
 from strongroom.cli.main import execute
 from strongroom.crypto.authority import Authority as WebAuthority
@@ -228,7 +229,7 @@ def test_whoever_is_suspended_is_cut_off_under_way(place, call, domain):
     body = json.dumps(chat(stream=True, max_tokens=4096))
     caller.connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
     answer = caller.connection.getresponse()
-    assert begun.wait(10)
+    assert begun.wait(60)
     with place.room(OWNER) as room:
         room.principal_change(SPARE, state="suspended")
     last = answer.read().split(b"\n\n")[-2]
@@ -250,7 +251,7 @@ def test_a_domain_comes_and_goes_while_the_gateway_runs(place, call):
         except GONE:
             return None
 
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while found() != (200, "Hello."):
         assert time.monotonic() < end
     kept = call(shown)
@@ -258,7 +259,7 @@ def test_a_domain_comes_and_goes_while_the_gateway_runs(place, call):
     with place.room() as room:
         room.authority_rm(other.name)
     while kept.post() != NOBODY:
-        assert time.monotonic() < end + 10
+        assert time.monotonic() < end + 60
     assert found() == NOBODY
 
 
@@ -316,7 +317,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         crl.write_bytes(list_)
         before = len(said.read_text())
         process.send_signal(signal.SIGHUP)
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while expected not in (found := said.read_text()[before:]):
             assert time.monotonic() < end, found
             time.sleep(0.02)
@@ -338,7 +339,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         body = json.dumps(chat(stream=True, max_tokens=4096))
         streaming.connection.request("POST", "/v1/chat/completions", body, {"content-type": "application/json"})
         answer = streaming.connection.getresponse()
-        assert begun.wait(10)
+        assert begun.wait(60)
         place.inference.script = lambda _: [whole()]
         kept, others = [one(shown) for _ in range(6)], one(other)
         assert {each.post() for each in (*kept, others)} == {(200, "Hello.")}
@@ -370,7 +371,7 @@ def test_as_it_is_started_and_what_is_revoked_while_it_runs(place, domain, tmp_p
         for each in made:
             each.connection.close()
         process.terminate()
-        process.wait(40)
+        process.wait(120)
         process.stdout.close()
 
 

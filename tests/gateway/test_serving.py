@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from gateway.places import framed
+from loopback import free_port
 from strongroom.errors import StrongroomError
 from strongroom.gateway import serving
 from strongroom.gateway.rooms import InFolder
@@ -27,8 +28,7 @@ def failing(place, port: int, workers: int = 1) -> StrongroomError:
 
 
 def test_an_inference_server_that_is_not_there_is_to_be_started(place, caplog):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     error = failing(place, port)
     assert error.code == "upstream.unavailable"
     assert f"http://127.0.0.1:{port}" in error.message
@@ -50,8 +50,7 @@ def test_a_version_that_there_is_not(place, ref):
 
 
 def test_of_several_workers_one_says_why(place, capfd):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    port = free_port()
     error = failing(place, port, workers=2)
     assert error.code == "gateway.start"
     assert f"http://127.0.0.1:{port}" in error.message

@@ -12,10 +12,18 @@ from strongroom.crypto.authority import Authority
 from strongroom.errors import BackendError, UsageError
 from strongroom.gateway.upstream import Timeouts, Upstream
 
-FAST = Timeouts(connect=1, first=0.3, between=0.3, whole=1.0)
+FAST = Timeouts(connect=60, first=0.3, between=0.3, whole=1.0)
+SLOW = Timeouts(connect=60, first=60, between=60, whole=60)
 
 
-def asked(answer: bytes | list[bytes], *, take: Callable | None = None, close: bool = True, times: int = 1):
+def asked(
+    answer: bytes | list[bytes],
+    *,
+    take: Callable | None = None,
+    close: bool = True,
+    times: int = 1,
+    timeouts: Timeouts = SLOW,
+):
     """What a client gets of a server that answers each request with these bytes."""
 
     async def run():
@@ -39,7 +47,7 @@ def asked(answer: bytes | list[bytes], *, take: Callable | None = None, close: b
                 writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", timeouts=FAST)
+        upstream = Upstream(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", timeouts=timeouts)
         try:
             found = None
             for _ in range(times):
@@ -114,12 +122,13 @@ def test_a_server_that_hangs_up_at_once_is_unavailable():
 
 
 def test_a_server_that_says_nothing_is_late():
-    assert code([b"", b""] * 100, close=False) == "upstream.timeout"
-    assert code(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhel", close=False) == "upstream.timeout"
+    assert code([b"", b""] * 100, close=False, timeouts=FAST) == "upstream.timeout"
+    half = b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhel"
+    assert code(half, close=False, timeouts=FAST) == "upstream.timeout"
 
 
 def test_a_head_that_never_ends_is_late():
-    assert code([b"HTTP/1.1 200 OK\r\nx: ", *[b"a"] * 200]) == "upstream.timeout"
+    assert code([b"HTTP/1.1 200 OK\r\nx: ", *[b"a"] * 200], timeouts=FAST) == "upstream.timeout"
 
 
 def test_a_reader_that_is_slow_keeps_nothing_for_longer_than_the_whole():
@@ -128,12 +137,12 @@ def test_a_reader_that_is_slow_keeps_nothing_for_longer_than_the_whole():
             await asyncio.sleep(0.1)
 
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
-    assert code([head, *[b"1\r\nx\r\n"] * 1000], take=slowly) == "upstream.timeout"
+    assert code([head, *[b"1\r\nx\r\n"] * 1000], take=slowly, timeouts=FAST) == "upstream.timeout"
 
 
 def test_a_server_that_never_ends_is_ended():
     pieces = [b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 1000]
-    assert code(pieces) == "upstream.timeout"
+    assert code(pieces, timeouts=FAST) == "upstream.timeout"
 
 
 def test_a_gigabyte_is_not_kept():
@@ -158,8 +167,8 @@ def test_what_waits_when_an_answer_is_given_up_is_not_given_out():
     async def cut(reply):
         async for piece in reply.pieces():
             found.append(piece)
-            await asyncio.sleep(0.2)
-            assert reply._connection.waiting
+            while not reply._connection.waiting:  # noqa: ASYNC110 - the socket is waited for
+                await asyncio.sleep(0.01)
             reply.abort()
 
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -183,7 +192,7 @@ def test_certificates_of_the_settings_are_trusted_and_no_others(tmp_path):
 
     async def get(trusted):
         server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
-        upstream = Upstream(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=FAST, trusted=trusted)
+        upstream = Upstream(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", timeouts=SLOW, trusted=trusted)
         try:
             return await (await upstream.get("/v1/models")).read()
         finally:

@@ -46,22 +46,32 @@ def verified(verifier, database, answers, term=0) -> Verified:
         made = Verified(
             Upstream(f"http://127.0.0.1:{verifier.port}"), 1.0, Tallies(database, term), lambda _: 512, stop=True
         )
-        made.start()
-        for answer in answers:
-            verifier.script = lambda _, answer=answer: [answer]
-            asked, failed = len(verifier.asked), made.failed
-            made.look(FLIGHT)
-            async with asyncio.timeout(20):
-                while len(verifier.asked) == asked:  # noqa: ASYNC110 - a thread of its own is waited for
-                    await asyncio.sleep(0.01)
-                for _ in range(20):
-                    await asyncio.sleep(0.01)
-                    if made.failed > failed:
-                        break
-        made.close()
+        await looked_at(made, verifier, answers)
         return made
 
     return asyncio.run(work())
+
+
+async def looked_at(made, verifier, answers):
+    """Each of the answers is given, run again, and judged."""
+    verify, judged = made._verify, []
+
+    async def counted(*sample):
+        try:
+            await verify(*sample)
+        finally:
+            judged.append(sample)
+
+    made._verify = counted
+    made.start()
+    for number, answer in enumerate(answers):
+        verifier.script = lambda _, answer=answer: [answer]
+        made.look(FLIGHT)
+        async with asyncio.timeout(60):
+            while len(judged) == number:  # noqa: ASYNC110 - threads of their own are waited for
+                await asyncio.sleep(0.01)
+    made.close()
+    made._verify = verify
 
 
 def test_an_alarm_outlives_whoever_raised_it(verifier, database):
@@ -92,15 +102,7 @@ def test_no_database_that_fails_clears_an_alarm_and_what_it_missed_is_counted_la
     async def more(*answers):
         made._verifier = Upstream(f"http://127.0.0.1:{verifier.port}")
         made._samples = asyncio.Queue()
-        made.start()
-        for answer in answers:
-            verifier.script = lambda _, answer=answer: [answer]
-            asked = len(verifier.asked)
-            made.look(FLIGHT)
-            while len(verifier.asked) == asked:  # noqa: ASYNC110 - a thread of its own is waited for
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.2)
-        made.close()
+        await looked_at(made, verifier, answers)
 
     monkeypatch.setattr(Tallies, "add", fails)
     asyncio.run(more(says(good=10), says(good=20)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from loopback import free_port
 
 
 class Running:
@@ -28,8 +29,7 @@ class Running:
         as_: str = "",
     ) -> None:
         if listen is None:
-            with socket.create_server(("127.0.0.1", 0)) as probe:
-                listen = f"127.0.0.1:{probe.getsockname()[1]}"
+            listen = f"127.0.0.1:{free_port()}"
         self.url = f"http://{listen}"
         self.log = folder.parent / f"infer-{time.monotonic_ns()}.log"
         command = [sys.executable, "-m", "strongroom.cli", "--room", served or str(folder)]

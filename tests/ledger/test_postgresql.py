@@ -17,7 +17,7 @@ from strongroom.errors import BackendError, Conflict, Rollback, StrongroomError
 from strongroom.formats.entry import Entry
 from strongroom.formats.merkle import leaf_hash, verify_inclusion
 from strongroom.ledger.log import Draft
-from strongroom.storage.db import log_entries, log_private
+from strongroom.storage.db import documents, log_entries, log_private
 
 pytestmark = pytest.mark.server
 
@@ -131,6 +131,21 @@ def test_a_decision_that_breaks_a_constraint_is_refused_alone(desk):
     for thread in threads:
         thread.join()
     assert sorted(map(str, outcomes)) == ["3", "4", "5", *["db.conflict"] * 3]
+
+
+def test_who_reads_undoes_nobody_who_writes(desk, tmp_path):
+    """The one anomaly that a reader alone makes: it sees what came after another's snapshot, and not that one's."""
+    other, third = Desk(tmp_path, desk.url), Desk(tmp_path, desk.url)
+    with desk.db.transaction() as tx:
+        assert tx.execute(sa.select(documents.c.digest)).all() == []
+        with other.db.transaction() as later:
+            later.execute(sa.insert(documents).values(digest="0" * 64, data=b""))
+        with third.db.reading() as reading:
+            assert len(reading.execute(sa.select(documents.c.digest)).all()) == 1
+            assert reading.execute(sa.select(log_private.c.name)).all() == []
+        tx.execute(sa.insert(log_private).values(position=1, name="x", value="x", salt=b""))
+    other.db.close()
+    third.db.close()
 
 
 def batch_of(desk, decisions):

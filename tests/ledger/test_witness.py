@@ -84,6 +84,26 @@ def test_a_log_that_was_set_back(desk, witness):
     assert caught.value.code == "witness.ahead"
 
 
+def test_a_witness_that_others_move_on_meanwhile(desk, witness):
+    """Each time it has said where it is, somebody else has an older checkpoint cosigned than this one."""
+    desk.login(3)
+    older = []
+    for _ in range(7):
+        desk.login(2)
+        older.append(desk.log.checkpoint()[1])
+    desk.login(2)
+    post, notes = door(witness), iter(older)
+
+    def late(url, body):
+        if note := next(notes, None):
+            cosign("https://witness.example", witness.key, note, desk.log.consistency, post=post)
+        return post(url, body)
+
+    note = Note.decode(ask(desk, witness, post=late))
+    assert verify_cosignature(note, witness.key, signatures.verify) == NOW
+    assert next(notes, None) is None
+
+
 def test_requests_that_are_refused(desk, witness):
     desk.login(9)
     _, note = desk.log.checkpoint()

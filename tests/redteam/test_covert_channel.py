@@ -68,7 +68,7 @@ models = {{"{REF}" = "acme/small"}}
         yield app, port, key
 
 
-def until(what, seconds=20.0):
+def until(what, seconds=60.0):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import ssl
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cli.desk import command, environment
+from loopback import free_port
 from strongroom.client import Room
 from strongroom.crypto.identity import Identities
 from strongroom.formats.card import Card
@@ -44,13 +44,11 @@ class Served:
 
     def start(self, *options: str) -> str:
         """One more custodian over the same room, with these options; its URL."""
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        listen = f"127.0.0.1:{port}"
+        listen = f"127.0.0.1:{free_port()}"
         command = [sys.executable, "-m", "strongroom.cli", "--room", str(self.folder), "serve", "--listen", listen]
         self.processes.append(subprocess.Popen([*command, *options], stdout=self.log, stderr=self.log))
         url = f"https://{listen}"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and self.processes[-1].poll() is None:
             try:
                 card = Card.decode((self.folder / "card.json").read_bytes())

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 
 from ledger.logs import KEY, NOW, Desk
+from loopback import free_port
 from server.served import REF, Served
 from strongroom.client.witnessed import require
 from strongroom.core import canonical
@@ -43,8 +44,7 @@ def witness(stack, folder, name, key=KEY, clock=lambda: NOW):
 def silent(stack):
     """Somebody who takes connections and says nothing, and where nobody listens."""
     listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        nowhere = probe.getsockname()[1]
+    nowhere = free_port()
     keys = [VerifierKey(name, 4, bytes([number]) * 32) for number, name in enumerate(("mute", "gone"))]
     return [
         (key, f"http://127.0.0.1:{port}") for key, port in zip(keys, (listener.getsockname()[1], nowhere), strict=True)
@@ -69,9 +69,11 @@ class TestAQuorum:
 
     def test_that_is_not_reached_says_who_and_why(self, desk, stack, tmp_path):
         mute, gone = silent(stack)
-        wanted = Witnesses((witness(stack, tmp_path, "w1"), mute, gone), 2)
+        key, url = witness(stack, tmp_path, "w1")
+        wanted = Witnesses(((key, url), mute, gone), 2)
+        note = cosign(url, key, desk.log.checkpoint()[1], desk.log.consistency)
         with pytest.raises(CannotVerify) as caught:
-            require(desk.log.checkpoint()[1], wanted, KEY, desk.log, wait=1)
+            require(note, wanted, KEY, desk.log, wait=1)
         assert caught.value.code == "release.unwitnessed"
         assert caught.value.evidence["missing"] == ["gone", "mute"]
         assert "mute: no answer within 1 seconds" in caught.value.message
@@ -90,6 +92,28 @@ class TestAQuorum:
         desk.login(9)
         cosign(url, key, desk.log.checkpoint()[1], desk.log.consistency)
         require(released, Witnesses(((key, url),), 1), KEY, desk.log)
+
+    def test_that_is_ahead_each_time_it_is_asked(self, desk, stack, tmp_path, monkeypatch):
+        """A busy room: whenever the newest checkpoint is fetched, somebody else has a newer one cosigned before."""
+        key, url = witness(stack, tmp_path, "w1")
+        _, released = desk.log.checkpoint()
+        checkpoint, overtaken = desk.log.checkpoint, []
+
+        def overtake():
+            desk.login()
+            cosign(url, key, checkpoint()[1], desk.log.consistency)
+
+        def overtaken_by_others():
+            found = checkpoint()
+            if len(overtaken) < 7:
+                overtaken.append(found[0].size)
+                overtake()
+            return found
+
+        overtake()
+        monkeypatch.setattr(desk.log, "checkpoint", overtaken_by_others)
+        require(released, Witnesses(((key, url),), 1), KEY, desk.log)
+        assert len(overtaken) == 7
 
     def test_a_checkpoint_that_comes_cosigned_needs_nobody_asked(self, desk, stack, tmp_path):
         key, url = witness(stack, tmp_path, "w1")

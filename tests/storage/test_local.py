@@ -603,3 +603,18 @@ def test_a_file_system_without_locks_stores_all_the_same(store, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refuse)
     store.write(NAME, [b"x"])
     assert store.read(NAME, limit=1) == b"x"
+
+
+def test_two_who_check_it_at_the_same_time(store, folder, monkeypatch):
+    """The folder that both try a write in is removed by the first to be done, before the other's object is there."""
+    publish, other = LocalBlobs._publish, LocalBlobs(folder)
+
+    def late(blobs, *args):
+        if blobs is store:
+            monkeypatch.undo()
+            assert other.check()["writable"]
+        publish(blobs, *args)
+
+    monkeypatch.setattr(LocalBlobs, "_publish", late)
+    assert store.check()["writable"]
+    assert [path.name for path in folder.iterdir()] == ["tmp"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,7 @@ from strongroom.errors import (
 from strongroom.formats.entry import Entry, Private
 from strongroom.formats.statement import Statement
 from strongroom.policy.engine import Policies
+from strongroom.vault import custodian
 from vault.rooms import write_model
 from vault.team import Team
 
@@ -207,6 +209,24 @@ class TestReview:
         assert (finding["severity"], finding["kind"], finding["about"]) == ("high", "break-glass", "user/eva")
         team.ben.review(apply=True)
         assert team.ben.review()["findings"] == []
+
+    def test_an_emergency_that_comes_as_it_is_made_is_not_reviewed_by_it(self, team, monkeypatch):
+        """Another process breaks the glass right after the state was copied that is looked at."""
+        late = [lambda: team.eva.load(REF, break_glass="the cluster is on fire")]
+
+        class Copying:
+            @staticmethod
+            def deepcopy(value):
+                found = copy.deepcopy(value)
+                while late:
+                    late.pop()()
+                return found
+
+        monkeypatch.setattr(custodian, "copy", Copying)
+        done = team.ben.review(apply=True)
+        assert (done["emergencies"], late) == ([], [])
+        (finding,) = team.ben.review()["findings"]
+        assert (finding["kind"], finding["about"]) == ("break-glass", "user/eva")
 
     def test_nobody_reviews_their_own_emergency_under_any_identity(self, team):
         second = team.add("user/ben-too", "officer", person="user/ben")

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -548,9 +549,15 @@ class TestTogether:
         first = threading.Thread(target=lambda: ledger.append(slow))
         first.start()
         assert going.wait(30)
+
+        def kill():
+            while not ledger._queue.waiting:
+                time.sleep(0.002)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
         old = signal.signal(signal.SIGUSR1, interrupt)
         try:
-            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+            threading.Thread(target=kill).start()
             with pytest.raises(KeyboardInterrupt):
                 ledger.append(login)
         finally:

@@ -447,7 +447,6 @@ class TestTheVersion:
     @pytest.mark.parametrize(
         ("who", "act", "code"),
         [
-            ("user/olga", lambda room: room.rotate(REF), "release.revision"),
             ("user/olga", lambda room: room.shred(REF, confirm=REF), "version.missing"),
             ("user/ben", lambda room: room.revoke(REF, reason="x"), "version.frozen"),
             ("user/ben", lambda room: room.revoke("user/ana", reason="x"), "auth.refused"),
@@ -460,6 +459,17 @@ class TestTheVersion:
             hall.custodian.release(said)
         assert caught.value.code == code
         assert not [entry for entry in hall.entries() if entry.type == "release"]
+
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_that_is_rotated_at_the_last_moment_is_released_as_it_is_then(self, hall, remembered, kept):
+        if kept:
+            hall.release()
+        size = hall.size
+        with self.between(hall, lambda: self.do(hall, "user/olga", lambda room: room.rotate(REF))):
+            bundle = hall.accept(*hall.received(), remembered)
+        assert bundle.revision == 2
+        # Nobody was refused anything.
+        assert [entry.type for entry in hall.entries()[size:]] == ["rotate", "release"]
 
     def test_that_was_rotated_is_released_anew(self, hall, remembered):
         before = hall.accept(*hall.received(), remembered)

@@ -31,10 +31,8 @@ def witness(options: Options, name: str, logs: tuple[str, ...], folder: Path, li
     from strongroom.server.witness import WitnessServer
 
     keys = [VerifierKey.parse(each) for each in logs]
-    identities = Identities(folder / "identity")
-    if not identities.ls():
-        identities.create(_IDENTITY)
-    cosigner = Witness(name, identities.signer(_IDENTITY), folder / "seen", {key.name: key for key in keys}, unix)
+    signer = Identities(folder / "identity").ensure(_IDENTITY)
+    cosigner = Witness(name, signer, folder / "seen", {key.name: key for key in keys}, unix)
     host, _, port = listen.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError("witness.listen", f"{listen!r} is not HOST:PORT", hint="--listen 127.0.0.1:8471")

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from strongroom.ledger.key import LogKey
 
 _WAIT = 20.0  # seconds for all of them together
-_TRIES = 3  # a log grows while it is asked about
 
 
 def require(note: bytes, wanted: Witnesses, log: LogKey, ledger: AnyLedger, *, wait: float = _WAIT) -> None:
     """CannotVerify ``release.unwitnessed`` unless a quorum of the `wanted` cosigns `note`, or what extends it."""
     answers: queue.Queue[tuple[str, str]] = queue.Queue()
+    until = time.monotonic() + wait
 
     def ask(key: VerifierKey, url: str) -> None:
         try:
-            _ask(key, url, note, log, ledger)
+            _ask(key, url, note, log, ledger, until)
             answers.put((key.name, ""))
         except Exception as error:  # noqa: BLE001 - whatever it is: this witness has not signed
             answers.put((key.name, str(getattr(error, "message", error))))
@@ -38,7 +38,6 @@ def require(note: bytes, wanted: Witnesses, log: LogKey, ledger: AnyLedger, *, w
     for each in wanted.named:
         # Not waited for, once there are enough: one that drips its answer holds nobody up.
         threading.Thread(target=ask, args=each, daemon=True).start()
-    until = time.monotonic() + wait
     missing = {key.name: f"no answer within {wait:.0f} seconds" for key, _ in wanted.named}
     signed = 0
     for _ in wanted.named:
@@ -62,22 +61,22 @@ def require(note: bytes, wanted: Witnesses, log: LogKey, ledger: AnyLedger, *, w
     )
 
 
-def _ask(key: VerifierKey, url: str, note: bytes, log: LogKey, ledger: AnyLedger) -> None:
+def _ask(key: VerifierKey, url: str, note: bytes, log: LogKey, ledger: AnyLedger, until: float) -> None:
     if verify_cosignature(Note.decode(note), key, signatures.verify) is not None:
         return
     released = now = log.open(note)
-    for last in (*[False] * (_TRIES - 1), True):
+    while True:
         try:
             cosign(url, key, note, ledger.consistency)
+            return
         except Conflict as error:
-            if last or error.code != "witness.ahead":
+            if error.code != "witness.ahead" or time.monotonic() >= until:
                 raise
             # Somebody else's release came after this one and was cosigned before: what is cosigned has to extend this.
+            # In a busy room that is so several times: each time the log has grown, or it is another log.
             newest, note = ledger.checkpoint()
             if newest.size <= now.size:
                 raise
             path = ledger.consistency(released.size, newest.size)
             verify_consistency(released.size, released.root, newest.size, newest.root, path)
             now = newest
-        else:
-            return

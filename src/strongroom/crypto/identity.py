@@ -6,6 +6,7 @@ files lie in one folder, as ``user/ana.key``, readable by their owner only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -54,7 +55,10 @@ class Identities:
 
     def ensure(self, principal: str) -> Signer:
         """The key of `principal`, made if there is none. Errors as `create` and `signer`."""
-        return self.signer(principal) if self.file(principal).exists() else self.create(principal)
+        if not self.file(principal).exists():
+            with contextlib.suppress(Conflict):  # another process has made it meanwhile
+                return self.create(principal)
+        return self.signer(principal)
 
     def remove(self, principal: str) -> None:
         """Take back a key that was made and is not wanted after all."""

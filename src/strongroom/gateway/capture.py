@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import os
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,8 +43,9 @@ class Capture:
         self.path = records.with_suffix(".sealed")
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-            size = os.fstat(self._file).st_size
-            torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
+            with _alone(self._file):  # that of the settings before may be in the middle of a line
+                size = os.fstat(self._file).st_size
+                torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         except OSError as error:
             raise _unwritable(self.path, error) from None
         if torn:  # of the settings before, when the disk was full: what came behind it would be a part of that line
@@ -106,7 +110,9 @@ class Capture:
                 taken, self._unwritten = self._unwritten, []
             if taken and self._failure is None:
                 try:
-                    self._appending.write(b"".join(self._line(*each) for each in taken))
+                    lines = b"".join(self._line(*each) for each in taken)
+                    with _alone(self._file):
+                        self._appending.write(lines)
                 except Exception as error:  # noqa: BLE001 - whatever it is, nobody must take it for kept
                     self._failure = _unwritable(self.path, error)
             self._appending.tell(waiting)
@@ -117,6 +123,16 @@ class Capture:
         sealed = self._sealer.seal(captured.content, bytes.fromhex(record))
         value = {"n": number, "record": record, "key": self.key_id, "sealed": base64.b64encode(sealed).decode()}
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS) + b"\n"
+
+
+@contextmanager
+def _alone(file: int) -> Iterator[None]:
+    """Hold the file, which every other `Capture` of it waits for."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _unwritable(path: Path, error: Exception | str) -> BackendError:

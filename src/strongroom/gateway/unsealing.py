@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ from strongroom.errors import StrongroomError, Tampered, UsageError
 from strongroom.gateway.records import digest, verify
 
 _SALT = 32
+_MOMENT = 1.0  # seconds within which a gateway that runs has written both of a request's lines
 
 
 def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
@@ -26,24 +28,27 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
     nobody shall keep from its reader by spoiling one line.
     """
     records = path.with_suffix(".jsonl")
-    verify((line for _, line in _lines(records)), ())
+    chain = _Chain(records)
+    verify(chain.lines(), ())
     wrong: list[str] = []
-    places = _places(path, wrong)
+    sealed = _Places(path, wrong)
     mine, others = 0, dict[str, int]()
     with _reading(path) as file:
-        for _, line in _lines(records):
+        for at, line in _lines(records):
+            if at >= chain.end:
+                break
             record, name = decode(line, what="record"), digest(line)
             if record.get("capture") is None:
                 continue
             number, said = record["n"], _commitment(record)
             if said is None:
                 wrong.append(f"record {number} does not say what was captured of it")
-                places.pop(name, None)
+                sealed.found.pop(name, None)
                 continue
-            if name not in places:
+            if (place := sealed.of(name)) is None:
                 wrong.append(f"what was captured of record {number} is not there")
                 continue
-            file.seek(places.pop(name))
+            file.seek(place)
             found = _sealed(file.readline().removesuffix(b"\n"))
             # The record's word, and not the line's: whoever can write to the file could say of any that it is not ours.
             if found["key"] != said["key"]:
@@ -62,7 +67,7 @@ def opened(path: Path, key: CaptureKey) -> Iterator[dict[str, Any]]:
                 wrong.append(f"what was captured of record {number} is not what the record says")
                 continue
             yield {"record": record, **_content(content)}
-    if places:
+    if not chain.has_all(sealed.found):
         wrong.append("something was captured of a record that is not there")
     if wrong:
         more = f", and {len(wrong) - 1} more like this" if wrong[1:] else ""
@@ -82,19 +87,75 @@ def _commitment(record: dict[str, Any]) -> dict[str, str] | None:
     return said if fine else None
 
 
-def _places(path: Path, wrong: list[str]) -> dict[str, int]:
-    """Where what was captured of each record begins, by the record's hash; what is `wrong` is told."""
-    found: dict[str, int] = {}
-    for at, line in _lines(path):
-        try:
-            name = _sealed(line)["record"]
-        except Tampered as error:
-            wrong.append(error.message)
-            continue
-        if name in found:
-            wrong.append("something was captured of a record that is not there: it has two")
-        found[name] = at
-    return found
+class _Chain:
+    """The records, as far as they have been read. A gateway that runs writes to them, and to what is captured, in turn:
+    of one request either may be there before the other."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self.end = path, 0
+
+    def lines(self) -> Iterator[bytes]:
+        """Those that have come since."""
+        for at, line in _lines(self._path, self.end):
+            self.end = at + len(line) + 1
+            yield line
+
+    def has_all(self, names: Iterable[str]) -> bool:
+        """Whether all of these, by their hashes, come after those that were read, now or in a moment."""
+        left = set(names)
+
+        def come() -> bool:
+            left.difference_update(map(digest, self.lines()))
+            return not left
+
+        return not left or _Moment().has(come)
+
+
+class _Places:
+    """Where what was captured of each record begins, by the record's hash: `found`. What is `wrong` is told."""
+
+    def __init__(self, path: Path, wrong: list[str]) -> None:
+        self._path, self._wrong, self._end = path, wrong, 0
+        self._moment = _Moment()  # of all that are missing together
+        self.found: dict[str, int] = {}
+        self._more()
+
+    def of(self, name: str) -> int | None:
+        """Its place, from now on nobody else's; None where there is none, and does not come in a moment."""
+
+        def come() -> bool:
+            self._more()
+            return name in self.found
+
+        return self.found.pop(name) if name in self.found or self._moment.has(come) else None
+
+    def _more(self) -> None:
+        for at, line in _lines(self._path, self._end):
+            self._end = at + len(line) + 1
+            try:
+                name = _sealed(line)["record"]
+            except Tampered as error:
+                self._wrong.append(error.message)
+                continue
+            if name in self.found:
+                self._wrong.append("something was captured of a record that is not there: it has two")
+            self.found[name] = at
+
+
+class _Moment:
+    """What a gateway that runs takes to write a line, once: it begins when something is missing."""
+
+    def __init__(self) -> None:
+        self._until = 0.0
+
+    def has(self, come: Callable[[], bool]) -> bool:
+        """Whether something comes while it lasts."""
+        self._until = self._until or time.monotonic() + _MOMENT
+        while not come():
+            if time.monotonic() >= self._until:
+                return False
+            time.sleep(0.05)
+        return True
 
 
 def _reading(path: Path) -> BinaryIO:
@@ -108,11 +169,11 @@ def _reading(path: Path) -> BinaryIO:
         ) from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The whole lines of a file, which may have gigabytes, as they are read, and where each begins. What a machine that
-    lost its power has left behind the last one is none."""
+def _lines(path: Path, at: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file from there on, which may have gigabytes, as they are read, and where each begins. What
+    a machine that lost its power has left behind the last one is none."""
     with _reading(path) as file:
-        at = 0
+        file.seek(at)
         for line in file:
             if line.endswith(b"\n"):
                 yield at, line[:-1]

@@ -222,11 +222,12 @@ class Ledger(Generic[S]):
         for index, (waiting, entry, data) in enumerate(accepted, before):
             waiting.receipt = Receipt(index, entry, data, size, note, nodes)
 
-    def publish(self) -> None:
-        """Bring what is published up to the newest entry; appending does it about once a second."""
+    def publish(self, *, wait: bool = False) -> None:
+        """Bring what is published up to the newest entry; appending does it about once a second, and leaves it to
+        another process that is at it. With `wait` what is published afterwards has all that is in the log now."""
         if self._published is not None:
             self._published_at = time.monotonic()
-            self._published.publish(self)
+            self._published.publish(self, wait=wait)
 
     def _append(
         self, tx: Connection, loaded: _Loaded[S], batch: list[_Waiting[S]], signer: Signer
@@ -282,7 +283,8 @@ class Ledger(Generic[S]):
 
     @contextmanager
     def view(self) -> Iterator[S]:
-        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile."""
+        """The state as of now, for reading, for the length of the block: nothing is appended here meanwhile, though
+        other processes may append; a `view` within it takes that in."""
         with self._state_lock:
             try:
                 published = self._published_size()
@@ -293,6 +295,12 @@ class Ledger(Generic[S]):
                 raise
             self._remember()
             yield loaded.state
+
+    @property
+    def viewed(self) -> int:
+        """How many entries the state of `view` is made of, for whoever asks within its block: the log may have more by
+        then."""
+        return self._loaded.frontier.size if self._loaded is not None else 0
 
     def glance(self, age: float) -> S | None:
         """The state as it was at most `age` seconds ago, without waiting for whoever appends, or None. An entry may be
@@ -350,7 +358,7 @@ class Ledger(Generic[S]):
                 raise Forked("log.forked", f"the log of {size} entries has another root than it had", hint=_RESTORE)
             if not afresh:  # what was seen may be right, and the log another one: read by itself it shows which
                 self._loaded = None
-                return self._catch_up(tx, self._published_size())
+                return self._catch_up(tx, published)
             raise Tampered(
                 "log.tampered", f"the {size} entries in the database are not those that were signed", hint=_RESTORE
             )

@@ -16,6 +16,7 @@ from typing import Protocol
 from strongroom.core.files import locked, write_whole
 from strongroom.errors import BackendError, LimitExceeded, NotFound, StrongroomError, Tampered
 from strongroom.formats.checkpoint import Checkpoint
+from strongroom.formats.note import Note
 from strongroom.formats.tiles import WIDTH, Tile, encode_bundle, new_tiles
 from strongroom.ledger.key import LogKey
 
@@ -43,6 +44,11 @@ class Published:
     def newest(self) -> Checkpoint | None:
         """The published checkpoint; None if there is none. One that is damaged is not passed over: with it would go
         what shows that the database was set back. Tampered ``log.published``, BackendError."""
+        found = self._newest()
+        return found[0] if found is not None else None
+
+    def _newest(self) -> tuple[Checkpoint, bytes] | None:
+        """The published checkpoint and its note, of one reading: others publish meanwhile."""
         path = self.folder / _CHECKPOINT
         try:
             data = path.read_bytes()
@@ -51,7 +57,7 @@ class Published:
         except OSError as error:
             raise BackendError("log.unreadable", f"can't read {path}: {error.strerror}") from None
         try:
-            return self._key.open(data)
+            return self._key.open(data), data
         except StrongroomError as error:
             raise Tampered(
                 "log.published",
@@ -59,9 +65,10 @@ class Published:
                 hint="restore it from a copy of the log; if there is none, move it away: it is written anew",
             ) from None
 
-    def publish(self, log: Source) -> None:
-        """Bring the folder up to date. What can't be written is left for the next time: the log itself is durable."""
-        with contextlib.suppress(OSError), self._locked() as mine:
+    def publish(self, log: Source, *, wait: bool = False) -> None:
+        """Bring the folder up to date. What can't be written is left for the next time: the log itself is durable.
+        While another process is at it, what that publishes may be older than the log is now: `wait` until it is not."""
+        with contextlib.suppress(OSError), self._locked(wait=wait) as mine:
             if not mine:
                 return  # another process is at it
             checkpoint, note = log.checkpoint()
@@ -73,13 +80,21 @@ class Published:
                 self._write(tile.path, tile_bytes(tile, log))
             self._write(_CHECKPOINT, note)
 
-    def cosigned(self, note: bytes) -> None:
-        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on
-        meanwhile."""
+    def cosigned(self, note: bytes) -> bool:
+        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on meanwhile;
+        whether it is published. Those that others have published since `note` was read stay."""
         with self._locked(wait=True):
-            newest = self.newest()
-            if newest is not None and newest == self._key.open(note):
-                self._write(_CHECKPOINT, note)
+            found = self._newest()
+            newest = found is not None and found[0] == self._key.open(note)
+            if found is not None and newest:
+                self._write(_CHECKPOINT, _joined(found[1], note))
+            return newest
+
+    def with_cosignatures(self, note: bytes) -> bytes:
+        """What is published of the same checkpoint, which may have cosignatures of witnesses; else `note`. Errors as
+        `newest`."""
+        found = self._newest()
+        return found[1] if found is not None and found[0] == self._key.open(note) else note
 
     def note(self) -> bytes:
         """The published checkpoint as it is, cosignatures included; NotFound ``log.missing_file``."""
@@ -96,6 +111,14 @@ class Published:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         with locked(self.folder / _LOCK, wait=wait) as mine:
             yield mine
+
+
+def _joined(published: bytes, note: bytes) -> bytes:
+    """`note`, and the signatures by other keys that `published` has of the same text."""
+    given, before = Note.decode(note), Note.decode(published)
+    mine = {(each.name, each.key_id) for each in given.signatures}
+    others = [each for each in before.signatures if (each.name, each.key_id) not in mine]
+    return Note(given.text, (*given.signatures, *others)).encode()
 
 
 def tile_bytes(tile: Tile, log: Source) -> bytes:

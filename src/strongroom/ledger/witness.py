@@ -23,6 +23,7 @@ from strongroom.formats.witness import AddCheckpoint
 
 _TIMEOUT = 10.0
 _MOST = 64 * 1024
+_TURNS = 20  # checkpoints of others that a witness may sign between what it says of itself and our next request
 
 
 class Witness:
@@ -125,7 +126,7 @@ def cosign(
         raise UsageError("witness.url", f"{url!r:.80} is not the address of a witness", hint="https://HOST/PREFIX")
     size = Checkpoint.decode(Note.decode(note).text).size
     send, old = post or _post, 0
-    for _ in range(3):  # the first answer says where the witness is; another log replica may be faster once
+    for _ in range(_TURNS):  # the first answer says where the witness is; those who ask at the same time move it on
         proof = tuple(consistency(old, size)) if old else ()
         status, answer = send(f"{url.rstrip('/')}/add-checkpoint", AddCheckpoint(old, proof, note).encode())
         if status == 200:

@@ -292,7 +292,9 @@ class Database:
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """Read only, from one consistent state, without waiting for writers. Errors as `transaction`."""
-        with self._session("BEGIN") as connection:
+        # Not SERIALIZABLE, either: who only reads would be undone, or undo a writer, whose changes it has not seen.
+        options = {"isolation_level": "REPEATABLE READ"} if self._engine.dialect.name == "postgresql" else {}
+        with self._session("BEGIN", **options) as connection:
             yield connection
 
     def scrub(self) -> None:

@@ -94,8 +94,14 @@ class LocalBlobs:
                 size = _write_all(descriptor, chunks, name)
                 try:
                     os.fsync(descriptor)
-                    with self._inside(parent, make=True) as folder:
-                        self._publish(tmp, temporary, folder, leaf, descriptor, name)
+                    for last in (False, False, True):
+                        try:
+                            with self._inside(parent, make=True) as folder:
+                                self._publish(tmp, temporary, folder, leaf, descriptor, name)
+                            break
+                        except FileNotFoundError:  # another's `check` has removed the folder, empty by then
+                            if last:
+                                raise
                 except OSError as error:
                     _fail(error, name, writing=True)
             finally:

@@ -23,6 +23,7 @@ from strongroom.policy.facts import resource, situation, subject
 from strongroom.policy.query import FEATURES, Query
 from strongroom.policy.speaker import Speaker, active
 from strongroom.vault.logins import Logins, issuer_of
+from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals
 from strongroom.vault.spelling import Spelling, spelling_of
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Connection, Row
 
     from strongroom.policy.state import State
+    from strongroom.vault.record import VersionRecord
     from strongroom.vault.vault import Vault
 
 _ACTIONS = ("infer", *FEATURES)
@@ -238,11 +240,12 @@ class Callers:
             return version.version
 
     def _opened(self, ref: str, version: str) -> tuple[Row[Any], Originals]:
-        row = self._vault.find(ref)
-        record = self._vault.record(row)
-        if record.version.hex() != version:
-            raise Tampered("record.swapped", f"the database says that {ref} is another version than the log has")
-        return row, Originals(self._vault.image(record), record)
+        def use(row: Row[Any], record: VersionRecord) -> tuple[Row[Any], Originals]:
+            if record.version.hex() != version:
+                raise Tampered("record.swapped", f"the database says that {ref} is another version than the log has")
+            return row, Originals(self._vault.image(record), record)
+
+        return opened(self._vault, ref, use)
 
     def _read(self, ref: str, version: str) -> ModelInfo:
         row, originals = self._opened(ref, version)

@@ -19,9 +19,11 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
+from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals
 
 if TYPE_CHECKING:
+    from strongroom.storage.image import SealedImage
     from strongroom.vault.record import VersionRecord
     from strongroom.vault.vault import Vault
 
@@ -152,20 +154,20 @@ class Copies:
         found = Entry.decode(entry)
         if found.type != "release" or found.body["action"] != "copy":
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
-        record, leaf = self._record(found), leaf_hash(entry)
-        copy = Copy(Originals(self._vault.image(record), record), record, found.body["holder"])
-        opened = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
+        leaf = leaf_hash(entry)
+        record, image = opened(self._vault, found.ref, lambda _, record: (record, self._image(found, record)))
+        copy = Copy(Originals(image, record), record, found.body["holder"])
+        kept = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
         with self._lock:
             if len(self._open) >= _OPEN:
                 self._open.pop(next(iter(self._open)))
-            self._open[index] = opened
-        return opened
+            self._open[index] = kept
+        return kept
 
-    def _record(self, entry: Entry) -> VersionRecord:
-        record = self._vault.record(self._vault.find(entry.ref))
+    def _image(self, entry: Entry, record: VersionRecord) -> SealedImage:
         if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
             raise _rotated()
-        return record
+        return self._vault.image(record)
 
     def _check(self, entry: Entry) -> None:
         """What was revoked since the release ends the copy, too."""

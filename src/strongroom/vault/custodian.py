@@ -341,7 +341,7 @@ class Custodian:
         with self.ledger.view() as state:
             # As it is now: reading the log takes long, and nothing is appended while it is held.
             kept = copy.deepcopy(replace(state, recent={}))
-            size = self.ledger.checkpoint()[0].size
+            size = self.ledger.viewed  # and no more: others append meanwhile, and nobody has reviewed that
         pieces = (self.ledger.proven(at, min(at + 1024, size)) for at in range(0, size, 1024))
         return review(kept, (Entry.decode(data) for piece in pieces for data in piece), now)
 
@@ -391,13 +391,7 @@ class Custodian:
                 raise UsageError("release.no_reason", "breaking the glass takes a reason", hint="--reason TEXT")
             # Before the entry: what can fail must not be recorded as done.
             check_receiver(bytes.fromhex(body["public_key"]))
-            try:
-                receipt, bundles = self._released(statement, reason, self._opened.get(body["ref"]))
-            except (Conflict, NotFound) as error:
-                # What was opened before may be another revision than the log's by now, or have been shredded.
-                if error.code not in _OUTDATED or self._opened.pop(body["ref"], None) is None:
-                    raise
-                receipt, bundles = self._released(statement, reason, None)
+            receipt, bundles = self._released(statement, reason)
         if body["action"] == "copy":
             # No keys to ciphertext: who had them could leave out the stamp.
             secret = self._vault.copies.bundle(receipt.data, receipt.index).encode()
@@ -439,9 +433,18 @@ class Custodian:
             pass  # it may be so no more
         self.identify(statement, any_clock=any_clock)
 
-    def _released(
-        self, statement: Statement, reason: Private | None, opened: Bundles | None
-    ) -> tuple[Receipt, Bundles]:
+    def _released(self, statement: Statement, reason: Private | None, left: int = 2) -> tuple[Receipt, Bundles]:
+        """As `_release`; what was opened may be another revision than the log's by then, or have been shredded."""
+        ref = statement.body["ref"]
+        try:
+            return self._release(statement, reason, self._opened.get(ref))
+        except (Conflict, NotFound) as error:
+            before = self._opened.pop(ref, None)
+            if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
+                raise
+            return self._released(statement, reason, left - 1)
+
+    def _release(self, statement: Statement, reason: Private | None, opened: Bundles | None) -> tuple[Receipt, Bundles]:
         """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
         body = statement.body
         found = opened or self._looked_up(body["ref"])
@@ -471,8 +474,7 @@ class Custodian:
     def _looked_up(self, ref: str) -> Bundles | StrongroomError:
         """The secrets and the manifest of a version; or why not, which is for those that are authenticated only."""
         try:
-            record = self._vault.record(self._vault.find(ref))
-            return Bundles(record, self._vault.manifest(record), self._vault.keys.signer.public_key)
+            return self._vault.bundles(ref)
         except StrongroomError as error:
             return error
 

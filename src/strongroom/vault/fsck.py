@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import Row, delete, select
 
 from strongroom.core.limits import LIMITS
 from strongroom.errors import CannotVerify, Conflict, IntegrityError, NotFound, StrongroomError, Tampered
@@ -15,6 +16,7 @@ from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.pack import object_bytes
 from strongroom.storage.db import put_packs, puts, versions
 from strongroom.vault.journal import lock_path, locked
+from strongroom.vault.opened import TRIES, changed
 from strongroom.vault.verify import Problem, problem_of
 from strongroom.vault.versions import VersionInfo
 
@@ -59,9 +61,7 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
     objects = dict(vault.blobs.list(""))
     report.objects = len(objects)
     needed = _pending(vault, report, repair=repair)
-    with vault.db.reading() as tx:
-        rows = tx.execute(select(versions).order_by(versions.c.name, versions.c.number)).all()
-    logged = _logged(vault, report)
+    rows, logged = _of_one_moment(vault, report)
     for row in rows:
         try:
             info = VersionInfo.of(row)
@@ -94,6 +94,18 @@ def fsck(vault: Vault, *, repair: bool = False) -> FsckReport:
         report.leftovers -= vault.blobs.sweep()
         report.repaired = True
     return report
+
+
+def _of_one_moment(vault: Vault, report: FsckReport) -> tuple[Sequence[Row[Any]], dict[str, tuple[int, str]] | None]:
+    """The rows of all versions, and what the log has of them: one is not put, rotated or shredded in between."""
+    query = select(versions).order_by(versions.c.name, versions.c.number)
+    logged = _logged(vault, report)
+    while True:
+        with vault.db.reading() as tx:
+            rows = tx.execute(query).all()
+        before, logged = logged, _logged(vault, report) if logged is not None else None
+        if logged is None or logged == before:
+            return rows, logged
 
 
 def _logged(vault: Vault, report: FsckReport) -> dict[str, tuple[int, str]] | None:
@@ -131,18 +143,34 @@ def _refuse_shared(vault: Vault, orphans: list[str]) -> None:
 
 
 def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: FsckReport) -> set[str]:
-    def note(problem: Problem) -> None:
-        report.problems.append({"ref": ref, **problem.as_json()})
+    """What a version needs. What is missing because it was rotated or shredded meanwhile is no problem: then it is
+    looked at anew, as it is now."""
+    row = vault.row(ref)
+    problems, needed = _look_at(vault, row, objects)
+    for _ in range(TRIES):
+        now = changed(vault, row) if problems else None
+        if now is None:
+            break
+        if now.state == "shredded":
+            return set()
+        row = now
+        problems, needed = _look_at(vault, row, objects)
+    report.problems += [{"ref": ref, **problem.as_json()} for problem in problems]
+    return needed
 
+
+def _look_at(vault: Vault, row: Row[Any], objects: dict[str, int]) -> tuple[list[Problem], set[str]]:
+    problems: list[Problem] = []
+    note = problems.append
     try:
-        row = vault.find(ref)
+        vault.readable(row)
         # Its names even when it can't be read: a damaged version's objects are not orphans.
         prefix = f"versions/{row.version_id}/{row.revision}"
         needed = {f"{prefix}.manifest", f"{prefix}.index"}
         manifest = vault.manifest(vault.record(row))
     except (IntegrityError, NotFound) as error:
         note(problem_of(error))
-        return {name for name in objects if name.startswith(("packs/", "versions/"))}
+        return problems, {name for name in objects if name.startswith(("packs/", "versions/"))}
     for pack in manifest.packs:
         needed.add(pack.name)
         expected = object_bytes(manifest, pack)
@@ -154,7 +182,7 @@ def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: Fsck
             note(Problem(kind, f"pack {pack.name} has {size} bytes, expected {expected}", pack=pack.name))
     if (objects.get(manifest.index_name) or _size_now(vault, manifest.index_name)) != manifest.index_bytes:
         note(Problem("missing", f"the index {manifest.index_name} is missing or has the wrong size"))
-    return needed
+    return problems, needed
 
 
 def _size_now(vault: Vault, name: str) -> int | None:
@@ -171,8 +199,17 @@ def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
     with vault.db.reading() as tx:
         rows = tx.execute(select(puts)).all()
     for row in rows:
-        with locked(lock_path(vault.folder / "locks", row.put_id)) as idle, vault.db.transaction() as tx:
-            packs = tx.execute(select(put_packs).where(put_packs.c.put_id == row.put_id)).all()
+        path = lock_path(vault.folder / "locks", row.put_id)
+        with locked(path) as idle:
+            with vault.db.transaction() as tx:
+                there = tx.execute(select(puts.c.put_id).where(puts.c.put_id == row.put_id)).first() is not None
+                packs = tx.execute(select(put_packs).where(put_packs.c.put_id == row.put_id)).all()
+                if repair and idle:
+                    tx.execute(delete(put_packs).where(put_packs.c.put_id == row.put_id))
+                    tx.execute(delete(puts).where(puts.c.put_id == row.put_id))
+            if idle and (repair or not there):
+                path.unlink(missing_ok=True)  # not before that is durable: else it could be begun again meanwhile
+        if there:
             report.pending.append(
                 {
                     "name": row.name,
@@ -182,11 +219,8 @@ def _pending(vault: Vault, report: FsckReport, *, repair: bool) -> set[str]:
                     "running": not idle,
                 }
             )
-            if repair and idle:
-                tx.execute(delete(put_packs).where(put_packs.c.put_id == row.put_id))
-                tx.execute(delete(puts).where(puts.c.put_id == row.put_id))
-                lock_path(vault.folder / "locks", row.put_id).unlink(missing_ok=True)
-                continue
+        if idle and (repair or not there):
+            continue  # dropped, or finished since: what it has stored is a version's
         prefix = f"versions/{row.version_id}/{row.revision}"
         needed |= {f"{prefix}.manifest", f"{prefix}.index"}
         needed |= {f"packs/{pack.pack_id[:2]}/{pack.pack_id}" for pack in packs}

@@ -58,8 +58,10 @@ class Journal:
                 journal = cls._reopen(db, blobs, keys, put_id) if mine else None
                 if journal is not None:
                     yield journal
+                if mine:  # or its job has ended since it was looked for, and the file is of this lock only
                     lock_path(locks, put_id).unlink(missing_ok=True)
-                    return
+            if journal is not None:
+                return
         put_id = random_id().hex()
         with locked(lock_path(locks, put_id)):
             yield cls._begin(db, blobs, keys, put_id, fingerprint, name, by, start)
@@ -99,7 +101,7 @@ class Journal:
         with db.reading() as tx:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
             packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
-            key = keys.current(tx)
+            key = keys.as_read(tx)
         if row is None:
             return None
         # The fingerprint is bound in: a row that somebody moved to another job, or kept from an older one, stays shut.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sqlalchemy.engine import Connection
 
 from strongroom.core import canonical
 from strongroom.core.clock import now
+from strongroom.core.files import locked
 from strongroom.core.ids import parse_id
 from strongroom.crypto.keys import derive, random_key
 from strongroom.crypto.keystores import Keystore, PassphraseSource, create_keystore, open_keystore
@@ -20,7 +22,7 @@ from strongroom.crypto.recovery import create_recovery, open_with_shares, seal_f
 from strongroom.crypto.sealing import seal, unseal
 from strongroom.crypto.shamir import Share
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import IntegrityError, NotFound, Tampered, UsageError
+from strongroom.errors import BackendError, IntegrityError, NotFound, StrongroomError, Tampered, UsageError
 from strongroom.ledger.key import log_signer
 from strongroom.storage.db import Database, put_packs, puts, room, versions
 from strongroom.storage.prepared import Prepared
@@ -28,6 +30,8 @@ from strongroom.vault.config import RoomConfig
 from strongroom.vault.record import VersionRecord, job_context
 
 _ROOM = Prepared(select(room))
+_ROOM_HELD = Prepared(select(room).with_for_update(read=True))  # SQLite's transactions that write are alone anyhow
+_ROOM_MINE = Prepared(select(room).with_for_update())
 
 
 class RoomKeys:
@@ -74,13 +78,28 @@ class RoomKeys:
 
     @property
     def room_key(self) -> bytes:
-        """The room key in use; unwrapped again if somebody else has rotated it since."""
-        return self._of(self._row())
+        """The room key in use; unwrapped again if somebody else has rotated it since. The key store that the database
+        named a moment ago may have been left by then, and its key destroyed."""
+        return self._unwrapped()[1]
+
+    def _unwrapped(self) -> tuple[Row[Any], bytes]:
+        row = self._row()
+        while True:
+            try:
+                return row, self._of(row)
+            except StrongroomError:
+                before, row = row, self._row()
+                if row.key_epoch <= before.key_epoch:
+                    raise
 
     def current(self, tx: Connection) -> bytes:
-        """The room key in use as `tx` sees it. Whatever is sealed for the database is sealed in a transaction, under
-        the
-        key that this returns: sealed under one that another process has just replaced, it could never be opened."""
+        """The room key in use until `tx`, which writes, ends. Whatever is sealed for the database is sealed in a
+        transaction, under the key that this returns: sealed under one that another process has just replaced, it could
+        never be opened. On PostgreSQL it holds those up who would replace it."""
+        return self._of(self._row(tx, _ROOM_HELD))
+
+    def as_read(self, tx: Connection) -> bytes:
+        """The room key in use as `tx` sees it, for what is unsealed."""
         return self._of(self._row(tx))
 
     def _of(self, row: Row[Any]) -> bytes:
@@ -133,8 +152,8 @@ class RoomKeys:
     def _seed(self) -> bytes:
         """The room's signing seed, which a room has for good: asked for once, so that a release need not ask again."""
         if self._opened is None:
-            row = self._row()
-            self._opened, _ = self._open_secrets(self._of(row), row)
+            row, key = self._unwrapped()
+            self._opened, _ = self._open_secrets(key, row)
         return self._opened
 
     # -- rotating and recovering ---------------------------------------------------------------------------------
@@ -142,14 +161,15 @@ class RoomKeys:
     def rotate(self, to_uri: str | None = None) -> dict[str, int | str]:
         """A new room key under a new key-encryption key (or another key store); everything sealed under the old room
         key is sealed anew, in one transaction. Packs stay as they are: they are encrypted under version keys."""
-        old_store = self.keystore
-        if to_uri is None:
-            new_store = old_store.rotate()
-        else:
-            new_store = create_keystore(to_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
-        resealed = self._install(None, random_key(), new_store)
-        old_store.retire()
-        return {"keystore": new_store.uri, "resealed": resealed, "key_epoch": int(self._row().key_epoch)}
+        with self._taking_turns():
+            old_store = self.keystore
+            if to_uri is None:
+                new_store = old_store.rotate()
+            else:
+                new_store = create_keystore(to_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
+            resealed, epoch = self._install(None, random_key(), new_store)
+            old_store.retire()
+        return {"keystore": new_store.uri, "resealed": resealed, "key_epoch": epoch}
 
     def drill(self, shares: Sequence[str]) -> None:
         """Prove that these shares open the room, and note when; changes nothing else."""
@@ -159,10 +179,27 @@ class RoomKeys:
 
     def recover(self, shares: Sequence[str], keystore_uri: str) -> dict[str, int | str]:
         """Open the room with `shares` and put its key, made anew, under another key store: the old one is lost."""
-        key = self._recovered(shares)
-        store = create_keystore(keystore_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
-        resealed = self._install(key, random_key(), store)
-        return {"keystore": store.uri, "resealed": resealed, "key_epoch": int(self._row().key_epoch)}
+        with self._taking_turns():
+            key = self._recovered(shares)
+            store = create_keystore(keystore_uri, self._room_id.hex(), self._folder, passphrase=self._passphrase)
+            resealed, epoch = self._install(key, random_key(), store)
+        return {"keystore": store.uri, "resealed": resealed, "key_epoch": epoch}
+
+    @contextmanager
+    def _taking_turns(self) -> Iterator[None]:
+        """Two at a time would each pin what the other does not know of, and the slower one retire a key store that is
+        not the one before its own."""
+        with ExitStack() as stack:
+            try:
+                (self._folder / "locks").mkdir(mode=0o700, exist_ok=True)  # it need not be in a backup
+                stack.enter_context(locked(self._folder / "locks" / "room-key"))
+            except OSError as error:
+                raise BackendError(
+                    "room.unwritable",
+                    f"can't make a lock file in {self._folder / 'locks'}: {error.strerror}",
+                    hint="free space, and make the room's folder writable for this user",
+                ) from None
+            yield
 
     def _recovered(self, shares: Sequence[str]) -> bytes:
         parsed = [Share.parse(share) for share in shares]
@@ -177,16 +214,18 @@ class RoomKeys:
         self._open_secrets(key, row)  # the key is the one in use, not an older one
         return key
 
-    def _install(self, old_key: bytes | None, new_key: bytes, store: Keystore) -> int:
-        """Seal everything under `new_key` and wrap that; nothing changes unless all of it does.
+    def _install(self, old_key: bytes | None, new_key: bytes, store: Keystore) -> tuple[int, int]:
+        """Seal everything under `new_key` and wrap that; how much it was, and the key's number. Nothing changes unless
+        all of it does.
 
         `old_key` None is the one in use. Both key stores are pinned while the database changes from one to the other.
         """
         config = RoomConfig.read(self._folder, older=True)  # its log key is none of this module's business
         config.pin(self._folder, [*config.keystores, store.uri])
         try:
-            with self._db.transaction() as tx:
-                row = self._row(tx)
+            # Not of one snapshot, which would be taken before those have ended who seal under the old key.
+            with self._db.sequencing() as tx:
+                row = self._row(tx, _ROOM_MINE)
                 opening = old_key or self._of(row)
                 count = self._reseal(tx, opening, new_key)
                 seed, public = self._open_secrets(opening, row)
@@ -209,7 +248,7 @@ class RoomKeys:
         with self._lock:
             self._cached = (epoch, new_key)
         config.pin(self._folder, [store.uri])
-        return count
+        return count, epoch
 
     def _reseal(self, tx: Connection, old_key: bytes, new_key: bytes) -> int:
         """Every version's record, and those of jobs under way; a job's that does not open is dropped with its job."""
@@ -240,11 +279,11 @@ class RoomKeys:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _row(self, tx: Connection | None = None) -> Row[Any]:
+    def _row(self, tx: Connection | None = None, query: Prepared = _ROOM) -> Row[Any]:
         if tx is None:
             with self._db.reading() as reading:
                 return self._row(reading)
-        row = _ROOM(tx).one_or_none()
+        row = query(tx).one_or_none()
         if row is None or row.room_id != self._room_id.hex():
             raise NotFound("room.missing", "the database holds no room, or another one", hint="strongroom init")
         if not isinstance(row.key_epoch, int) or not all(

@@ -26,6 +26,7 @@ from strongroom.storage.db import versions
 from strongroom.storage.image import SealedImage
 from strongroom.vault import packing
 from strongroom.vault.journal import Journal, forget_all, locked
+from strongroom.vault.opened import opened
 from strongroom.vault.packing import PackWriter
 from strongroom.vault.put import store_index
 from strongroom.vault.record import VersionRecord
@@ -46,10 +47,7 @@ def rotate(vault: Vault, ref: str, *, by: Voice, progress: Progress) -> dict[str
 
 
 def _rotate(vault: Vault, ref: str, by: Voice, progress: Progress) -> dict[str, Any]:
-    row = vault.find(ref)
-    old_record = vault.record(row)
-    with _or_raced(vault, row):
-        old = vault.image(old_record)
+    row, old_record, old = opened(vault, ref, lambda row, record: (row, record, vault.image(record)))
     fingerprint = f"rotate {row.version_id} {row.revision} {packing.PACK_BODY}"
     job = vault.journal(fingerprint, row.name, by.by, start=next_revision(old_record))
     with job as journal, _or_raced(vault, row, journal):

@@ -14,6 +14,7 @@ from strongroom.marking.gradient import GradientEstimator, GradientFilter
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.comparison import Compared, Gathered
 from strongroom.vault.generator import Generator, Leaning
+from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.suspect import PIECE
 from strongroom.vault.text import Text
@@ -74,8 +75,7 @@ def trace_text(
 
     UsageError ``text.*``; NotFound; what reading the room raises.
     """
-    record = vault.record(vault.find(weights))
-    originals = Originals(vault.image(record), record)
+    record, originals = opened(vault, weights, lambda _, record: (record, Originals(vault.image(record), record)))
     leaning = Generator(originals).lean(text, progress)
     echo = Echo(originals, leaning)
     blank = Trace({"name": name, "tensors": 0, "bytes": text.bytes, "files": files})

@@ -20,6 +20,7 @@ from strongroom.marking.matched import MatchedFilter, bound
 from strongroom.marking.stamp import Stamp
 from strongroom.vault.comparison import Comparison
 from strongroom.vault.effort import STOPPED, Patience, Purse
+from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals
 from strongroom.vault.suspect import Suspect
 from strongroom.vault.unmerging import is_adapter, unmerged
@@ -164,8 +165,8 @@ def trace(
     result = Trace(described)
     compared = []
     patience, records = Patience(seconds), _records(vault, weights)
-    for left, record in zip(range(len(records), 0, -1), records, strict=True):
-        originals = Originals(vault.image(record), record)
+    for left, known in zip(range(len(records), 0, -1), records, strict=True):
+        record, originals = _opened(vault, known)
         compared.append((record, originals, Comparison(originals, suspect, until=patience.until(left + len(records)))))
     compared = [_unmerged(vault, suspect, each, compared) for each in compared]
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
@@ -230,9 +231,9 @@ def _unmerged(vault: Vault, suspect: Suspect, adapter: _Compared, compared: Sequ
     if not bases:  # one version alone is looked for, and its weights may have been merged into any other
         bases = [
             (other, known, Comparison(known, suspect))
-            for other in _records(vault, None)
-            if other.version != record.version
-            for known in [Originals(vault.image(other), other)]
+            for each in _records(vault, None)
+            if each.version != record.version
+            for other, known in [_opened(vault, each)]
         ]
     bases = sorted((each for each in bases if each[2].likeness >= _UNRELATED), key=lambda each: -each[2].likeness)
     for base, _, into in bases[:_BASES]:
@@ -244,11 +245,23 @@ def _unmerged(vault: Vault, suspect: Suspect, adapter: _Compared, compared: Sequ
 def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
     """The secrets of one version, or of all that are not shredded."""
     if weights is not None:
-        return [vault.record(vault.find(weights))]
-    found = [vault.record(vault.find(info.ref)) for info in vault.ls() if info.state != "shredded"]
+        return [opened(vault, weights, lambda _, record: record)]
+    found = []
+    for info in vault.ls():
+        try:
+            if info.state != "shredded":
+                found.append(opened(vault, info.ref, lambda _, record: record))
+        except NotFound as error:
+            if error.code != "weights.shredded":  # which it was meanwhile
+                raise
     if not found:
         raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom put PATH NAME")
     return found
+
+
+def _opened(vault: Vault, record: VersionRecord) -> tuple[VersionRecord, Originals]:
+    """A version as it is now: those before it took long, and it may have been rotated meanwhile."""
+    return opened(vault, f"{record.name}@{record.number}", lambda _, now: (now, Originals(vault.image(now), now)))
 
 
 def traced(

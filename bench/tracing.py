@@ -115,8 +115,11 @@ def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccu
         "",
         "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, also with the "
         "words in another order, or two thirds of them gone at random (nine tenths without rounding), which is undone "
-        "(`tests/vault/test_disguised.py`). Not undone is a disguise at 4 bits of a vocabulary that lost those words "
-        "which others resemble: with 70 % of them left it was not found.",
+        "(`tests/vault/test_disguised.py`). So is one at 4 bits (groups of 64) without three of ten words, "
+        "whichever were tried: the longest, those most like another, to which most are alike, or most like the "
+        "mean of all. Of SmolLM2's embedding 99.95 % of the words that were left were found, and 0.002 % were "
+        "taken for one that was gone; a whole model without its longest words, disguised in every way and at 4 "
+        "bits, named its holder (1e-299, 65 s of CPU).",
         "",
     ]
     for kind, rows in found.items():
@@ -219,6 +222,8 @@ def main() -> None:
         "--rows", type=Path, help="a file of rows: those of earlier runs are kept, those of this one added"
     )
     given = parser.parse_args()
+    of_all = ("models", "colluders", "left", "attacks", "ways", "seeds")
+    whole = all(getattr(given, name) == parser.get_default(name) for name in of_all)
     work = Path(tempfile.mkdtemp(prefix="strongroom-tracing-", dir=given.work))
     kept = Kept.of(given.rows)
     try:
@@ -260,7 +265,11 @@ def main() -> None:
                 kept.add("minilm", found)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    page.write(page.TRACING, "tables", report(kept.rows, kept.shapes, kept.unaccused))
+    found = report(kept.rows, kept.shapes, kept.unaccused)
+    if given.rows is None and not whole:  # a few rows do not take the place of all on the page
+        print(found)
+        return
+    page.write(page.TRACING, "tables", found)
     print(page.TRACING)
 
 

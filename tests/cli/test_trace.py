@@ -218,6 +218,19 @@ def test_how_likely_a_false_accusation_is_is_said_by_one_figure():
     assert "1e-299" in page(found | {"accused": [found["accused"][0] | {"false_accusation": 1e-300}]})
 
 
+def test_the_threshold_is_seen_in_the_plot_however_far_beyond_it_somebody_is():
+    found = report("user/pia")
+    sure = {"holder": "user/pia", "log10_p": -9.0, "stamp_log10_p": -140516.9}
+    others = [{"holder": "", "log10_p": -1.0, "stamp_log10_p": 0.0}] * 5000
+    written = page(found | {"scores": [sure, *others], "threshold_log10_p": -12.7})
+    plot = written.partition("<svg")[2].partition("</svg>")[0]
+    assert "10⁻³⁰⁰ and less" in plot
+    assert "4,000 best of 5,001" in plot
+    line, ground = (float(each) for each in re.findall(r'<line [^>]*y1="([\d.]+)"', plot))
+    assert ground - line > 20
+    assert plot.count("stroke-width") == 2  # the code word and the stamp of who is named
+
+
 def test_that_a_search_ended_at_its_budget_is_said():
     stopped = "alignment stopped at its budget"
     versions = report("acme/x@1")["versions"] * 2

@@ -49,6 +49,38 @@ def test_rows_that_are_left_are_found(change, kept):
     assert (reordered(change(leak[left]), embedding(1))[expected[there]] == np.flatnonzero(there)).mean() > 0.99
 
 
+def clustered(seed):
+    """Words some of which resemble one another, as they do in real embeddings."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.normal(0, 0.02, (500, WIDTH))
+    rows = kinds[rng.integers(len(kinds), size=4000)] + rng.normal(0, 0.012, (4000, WIDTH))
+    return (rows * np.exp(rng.normal(0, 0.1, (4000, 1)))).astype(np.float32)
+
+
+def without(rows, what):
+    """Which rows a leaker leaves who drops three of ten: the longest, by which they were known, or those most like
+    another."""
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    alike = unit @ unit.T - 2 * np.eye(len(rows))
+    said = {"longest": np.linalg.norm(rows, axis=1), "alike": alike.max(axis=1)}[what]
+    return np.sort(np.argsort(said)[: int(0.7 * len(rows))])
+
+
+@pytest.mark.parametrize("what", ["longest", "alike"])
+def test_rows_are_found_whichever_are_left(what):
+    rows = clustered(1)
+    left = np.random.default_rng(5).permutation(without(rows, what))
+    leak = rows[left] @ orthogonal(np.random.default_rng(3), WIDTH)
+    found = reordered(rows, quantised(leak, 4).astype(np.float32))
+    assert (found[left] == np.arange(len(left))).mean() > 0.99
+    assert (np.delete(found, left) == -1).all()
+
+
+def test_rows_of_another_embedding_are_not_found_by_their_neighbours():
+    other = clustered(2)[without(clustered(2), "longest")]
+    assert reordered(clustered(1), moved(other)[0]) is None
+
+
 def test_some_of_unrelated_rows_are_not_found():
     assert reordered(embedding(1), moved(embedding(2))[0][: WORDS // 3]) is None
 

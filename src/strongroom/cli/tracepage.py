@@ -31,8 +31,14 @@ code{font-size:.85em;overflow-wrap:anywhere}
 pre{white-space:pre-wrap}
 svg{width:100%;height:auto}
 .named{color:var(--bad)}
+.word{color:var(--dot)}
+.stamp{color:var(--dot2)}
+table.facts td:first-child{white-space:nowrap;color:var(--soft)}
 """
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 300, 60, 40
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 860, 300, 110, 40
+_HIGHEST = 300.0  # orders of magnitude in the plot: nobody doubts beyond that, and the threshold has to be seen
+_PLOTTED = 4000
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TENSORS = 500
 
 
@@ -100,7 +106,7 @@ def _recorded(found: dict[str, Any]) -> str:
         ("Recorded as", f"entry {found['entry']} of its log"),
         ("Leaf hash", f"{found['leaf']} (strongroom log prove {found['entry']} says that it is in the log)"),
     ]
-    return "<h2>This trace</h2>" + _table(("", ""), rows)
+    return "<h2>This trace</h2>" + _table((), rows)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[int] = ()) -> str:
@@ -108,8 +114,9 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: 
         return f"<td{' class=n' if at in numbers else ''}>{escape(str(value))}</td>"
 
     head = "".join(f"<th>{escape(each)}</th>" for each in header)
+    table = f"<table><thead><tr>{head}</tr></thead>" if header else "<table class=facts>"
     body = "".join("<tr>" + "".join(cell(at, each) for at, each in enumerate(row)) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{table}<tbody>{body}</tbody></table>"
 
 
 def _accused(found: dict[str, Any]) -> str:
@@ -131,7 +138,11 @@ def _accused(found: dict[str, Any]) -> str:
     releases = [(each["holder"], item) for each in found["accused"] for item in each["releases"]]
     missing = [each["holder"] for each in found["accused"] if not each["releases"]]
     shown = "<h2>Who</h2>" + _table(header, rows, numbers=(2, 3, 4))
-    shown += f"<p class=soft>The chance is {escape(what_chance_is(found))}.</p>"
+    shown += (
+        f"<p class=soft>The chance is {escape(what_chance_is(found))} (once in a thousand million). A copy carries its "
+        "holder's code word, and a plaintext copy a stamp as well; σ is how many standard deviations each is beyond "
+        "what a stranger's would be.</p>"
+    )
     if releases:
         given = [
             (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
@@ -156,38 +167,53 @@ def _plot(found: dict[str, Any]) -> str:
     scores = found["scores"]
     if not scores:
         return ""
-    top = max(20.0, *(-min(each["log10_p"], each["stamp_log10_p"]) for each in scores))
     limit = -found["threshold_log10_p"]
-    plotted = sorted(scores, key=lambda each: min(each["log10_p"], each["stamp_log10_p"]))[:4000]
+    best = max(-min(each["log10_p"], each["stamp_log10_p"]) for each in scores)
+    top = min(_HIGHEST, max(2 * limit, best))
+    plotted = sorted(scores, key=lambda each: min(each["log10_p"], each["stamp_log10_p"]))[:_PLOTTED]
     step = (_WIDTH - _LEFT - 20) / max(1, len(plotted))
 
     def height(value: float) -> float:
         # By the root: what is far beyond the threshold must not press everybody else into one line.
-        return _HEIGHT - _BOTTOM - math.sqrt(max(0.0, value) / top) * (_HEIGHT - _BOTTOM - 20)
+        return _HEIGHT - _BOTTOM - math.sqrt(min(1.0, max(0.0, value) / top)) * (_HEIGHT - _BOTTOM - 20)
 
     dots = []
     for at, each in enumerate(plotted):
         x = _LEFT + (at + 0.5) * step
+        mark = ' stroke="var(--bad)" stroke-width="2"' if each["holder"] else ""
         for name, colour in (("log10_p", "--dot"), ("stamp_log10_p", "--dot2")):
             y = height(-each[name])
-            label = escape(f"{each['holder'] or 'somebody else'}: 10^{each[name]:.1f}")
-            dots.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var({colour})"><title>{label}</title></circle>')
-    line = height(limit)
-    ticks = "".join(
-        f'<text x="{_LEFT - 8}" y="{height(value) + 4:.1f}" text-anchor="end" font-size="12" class="soft">'
-        f"10^−{value:.0f}</text>"
-        for value in sorted({0.0, round(limit), round(top / 4), round(top)})
-    )
+            label = escape(f"{each['holder'] or 'somebody else'}: {_power(-each[name])}")
+            dots.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="var({colour})"{mark}><title>{label}</title></circle>'
+            )
+    least = " and less" if best > top else ""
+    levels = ((top, f"{_power(top)}{least}"), (limit, _power(limit)), (0.0, "1"))
+    ticks = [_note(_LEFT - 8, height(value) + 4, said) for value, said in levels]
+    shown = f"the {_PLOTTED:,} best of {number(len(scores))} candidates" if len(scores) > _PLOTTED else "all candidates"
+    ticks.append(_note(_WIDTH - 20, _HEIGHT - 12, f"{shown}, the best on the left"))
+    ticks.append(_note(_WIDTH - 20, height(limit) - 6, "above this line somebody is named"))
+    who = "Dots with a red rim are those of who is named; others" if found["accused"] else "They"
     return (
         "<h2>All candidates</h2><p class=soft>How likely it is, at most, that an innocent scores as high as each "
-        "candidate: by code word (first colour) and by stamp (second), each the bound of that score alone, before it "
-        "is multiplied by all that was tried. "
-        f"{'Who is named is in red above; others' if found['accused'] else 'They'} have no "
-        "names here, and rounded scores. Above the dashed line somebody is named.</p>"
+        "candidate: by code word (<span class=word>●</span>) and by stamp (<span class=stamp>●</span>), each the bound "
+        f"of that score alone, before it is multiplied by all that was tried. {who} have no names here, and rounded "
+        "scores.</p>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Scores of all candidates">'
-        f"{_level(line, 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
-        f"{ticks}{''.join(dots)}</svg>"
+        f"{_level(height(limit), 'var(--bad)')}{_level(_HEIGHT - _BOTTOM, 'var(--line)')}"
+        f"{''.join(ticks)}{''.join(dots)}</svg>"
     )
+
+
+def _power(value: float) -> str:
+    """A bound as people write it: 10 to the minus `value`."""
+    raised = f"{max(0.0, value):.0f}"
+    return "1" if raised == "0" else f"10⁻{raised.translate(_RAISED)}"
+
+
+def _note(x: float, y: float, said: str) -> str:
+    """Some words in the plot that end at x."""
+    return f'<text x="{x}" y="{y:.1f}" text-anchor="end" font-size="12" class="soft">{escape(said)}</text>'
 
 
 def _level(y: float, stroke: str) -> str:
@@ -238,9 +264,14 @@ def _wrong(found: dict[str, Any]) -> str:
 def _preserve(found: dict[str, Any]) -> str:
     rows = [(each["path"], size(each["bytes"]), each["sha256"]) for each in found["suspect"]["files"]]
     return (
-        "<h2>Keeping the evidence</h2><p>Keep the file unchanged, note where and when it was found, and export the log "
-        "(<code>strongroom log export</code>) with a witness' cosignature. The trace can be repeated by anybody with "
-        "the same right: it has the same outcome.</p>" + _table(("File", "Size", "SHA-256"), rows)
+        "<h2>Keeping the evidence</h2><ul>"
+        "<li>Keep the file unchanged, with its SHA-256 below, which is also in the log; work on a copy of it.</li>"
+        "<li>Note where it was found, when, and by whom.</li>"
+        "<li>Keep this page as it is. Its own SHA-256, noted elsewhere, shows that nobody changed it.</li>"
+        "<li>Have a witness sign the newest checkpoint (<code>strongroom log cosign</code>), and export the log "
+        "(<code>strongroom log export</code>).</li>"
+        "<li>Keep the version in the room. Then the trace can be repeated by anybody with the same right, and has the "
+        "same outcome.</li></ul>" + _table(("File", "Size", "SHA-256"), rows)
     )
 
 

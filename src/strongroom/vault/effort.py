@@ -114,7 +114,19 @@ def reordered(original: Sequence[int], suspect: Sequence[int]) -> int:
     few, many = min(n, m), max(n, m)
     some = reorder.ROUNDS * max(reorder.SOME, reorder.SOME_OF_WIDTH * d)
     anchors = (reorder.ANCHORS * reorder.TAKEN_FOR) ** 2 * (d + reorder.SETTLING + _PASSES)
-    return seen(n * d + m * d) + 4 * (n + m) * d * d + (few + some) * many * reorder.COLUMNS + anchors
+    bands = len(reorder.BANDS) if many >= reorder.NEAR else 0
+    # Those who are looked at in either, with all others; and each that is looked for with those of its length.
+    looked_at = reorder.SAMPLED * few + min(many, reorder.LOOKED_AT) * many
+    scored = reorder.ANCHORS * reorder.NEAR * reorder.NEIGHBOURS * reorder.AMONG
+    neighbours = bands * (looked_at * (d + _PASSES) + seen(scored))
+    some *= 2 + bands  # once for each way that tells some rows
+    return (
+        seen(n * d + m * d)
+        + 4 * (n + m) * d * d
+        + (few + some) * many * reorder.COLUMNS
+        + (1 + bands) * anchors
+        + neighbours
+    )
 
 
 def full(shape: Sequence[int]) -> int:

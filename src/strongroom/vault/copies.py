@@ -11,7 +11,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from strongroom.crypto.copying import CopyCipher, copying_key
-from strongroom.errors import Conflict, Denied, NotFound
+from strongroom.errors import Conflict, Denied, NotFound, StrongroomError
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
 from strongroom.formats.entry import Entry
 from strongroom.formats.items import ITEMS
@@ -19,10 +19,13 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
+from strongroom.vault.forms import planned
 from strongroom.vault.originals import Originals
+from strongroom.vault.quantised import Quantised
 
 if TYPE_CHECKING:
     from strongroom.vault.record import VersionRecord
+    from strongroom.vault.release import Bundles
     from strongroom.vault.vault import Vault
 
 _NAME = re.compile(r"copies/(0|[1-9][0-9]{0,18})/(0|[1-9][0-9]{0,18})", re.ASCII)
@@ -79,7 +82,7 @@ class Copy:
 class _Opened(NamedTuple):
     """A copy that is being taken: secret, all of it."""
 
-    copy: Copy
+    copy: Copy | Quantised
     record: VersionRecord
     entry: Entry
     leaf: bytes
@@ -113,11 +116,20 @@ class Copies:
             marked=found.copy.marked,
         )
 
+    def unfit(self, found: Bundles | StrongroomError, form: str | None) -> StrongroomError | None:
+        """Why a version can't leave in `form`, if it can't: for those only who may have a copy of it."""
+        if form is not None and not isinstance(found, StrongroomError):
+            try:
+                planned(Originals(self._vault.image(found.record), found.record), form)
+            except StrongroomError as error:
+                return error
+        return None
+
     def read(self, name: str) -> bytes:
         """The encrypted piece that is called `name`: ``copies/ENTRY/NUMBER``.
 
         NotFound ``copy.missing``; Denied ``copy.ended`` once the lease, the holder or the version is revoked; Conflict
-        ``copy.revision`` once the version was rotated.
+        ``copy.revision`` once the version was rotated; UsageError ``form.values``.
         """
         matched = _NAME.fullmatch(name)
         if matched is None:
@@ -153,13 +165,18 @@ class Copies:
         if found.type != "release" or found.body["action"] != "copy":
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
         record, leaf = self._record(found), leaf_hash(entry)
-        copy = Copy(Originals(self._vault.image(record), record), record, found.body["holder"])
+        copy = self._written(record, found.body["holder"], found.body.get("form"))
         opened = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
         with self._lock:
             if len(self._open) >= _OPEN:
                 self._open.pop(next(iter(self._open)))
             self._open[index] = opened
         return opened
+
+    def _written(self, record: VersionRecord, holder: str, form: str | None) -> Copy | Quantised:
+        originals = Originals(self._vault.image(record), record)
+        copy = Copy(originals, record, holder)
+        return copy if form is None else Quantised(copy, planned(originals, form))
 
     def _record(self, entry: Entry) -> VersionRecord:
         record = self._vault.record(self._vault.find(entry.ref))

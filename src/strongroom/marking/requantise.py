@@ -106,10 +106,11 @@ def _left(w: NDArray[np.float32], seen: NDArray[np.float32], form: str) -> tuple
 def _steps(w: NDArray[np.float32], form: str) -> NDArray[np.float32]:
     """(n, 1): the step of each group; of q4_0 with the sign that makes its greatest element the end of the range."""
     w = np.where(np.isfinite(w), w, np.float32(0))
+    found: NDArray[np.float32]
     if form == "int4":
-        return np.abs(w).max(axis=1, keepdims=True) / np.float32(7.5)
-    greatest = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)
-    found: NDArray[np.float32] = greatest / np.float32(-8)
+        found = np.abs(w).max(axis=1, keepdims=True) / np.float32(7.5)
+    else:
+        found = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1) / np.float32(-8)
     return found
 
 

@@ -21,6 +21,7 @@ _LINEAR = re.compile(
     r"\.weight",
     re.DOTALL,
 )
+_SPECIAL = re.compile(r"[ -/:-@\[-^`{-~]")  # what is in ASCII no letter, digit or underscore
 _BITS = {"int4": 4, "int8": 8}
 _GROUPS = (128, 64, 32)
 _LARGEST = 64 * MIB  # of the files that say how a model is loaded
@@ -123,8 +124,9 @@ def _alignment(dtype: Dtype) -> int:
 
 
 def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
+    # By their last names, none of which is a linear layer's: what stands before it is another in each library.
     others = {
-        each.info.name.removesuffix(".weight")
+        f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight').rpartition('.')[2])}$"
         for each in tensors
         if each.begin not in quantised and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
     }
@@ -145,6 +147,11 @@ def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: 
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
+
+
+def _escaped(name: str) -> str:
+    """A name as a pattern; the same text by whatever version of Python."""
+    return _SPECIAL.sub(r"\\\g<0>", name)
 
 
 def _configured(data: bytes, settings: Mapping[str, Any]) -> bytes:

@@ -225,10 +225,9 @@ def each_(function):
 
 LEAKS = {
     "as it is": lambda folder, _path: folder,
-    "turned back into floats, renamed": lambda folder, path: write(
-        path, {f"w.{k}": w for k, w in enumerate(tensors_of(folder).values())}
+    "turned back into floats, renamed, cast to half": lambda folder, path: write(
+        path, {f"w.{k}": w for k, w in enumerate(tensors_of(folder).values())}, "F16"
     ),
-    "cast to half": lambda folder, path: write(path, tensors_of(folder), "F16"),
     "with noise": each_(lambda w: w + np.random.default_rng(1).normal(0, 0.1 * w.std(), w.shape)),
 }
 

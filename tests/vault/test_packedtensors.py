@@ -61,8 +61,19 @@ def test_whatever_it_says(codes, scales, shape, said):
         assert math.prod(info.shape) == math.prod(scales) * packing.group
 
 
+def write(path, tensors):
+    header, at = {}, 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    head = len(text).to_bytes(8, "little") + text
+    path.write_bytes(head + b"".join(data for _, _, data in tensors.values()))
+
+
+@pytest.mark.parametrize("files", [1, 3])
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 24), (4, 6), (8, 384), (8, 3)])
-def test_any_range_of_it_is_read(tmp_path, bits, group):
+def test_any_range_of_it_is_read(tmp_path, bits, group, files):
     w = np.random.default_rng(0).normal(0, 0.05, (40, 384)).astype(np.float32)
     codes, scales = packed(w.reshape(-1, group), bits, "F16")
     tensors = {
@@ -70,14 +81,9 @@ def test_any_range_of_it_is_read(tmp_path, bits, group):
         "w_scale": ("F16", [40, 384 // group], scales.tobytes()),
         "w_shape": ("I64", [2], np.array([40, 384], "<i8").tobytes()),
     }
-    header, at = {}, 0
-    for name, (dtype, shape, data) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
-        at += len(data)
-    text = json.dumps(header).encode()
-    head = len(text).to_bytes(8, "little") + text
-    (tmp_path / "x.safetensors").write_bytes(head + b"".join(data for _, _, data in tensors.values()))
-    with Suspect.opened(tmp_path / "x.safetensors") as suspect:
+    for k in range(files):
+        write(tmp_path / f"{k}.safetensors", dict(list(tensors.items())[k::files]))
+    with Suspect.opened(tmp_path) as suspect:
         assert set(suspect.tensors) == {"w"}
         whole = suspect.read("w")
         assert np.abs(whole - w.reshape(-1)).max() < (0.03 if bits == 4 else 0.002)

@@ -59,11 +59,13 @@ _INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4",
 
 @dataclass(frozen=True)
 class SuspectTensor:
-    """One tensor of a suspect: what it is called there, and where it is; of one that is packed, how."""
+    """One tensor of a suspect: what it is called there, and where it is; of one that is packed, how, and where its
+    scales are."""
 
     info: TensorInfo
     file: SourceFile
     packing: Packing | None = None
+    scales: SourceFile | None = None
 
     @property
     def name(self) -> str:
@@ -100,14 +102,17 @@ class Suspect:
 
     def __init__(self, source: ModelSource, check: Callable[[], None] = unstopped) -> None:
         self._source, self._check = source, check
-        tensors: dict[str, SuspectTensor] = {}
-        for file in source.files:
-            infos = {info.name: info for info in file.tensors if readable(info.dtype)}
-            tensors |= {name: SuspectTensor(info, file) for name, info in infos.items()}
-            for name, info, packing in put_together(infos, partial(self._two, file, infos)):
-                for gone in (name, packing.scales.name, f"{info.name}_shape"):
-                    del tensors[gone]
-                tensors[info.name] = SuspectTensor(info, file, packing)
+        tensors = {
+            info.name: SuspectTensor(info, file)
+            for file in source.files
+            for info in file.tensors
+            if readable(info.dtype)
+        }
+        # Wherever they lie: whoever cuts a model into other files has no regard for what belongs together.
+        infos = {name: tensor.info for name, tensor in tensors.items()}
+        for name, info, packing in list(put_together(infos, partial(self._two, tensors))):
+            codes, scales, _ = (tensors.pop(each) for each in (name, packing.scales.name, f"{info.name}_shape"))
+            tensors[info.name] = SuspectTensor(info, codes.file, packing, scales.file)
         self.tensors: Mapping[str, SuspectTensor] = tensors
 
     @classmethod
@@ -153,8 +158,9 @@ class Suspect:
         low, high = begin // dtype.block, -(-end // dtype.block)
         with np.errstate(all="ignore"):
             try:
-                if tensor.packing is not None:
-                    found = self._unpacked(tensor.file, tensor.packing, low * dtype.block, high * dtype.block)
+                if tensor.packing is not None and tensor.scales is not None:
+                    within = low * dtype.block, high * dtype.block
+                    found = self._unpacked(tensor.file, tensor.scales, tensor.packing, *within)
                 else:
                     found = numbers_of(self._blocks(tensor.file, info, low, high), dtype)
             except UsageError as error:
@@ -173,11 +179,13 @@ class Suspect:
                 done += step
         return buffer
 
-    def _unpacked(self, file: SourceFile, packing: Packing, begin: int, end: int) -> NDArray[np.float32]:
-        """Elements `begin` to `end` of a packed tensor."""
+    def _unpacked(
+        self, file: SourceFile, other: SourceFile, packing: Packing, begin: int, end: int
+    ) -> NDArray[np.float32]:
+        """Elements `begin` to `end` of a packed tensor: its codes are in `file`, its scales in the other."""
         group, words = packing.group, 32 // packing.bits
         low, high = begin // group, -(-end // group)
-        scales = numbers_of(self._blocks(file, packing.scales, low, high), packing.scales.dtype)
+        scales = numbers_of(self._blocks(other, packing.scales, low, high), packing.scales.dtype)
         first = low * group // words
         data = self._blocks(file, packing.codes, first, -(-high * group // words))
         skip = (low * group - first * words) * packing.bits // 8
@@ -185,10 +193,12 @@ class Suspect:
         codes = np.frombuffer(data, np.uint8, (high - low) * size, skip).reshape(-1, size)
         return unpacked(codes, scales, packing.bits).reshape(-1)[begin - low * group : end - low * group]
 
-    def _two(self, file: SourceFile, infos: Mapping[str, TensorInfo], name: str) -> tuple[int, ...]:
+    def _two(self, tensors: Mapping[str, SuspectTensor], name: str) -> tuple[int, ...]:
         """The two integers that a tensor of that type has; none where they can't be read."""
         try:
-            return tuple(int(each) for each in np.frombuffer(self._blocks(file, infos[name], 0, 2), "<i8"))
+            return tuple(
+                int(each) for each in np.frombuffer(self._blocks(tensors[name].file, tensors[name].info, 0, 2), "<i8")
+            )
         except StrongroomError:
             return ()
 

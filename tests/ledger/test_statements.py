@@ -608,3 +608,21 @@ class TestPolicies:
         body = {"digest": DIGEST, "proposal": asked.id, "break_glass": False, "statement": ""}
         log.write("policy", "custodian", body, at=NOW + DAY)
         log.refused("statement.missing")
+
+
+@pytest.mark.parametrize(("said", "wrote"), [("int4", None), (None, "int4"), ("int4", "int8")])
+def test_a_copy_leaves_in_the_form_that_was_signed_for(log, said, wrote):
+    """Else a custodian could give out floats for a quantised copy, or say that somebody has had them who has not."""
+    base = {"action": "copy", "holder": "user/ben", "public_key": DIGEST, "challenge": OTHER, "break_glass": False}
+
+    def release(said, wrote):
+        forms = [{"form": form} if form else {} for form in (said, wrote)]
+        signed = log.say("release", "user/ben", {**base, "ref": REF, "reason": "", **forms[0]})
+        more = {"lease": None, "revision": 1, "manifest": DIGEST, "statement": signed.envelope}
+        log.write("release", "user/ben", {**base, **more, **forms[1]}, REF)
+
+    release(said, wrote)
+    log.refused("statement.differs")
+    log.entries.pop()
+    release(said, said)
+    log.verify()

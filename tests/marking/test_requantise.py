@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from strongroom.marking.quantiser import blocks, packed, unpacked
 from strongroom.marking.requantise import coarse, unrounded
+from strongroom.marking.scales import dequantised
 
 Array = NDArray[np.float32]
 
@@ -100,3 +102,26 @@ def test_what_was_rounded_is_seen_at_a_glance(group: int, first: int) -> None:
     assert coarse(rounded(w, group)[first:], first)
     assert not coarse(noisy(w)[first:], first)
     assert not coarse(w[:3], first)
+
+
+def in_form(w: Array, form: str, group: int) -> Array:
+    if form == "int4":
+        codes, scales = packed(w.reshape(-1, group), 4, "F32")
+        return unpacked(codes, scales.view("<f4"), 4).reshape(-1)
+    return dequantised(blocks(w.reshape(-1, group), "Q4_0").tobytes(), "Q4_0")
+
+
+@pytest.mark.parametrize(("form", "group"), [("int4", 128), ("int4", 64), ("int4", 32), ("q4_0", 32)])
+@pytest.mark.parametrize("first", [0, 1000])
+def test_the_mean_of_copies_in_a_form_is_known_by_it(form: str, group: int, first: int) -> None:
+    """The levels of a mean are those of its holders and all that lies between them, an element's own among them: by
+    those alone half of what a mark did would be taken for rounding."""
+    w, rng = weights(1 << 17), np.random.default_rng(4)
+    chips = rng.integers(-4, 5, (8, w.size))
+    copies = [in_form((w * (1 + each / 256)).astype(np.float32), form, group) for each in chips]
+    leak = np.mean(copies, axis=0).astype(np.float32)
+    found = unrounded(w[first:], leak[first:], first) - w[first:]
+    signal = (chips[0] * w)[first:]
+    plain = np.corrcoef((leak - w)[first:], signal)[0, 1]
+    assert np.corrcoef(found, signal)[0, 1] > 1.4 * plain > 0
+    assert 0.8 < np.mean(np.abs(found) < 1e-6) < 0.95

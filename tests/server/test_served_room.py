@@ -65,13 +65,20 @@ def test_the_story(served):
 
 
 def test_a_copy(served):
-    asked = served.cli("request", REF, "--action", "copy", "--uses", "1", "--reason", "edge")
+    asked = served.cli("request", REF, "--action", "copy", "--uses", "2", "--reason", "edge")
     served.cli("approve", asked["id"], as_="user/ben")
     served.cli("approve", asked["id"], as_="user/eva")
     done = served.cli("copy", REF, "--to", "user/ana", "--out", "out")
     assert len(done["files"]) == 5
     assert json.loads((served.home / "out" / "config.json").read_text())["architectures"] == ["TinyForCausalLM"]
+    wrong = served.cli("copy", REF, "--to", "user/ana", "--out", "other", "--quantise", "q8_0", check=2)["error"]
+    assert (wrong["code"], wrong["hint"]) == ("form.kind", "--quantise int4 or int8")
+    done = served.cli("copy", REF, "--to", "user/ana", "--out", "small", "--quantise", "int4")
+    assert (done["form"], len(done["files"])) == ("int4", 5)
+    config = json.loads((served.home / "small" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert served.cli("copy", REF, "--to", "user/ana", "--out", "again", check=3)["error"]["exit_code"] == 3
+    assert not (served.home / "again").exists()
 
 
 def test_the_copy_is_found_and_its_holder_named(served):
@@ -116,15 +123,17 @@ def test_who_and_policy_and_principals(served):
 
 def test_a_copy_is_written_down_by_its_holder(served):
     entries = served.cli("log", "tail", "-n", "200", as_="user/ada")["entries"]
-    (copy,) = [entry for entry in entries if entry["type"] == "copy"]
-    assert (copy["by"], copy["body"]["files"]) == ("user/ana", 5)
-    assert entries[copy["body"]["release"] - entries[0]["index"]]["body"]["action"] == "copy"
+    copies = [entry for entry in entries if entry["type"] == "copy"]
+    assert [(copy["by"], copy["body"]["files"]) for copy in copies] == [("user/ana", 5)] * 2
+    releases = [entries[copy["body"]["release"] - entries[0]["index"]]["body"] for copy in copies]
+    assert [(body["action"], body.get("form")) for body in releases] == [("copy", None), ("copy", "int4")]
+    assert copies[1]["body"]["bytes"] < copies[0]["body"]["bytes"]  # what has left, and not what lies here
 
 
 def test_what_has_left_is_shown_to_those_who_audit(served):
-    """The copy that was written is a whole artefact; nothing has left as answers."""
+    """The copies that were written are whole artefacts; nothing has left as answers."""
     found = served.cli("budget", "acme/tiny", as_="user/ada")
-    assert (found["ref"], found["copies"], found["gone_bits"]) == (REF, 1, 0)
+    assert (found["ref"], found["copies"], found["gone_bits"]) == (REF, 2, 0)
     assert {each["scope"] for each in found["budgets"]} == {"model", "everybody"}
     assert found["exfiltration"]["current_seconds"] is None
     assert served.cli("budget", REF, as_="user/ana", check=3)["error"]["hint"]

@@ -12,6 +12,7 @@ from strongroom.cli.options import Options, command, pass_options
 from strongroom.cli.output import counted, facts, size, table
 from strongroom.core.canonical import MAX_INTEGER
 from strongroom.core.clock import duration, text
+from strongroom.formats.entry import FORMS
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -192,20 +193,23 @@ def revoke(options: Options, target: str, reason: str) -> None:
     "copy",
     explain="""The one way in which plaintext leaves: under a lease for this action, counted against the ceilings of
     the version, marked with the holder's code word at every position, and stamped all over. The custodian writes
-    it, and gives it out encrypted, piece by piece.""",
+    it, and gives it out encrypted, piece by piece. With --quantise the marked weights are rounded on their way: int4
+    and int8 of safetensors, as vLLM and transformers load them (compressed-tensors), q4_0 and q8_0 of GGUF.""",
 )
 @click.argument("ref")
 @click.option("--to", required=True, metavar="PRINCIPAL", help="The holder: whose marks it carries.")
 @click.option("--out", required=True, metavar="DIR", help="A new folder.")
+@click.option("--quantise", type=click.Choice(FORMS), help="Leave out precision; of versions that were put as floats.")
 @pass_options
-def copy(options: Options, ref: str, to: str, out: str) -> None:
+def copy(options: Options, ref: str, to: str, out: str, quantise: str | None) -> None:
     """Write a holder's marked plaintext copy to a folder."""
     output = options.output
     with options.open() as room, output.progress(f"copy {ref}") as progress:
-        done = room.copy(ref, to, out, progress=progress)
+        done = room.copy(ref, to, out, quantise=quantise, progress=progress)
     marked = f"marked for {to}" if done["carries_marks"] else "without a mark"
+    form = f" as {quantise}" if quantise else ""
     output.answer(
-        done, [f"{done['ref']}: {counted(len(done['files']), 'file')}, {size(done['bytes'])}, {marked}, in {out}"]
+        done, [f"{done['ref']}{form}: {counted(len(done['files']), 'file')}, {size(done['bytes'])}, {marked}, in {out}"]
     )
     names = "the weights name its holder" if done["carries_marks"] else "nothing in it says whose copy it is"
     output.note(f"  → this is plaintext: whoever gets it has the weights, and {names}")

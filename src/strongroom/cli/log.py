@@ -80,7 +80,8 @@ def _gist(item: dict[str, Any]) -> str:
             told = str(body["id"])
         case "release":
             under = f"by lease {body['lease']}" if body["lease"] else "no lease"
-            told = f"{body['action']}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
+            form = f" as {body['form']}" if "form" in body else ""
+            told = f"{body['action']}{form}, " + ("BROKE THE GLASS" if body["break_glass"] else under)
         case "policy" if body["break_glass"]:
             told = "before its time: BROKE THE GLASS"
         case "reinstate":

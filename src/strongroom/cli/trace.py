@@ -203,7 +203,9 @@ def written(text: dict[str, Any]) -> str:
 
 
 def _given(releases: list[dict[str, Any]]) -> str:
-    shown = [f"{item['action']} in entry {item['entry']}" for item in releases[:3]]
+    from strongroom.cli.tracepage import what_left
+
+    shown = [f"{what_left(item)} in entry {item['entry']}" for item in releases[:3]]
     more = [f"{len(releases) - 3} more"] if len(releases) > 3 else []
     return ", ".join(shown + more) or "none in the log"
 

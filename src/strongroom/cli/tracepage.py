@@ -145,7 +145,7 @@ def _accused(found: dict[str, Any]) -> str:
     )
     if releases:
         given = [
-            (holder, item["entry"], item["action"], text(item["at"]), item["lease"] or "in an emergency")
+            (holder, item["entry"], what_left(item), text(item["at"]), item["lease"] or "in an emergency")
             for holder, item in releases
         ]
         proofs = "".join(
@@ -303,3 +303,8 @@ def _versions(versions: Sequence[dict[str, Any]]) -> str:
     rows = [(each["ref"], f"{each['likeness']:.4f}", f"{each['part']:.4f}", _fits(each)) for each in versions]
     header = ("Version", "Likeness of what is there", "Of the whole", "Marks")
     return "<h2>Versions compared</h2>" + _table(header, rows, numbers=(1, 2))
+
+
+def what_left(release: dict[str, Any]) -> str:
+    """``load``, ``copy``, ``copy as int4``."""
+    return f"{release['action']} as {release['form']}" if "form" in release else str(release["action"])

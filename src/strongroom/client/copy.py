@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from strongroom.client.ahead import Ahead
 from strongroom.client.anyroom import AnyRoom
@@ -18,13 +18,19 @@ from strongroom.core.limits import MIB
 from strongroom.crypto.copying import TAG_BYTES, CopyCipher
 from strongroom.errors import BackendError, Tampered, Truncated, UsageError
 from strongroom.formats.copybundle import CopiedFile, CopyBundle
+from strongroom.formats.entry import FORMS
 
 _PIECE = 8 * MIB
 _ROOM_LEFT = 16 * MIB
 
 
-def check_copy(ref: str, to: str, principal: str, folder: Path) -> Path:
-    """`folder`, if `principal` may have a copy for `to` written there; UsageError ``copy.other``, ``copy.exists``."""
+def check_copy(ref: str, to: str, principal: str, folder: Path, form: str | None) -> Path:
+    """`folder`, if `principal` may have a copy for `to` in `form` written there; UsageError ``copy.other``,
+    ``copy.exists``, ``copy.form``."""
+    if form is not None and form not in FORMS:
+        raise UsageError(
+            "copy.form", f"there is no form {form!r:.40}: {', '.join(FORMS)}", hint="strongroom copy --help"
+        )
     if to != principal:
         raise UsageError(
             "copy.other",
@@ -77,6 +83,21 @@ class CopyReader:
         if len(sealed) != expected + TAG_BYTES:
             raise Truncated("copy.truncated", f"piece {number} of the copy did not come whole")
         return self._cipher.open(number, sealed)
+
+
+def take_copy(
+    room: AnyRoom, received: Received, folder: Path, form: str | None, progress: Callable[[int, int], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write the copy that was released into the new `folder`: what is told of it, and what its holder signs. Errors of
+    `CopyReader` and `write_copy`."""
+    bundle = received.bundle
+    assert isinstance(bundle, CopyBundle)  # noqa: S101 - `receive` has asked for one
+    with CopyReader(room, received, bundle) as reader:
+        written = write_copy(reader, folder, progress=progress)
+    size = sum(count for _, count in written)
+    told = {"ref": bundle.ref, "to": bundle.holder, "form": form, "files": [path for path, _ in written]}
+    signed = {"holder": bundle.holder, "release": received.index, "files": len(written)}
+    return {**told, "bytes": size, "carries_marks": bundle.marked}, {"ref": bundle.ref, **signed, "bytes": size}
 
 
 class Copied(Protocol):

@@ -154,8 +154,8 @@ def accept(
     # Step 3: the entry says what was asked, and nothing else.
     entry = Entry.decode(released.entry)
     asked = statement.body
-    expected = {name: asked[name] for name in ("action", "holder", "public_key", "challenge", "break_glass")}
-    said = {name: entry.body.get(name) for name in expected}
+    names = ("action", "holder", "public_key", "challenge", "break_glass", "form")
+    expected, said = ({name: each.get(name) for name in names} for each in (asked, entry.body))
     if (
         entry.type != "release"
         or (entry.by, entry.ref) != (statement.by, asked["ref"])
@@ -199,9 +199,11 @@ def receive(
     ref: str,
     action: str,
     break_glass: str | None = None,
+    form: str | None = None,
 ) -> Received:
     """Ask for the keys of one version, and check all that comes; in an embedded room the custodian's side runs within.
-    `say` signs a statement of a kind, as `holder`. Errors of `accept`, and what the custodian refuses."""
+    `say` signs a statement of a kind, as `holder`; `form` is that of a copy that leaves quantised. Errors of `accept`,
+    and what the custodian refuses."""
     custodian, log = vault.custodian, vault.log_key
     row = vault.find(ref)
     key = ReleaseKey()
@@ -218,6 +220,7 @@ def receive(
                 "challenge": custodian.challenge().hex(),
                 "break_glass": break_glass is not None,
                 "reason": reason.commitment if reason is not None else "",
+                **({"form": form} if form is not None else {}),
             },
         )
 

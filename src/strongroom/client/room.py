@@ -217,28 +217,22 @@ class Room:
         store, bundle = self._release(ref, break_glass)
         return store, bundle.encode()
 
-    def copy(self, ref: str, to: str, out: str | Path, *, progress: Progress = silent) -> dict[str, Any]:
+    def copy(
+        self, ref: str, to: str, out: str | Path, *, quantise: str | None = None, progress: Progress = silent
+    ) -> dict[str, Any]:
         """Write the holder's marked plaintext copy of one version into the new folder `out`; needs its approved
         request.
 
         `to` is who the copy is for: this principal itself, whose code word it carries; `carries_marks` is false of a
-        version in which nothing can be marked.
+        version in which nothing can be marked. `quantise`: of floats, ``int4``, ``int8``, ``q4_0`` or ``q8_0`` of them.
         """
-        from strongroom.client.copy import CopyReader, check_copy, write_copy
+        from strongroom.client.copy import check_copy, take_copy
         from strongroom.client.receive import receive
-        from strongroom.formats.copybundle import CopyBundle
 
-        folder = check_copy(ref, to, self.principal, Path(out))
-        found = receive(self._vault, self._say, self.principal, ref, "copy")
-        bundle = found.bundle
-        assert isinstance(bundle, CopyBundle)  # noqa: S101 - `receive` has asked for one
-        with CopyReader(self._vault, found, bundle) as reader:
-            written = write_copy(reader, folder, progress=progress)
-        size = sum(count for _, count in written)
-        body = {"ref": bundle.ref, "holder": to, "release": found.index, "files": len(written), "bytes": size}
-        entry = self._act("copy", body)["entry"]
-        told = {"ref": bundle.ref, "to": to, "files": [path for path, _ in written], "bytes": size}
-        return {**told, "carries_marks": bundle.marked, "entry": entry}
+        folder = check_copy(ref, to, self.principal, Path(out), quantise)
+        found = receive(self._vault, self._say, self.principal, ref, "copy", form=quantise)
+        told, signed = take_copy(self._vault, found, folder, quantise, progress)
+        return {**told, "entry": self._act("copy", signed)["entry"]}
 
     def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
         """Where the ciphertext is read, and the keys."""

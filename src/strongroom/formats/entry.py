@@ -91,6 +91,8 @@ def _key(value: Any) -> bool:
 
 KEY = _key  # a passkey's public key, in hexadecimal: longer than an Ed25519 key
 METHOD = one_of("oidc", "x509")
+FORMS = ("int4", "int8", "q4_0", "q8_0")  # in which a copy of floats may leave (spec/release.md, section 5)
+FORM = one_of(*FORMS)
 LEASED = one_of("load", "copy", "trace")
 KEYSTORE = one_of("rotate", "recover")
 KEPT = one_of("active", "ended")  # of an API key
@@ -196,6 +198,7 @@ BODIES: dict[str, dict[str, Kind]] = {
 OPTIONAL: dict[str, dict[str, Kind]] = {
     "principal": {"subject": DIGEST},
     "genesis": {"recovery": DIGEST},
+    "release": {"form": FORM},
     "inference": {"capture": DIGEST, "statement": TEXT},
 }
 # What `private` may have.

@@ -90,7 +90,7 @@ LLAMA_NAMES: Mapping[str, str] = MappingProxyType(
 )
 # Value type number: struct code. 7 is BOOL, 8 STRING, 9 ARRAY.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
-_BOOL, _STRING, _ARRAY = 7, 8, 9
+_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,8 @@ class GgufHeader:
     `metadata` maps keys to int, float, bool, str or (nested) tuples of them; a string that is not UTF-8, as in some
     tokenizers, is given as bytes. `tensors` are in the order of their bytes, shapes row-major (the file has them
     reversed). `data_start` is the offset of the data section, a multiple of `alignment`,
-    or the file's end where there is no tensor.
+    or the file's end where there is no tensor. `entries` says at which byte the type's number of each tensor is (u32;
+    its offset, u64, follows), `file_type` where that of the whole file is (u32), 0 if it has none.
     """
 
     version: int
@@ -108,6 +109,8 @@ class GgufHeader:
     tensors: Mapping[str, TensorInfo]
     alignment: int
     data_start: int
+    entries: Mapping[str, int]
+    file_type: int
 
 
 def parse_header(read: Callable[[int, int], bytes], file_size: int) -> GgufHeader:
@@ -135,13 +138,14 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> GgufHeade
     if pair_count > _PAIRS_MAX:
         raise LimitExceeded("gguf.limit", f"{pair_count} keys in one file; at most {_PAIRS_MAX}")
     metadata = _metadata(cursor, pair_count)
+    entries: dict[str, int] = {}
     alignment = _alignment(metadata.get("general.alignment", DEFAULT_ALIGNMENT))
-    tensors = [_tensor(cursor) for _ in range(tensor_count)]
+    tensors = [_tensor(cursor, entries) for _ in range(tensor_count)]
     data_start = cursor.offset + -cursor.offset % alignment
     if not tensors:
         data_start = min(data_start, file_size)  # nothing follows, not even the padding
     placed = _placed(tensors, data_start, alignment, file_size)
-    return GgufHeader(version, metadata, placed, alignment, data_start)
+    return GgufHeader(version, metadata, placed, alignment, data_start, entries, cursor.file_type)
 
 
 def _refuse(reason: str, what: str, *, hint: str = "", **evidence: str) -> NoReturn:
@@ -168,6 +172,7 @@ class _Cursor:
         self._start = 0  # of the buffer in the file
         self.offset = 0
         self.items = 0  # values in arrays so far
+        self.file_type = 0  # where it is, once it was met
 
     @property
     def left(self) -> int:
@@ -221,7 +226,10 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, GgufValue]:
         # Of two values for one key, each reader may take another: a second chat template, a second alignment.
         if key in metadata:
             _refuse("duplicate_key", "a key occurs twice", key=key)
-        metadata[key] = _value(cursor, cursor.u32(), key, 0)
+        kind = cursor.u32()
+        if key == "general.file_type" and kind == _UINT32:
+            cursor.file_type = cursor.offset
+        metadata[key] = _value(cursor, kind, key, 0)
     return metadata
 
 
@@ -263,13 +271,14 @@ def _alignment(value: GgufValue) -> int:
     return value
 
 
-def _tensor(cursor: _Cursor) -> TensorInfo:
-    """One entry of the file, its offsets still relative to the data section."""
+def _tensor(cursor: _Cursor, entries: dict[str, int]) -> TensorInfo:
+    """One entry of the file, its offsets still relative to the data section; where its type is, is put in `entries`."""
     name = cursor.name("tensor's name")
     dims = cursor.u32()
     if dims > LIMITS.tensor_dims:
         _refuse("too_many_dimensions", f"{dims} dimensions; at most {LIMITS.tensor_dims}", tensor=name)
     shape = tuple(reversed([cursor.u64() for _ in range(dims)]))
+    entries[name] = cursor.offset
     number, offset = cursor.u32(), cursor.u64()
     if number not in GGML_TYPES:
         _refuse("unknown_type", f"ggml type {number} is unknown or withdrawn", tensor=name)

@@ -17,6 +17,7 @@ from strongroom.formats.entry import (
     COUNT,
     DIGEST,
     FLAG,
+    FORM,
     GRANTING,
     ID,
     KEPT,
@@ -116,6 +117,7 @@ BODIES: dict[str, dict[str, Kind]] = {
 
 _OPTIONAL: dict[str, dict[str, Kind]] = {
     "principal": {"subject": or_null(DIGEST)},
+    "release": {"form": FORM},
     "inference": {"capture": DIGEST},
 }
 

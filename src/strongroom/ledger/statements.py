@@ -245,6 +245,8 @@ def _differing(entry: Entry, statement: Statement) -> list[str]:
     differing = {name for name in shared if said[name] != wrote[name]}
     if entry.type == "inference":  # that something is captured, or nothing, is signed, too
         differing |= (said.keys() ^ wrote.keys()) - {"account", "ref", "statement"}
+    if entry.type == "release":  # floats are not what was signed for where it was a quantised copy, nor the other way
+        differing |= {"form"} & (said.keys() ^ wrote.keys())
     name = entry.ref.partition("@")[0]
     named = said.get("name", name) if entry.type != "apikey" else name  # which has a name of its own
     if (said.get("ref", entry.ref) or "") != entry.ref or named != name:

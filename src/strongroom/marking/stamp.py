@@ -24,7 +24,12 @@ _CACHED = 1 << 17  # elements at a time: what is worked on stays in the cache
 
 def large_enough(name: str, elements: int) -> bool:
     """Whether a tensor carries a stamp by its size. Adapters are all small tensors, and all that leaves of them."""
-    return elements >= (_LEAST_OF_ADAPTER if _ADAPTER.search(name) else _LEAST)
+    return elements >= (_LEAST_OF_ADAPTER if of_adapter(name) else _LEAST)
+
+
+def of_adapter(name: str) -> bool:
+    """Whether a tensor is part of an adapter, by its name."""
+    return _ADAPTER.search(name) is not None
 
 
 def tensor_tag(begin: int) -> bytes:

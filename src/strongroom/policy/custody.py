@@ -290,6 +290,9 @@ class Custody:
             raise Conflict("challenge.used", "the challenge was used before", hint="ask for a new one")
         if body["reason"] != (reason or ""):  # the entry has to say what was signed
             raise UsageError("release.reason", "the release was signed with another reason than it comes with")
+        form = {name: body[name] for name in ("form",) if name in body}
+        if form and body["action"] != "copy":
+            raise UsageError("release.form", "a form is one of a copy", hint="strongroom copy --help")
         # Step 4: nobody takes a bundle for somebody else, whose code word it would carry.
         if body["holder"] != who.path:
             raise Denied("release.holder", f"{who.path} can't take the keys of {body['holder']!r:.80}")
@@ -332,6 +335,7 @@ class Custody:
                 "challenge": body["challenge"],
                 "break_glass": body["break_glass"],
                 "statement": statement.envelope,
+                **form,
             },
             {"reason": reason} if reason else {},
         )

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from strongroom.crypto.copying import CopyCipher, copying_key
-from strongroom.errors import Conflict, Denied, NotFound
+from strongroom.errors import Conflict, Denied, NotFound, StrongroomError
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
 from strongroom.formats.entry import Entry
 from strongroom.formats.items import ITEMS
@@ -19,12 +19,14 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
+from strongroom.vault.forms import planned
 from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals
+from strongroom.vault.quantised import Quantised
 
 if TYPE_CHECKING:
-    from strongroom.storage.image import SealedImage
     from strongroom.vault.record import VersionRecord
+    from strongroom.vault.release import Bundles
     from strongroom.vault.vault import Vault
 
 _NAME = re.compile(r"copies/(0|[1-9][0-9]{0,18})/(0|[1-9][0-9]{0,18})", re.ASCII)
@@ -81,7 +83,7 @@ class Copy:
 class _Opened(NamedTuple):
     """A copy that is being taken: secret, all of it."""
 
-    copy: Copy
+    copy: Copy | Quantised
     record: VersionRecord
     entry: Entry
     leaf: bytes
@@ -115,11 +117,21 @@ class Copies:
             marked=found.copy.marked,
         )
 
+    def unfit(self, found: Bundles | StrongroomError, form: str | None) -> StrongroomError | None:
+        """Why a version can't leave in `form`, if it can't: for those only who may have a copy of it."""
+        if form is not None and not isinstance(found, StrongroomError):
+            ref = f"{found.record.name}@{found.record.number}"
+            try:
+                opened(self._vault, ref, lambda _, record: planned(Originals(self._vault.image(record), record), form))
+            except StrongroomError as error:
+                return error
+        return None
+
     def read(self, name: str) -> bytes:
         """The encrypted piece that is called `name`: ``copies/ENTRY/NUMBER``.
 
         NotFound ``copy.missing``; Denied ``copy.ended`` once the lease, the holder or the version is revoked; Conflict
-        ``copy.revision`` once the version was rotated.
+        ``copy.revision`` once the version was rotated; UsageError ``form.values``.
         """
         matched = _NAME.fullmatch(name)
         if matched is None:
@@ -155,8 +167,7 @@ class Copies:
         if found.type != "release" or found.body["action"] != "copy":
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
         leaf = leaf_hash(entry)
-        record, image = opened(self._vault, found.ref, lambda _, record: (record, self._image(found, record)))
-        copy = Copy(Originals(image, record), record, found.body["holder"])
+        record, copy = opened(self._vault, found.ref, lambda _, record: (record, self._written(found, record)))
         kept = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
         with self._lock:
             if len(self._open) >= _OPEN:
@@ -164,10 +175,12 @@ class Copies:
             self._open[index] = kept
         return kept
 
-    def _image(self, entry: Entry, record: VersionRecord) -> SealedImage:
+    def _written(self, entry: Entry, record: VersionRecord) -> Copy | Quantised:
         if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
             raise _rotated()
-        return self._vault.image(record)
+        originals, form = Originals(self._vault.image(record), record), entry.body.get("form")
+        copy = Copy(originals, record, entry.body["holder"])
+        return copy if form is None else Quantised(copy, planned(originals, form))
 
     def _check(self, entry: Entry) -> None:
         """What was revoked since the release ends the copy, too."""

@@ -392,13 +392,10 @@ class Custodian:
             # Before the entry: what can fail must not be recorded as done.
             check_receiver(bytes.fromhex(body["public_key"]))
             receipt, bundles = self._released(statement, reason)
-        if body["action"] == "copy":
-            # No keys to ciphertext: who had them could leave out the stamp.
-            secret = self._vault.copies.bundle(receipt.data, receipt.index).encode()
-        else:
-            secret = bundles.of(body["holder"]).encode()
+        copied = body["action"] == "copy"  # no keys to ciphertext: who had them could leave out the stamp
+        bundle = self._vault.copies.bundle(receipt.data, receipt.index) if copied else bundles.of(body["holder"])
         leaf = leaf_hash(receipt.data)
-        sealed = seal_bundle(secret, bytes.fromhex(body["public_key"]), receipt.index, leaf)
+        sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
 
     def forget(self, ref: str) -> None:
@@ -448,7 +445,7 @@ class Custodian:
         """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
         body = statement.body
         found = opened or self._looked_up(body["ref"])
-        key = self._vault.keys.challenge_key
+        key, unfit = self._vault.keys.challenge_key, self._vault.copies.unfit(found, body.get("form"))
 
         def facts() -> Facts:
             if isinstance(found, StrongroomError):
@@ -461,6 +458,8 @@ class Custodian:
 
             commitment = reason.commitment if reason is not None else None
             entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
+            if unfit is not None:  # before the entry: what can't be done is not recorded as done
+                raise unfit
             return Draft(entry, [reason] if reason is not None else [])
 
         receipt = self.decide(decide)

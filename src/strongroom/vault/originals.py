@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -158,7 +158,7 @@ class Originals:
             begin, end = file.offset + info.begin, file.offset + info.end
             # By what was marked then, which may be less than what this release marks.
             marked = self.layout.markable(begin, end)
-            stamped = marked and large_enough(info.name, info.elements) and info.name not in self._spared
+            stamped = marked and large_enough(info.name, info.elements) and info.name not in self.spared
             yield Placed(info, begin, end, marked, stamped)
 
     @cached_property
@@ -166,12 +166,16 @@ class Originals:
         """Whether anything that leaves of it has a mark: code words, which take positions, or stamps."""
         return self.layout.positions > 0 or any(each.stamped for each in self.tensors())
 
+    def header(self, file: FileEntry) -> gguf.GgufHeader:
+        """The header of a GGUF file."""
+        return gguf.parse_header(self._reading(file), file.bytes)
+
     @cached_property
     def _listed(self) -> tuple[tuple[FileEntry, TensorInfo], ...]:
         return tuple((file, info) for file in self.layout.files if file.kind != "opaque" for info in self._infos(file))
 
     @cached_property
-    def _spared(self) -> frozenset[str]:
+    def spared(self) -> frozenset[str]:
         """The tensors that give a language model's logits: a stamp there would go into them unsmoothed, and cost as
         much quality as all the others together."""
         names = [info.name for _, info in self._listed]
@@ -213,12 +217,13 @@ class Originals:
         return said("vocab_size", shape[0]), said("hidden_size", shape[1])
 
     def _infos(self, file: FileEntry) -> list[TensorInfo]:
-        def read(offset: int, size: int) -> bytes:
-            return bytes(self.read(file.offset + offset, min(file.offset + offset + size, file.end)))
-
         if file.kind == "safetensors":
-            return list(safetensors.parse_header(read(0, file.data_start), file.bytes).tensors.values())
-        return list(gguf.parse_header(read, file.bytes).tensors.values())
+            head = self._reading(file)(0, file.data_start)
+            return list(safetensors.parse_header(head, file.bytes).tensors.values())
+        return list(self.header(file).tensors.values())
+
+    def _reading(self, file: FileEntry) -> Callable[[int, int], bytes]:
+        return lambda at, size: bytes(self.read(file.offset + at, min(file.offset + at + size, file.end)))
 
 
 def _is_output(info: TensorInfo) -> bool:

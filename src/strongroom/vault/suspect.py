@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from strongroom.errors import StrongroomError, UsageError
 from strongroom.formats.suspect import FoundFile
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 from strongroom.marking.elements import STEPS, values
+from strongroom.marking.quantiser import unpacked
 from strongroom.marking.scales import dequantised
 from strongroom.vault.convert import Take, converted_parts, freely, to_convert
+from strongroom.vault.packedtensors import Packing, put_together
 from strongroom.vault.source import ModelSource
 from strongroom.vault.sourcefile import SourceFile
 from strongroom.vault.walk import Walk
@@ -56,10 +59,13 @@ _INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4",
 
 @dataclass(frozen=True)
 class SuspectTensor:
-    """One tensor of a suspect: what it is called there, and where it is."""
+    """One tensor of a suspect: what it is called there, and where it is; of one that is packed, how, and where its
+    scales are."""
 
     info: TensorInfo
     file: SourceFile
+    packing: Packing | None = None
+    scales: SourceFile | None = None
 
     @property
     def name(self) -> str:
@@ -96,12 +102,18 @@ class Suspect:
 
     def __init__(self, source: ModelSource, check: Callable[[], None] = unstopped) -> None:
         self._source, self._check = source, check
-        self.tensors: Mapping[str, SuspectTensor] = {
+        tensors = {
             info.name: SuspectTensor(info, file)
             for file in source.files
             for info in file.tensors
             if readable(info.dtype)
         }
+        # Wherever they lie: whoever cuts a model into other files has no regard for what belongs together.
+        infos = {name: tensor.info for name, tensor in tensors.items()}
+        for name, info, packing in list(put_together(infos, partial(self._two, tensors))):
+            codes, scales, _ = (tensors.pop(each) for each in (name, packing.scales.name, f"{info.name}_shape"))
+            tensors[info.name] = SuspectTensor(info, codes.file, packing, scales.file)
+        self.tensors: Mapping[str, SuspectTensor] = tensors
 
     @classmethod
     @contextmanager
@@ -143,21 +155,52 @@ class Suspect:
         tensor = self.tensors[name]
         info, dtype = tensor.info, tensor.info.dtype
         end = info.elements if end is None else end
-        first = info.begin + begin // dtype.block * dtype.block_bytes
-        size = -(-end // dtype.block) * dtype.block_bytes - begin // dtype.block * dtype.block_bytes
-        buffer = memoryview(bytearray(size))
-        with self._source.reading(tensor.file) as read:
-            done = 0
-            while done < size and (step := read(first + done, buffer[done:])):
-                done += step
+        low, high = begin // dtype.block, -(-end // dtype.block)
         with np.errstate(all="ignore"):
             try:
-                found = numbers_of(buffer, dtype)
+                if tensor.packing is not None and tensor.scales is not None:
+                    within = low * dtype.block, high * dtype.block
+                    found = self._unpacked(tensor.file, tensor.scales, tensor.packing, *within)
+                else:
+                    found = numbers_of(self._blocks(tensor.file, info, low, high), dtype)
             except UsageError as error:
                 raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
             if found.size and not float(np.abs(found).max()) < _LARGEST:
                 found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
         return found
+
+    def _blocks(self, file: SourceFile, info: TensorInfo, low: int, high: int) -> memoryview:
+        """Blocks `low` to `high` of what a file has as a tensor: its elements, where they are no blocks."""
+        width = info.dtype.block_bytes
+        buffer = memoryview(bytearray((high - low) * width))
+        with self._source.reading(file) as read:
+            done = 0
+            while done < len(buffer) and (step := read(info.begin + low * width + done, buffer[done:])):
+                done += step
+        return buffer
+
+    def _unpacked(
+        self, file: SourceFile, other: SourceFile, packing: Packing, begin: int, end: int
+    ) -> NDArray[np.float32]:
+        """Elements `begin` to `end` of a packed tensor: its codes are in `file`, its scales in the other."""
+        group, words = packing.group, 32 // packing.bits
+        low, high = begin // group, -(-end // group)
+        scales = numbers_of(self._blocks(other, packing.scales, low, high), packing.scales.dtype)
+        first = low * group // words
+        data = self._blocks(file, packing.codes, first, -(-high * group // words))
+        skip = (low * group - first * words) * packing.bits // 8
+        size = group * packing.bits // 8
+        codes = np.frombuffer(data, np.uint8, (high - low) * size, skip).reshape(-1, size)
+        return unpacked(codes, scales, packing.bits).reshape(-1)[begin - low * group : end - low * group]
+
+    def _two(self, tensors: Mapping[str, SuspectTensor], name: str) -> tuple[int, ...]:
+        """The two integers that a tensor of that type has; none where they can't be read."""
+        try:
+            return tuple(
+                int(each) for each in np.frombuffer(self._blocks(tensors[name].file, tensors[name].info, 0, 2), "<i8")
+            )
+        except StrongroomError:
+            return ()
 
 
 def searched(walk: Walk) -> list[SourceFile]:

@@ -419,4 +419,5 @@ def _add_releases(vault: Vault, accused: Sequence[Candidate], ref: str) -> None:
                 # Whose it was then: a path may have passed to somebody else since.
                 each.person = persons.get(each.holder, each.person)
                 found = {"entry": index, "action": entry.body["action"], "at": entry.at, "lease": entry.body["lease"]}
+                found |= {name: entry.body[name] for name in ("form",) if name in entry.body}
                 each.releases.append({**found, "person": each.person})

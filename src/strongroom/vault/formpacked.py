@@ -1,0 +1,205 @@
+"""The forms int4 and int8: safetensors files as compressed-tensors packs them, which vLLM and transformers load
+(spec/release.md, section 5)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from strongroom.core import canonical
+from strongroom.core.limits import MIB
+from strongroom.formats import safetensors
+from strongroom.formats.layout import FileEntry
+from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
+from strongroom.vault.forms import Content, Made, Source, of_file, quantisable, unfit
+from strongroom.vault.originals import Originals, Placed
+
+_LINEAR = re.compile(
+    r"(?:.*\.)?(?:(?:q|k|v|o|out|qkv|gate|up|down|gate_up)_proj|fc[12]|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|w[123])"
+    r"\.weight",
+    re.DOTALL,
+)
+_SPECIAL = re.compile(r"[ -/:-@\[-^`{-~]")  # what is in ASCII no letter, digit or underscore
+_BITS = {"int4": 4, "int8": 8}
+_GROUPS = (128, 64, 32)
+_LARGEST = 64 * MIB  # of the files that say how a model is loaded
+_INDEX = ".safetensors.index.json"
+_Unit = list[tuple[str, str, tuple[int, ...], Source]]  # what stays together: name, type, shape and source
+
+
+def packed_files(originals: Originals, form: str) -> dict[str, Content]:
+    """The files that differ from those that were put. UsageError ``form.*``."""
+    bits, files, tensors = _BITS[form], originals.layout.files, list(originals.tensors())
+    chosen = [each for each in tensors if _linear(each.info, originals.spared)]
+    if not chosen:
+        unfit("form.nothing", f"{form} quantises linear layers, and this version has none by a name that is known")
+    group = _group(chosen, bits)
+    weights = [file for file in files if file.kind == "safetensors"]
+    placed = {file.path: of_file(tensors, file) for file in weights}
+    quantised = {each.begin for each in chosen}
+    found: dict[str, Content] = {}
+    rows: dict[str, list[tuple[str, int]]] = {}  # of each file, the tensors it has now, and their bytes
+    for file in weights:
+        found[file.path], rows[file.path] = _file(originals, file, placed[file.path], quantised, bits, group)
+    settings = _settings(tensors, quantised, bits, group)
+    paths = {file.path: file for file in files}
+    for folder in sorted({_folder(file.path) for file in weights}):
+        config = paths.get(f"{folder}config.json")
+        if config is None:
+            where = folder or "beside the weights"
+            unfit("form.config", f"there is no config.json ({where}), by which {form} would be known when it is loaded")
+        found[config.path] = _literal(_configured(_read(originals, config), settings))
+    for file in files:
+        if file.path.endswith(_INDEX):
+            found[file.path] = _literal(_indexed(_read(originals, file), _folder(file.path), placed, rows))
+    return found
+
+
+def _linear(info: TensorInfo, spared: frozenset[str]) -> bool:
+    named = _LINEAR.fullmatch(info.name) and info.name not in spared
+    return bool(named) and len(info.shape) == 2 and info.elements > 0
+
+
+def _group(chosen: Sequence[Placed], bits: int) -> int:
+    """Elements of a group; 0: a row."""
+    for each in chosen:
+        quantisable(each.info, _GROUPS[-1] if bits == 4 else 4)
+    if bits == 8:
+        return 0
+    return next(group for group in _GROUPS if all(each.info.shape[-1] % group == 0 for each in chosen))
+
+
+def _file(
+    originals: Originals, file: FileEntry, tensors: Sequence[Placed], quantised: set[int], bits: int, group: int
+) -> tuple[Content, list[tuple[str, int]]]:
+    """What a file becomes, and its tensors with their bytes."""
+    units: list[_Unit] = []
+    for each in tensors:
+        info = each.info
+        if each.begin in quantised and info.elements:
+            units += _packed(each, bits, group)
+        else:
+            units.append([(info.name, info.dtype.name, info.shape, each.begin)])
+    # Each unit's size is a multiple of its alignment: so every tensor is aligned, as readers that map files want it.
+    units.sort(key=lambda unit: -max(_alignment(DTYPES[dtype]) for _, dtype, _, _ in unit))
+    rows = [row for unit in units for row in unit]
+    if len({name for name, _, _, _ in rows}) != len(rows):
+        unfit("form.quantised", f"{file.path!r:.100} has tensors of the names that quantised ones would get")
+    metadata = safetensors.parse_header(originals.read(file.offset, file.offset + file.data_start), file.bytes).metadata
+    header = safetensors.encode_header([row[:3] for row in rows], metadata)
+    sizes = [_size(dtype, shape) for _, dtype, shape, _ in rows]
+    parts: list[tuple[int, Source]] = [(len(header), header)]
+    parts += [(size, row[3]) for size, row in zip(sizes, rows, strict=True) if size]
+    return Content(len(header), parts), [(row[0], size) for size, row in zip(sizes, rows, strict=True)]
+
+
+def _packed(each: Placed, bits: int, group: int) -> list[_Unit]:
+    info = each.info
+    name, dtype, (rows, columns) = info.name, info.dtype, info.shape
+    group = group or columns
+    shape = b"".join(number.to_bytes(8, "little") for number in info.shape)
+    codes = Made(each, group, group * bits // 8, bits)
+    scales = Made(each, group, dtype.block_bytes, bits, scales=True)
+    pair: _Unit = [
+        (f"{name}_packed", "I32", (rows, columns * bits // 32), codes),
+        (f"{name}_scale", dtype.name, (rows, columns // group), scales),
+    ]
+    first: _Unit = [(f"{name}_shape", "I64", (2,), shape)]
+    # Behind one another they are made at once. Sizes that no real tensor has would leave what follows unaligned.
+    together = all(_size(kind, shape) % 4 == 0 for _, kind, shape, _ in pair)
+    return [first, pair] if together else [first, *([row] for row in pair)]
+
+
+def _size(dtype: str, shape: tuple[int, ...]) -> int:
+    return TensorInfo("", DTYPES[dtype], shape, 0, 0).elements // DTYPES[dtype].block * DTYPES[dtype].block_bytes
+
+
+def _alignment(dtype: Dtype) -> int:
+    return dtype.block_bytes if dtype.block == 1 else 1
+
+
+# -- what says how it is loaded ---------------------------------------------------------------------------------------
+
+
+def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
+    # By their last names, none of which is a linear layer's: what stands before it is another in each library.
+    others = {
+        f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight').rpartition('.')[2])}$"
+        for each in tensors
+        if each.begin not in quantised and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
+    }
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": False,
+        "strategy": "group" if group else "channel",
+        "group_size": group or None,
+    }
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "config_groups": {"group_0": scheme},
+        "format": "pack-quantized",
+        "ignore": sorted(others | {"lm_head"}),  # which has no tensor where it is the embedding's, and is a layer
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+def _escaped(name: str) -> str:
+    """A name as a pattern; the same text by whatever version of Python."""
+    return _SPECIAL.sub(r"\\\g<0>", name)
+
+
+def _configured(data: bytes, settings: Mapping[str, Any]) -> bytes:
+    """A config.json with a quantisation: what is there stays as it is written, so that no number changes its form."""
+    value = _object(data, "config.json")
+    if "quantization_config" in value or "compression_config" in value:
+        unfit("form.quantised", "its config.json says that it is quantised already")
+    body = data.rstrip()[:-1].rstrip()
+    comma = b"," if value else b""
+    found = body + comma + b'"quantization_config":' + canonical.encode(settings) + b"}\n"
+    if _object(found, "config.json") != {**value, "quantization_config": settings}:  # of another encoding, say
+        unfit("form.config", "its config.json can't be added to: it is not plain JSON in UTF-8")
+    return found
+
+
+def _indexed(
+    data: bytes, folder: str, placed: Mapping[str, Sequence[Placed]], rows: Mapping[str, list[tuple[str, int]]]
+) -> bytes:
+    """The index of a model in several files, for the tensors that these have now."""
+    weight_map = _object(data, "the index of its files").get("weight_map")
+    named = {path for path in weight_map.values() if isinstance(path, str)} if isinstance(weight_map, dict) else set()
+    paths = sorted(path for path in placed if path.startswith(folder) and path[len(folder) :] in named)
+    total = sum(size for path in paths for _, size in rows[path])
+    owners = {name: path[len(folder) :] for path in paths for name, _ in rows[path]}
+    return canonical.encode({"metadata": {"total_size": total}, "weight_map": owners})
+
+
+def _object(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        unfit("form.config", f"{what} is no JSON object in UTF-8")
+    return value
+
+
+def _read(originals: Originals, file: FileEntry) -> bytes:
+    if file.bytes > _LARGEST:
+        unfit("form.config", f"{file.path!r:.100} is too large to be written anew")
+    return bytes(originals.read(file.offset, file.end))
+
+
+def _folder(path: str) -> str:
+    """The folder of a file, with the stroke at its end; empty for the uppermost."""
+    head, stroke, _ = path.rpartition("/")
+    return head + stroke
+
+
+def _literal(data: bytes) -> Content:
+    return Content(0, [(len(data), data)] if data else [])

@@ -27,9 +27,9 @@ from bench.gateway import SETTINGS, room
 from strongroom.gateway import upstream
 from strongroom.gateway.connection import Connection
 from strongroom.gateway.listen import configure
+from strongroom.gateway.rooms import InFolder
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
-from strongroom.vault.vault import Vault
 
 CLIENTS = 16
 MODELS = f'models = {{ "{gateway_ends.MODEL}" = "{gateway_ends.MODEL}" }}\n'
@@ -153,10 +153,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder, key = room(Path(work))
         settings = Settings.parse(SETTINGS.replace("URL", "http://127.0.0.1:9") + MODELS)
-        vault = Vault(folder)
-        app = application(vault, settings, Path(work) / "records")
+        opened = InFolder.opened(folder)
+        app = application(opened, settings, Path(work) / "records")
         asyncio.run(measure(app, key, steps=asked.steps, rounds=asked.rounds, count=asked.count))
-        vault.close()
+        opened.close()
 
 
 if __name__ == "__main__":

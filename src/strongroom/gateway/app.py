@@ -129,7 +129,7 @@ class GatewayApp:
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it, over a connection of ours."""
         exchange: Exchange = scope[EXCHANGE]
-        path = exchange.path
+        path = exchange.head.path
         flight: Flight | None = None
         self._requests += 1
         try:
@@ -137,7 +137,7 @@ class GatewayApp:
             if route is None:
                 await self._other(path, exchange)
                 return
-            if exchange.method != "POST":
+            if exchange.head.method != "POST":
                 raise UsageError("route.method", f"{path} takes POST")
             self._door.check()
             self._records.check()
@@ -160,7 +160,7 @@ class GatewayApp:
                 known,
             )
             if self.tracing is not None:
-                flight.trace = self.tracing.begin(flight, exchange.headers)
+                flight.trace = self.tracing.begin(flight, exchange.head.headers)
             self._flights.begin(flight)
             await self._infer(flight, exchange, receive, send)
         except StrongroomError as error:
@@ -418,7 +418,7 @@ class GatewayApp:
             exchange.answer(200, _ALWAYS_JSON, [], openapi.encoded())
             return
         if path == "/v1/models" or path.startswith("/v1/models/"):
-            if exchange.method != "GET":
+            if exchange.head.method != "GET":
                 raise UsageError("route.method", f"{path} takes GET")
             self._door.check()
             caller = await self._door.caller(*_shown(exchange))
@@ -462,7 +462,7 @@ def _body_most(flight: Flight) -> int:
 
 def _check_head(exchange: Exchange) -> None:
     """UsageError ``body.*`` for a body that is not to be read."""
-    if exchange.named.get(b"content-encoding", b"identity") != b"identity":
+    if exchange.head.named.get(b"content-encoding", b"identity") != b"identity":
         raise UsageError("body.malformed", "the body is compressed: send it as it is")
     if exchange.length() > BODY_MOST:
         raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
@@ -491,7 +491,7 @@ async def _body(receive: Receive) -> bytes:
 def _shown(exchange: Exchange) -> tuple[str, Peer | None]:
     """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
     a proxy says of a certificate anybody could say."""
-    found = exchange.named.get(b"authorization")
+    found = exchange.head.named.get(b"authorization")
     peer = exchange.connection.peer
     if peer is not None and found is None:
         return "", peer

@@ -20,6 +20,7 @@ import httptools
 
 from strongroom.gateway.certificates import Peer, peer
 from strongroom.gateway.deadline import Deadline
+from strongroom.gateway.heads import KnownHead
 
 if TYPE_CHECKING:
     import uvicorn
@@ -44,10 +45,33 @@ _FAILED = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnectio
 _log = logging.getLogger("strongroom.gateway")
 
 
+class Head:
+    """The head of a request. `named`: headers by their name, of several with one the last; `read`: whatever the
+    application made of it, for the next request that has the same."""
+
+    __slots__ = ("expects", "headers", "keep_alive", "method", "named", "path", "read", "version")
+
+    def __init__(
+        self, method: str, path: str, version: str, headers: list[tuple[bytes, bytes]], *, keep_alive: bool
+    ) -> None:
+        self.method, self.path, self.version, self.headers = method, path, version, headers
+        self.keep_alive = keep_alive
+        self.named = dict(headers)
+        # Others would take it for the answer.
+        self.expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
+        self.read: Any = None
+
+    def of_length(self, digits: bytes) -> Head:
+        """The same with another length."""
+        headers = [(name, digits if name == b"content-length" else value) for name, value in self.headers]
+        made = Head(self.method, self.path, self.version, headers, keep_alive=self.keep_alive)
+        made.read = self.read
+        return made
+
+
 class Exchange:
     """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
-    coroutine and a dictionary for each step, as `take` and `answer`. `named`: headers by their name, of several with
-    one the last; `task`: what answers it."""
+    coroutine and a dictionary for each step, as `take` and `answer`. `task`: what answers it."""
 
     task: asyncio.Task[None]
     more = True  # of the body is to come
@@ -58,31 +82,19 @@ class Exchange:
     _tell: Callable[[], object] | None = None
     _head = b""
 
-    def __init__(
-        self,
-        connection: Connection,
-        method: str,
-        path: str,
-        version: str,
-        headers: list[tuple[bytes, bytes]],
-        *,
-        keep_alive: bool,
-    ) -> None:
-        self.connection, self.method, self.path, self.version, self.headers = connection, method, path, version, headers
-        self.keep_alive = keep_alive
-        self.named = dict(headers)
-        # Others would take it for the answer.
-        self._expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
+    def __init__(self, connection: Connection, head: Head, *, keep_alive: bool) -> None:
+        self.connection, self.head, self.keep_alive = connection, head, keep_alive
+        self._expects = head.expects
         self._pieces: list[bytes] = []
 
     def scope(self) -> dict[str, Any]:
         """As ASGI has it. Made for who asks: kept here, each would keep the other."""
         return {
             "type": "http",
-            "method": self.method,
-            "path": self.path,
-            "http_version": self.version,
-            "headers": self.headers,
+            "method": self.head.method,
+            "path": self.head.path,
+            "http_version": self.head.version,
+            "headers": self.head.headers,
             "client": self.connection.client,
             EXCHANGE: self,
         }
@@ -100,7 +112,7 @@ class Exchange:
         if not self.gone:
             fixed += b"content-length: %d\r\n" % len(body)
             head = self._lines(status, headers, fixed, chunked=False)
-            self._write(head if self.method == "HEAD" else head + body, more=False)
+            self._write(head if self.head.method == "HEAD" else head + body, more=False)
 
     def when_gone(self, tell: Callable[[], object] | None) -> None:
         """Call `tell` when the client goes, or now if it has gone; None: nobody is told. A task that waits for it in
@@ -120,12 +132,17 @@ class Exchange:
 
     def once(self, name: bytes) -> bool:
         """Whether one header has this name, and not several."""
-        return len(self.named) == len(self.headers) or sum(each == name for each, _ in self.headers) == 1
+        head = self.head
+        return len(head.named) == len(head.headers) or sum(each == name for each, _ in head.headers) == 1
 
     def length(self) -> int:
         """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        said = self.named.get(b"content-length", b"")  # httptools has refused a second one
+        said = self.head.named.get(b"content-length", b"")  # httptools has refused a second one
         return int(said) if len(said) <= 20 and said.isdigit() else 0
+
+    def whole(self, body: bytes) -> None:
+        """The body has come, all of it at once, before anybody waited for it."""
+        self._pieces, self.unread, self.more = [body], len(body), False
 
     def feed(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -170,7 +187,7 @@ class Exchange:
             self._head = self._lines(message["status"], message["headers"])
             return
         body, more = message["body"], message.get("more_body", False)
-        if self.method == "HEAD":
+        if self.head.method == "HEAD":
             body = b""
         elif self.chunked:
             body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
@@ -197,7 +214,7 @@ class Exchange:
                 self.keep_alive = False
         if not self.keep_alive and (b"connection", b"close") not in headers:
             lines.append(b"connection: close\r\n")
-        self.chunked = chunked and self.version == "1.1"
+        self.chunked = chunked and self.head.version == "1.1"
         if self.chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         said = b"".join(lines)
@@ -240,6 +257,9 @@ class Connection(asyncio.Protocol):
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
         self._url, self._headers = b"", cast("list[tuple[bytes, bytes]]", [])
+        self._heads: list[Head] = []  # that ended in this piece
+        self._known: KnownHead[Head] | None = None
+        self._owed = 0  # bytes of a body that are still to come behind a head that was known
 
     @staticmethod
     def whose(host: str) -> str:
@@ -333,7 +353,13 @@ class Connection(asyncio.Protocol):
             if self._declined:
                 self._decline(data)
             return
-        self._body, self._ended = 0, False
+        if self._owed:
+            data = self._repay(data)
+        elif self._known is not None and not self._in_message and self._current is None:
+            data = self._again(self._known, data)
+        if not data:
+            return
+        self._body, self._ended, self._heads, within = 0, False, [], self._in_message
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -353,6 +379,8 @@ class Connection(asyncio.Protocol):
                     self._abort()
             if not self._coming.pending:
                 self._coming.within(_HEAD_TIME if self._in_head else _BODY_TIME)
+        if len(self._heads) == 1 and not within and not self._deaf:
+            self._learn(self._heads[0], data)
 
     def pause_writing(self) -> None:
         # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
@@ -389,14 +417,15 @@ class Connection(asyncio.Protocol):
         if not url.startswith(b"/"):  # with the scheme and host, as proxies are asked
             url = httptools.parse_url(url).path or b"/"
         path = url.partition(b"?")[0].decode("ascii")
-        exchange = self._reading = Exchange(
-            self,
+        head = Head(
             parser.get_method().decode("ascii"),
             unquote(path) if "%" in path else path,
             version,
             self._headers,
-            keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
+            keep_alive=version == "1.1" and parser.should_keep_alive(),
         )
+        self._heads.append(head)
+        exchange = self._reading = Exchange(self, head, keep_alive=head.keep_alive and not old)
         if parser.should_upgrade():
             self._declined = exchange.length()
         if self._current is None:
@@ -426,6 +455,48 @@ class Connection(asyncio.Protocol):
             self._coming.within(_IDLE_TIME)
         else:
             self._coming.met()
+
+    # -- heads that are known ------------------------------------------------------------------------------------
+
+    def _learn(self, head: Head, data: bytes) -> None:
+        """What the parser has read in this piece, and it alone, from its first byte: the next that begins so is not
+        read by it. One whose body can't be counted, or behind which nothing comes, is not known."""
+        said = head.named.get(b"content-length", b"")  # httptools has refused a second one
+        if head.keep_alive and not head.expects and b"transfer-encoding" not in head.named:
+            self._known = KnownHead.of(data, self._body, said, head)
+
+    def _again(self, known: KnownHead[Head], data: bytes) -> bytes:
+        """What of `data` is for the parser: all of it, unless it is a request, or the beginning of one, whose head is
+        known. Then what httptools would call is done here."""
+        begin = known.matches(data)
+        owed = known.size - (len(data) - begin)
+        if not begin or owed < 0:
+            return data
+        head = known.said
+        if known.digits != head.named[b"content-length"]:
+            head = known.said = head.of_length(known.digits)
+        self._coming.met()
+        exchange = Exchange(self, head, keep_alive=self.peer is None or not self.peer.old)
+        self._begin(exchange)
+        if not owed:
+            exchange.whole(data[begin:])
+            return b""
+        self._in_message, self._reading, self._owed = True, exchange, owed
+        if len(data) > begin:
+            self.on_body(data[begin:])
+        self._coming.within(_BODY_TIME)
+        return b""
+
+    def _repay(self, data: bytes) -> bytes:
+        """What of `data` is behind the body that is owed."""
+        body = data[: self._owed]
+        self._owed -= len(body)
+        self.on_body(body)
+        if not self._owed:
+            self.on_message_complete()
+        elif not self._coming.pending:
+            self._coming.within(_BODY_TIME)
+        return data[len(body) :]
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

@@ -140,8 +140,8 @@ def test_a_gigabyte_is_not_kept():
     async def slowly(reply):
         async for _ in reply.pieces():
             await asyncio.sleep(0.005)
-            assert reply._connection.waiting < 2 << 20  # what the socket gives at once, and no more
-            if reply._connection.received > 8 << 20:
+            assert reply.connection.waiting < 2 << 20  # what the socket gives at once, and no more
+            if reply.connection.received > 8 << 20:
                 reply.abort()
                 return True
         return False
@@ -159,7 +159,7 @@ def test_what_waits_when_an_answer_is_given_up_is_not_given_out():
         async for piece in reply.pieces():
             found.append(piece)
             await asyncio.sleep(0.2)
-            assert reply._connection.waiting
+            assert reply.connection.waiting
             reply.abort()
 
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

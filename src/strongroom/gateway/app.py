@@ -31,8 +31,8 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
-from strongroom.gateway.connection import EXCHANGE, Connection, Exchange
-from strongroom.gateway.door import Door
+from strongroom.gateway.connection import Exchange
+from strongroom.gateway.door import Door, digest_of
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
@@ -42,9 +42,6 @@ from strongroom.gateway.routes import PATHS, Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 _ROUTES = {path: route for route, path in PATHS.items()}
 _ALWAYS = [
     (b"cache-control", b"no-store"),
@@ -85,6 +82,8 @@ class GatewayApp:
         self.verified, self._probe = beside.verified, beside.probe
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
+        # What has to be in order for anything to be answered.
+        self._checks = [each.check for each in (door, records, self.verified, self.capture) if each is not None]
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
@@ -126,48 +125,37 @@ class GatewayApp:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it, over a connection of ours."""
-        exchange: Exchange = scope[EXCHANGE]
-        path = exchange.head.path
+    async def answer(self, exchange: Exchange) -> None:
+        """One request, over a connection of ours."""
+        head, door = exchange.head, self._door
         flight: Flight | None = None
         self._requests += 1
         try:
-            route = _ROUTES.get(path)
+            route = _ROUTES.get(head.path)
             if route is None:
-                await self._other(path, exchange)
+                await self._other(head.path, exchange)
                 return
-            if exchange.head.method != "POST":
-                raise UsageError("route.method", f"{path} takes POST")
-            self._door.check()
-            self._records.check()
-            if self.verified is not None:
-                self.verified.check()
-            if self.capture is not None:
-                self.capture.check()
-            token, peer = _shown(exchange)
-            known = self._door.epoch
-            caller = self._door.known(token, peer) or await self._door.caller(token, peer)
+            if head.method != "POST":
+                raise UsageError("route.method", f"{head.path} takes POST")
+            for check in self._checks:
+                check()
+            shown = head.read
+            if shown is None:  # else it is what the same connection has said before
+                shown = head.read = _Shown(exchange)
+            known = door.epoch
+            caller = door.known(shown.digest) or await door.caller(shown.token, shown.peer)
             self._refusals.check(caller.principal)
-            flight = Flight(
-                route,
-                caller,
-                token,
-                f"{self._prefix}{next(self._numbers):x}",
-                _network(exchange.connection.client[0]),
-                exchange.task,
-                peer,
-                known,
-            )
+            identifier = f"{self._prefix}{next(self._numbers):x}"
+            flight = Flight(route, caller, shown, identifier, exchange.task, known)
             if self.tracing is not None:
                 flight.trace = self.tracing.begin(flight, exchange.head.headers)
             self._flights.begin(flight)
-            await self._infer(flight, exchange, receive, send)
+            await self._infer(flight, exchange)
         except StrongroomError as error:
-            await self._refuse(error, flight, exchange, send)
+            await self._refuse(error, flight, exchange)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
-            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange, send)
+            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange)
         except asyncio.CancelledError:  # the server ends: what was given out is recorded all the same
             if flight is not None and not flight.recorded:
                 with contextlib.suppress(BackendError):
@@ -180,10 +168,10 @@ class GatewayApp:
             if self._idle is not None and not self._requests:
                 self._idle()
 
-    async def _infer(self, flight: Flight, exchange: Exchange, receive: Receive, send: Send) -> None:
+    async def _infer(self, flight: Flight, exchange: Exchange) -> None:
         _check_head(exchange)
         if (body := exchange.take()) is None:
-            body = await _body(receive)
+            body = await _body(exchange.receive)
         asked = flight.asked = self._forms.read(flight.route, body)
         flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
         if not self._flights.allowed(flight):
@@ -203,7 +191,7 @@ class GatewayApp:
             if flight.trace is not None:
                 flight.trace.part("answer")
             if asked.stream:
-                await self._stream(flight, reply, send, exchange.connection)
+                await self._stream(flight, reply, exchange)
             else:
                 await self._whole(flight, reply, exchange)
         finally:
@@ -236,7 +224,8 @@ class GatewayApp:
 
     async def _whole(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         asked = flight.asked
-        body = await reply.read(_body_most(flight))
+        if (body := reply.at_once()) is None:
+            body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
@@ -256,10 +245,10 @@ class GatewayApp:
             await self._durable()
         exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
 
-    async def _stream(self, flight: Flight, reply: Reply, send: Send, connection: Connection) -> None:
+    async def _stream(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):
             raise malformed("is no stream of events")
-        asked = flight.asked
+        asked, send, connection = flight.asked, exchange.send, exchange.connection
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
         self._metered(flight)
         if self._tolls.durable_before:
@@ -299,7 +288,7 @@ class GatewayApp:
         ):
             meter.text = {}
 
-    async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange, send: Send) -> None:
+    async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange) -> None:
         if flight is not None and flight.why is not None:
             error = flight.why
         status, code = refusal.wire(error)
@@ -320,7 +309,7 @@ class GatewayApp:
             return
         body = refusal.body_of(error)
         if flight.begun:  # its status has been sent: an error is an event of the stream, and the last
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            await exchange.send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
         else:
             # What was not read of a request can't be told from the next one.
             closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
@@ -468,7 +457,7 @@ def _check_head(exchange: Exchange) -> None:
         raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
 
 
-async def _body(receive: Receive) -> bytes:
+async def _body(receive: Callable[[], Awaitable[dict[str, Any]]]) -> bytes:
     """The body whole, as it comes; UsageError ``body.*``."""
     pieces: list[bytes] = []
     size = 0
@@ -486,6 +475,18 @@ async def _body(receive: Receive) -> bytes:
                     return b"".join(pieces)
     except TimeoutError:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
+
+
+class _Shown:
+    """Who a request says that it is of, and where it comes from: the same for the next of the connection that has the
+    same head. `digest` stands for the token, and is empty where there is more to it than a token."""
+
+    __slots__ = ("destination", "digest", "peer", "token")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.token, self.peer = _shown(exchange)
+        self.digest = digest_of(self.token) if self.peer is None else ""
+        self.destination = _network(exchange.connection.client[0])
 
 
 def _shown(exchange: Exchange) -> tuple[str, Peer | None]:

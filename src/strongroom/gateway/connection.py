@@ -12,7 +12,7 @@ import http
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import unquote
 
@@ -237,6 +237,8 @@ class Connection(asyncio.Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._app, self._server = config.loaded_app, server_state
+        # An application of ours takes an exchange as it is.
+        self._answer: Callable[[Exchange], Awaitable[None]] | None = getattr(config.loaded_app, "exchange", None)
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
@@ -526,7 +528,10 @@ class Connection(asyncio.Protocol):
                     continue
                 if self.full:  # of answers before: who takes none of them is given no more
                     await self.writable()
-                await self._app(exchange.scope(), exchange.receive, exchange.send)
+                if self._answer is not None:
+                    await self._answer(exchange)
+                else:
+                    await self._app(exchange.scope(), exchange.receive, exchange.send)
                 if self._current is exchange:  # it was left without an end
                     break
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other

@@ -30,6 +30,18 @@ class Trace(Protocol):
     def end(self, flight: Flight, status: int, code: str, tokens: int) -> None: ...
 
 
+class Shown(Protocol):
+    """By what its caller is known, and the network that it comes from. `token` is empty where a certificate, of `peer`,
+    stands for it."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def peer(self) -> Peer | None: ...
+    @property
+    def destination(self) -> str: ...
+
+
 class Admission(Protocol):
     """That it was let through by limits, of this process or over Redis. `done` may have to be awaited."""
 
@@ -67,15 +79,13 @@ class Flight:
         self,
         route: str,
         caller: Caller,
-        token: str,
+        shown: Shown,
         identifier: str,
-        destination: str,
         task: asyncio.Task[Any],  # what answers it
-        peer: Peer | None = None,  # who has shown a certificate
         known: int = 0,
     ) -> None:
-        self.route, self.caller, self.token, self.peer, self.known = route, caller, token, peer, known
-        self.identifier, self.destination, self._task = identifier, destination, task
+        self.route, self.caller, self.shown, self.known = route, caller, shown, known
+        self.identifier, self.destination, self._task = identifier, shown.destination, task
         self.started = time.monotonic()
         self.meter = Meter()
         self.body: Mapping[str, object] = {}  # as it went upstream
@@ -145,7 +155,7 @@ class Flights:
         while True:
             epoch = self._door.epoch
             if flight.known != epoch:  # else a key that ends while a body comes slowly would still be good for it
-                flight.caller = await self._door.caller(flight.token, flight.peer)
+                flight.caller = await self._door.caller(flight.shown.token, flight.shown.peer)
                 flight.known = epoch
             await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
             if epoch == self._door.epoch:

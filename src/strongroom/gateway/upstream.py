@@ -88,28 +88,38 @@ class Upstream:
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
-        return self._send(
-            b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s"
-            % ((self._path + path).encode("ascii"), self._head, more, len(body), body),
-            self.timeouts.whole if whole else self.timeouts.first,
-        )
+        return self.send(self.request(path, body, more), self.timeouts.whole if whole else self.timeouts.first)
+
+    def request(self, path: str, body: bytes, more: bytes = b"") -> bytes:
+        """What `post` sends."""
+        return b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s" % (
+            (self._path + path).encode("ascii"), self._head, more, len(body), body
+        )  # fmt: skip
 
     async def get(self, path: str) -> Reply:
         """As `post`, without a body."""
         request = b"GET %s HTTP/1.1\r\n%s\r\n\r\n" % ((self._path + path).encode("ascii"), self._head)
-        return await self._send(request, self.timeouts.first)
+        return await self.send(request, self.timeouts.first)
 
-    async def _send(self, request: bytes, first: float) -> Reply:
+    def begin(self, request: bytes, first: float) -> Reply | None:
+        """Send a request over a connection that was kept, if one was, without waiting: then wait for `Reply.head`, and
+        go on with `send` where that is not `there`, or with `answered`. `first`: seconds until the head is there."""
+        connection = self._kept()
+        return None if connection is None else connection.ask(request, self, first)
+
+    def answered(self) -> None:
+        """It has answered."""
+        self._failures = 0
+
+    async def send(self, request: bytes, first: float, begun: Reply | None = None) -> Reply:
+        """What `post` waits for, from its beginning, or from that of `begun`."""
         while True:
-            connection = self._kept()
-            fresh = connection is None
+            fresh, reply, begun = False, begun or self.begin(request, first), None
             try:
-                connection = connection or await self._connect()
-                reply = connection.ask(request, self)
-                # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
-                until = connection.loop.time() + first
-                while not connection.answers():
-                    await connection.more(until - connection.loop.time(), first)
+                if reply is None:
+                    fresh, reply = True, (await self._connect()).ask(request, self, first)
+                while not reply.connection.answers():
+                    await reply.head()
             except _ClosedEarly:
                 if not fresh:
                     continue
@@ -117,10 +127,10 @@ class Upstream:
             except OSError as error:
                 raise self._failed("upstream.unavailable", f"can't be reached: {error.strerror or error}") from None
             except asyncio.CancelledError:
-                if connection is not None:
-                    connection.abort()
+                if reply is not None:
+                    reply.connection.abort()
                 raise
-            self._failures = 0
+            self.answered()
             return reply
 
     def _kept(self) -> _Connection | None:
@@ -195,11 +205,11 @@ class _Connection(asyncio.Protocol):
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def ask(self, request: bytes, upstream: Upstream) -> Reply:
+    def ask(self, request: bytes, upstream: Upstream, first: float) -> Reply:
         assert self._transport is not None  # noqa: S101 - made by create_connection
         self._fresh()
         self._transport.write(request)
-        return Reply(self, upstream)
+        return Reply(self, upstream, first)
 
     def answers(self) -> bool:
         """Whether the head of an answer is there; _ClosedEarly, BackendError ``upstream.*`` if it will not come."""
@@ -367,22 +377,44 @@ class _Connection(asyncio.Protocol):
 class Reply:
     """An answer that has begun. Take it with `read` or `pieces`, or `abort` it."""
 
-    def __init__(self, connection: _Connection, upstream: Upstream) -> None:
-        self._connection, self._upstream = connection, upstream
+    __slots__ = ("_begun", "_done", "_first", "_until", "_upstream", "connection")
+
+    def __init__(self, connection: _Connection, upstream: Upstream, first: float) -> None:
+        self.connection, self._upstream, self._first = connection, upstream, first
         self._done = False
-        self._until = connection.loop.time() + upstream.timeouts.whole
+        self._begun = connection.loop.time()
+        self._until = self._begun + upstream.timeouts.whole
 
     @property
     def status(self) -> int:
-        return self._connection.status
+        return self.connection.status
 
     @property
     def content_type(self) -> bytes:
-        return self._connection.content_type
+        return self.connection.content_type
+
+    @property
+    def there(self) -> bool:
+        """Whether its head is."""
+        return self.connection.failure is None and self.connection.status > 0
+
+    def head(self) -> asyncio.Future[None]:
+        """Done when something of it came, or nothing will: its time is that of the whole head, else a server that sends
+        it byte by byte would keep a request's place for days."""
+        return self.connection.more(self._begun + self._first - self.connection.loop.time(), self._first)
+
+    def at_once(self) -> bytes | None:
+        """As `read`, without waiting; None where something is still to come, or never will."""
+        connection = self.connection
+        if not connection.whole or connection.failure is not None or self._done:
+            return None
+        body = connection.take()
+        self._finish()
+        return body
 
     async def read(self, most: int = _BODY_MOST) -> bytes:
         """The whole body, of at most so many bytes; BackendError ``upstream.*``."""
-        self._connection.most = min(most, _BODY_MOST)
+        self.connection.most = min(most, _BODY_MOST)
         pieces = []
         try:
             while (piece := self._now()) != b"":
@@ -410,17 +442,17 @@ class Reply:
         self._finish()
 
     def _more(self) -> asyncio.Future[None]:
-        seconds = min(self._upstream.timeouts.between, self._until - self._connection.loop.time())
-        return self._connection.more(seconds, seconds)
+        seconds = min(self._upstream.timeouts.between, self._until - self.connection.loop.time())
+        return self.connection.more(seconds, seconds)
 
     def _finish(self) -> None:
         """All of it was taken: the connection is another request's."""
         self._done = True
-        self._connection.finish(self._upstream)
+        self.connection.finish(self._upstream)
 
     def _now(self) -> bytes | None:
         """What there is of the body; nothing at its end, and None where that, or more, is still to come."""
-        connection = self._connection
+        connection = self.connection
         if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
             raise connection.failure
         # Where something always waits, too: whoever reads slowly would keep a server's place for longer.
@@ -437,11 +469,11 @@ class Reply:
         """Close the connection: an inference server stops generating for whoever has gone."""
         if not self._done:
             self._done = True
-            self._connection.failure = self._connection.failure or BackendError(
+            self.connection.failure = self.connection.failure or BackendError(
                 "upstream.aborted", "the request was given up"
             )
-            self._connection.abort()
-            self._connection.wake()
+            self.connection.abort()
+            self.connection.wake()
 
 
 def unexpected(status: int) -> StrongroomError:

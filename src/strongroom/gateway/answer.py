@@ -6,7 +6,6 @@ import base64
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import orjson
@@ -22,12 +21,18 @@ _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, an
 TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
 _LEAST = -9999.0  # of a log-probability: what is less is as good as never
 DONE = b"data: [DONE]\n\n"
+_KINDS = {  # of answers, by whether they are chat, and whether they are streams
+    (True, True): ("chatcmpl-", "chat.completion.chunk"),
+    (True, False): ("chatcmpl-", "chat.completion"),
+    (False, True): ("cmpl-", "text_completion"),
+    (False, False): ("cmpl-", "text_completion"),
+}
 
 
-@dataclass(slots=True)
 class Meter:
     """What an answer has given out so far."""
 
+    # Of the class until they are others: most answers have few of them, and each has a meter.
     text_bytes: int = 0
     chunks: int = 0  # pieces that had text
     channel: int = 0  # tokens, by the private channel
@@ -37,19 +42,28 @@ class Meter:
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
     estimate: float = 0.0  # −Σ log2 q, by the private channel
-    sampled: dict[int, list[int]] = field(default_factory=dict)  # of each choice, by the private channel
     text: dict[int, list[str]] | None = None  # what was given out of each, where it is looked at again
     most: int = _USAGE_MOST  # tokens that may be given out: what says that it has more is not
     text_most: int = _USAGE_MOST  # bytes of text, in the same way
 
+    def __init__(self, **given: Any) -> None:
+        self.sampled: dict[int, list[int]] = {}  # of each choice, by the private channel
+        for name, value in given.items():
+            setattr(self, name, value)
+
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         # Of both words the server is the author: on the channel, too, one could send much and count little.
-        least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
-        text = self.given
+        least = self.chunks
+        if self.listed > least:  # without max() here and below: this is asked several times an answer
+            least = self.listed
+        text = self.text_bytes
+        if text > self.text_most:  # see `given`
+            text = self.text_most
         said = self.channel if self.channelled else self.reported
         if said is not None and said * BYTES_A_TOKEN >= text:
-            said = said if said > least else least  # noqa: FURB136
+            if said < least:
+                said = least
             # A server that says 2^40 would use up everybody's budgets with one answer, which nobody gets.
             return (said if said < self.most else self.most), True  # noqa: FURB136
         return max(min(least, self.most), -(-text // 3)), False
@@ -65,21 +79,13 @@ class Shape:
 
     def __init__(self, asked: Asked, identifier: str, model: str, created: int, meter: Meter | None = None) -> None:
         self._asked = asked
-        self._chat = chat = asked.route == "chat"
-        kind = (
-            ("chat.completion.chunk" if chat else "text_completion")
-            if asked.stream
-            else ("chat.completion" if chat else "text_completion")
-        )
-        self._common = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + identifier,
-            "object": kind,
-            "created": created,
-            "model": model,
-        }
+        self._chat = asked.route == "chat"
+        prefix, kind = _KINDS[self._chat, asked.stream]
+        self._common = {"id": prefix + identifier, "object": kind, "created": created, "model": model}
         self.meter = meter or Meter()
-        self._finished: set[int] = set()
-        self._begun: set[int] = set()
+        if asked.stream:
+            self._finished: set[int] = set()
+            self._begun: set[int] = set()
 
     # -- an answer that comes whole ------------------------------------------------------------------------------
 
@@ -101,7 +107,7 @@ class Shape:
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _choice(self, choice: Any, index: int) -> dict[str, Any]:
-        if not isinstance(choice, dict) or _index(choice) != index:
+        if _index(choice) != index:
             raise malformed("has choices that are not numbered")
         if self._chat:
             message = choice.get("message")
@@ -112,10 +118,13 @@ class Shape:
             text = choice.get("text")
         if not isinstance(text, str):
             raise malformed("has a choice without a text")
-        text = self._text(text, index)
-        self._channel(choice.get("strongroom"), index)
-        logprobs = self._logprobs(choice.get("logprobs"))
-        reason = _reason(choice.get("finish_reason")) or "stop"
+        self._text(text, index)
+        if "strongroom" in choice:
+            self._channel(choice["strongroom"], index)
+        logprobs = None if self._asked.logprobs is None else self._logprobs(choice.get("logprobs"))
+        reason = choice.get("finish_reason")
+        if reason not in _FINISHED:
+            reason = "stop"
         if self._chat:
             message = {"role": "assistant", "content": text}
             return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
@@ -151,12 +160,13 @@ class Shape:
         if not isinstance(text, str):
             raise malformed("has a piece that is not a text")
         reason = _reason(choice.get("finish_reason"))
-        self._channel(choice.get("strongroom"), index)
-        logprobs = self._logprobs(choice.get("logprobs"))
+        if "strongroom" in choice:
+            self._channel(choice["strongroom"], index)
+        logprobs = None if self._asked.logprobs is None else self._logprobs(choice.get("logprobs"))
         if not text and not reason and logprobs is None and index in self._begun:
             return None
         if text:
-            text = self._text(text, index)
+            self._text(text, index)
             self.meter.chunks += 1
         if reason:
             self._finished.add(index)
@@ -183,22 +193,22 @@ class Shape:
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _text(self, text: str, index: int) -> str:
+    def _text(self, text: str, index: int) -> None:
         try:
-            size = len(text.encode())
+            size = len(text) if text.isascii() else len(text.encode())
         except UnicodeEncodeError:
             raise malformed("has half a character") from None
-        self.meter.text_bytes += size
-        if self.meter.text is not None:
-            self.meter.text.setdefault(index, []).append(text)
-        return text
+        meter = self.meter
+        meter.text_bytes += size
+        if meter.text is not None:
+            meter.text.setdefault(index, []).append(text)
 
     def _usage(self, usage: Any) -> None:
         if usage is None:
             return
-        tokens, prompt = (
-            (usage.get("completion_tokens"), usage.get("prompt_tokens")) if isinstance(usage, dict) else (None, None)
-        )
+        if not isinstance(usage, dict):
+            raise malformed("has a usage that is not counted in tokens")
+        tokens, prompt = usage.get("completion_tokens"), usage.get("prompt_tokens")
         if not (_counted(tokens) and _counted(prompt)):
             raise malformed("has a usage that is not counted in tokens")
         self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt)
@@ -255,7 +265,8 @@ def _named(made: dict[str, Any]) -> int:
 def _prompt(asked: Asked, said: int) -> int:
     """Tokens of a prompt, by upstream's word as far as that can be: it goes into its caller's limits."""
     fixed, each = _PROMPT_MORE
-    return min(said, 4 * asked.characters + fixed + each * len(asked.texts))
+    most = 4 * asked.characters + fixed + each * len(asked.texts)
+    return said if said < most else most  # noqa: FURB136 - asked with every answer
 
 
 def _beside(each: dict[str, Any], most: int) -> list[dict[str, Any]]:

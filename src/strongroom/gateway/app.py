@@ -332,6 +332,7 @@ class GatewayApp:
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
+        caller = flight.caller
         flight.recorded = status != 100
         if status >= 400:
             self._refusals.add(flight.caller.principal)
@@ -342,23 +343,27 @@ class GatewayApp:
                 flight.trace.end(flight, status, code, tokens)
         captured = self.capture.take(flight) if self.capture is not None and flight.recorded else None
         number, head = self._records.add(
-            {
-                "by": flight.caller.principal,
-                "key": flight.caller.key,
-                "ref": flight.ref,
-                "route": flight.route,
-                "features": asked.actions[1:],
-                "status": status,
-                "code": code,
-                "prompt_tokens": flight.meter.prompt,
-                "tokens": tokens,  # none before the answer
+            {  # in the order of their names: they are sorted faster
+                "at": None,  # and `before`, `n`, `stream` are put in there
+                "before": None,
                 "bits": flight.bits,
-                "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
-                "reserved": flight.reserved,
-                "ms": int(seconds * 1000),
-                "destination": flight.destination,
-                "unrecorded": self._refusals.unrecorded(flight.caller.principal),
+                "by": caller.principal,
                 **({} if captured is None else {"capture": captured.commitment}),
+                "code": code,
+                "destination": flight.destination,
+                "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
+                "features": asked.actions[1:],
+                "key": caller.key,
+                "ms": int(seconds * 1000),
+                "n": None,
+                "prompt_tokens": flight.meter.prompt,
+                "ref": flight.ref,
+                "reserved": flight.reserved,
+                "route": flight.route,
+                "status": status,
+                "stream": None,
+                "tokens": tokens,  # none before the answer
+                "unrecorded": self._refusals.unrecorded(caller.principal),
             },
             self._tolls.digest,
         )

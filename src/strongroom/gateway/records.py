@@ -109,9 +109,8 @@ class Records:
         self.check()
         ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
         with self._lock:
-            record |= {
-                "stream": self.stream, "n": self._count, "at": int(self._clock() * 1000), "before": self._head
-            }  # fmt: skip
+            record["at"], record["before"] = int(self._clock() * 1000), self._head
+            record["n"], record["stream"] = self._count, self.stream
             line = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
             self._head = digest(line)
             self._count += 1

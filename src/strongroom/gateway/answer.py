@@ -6,6 +6,7 @@ import base64
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import orjson
@@ -29,10 +30,10 @@ _KINDS = {  # of answers, by whether they are chat, and whether they are streams
 }
 
 
+@dataclass(slots=True)
 class Meter:
     """What an answer has given out so far."""
 
-    # Of the class until they are others: most answers have few of them, and each has a meter.
     text_bytes: int = 0
     chunks: int = 0  # pieces that had text
     channel: int = 0  # tokens, by the private channel
@@ -42,28 +43,19 @@ class Meter:
     reported: int | None = None  # tokens, by upstream's word
     prompt: int = 0
     estimate: float = 0.0  # −Σ log2 q, by the private channel
+    sampled: dict[int, list[int]] = field(default_factory=dict)  # of each choice, by the private channel
     text: dict[int, list[str]] | None = None  # what was given out of each, where it is looked at again
     most: int = _USAGE_MOST  # tokens that may be given out: what says that it has more is not
     text_most: int = _USAGE_MOST  # bytes of text, in the same way
 
-    def __init__(self, **given: Any) -> None:
-        self.sampled: dict[int, list[int]] = {}  # of each choice, by the private channel
-        for name, value in given.items():
-            setattr(self, name, value)
-
     def tokens(self) -> tuple[int, bool]:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         # Of both words the server is the author: on the channel, too, one could send much and count little.
-        least = self.chunks
-        if self.listed > least:  # without max() here and below: this is asked several times an answer
-            least = self.listed
-        text = self.text_bytes
-        if text > self.text_most:  # see `given`
-            text = self.text_most
+        least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
+        text = self.text_bytes if self.text_bytes < self.text_most else self.text_most  # noqa: FURB136 - see `given`
         said = self.channel if self.channelled else self.reported
         if said is not None and said * BYTES_A_TOKEN >= text:
-            if said < least:
-                said = least
+            said = said if said > least else least  # noqa: FURB136
             # A server that says 2^40 would use up everybody's budgets with one answer, which nobody gets.
             return (said if said < self.most else self.most), True  # noqa: FURB136
         return max(min(least, self.most), -(-text // 3)), False
@@ -76,6 +68,8 @@ class Meter:
 
 class Shape:
     """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
+
+    __slots__ = ("_asked", "_begun", "_chat", "_common", "_finished", "meter")
 
     def __init__(self, asked: Asked, identifier: str, model: str, created: int, meter: Meter | None = None) -> None:
         self._asked = asked

@@ -73,19 +73,24 @@ class Exchange:
     """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
     coroutine and a dictionary for each step, as `take` and `answer`. `task`: what answers it."""
 
+    __slots__ = (
+        *("connection", "head", "keep_alive", "task", "more", "unread", "gone", "begun", "chunked"),
+        *("_expects", "_pieces", "_taken", "_waiter", "_tell", "_head"),
+    )
+
     task: asyncio.Task[None]
-    more = True  # of the body is to come
-    unread = 0  # bytes that came and were not taken
-    gone = begun = chunked = False
-    _taken = False  # the body, whole
-    _waiter: asyncio.Future[None] | None = None
-    _tell: Callable[[], object] | None = None
-    _head = b""
 
     def __init__(self, connection: Connection, head: Head, *, keep_alive: bool) -> None:
         self.connection, self.head, self.keep_alive = connection, head, keep_alive
+        self.more = True  # of the body is to come
+        self.unread = 0  # bytes that came and were not taken
+        self.gone = self.begun = self.chunked = False
         self._expects = head.expects
         self._pieces: list[bytes] = []
+        self._taken = False  # the body, whole
+        self._waiter: asyncio.Future[None] | None = None
+        self._tell: Callable[[], object] | None = None
+        self._head = b""
 
     def scope(self) -> dict[str, Any]:
         """As ASGI has it. Made for who asks: kept here, each would keep the other."""
@@ -226,6 +231,12 @@ class Exchange:
 class Connection(asyncio.Protocol):
     """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
 
+    __slots__ = (
+        *("client", "counted", "full", "peer"),
+        *("_address", "_ahead", "_answer", "_app", "_beside", "_body", "_coming", "_current", "_deaf", "_declined"),
+        *("_ended", "_gone", "_headers", "_heads", "_in_head", "_in_message", "_known", "_loop", "_owed", "_parser"),
+        *("_paused", "_reading", "_server", "_taking", "_task", "_transport", "_turn", "_url", "_writable"),
+    )
     crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
     most: ClassVar[int] = _FROM_ONE
 
@@ -365,12 +376,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._deaf = True  # nobody here speaks another protocol, and httptools reads no more of this one
-            for exchange in (self._current, *self._ahead):
-                if exchange is not None:
-                    exchange.keep_alive = False
-            if self._declined:
-                self._decline(data[upgrade.args[0] :])
+            self._offered(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._malformed()
             return
@@ -544,6 +550,15 @@ class Connection(asyncio.Protocol):
         finally:
             self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
         self._close()
+
+    def _offered(self, rest: bytes) -> None:
+        """Another protocol, which nobody here speaks; and httptools reads no more of this one."""
+        self._deaf = True
+        for exchange in (self._current, *self._ahead):
+            if exchange is not None:
+                exchange.keep_alive = False
+        if self._declined:
+            self._decline(rest)
 
     def _decline(self, data: bytes) -> None:
         """The body of a request that offers another protocol, as Java's client does with its first one: who is answered

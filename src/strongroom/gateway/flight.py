@@ -55,25 +55,12 @@ class Flight:
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
     the door's answers when it was allowed, -1 before; `known`: that before it was asked who calls."""
 
-    ref = ""
-    asked = NOTHING
-    most = 0
-    seed: int | None = None
-    spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
-    numbers = reserved = text_most = 0
-    tokens = bits = 0  # that were given out, once it is settled
-    admission: Admission | None = None
-    toll: Reservation | None = None
-    place: Place | None = None  # at an upstream
-    reply: Reply | None = None
-    begun = False  # its status has been sent
-    recorded = False
-    misspelled = False  # its text is not what its tokens spell
-    why: StrongroomError | None = None
-    trace: Trace | None = None
-    epoch = -1
-    _interrupted = False
-    _waits = False  # so that it can be interrupted
+    __slots__ = (
+        *("admission", "asked", "begun", "bits", "body", "caller", "destination", "epoch", "headers", "identifier"),
+        *("known", "meter", "misspelled", "most", "numbers", "place", "recorded", "ref", "reply", "reserved", "route"),
+        *("seed", "shown", "spelling", "started", "text_most", "tokens", "toll", "trace", "why"),
+        *("_interrupted", "_task", "_waits"),
+    )
 
     def __init__(
         self,
@@ -87,6 +74,24 @@ class Flight:
         self.route, self.caller, self.shown, self.known = route, caller, shown, known
         self.identifier, self.destination, self._task = identifier, shown.destination, task
         self.started = time.monotonic()
+        self.ref = ""
+        self.asked = NOTHING
+        self.seed: int | None = None
+        self.spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
+        self.most = self.numbers = self.reserved = self.text_most = 0
+        self.tokens = self.bits = 0  # that were given out, once it is settled
+        self.admission: Admission | None = None
+        self.toll: Reservation | None = None
+        self.place: Place | None = None  # at an upstream
+        self.reply: Reply | None = None
+        self.begun = False  # its status has been sent
+        self.recorded = False
+        self.misspelled = False  # its text is not what its tokens spell
+        self.why: StrongroomError | None = None
+        self.trace: Trace | None = None
+        self.epoch = -1
+        self._interrupted = False
+        self._waits = False  # so that it can be interrupted
         self.meter = Meter()
         self.body: Mapping[str, object] = {}  # as it went upstream
         self.headers = [(b"x-request-id", identifier.encode())]

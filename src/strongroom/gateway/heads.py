@@ -1,7 +1,7 @@
 """Heads of messages that were read once: the same bytes have the same reading, and are not read again.
 
-Nearly all requests of a connection, and nearly all answers, begin with the same bytes but for the digits of a length. To
-compare them costs a tenth of reading them. What differs in anything else goes to the parser, which is strict.
+Nearly all requests of a connection, and nearly all answers, begin with the same bytes but for the digits of a length.
+To compare them costs a tenth of reading them. What differs in anything else goes to the parser, which is strict.
 """
 
 from __future__ import annotations

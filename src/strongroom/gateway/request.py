@@ -11,6 +11,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -47,11 +48,12 @@ NEVER = frozenset(
 )  # fmt: skip
 
 
+@dataclass(slots=True)
 class Asked:
     """One request, validated. `route`: chat, completions or embeddings. `most`: tokens for each of `n` answers, None
     for the settings' default. `logprobs`: for each token so many beside the sampled one, None for none at all."""
 
-    # Of the class until they are others: most requests say little, and each has one of these.
+    route: str
     model: str = ""
     stream: bool = False
     include_usage: bool = False
@@ -61,16 +63,11 @@ class Asked:
     dimensions: int | None = None
     base64: bool = False
     inputs: int = 1
+    texts: list[str] = field(default_factory=list)
+    upstream: dict[str, Any] = field(default_factory=dict)
+    actions: list[str] = field(default_factory=lambda: ["infer"])
     steers: str = ""
     characters: int = 0  # of everything that the model reads
-
-    def __init__(self, route: str, **given: Any) -> None:
-        self.route = route
-        self.texts: list[str] = []
-        self.upstream: dict[str, Any] = {}
-        self.actions = ["infer"]
-        for name, value in given.items():
-            setattr(self, name, value)
 
 
 NOTHING = Asked("")  # nothing yet

@@ -184,6 +184,12 @@ class _ClosedEarly(Exception):
 class _Connection(asyncio.Protocol):
     """One connection: a request, its answer, and again. Callbacks of httptools fill what `Reply` takes."""
 
+    __slots__ = (
+        *("begun", "closed", "content_type", "failure", "loop", "most", "pieces", "received", "status", "waiting"),
+        *("whole", "_again", "_chunked", "_deadline", "_head_size", "_known", "_length", "_owed", "_parser", "_paused"),
+        *("_seconds", "_transport", "_until_closed", "_waiter"),
+    )
+
     def __init__(self) -> None:
         self.closed = False
         self._transport: asyncio.Transport | None = None
@@ -201,7 +207,9 @@ class _Connection(asyncio.Protocol):
         self.pieces: list[bytes] = []
         self.waiting, self.received, self._head_size = 0, 0, 0
         self.content_type, self.most = b"", _BODY_MOST
-        self._paused, self._again = False, True
+        self._paused, self._again, self._until_closed = False, True, False
+        self._length: bytes | None = None
+        self._chunked = False
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -330,9 +338,6 @@ class _Connection(asyncio.Protocol):
                 waiter.set_result(None)
 
     # -- httptools -----------------------------------------------------------------------------------------------
-
-    _until_closed = False
-    _length: bytes | None = None
 
     def on_message_begin(self) -> None:
         if self.whole:  # a second answer: what is left of it would be somebody else's

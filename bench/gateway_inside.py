@@ -28,6 +28,7 @@ from strongroom.gateway import upstream
 from strongroom.gateway.connection import Connection
 from strongroom.gateway.listen import configure
 from strongroom.gateway.rooms import InFolder
+from strongroom.gateway.serving import remember
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
 
@@ -107,6 +108,7 @@ async def measure(app: Any, key: str, *, steps: bool, rounds: int, count: int) -
     told.put_nowait({"type": "lifespan.startup"})
     if (await said.get())["type"] != "lifespan.startup.complete":
         raise SystemExit(str(app.failure))
+    remember()
     clients = Clients(app, key)
     await clients.ask(2000)  # the first of everything, and what budgets draw until their alarms have sounded
     if steps:

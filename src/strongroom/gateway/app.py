@@ -193,7 +193,13 @@ class GatewayApp:
             if asked.stream:
                 await self._stream(flight, reply, exchange)
             else:
-                await self._whole(flight, reply, exchange)
+                body = reply.at_once()
+                if body is None:
+                    body = await reply.read(_body_most(flight))
+                answer = self._whole(flight, body)
+                if self._tolls.durable_before:
+                    await self._durable()
+                exchange.answer(200, _ALWAYS_JSON, flight.headers, answer)
         finally:
             if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
                 self.verified.look(flight)
@@ -222,10 +228,9 @@ class GatewayApp:
             value["strongroom"] = {"seed": flight.seed, "record": True}
         return value
 
-    async def _whole(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
+    def _whole(self, flight: Flight, body: bytes) -> bytes:
+        """An answer that came whole, made anew, charged and recorded."""
         asked = flight.asked
-        if (body := reply.at_once()) is None:
-            body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
@@ -241,9 +246,7 @@ class GatewayApp:
         flight.check()
         self._tolls.settle(flight)
         self._record(flight, 200, "")
-        if self._tolls.durable_before:
-            await self._durable()
-        exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
+        return orjson.dumps(value)
 
     async def _stream(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):

@@ -114,10 +114,19 @@ class Exchange:
 
     def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
-        if not self.gone:
-            fixed += b"content-length: %d\r\n" % len(body)
-            head = self._lines(status, headers, fixed, chunked=False)
-            self._write(head if self.head.method == "HEAD" else head + body, more=False)
+        if self.gone:
+            return
+        lines = b"".join([b"%b: %b\r\n" % each for each in headers])
+        self._check_lines(lines, len(headers))
+        if (b"connection", b"close") in headers:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            lines += b"connection: close\r\n"
+        if self.head.method == "HEAD":
+            body, length = b"", len(body)
+        else:
+            length = len(body)
+        self._write(b"%b%bcontent-length: %d\r\n%b\r\n%b" % (_STATUS[status], fixed, length, lines, body), more=False)
 
     def when_gone(self, tell: Callable[[], object] | None) -> None:
         """Call `tell` when the client goes, or now if it has gone; None: nobody is told. A task that waits for it in
@@ -207,10 +216,8 @@ class Exchange:
             self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
             self.connection.answered(self)
 
-    def _lines(
-        self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"", *, chunked: bool = True
-    ) -> bytes:
-        lines = []
+    def _lines(self, status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+        lines, chunked = [], True
         for name, value in headers:
             lines.append(b"%s: %s\r\n" % (name, value))
             if name == b"content-length":
@@ -223,9 +230,13 @@ class Exchange:
         if self.chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         said = b"".join(lines)
-        if not said.count(b"\r") == said.count(b"\n") == len(lines):
+        self._check_lines(said, len(lines))
+        return b"%s%s\r\n" % (_STATUS[status], said)
+
+    @staticmethod
+    def _check_lines(lines: bytes, count: int) -> None:
+        if not lines.count(b"\r") == lines.count(b"\n") == count:
             raise ValueError("a header of an answer has a line break")  # another answer could begin behind it
-        return b"%s%s%s\r\n" % (_STATUS[status], fixed, said)
 
 
 class Connection(asyncio.Protocol):

@@ -26,8 +26,7 @@ _MESSAGES = 256
 _INPUTS = 64
 _PASSED_OVER = 4096  # bytes of what is taken and not passed on
 _ROLES = ("system", "developer", "user", "assistant")
-_PLAIN = {"role", "content"}  # members of a message
-_NAMED = {*_PLAIN, "name"}
+_NAMED = {"role", "content", "name"}  # members of a message, the last of which may be left out
 _LOGPROBS = 5
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _PILE = bytes([1]) * 31  # marks in a row; no text has more than 30 (UAX #15, section 13)
@@ -287,7 +286,8 @@ def _messages(asked: Asked, value: Any) -> None:
         raise invalid("messages", f"is not a list of 1 to {_MESSAGES}")
     made, texts = [], asked.texts
     for each in value:
-        if not isinstance(each, dict) or ((keys := each.keys()) != _PLAIN and keys != _NAMED):
+        plain = isinstance(each, dict) and "role" in each and "content" in each
+        if not plain or (len(each) > 2 and each.keys() != _NAMED):
             raise invalid("messages", "has a member that is not {role, content}")
         role, content = each["role"], each["content"]
         if role not in _ROLES:

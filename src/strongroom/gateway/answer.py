@@ -22,6 +22,8 @@ _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, an
 TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
 _LEAST = -9999.0  # of a log-probability: what is less is as good as never
 DONE = b"data: [DONE]\n\n"
+_PIECE = b'{"index":%d,"delta":{"content":%b},"finish_reason":null}'  # the text as JSON, in quotes
+_TEXT_PIECE = b'{"index":%d,"text":%b,"finish_reason":null}'
 _KINDS = {  # of answers, by whether they are chat, and whether they are streams
     (True, True): ("chatcmpl-", "chat.completion.chunk"),
     (True, False): ("chatcmpl-", "chat.completion"),
@@ -69,7 +71,7 @@ class Meter:
 class Shape:
     """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
 
-    __slots__ = ("_asked", "_begun", "_chat", "_common", "_finished", "meter")
+    __slots__ = ("_asked", "_begin", "_begun", "_chat", "_common", "_finished", "meter")
 
     def __init__(self, asked: Asked, identifier: str, model: str, created: int, meter: Meter | None = None) -> None:
         self._asked = asked
@@ -78,6 +80,8 @@ class Shape:
         self._common = {"id": prefix + identifier, "object": kind, "created": created, "model": model}
         self.meter = meter or Meter()
         if asked.stream:
+            # JSON has no line breaks, so no text of a model begins an event of its own.
+            self._begin = b"data: " + orjson.dumps(self._common)[:-1] + b',"choices":['
             self._finished: set[int] = set()
             self._begun: set[int] = set()
 
@@ -136,10 +140,14 @@ class Shape:
         given = value.get("choices")
         if not isinstance(given, list) or len(given) > self._asked.n:
             raise malformed("has an event that is not a piece of an answer")
-        made = [found for each in given if (found := self._delta(each)) is not None]
-        return event_of({**self._common, "choices": made}) if made else b""
+        if len(given) == 1:  # as nearly always
+            one = self._delta(given[0])
+            return self._begin + one + b"]}\n\n" if one else b""
+        made = [found for each in given if (found := self._delta(each))]
+        return self._begin + b",".join(made) + b"]}\n\n" if made else b""
 
-    def _delta(self, choice: Any) -> dict[str, Any] | None:
+    def _delta(self, choice: Any) -> bytes:
+        """One choice of a piece, or nothing."""
         index = _index(choice)
         if not 0 <= index < self._asked.n or index in self._finished:
             raise malformed("has a piece of an answer that nobody asked for")
@@ -153,15 +161,16 @@ class Shape:
             text = ""
         if not isinstance(text, str):
             raise malformed("has a piece that is not a text")
-        reason = _reason(choice.get("finish_reason"))
+        reason = choice.get("finish_reason")
         if "strongroom" in choice:
             self._channel(choice["strongroom"], index)
         logprobs = None if self._asked.logprobs is None else self._logprobs(choice.get("logprobs"))
-        if not text and not reason and logprobs is None and index in self._begun:
-            return None
         if text:
             self._text(text, index)
             self.meter.chunks += 1
+        if reason is None and logprobs is None and index in self._begun:  # as nearly all are
+            return (_PIECE if self._chat else _TEXT_PIECE) % (index, orjson.dumps(text)) if text else b""
+        reason = _reason(reason)
         if reason:
             self._finished.add(index)
         made: dict[str, Any] = {"index": index}
@@ -174,7 +183,7 @@ class Shape:
         if logprobs is not None:
             made["logprobs"] = logprobs
         made["finish_reason"] = reason
-        return made
+        return orjson.dumps(made)
 
     def end(self) -> bytes:
         """What closes a stream; BackendError ``upstream.malformed`` where upstream's has no end."""
@@ -183,7 +192,7 @@ class Shape:
         if not self._asked.include_usage:
             return DONE
         tokens, _ = self.meter.tokens()
-        return event_of({**self._common, "choices": [], "usage": self.usage(tokens)}) + DONE
+        return self._begin + b'],"usage":%b}\n\n' % orjson.dumps(self.usage(tokens)) + DONE
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -344,11 +353,6 @@ def _steps(vector: list[Any]) -> list[int]:
     return [round(127 * float(x) / largest) for x in vector]
 
 
-def event_of(value: dict[str, Any]) -> bytes:
-    """One server-sent event. JSON has no line breaks, so no text of a model begins an event of its own."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
 class Events:
     """Server-sent events out of the pieces of a body, as the WHATWG has them: `data` alone; others are passed over."""
 
@@ -360,7 +364,28 @@ class Events:
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """BackendError ``upstream.malformed``."""
-        lines = (self._rest + piece).split(b"\n")
+        if self._data or b"\r" in piece or b"\r" in self._rest:
+            yield from self._lines(self._rest + piece)
+            return
+        # As nearly all servers write them: one line for each.
+        blocks = (self._rest + piece).split(b"\n\n")
+        self._rest = blocks.pop()
+        for block in blocks:
+            if len(block) > _LINE_MOST or not block.startswith(b"data: ") or b"\n" in block:
+                rest, self._rest = self._rest, b""
+                yield from self._lines(block + b"\n\n")
+                self._rest = rest
+            elif block == b"data: [DONE]":
+                self.ended = True
+            elif self.ended:
+                raise malformed("goes on after its end")
+            else:
+                yield block[6:]
+        if len(self._rest) > _LINE_MOST:
+            yield from self._lines(self._rest)
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        lines = data.split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) > _LINE_MOST:
             raise malformed("has an event that is too long")

@@ -257,18 +257,23 @@ class GatewayApp:
         if self._tolls.durable_before:
             self._record(flight, 100, "reserved")
             await self._durable()
-        async for piece in reply.pieces():
-            out = b"".join([shape.piece(event) for event in events.feed(piece)])
+        made = shape.piece
+        while (piece := reply.now()) != b"":  # as `pieces`, without a generator between
+            if piece is None:
+                await reply.more()
+                continue
+            out = b"".join([made(event) for event in events.feed(piece)])
             _check_size(shape.meter, flight)
             if not out:
                 continue
-            if connection.full:  # the log may end this while its reader takes its time
+            while connection.full:  # the log may end this while its reader takes its time
                 await connection.writable()
                 flight.check()
             if not flight.begun:
                 flight.begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
-            await send({"type": "http.response.body", "body": out, "more_body": True})
+            exchange.give(out, more=True)
+        reply.finish()
         if not events.ended:
             raise malformed("has no end")
         out = shape.end()

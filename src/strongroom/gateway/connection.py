@@ -200,7 +200,12 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._head = self._lines(message["status"], message["headers"])
             return
-        body, more = message["body"], message.get("more_body", False)
+        self.give(message["body"], more=message.get("more_body", False))
+
+    def give(self, body: bytes, *, more: bool) -> None:
+        """A piece of the body, behind a head that was sent; at once, whether the connection is full or not."""
+        if self.gone:
+            return
         if self.head.method == "HEAD":
             body = b""
         elif self.chunked:

@@ -414,7 +414,7 @@ class Reply:
         if not connection.whole or connection.failure is not None or self._done:
             return None
         body = connection.take()
-        self._finish()
+        self.finish()
         return body
 
     async def read(self, most: int = _BODY_MOST) -> bytes:
@@ -422,40 +422,41 @@ class Reply:
         self.connection.most = min(most, _BODY_MOST)
         pieces = []
         try:
-            while (piece := self._now()) != b"":
+            while (piece := self.now()) != b"":
                 if piece is None:
-                    await self._more()
+                    await self.more()
                 else:
                     pieces.append(piece)
         except BaseException:
             self.abort()
             raise
-        self._finish()
+        self.finish()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes; BackendError ``upstream.*``. While nobody takes them, the connection is not read."""
         try:
-            while (piece := self._now()) != b"":
+            while (piece := self.now()) != b"":
                 if piece is None:
-                    await self._more()
+                    await self.more()
                 else:
                     yield piece
         except BaseException:
             self.abort()
             raise
-        self._finish()
+        self.finish()
 
-    def _more(self) -> asyncio.Future[None]:
+    def more(self) -> asyncio.Future[None]:
+        """Done when something of the body came, or nothing will."""
         seconds = min(self._upstream.timeouts.between, self._until - self.connection.loop.time())
         return self.connection.more(seconds, seconds)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """All of it was taken: the connection is another request's."""
         self._done = True
         self.connection.finish(self._upstream)
 
-    def _now(self) -> bytes | None:
+    def now(self) -> bytes | None:
         """What there is of the body; nothing at its end, and None where that, or more, is still to come."""
         connection = self.connection
         if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more

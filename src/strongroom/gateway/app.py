@@ -31,8 +31,8 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
-from strongroom.gateway.connection import Exchange
 from strongroom.gateway.door import Door, digest_of
+from strongroom.gateway.exchange import Exchange
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records

@@ -12,14 +12,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import AuthRequired, StrongroomError, UsageError
-from strongroom.gateway.connection import EXCHANGE
+from strongroom.gateway.exchange import EXCHANGE
 
 if TYPE_CHECKING:
     from strongroom.gateway.app import GatewayApp
     from strongroom.gateway.capture import Capture
     from strongroom.gateway.certificates import Certificates
-    from strongroom.gateway.connection import Connection, Exchange
+    from strongroom.gateway.connection import Connection
     from strongroom.gateway.door import Door
+    from strongroom.gateway.exchange import Exchange
     from strongroom.gateway.metrics import Counts
     from strongroom.gateway.records import Records
     from strongroom.gateway.settings import Settings

@@ -32,7 +32,7 @@ from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malforme
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
 from strongroom.gateway.door import Door, digest_of
-from strongroom.gateway.exchange import Exchange
+from strongroom.gateway.exchange import Exchange, Head
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
@@ -169,7 +169,7 @@ class GatewayApp:
                 self._idle()
 
     async def _infer(self, flight: Flight, exchange: Exchange) -> None:
-        _check_head(exchange)
+        _check_head(exchange.head)
         if (body := exchange.take()) is None:
             body = await _body(exchange.receive)
         asked = flight.asked = self._forms.read(flight.route, body)
@@ -462,11 +462,11 @@ def _body_most(flight: Flight) -> int:
     return _AROUND + 12 * flight.text_most + flight.most * asked.n * (64 + beside * 1024)
 
 
-def _check_head(exchange: Exchange) -> None:
+def _check_head(head: Head) -> None:
     """UsageError ``body.*`` for a body that is not to be read."""
-    if exchange.head.named.get(b"content-encoding", b"identity") != b"identity":
+    if head.named.get(b"content-encoding", b"identity") != b"identity":
         raise UsageError("body.malformed", "the body is compressed: send it as it is")
-    if exchange.length() > BODY_MOST:
+    if head.length > BODY_MOST:
         raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
 
 

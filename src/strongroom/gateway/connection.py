@@ -47,10 +47,10 @@ class Connection(asyncio.Protocol):
     """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
 
     __slots__ = (
-        *("client", "counted", "full", "peer"),
+        *("client", "counted", "full", "paused", "peer"),
         *("_address", "_ahead", "_answer", "_app", "_beside", "_body", "_coming", "_current", "_deaf", "_declined"),
         *("_ended", "_gone", "_headers", "_heads", "_in_head", "_in_message", "_known", "_loop", "_owed", "_parser"),
-        *("_paused", "_reading", "_server", "_taking", "_task", "_transport", "_turn", "_url", "_writable"),
+        *("_reading", "_server", "_taking", "_task", "_transport", "_turn", "_url", "_writable"),
     )
     crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
     most: ClassVar[int] = _FROM_ONE
@@ -77,7 +77,7 @@ class Connection(asyncio.Protocol):
         self._ahead: deque[Exchange] = deque()
         self._task: asyncio.Task[None] | None = None
         self._turn: asyncio.Future[None] | None = None  # what it waits for between two requests
-        self._deaf = self._gone = self._paused = False
+        self._deaf = self._gone = self.paused = False
         self.full, self._writable = False, asyncio.Event()
         # Of the message that comes: whether one does, its head, whether one ended in this piece; bytes of this piece
         # that were body, and bytes since its beginning that were not.
@@ -110,8 +110,8 @@ class Connection(asyncio.Protocol):
     def read_on(self) -> None:
         """Read what comes, unless nobody has taken what has come already."""
         wanted = not self._ahead and (self._reading is None or self._reading.unread <= _UNREAD_MOST)
-        if wanted is self._paused and self._transport is not None and not self._transport.is_closing():
-            self._paused = not wanted
+        if wanted is self.paused and self._transport is not None and not self._transport.is_closing():
+            self.paused = not wanted
             if wanted:
                 self._transport.resume_reading()
             else:
@@ -128,7 +128,7 @@ class Connection(asyncio.Protocol):
             self._begin(self._ahead.popleft())
         elif not self._in_message:
             self._coming.within(_IDLE_TIME)
-        if self._paused:
+        if self.paused:
             if self._in_message:  # it could not come before
                 self._coming.within(_BODY_TIME)
             self.read_on()
@@ -250,7 +250,7 @@ class Connection(asyncio.Protocol):
         self._heads.append(head)
         exchange = self._reading = Exchange(self, head, keep_alive=head.keep_alive and not old)
         if parser.should_upgrade():
-            self._declined = exchange.length()
+            self._declined = exchange.head.length
         if self._current is None:
             self._begin(exchange)
         elif len(self._ahead) < _AHEAD_MOST:
@@ -402,7 +402,7 @@ class Connection(asyncio.Protocol):
 
     def _late(self) -> None:
         """What is to come has not, unless it is here that it is not read."""
-        if self._paused and self._ahead:
+        if self.paused and self._ahead:
             self._coming.within(_BODY_TIME)
         else:
             self._abort()

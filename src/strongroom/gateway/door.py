@@ -184,7 +184,8 @@ class Door:
 
     def resolved(self, model: str) -> str | None:
         """As `resolve`, from memory alone."""
-        return self._remembered(self._refs, model)
+        found = self._refs.get(model)
+        return found[0] if found is not None and found[1] >= self._clock() else None
 
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""

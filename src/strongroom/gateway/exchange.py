@@ -15,10 +15,10 @@ _STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("
 
 
 class Head:
-    """The head of a request. `named`: headers by their name, of several with one the last; `read`: whatever the
-    application made of it, for the next request that has the same."""
+    """The head of a request. `named`: headers by their name, of several with one the last; `length`: bytes of the body;
+    `read`: whatever the application made of it, for the next request that has the same."""
 
-    __slots__ = ("expects", "headers", "keep_alive", "method", "named", "path", "read", "version")
+    __slots__ = ("expects", "headers", "keep_alive", "length", "method", "named", "path", "read", "version")
 
     def __init__(
         self, method: str, path: str, version: str, headers: list[tuple[bytes, bytes]], *, keep_alive: bool
@@ -27,6 +27,9 @@ class Head:
         self.keep_alive = keep_alive
         self.named = dict(headers)
         # Others would take it for the answer.
+        said = self.named.get(b"content-length", b"")  # httptools has refused a second one
+        # 0 where it says none, or says it in another way.
+        self.length = int(said) if len(said) <= 20 and said.isdigit() else 0
         self.expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
         self.read: Any = None
 
@@ -118,11 +121,6 @@ class Exchange:
         head = self.head
         return len(head.named) == len(head.headers) or sum(each == name for each, _ in head.headers) == 1
 
-    def length(self) -> int:
-        """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        said = self.head.named.get(b"content-length", b"")  # httptools has refused a second one
-        return int(said) if len(said) <= 20 and said.isdigit() else 0
-
     def whole(self, body: bytes) -> None:
         """The body has come, all of it at once, before anybody waited for it."""
         self._pieces, self.unread, self.more = [body], len(body), False
@@ -156,7 +154,8 @@ class Exchange:
     def _take_pieces(self) -> bytes:
         body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self.unread, self._taken = [], 0, not self.more
-        self.connection.read_on()
+        if self.connection.paused:
+            self.connection.read_on()
         return body
 
     async def send(self, message: dict[str, Any]) -> None:

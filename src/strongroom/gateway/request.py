@@ -286,10 +286,12 @@ def _messages(asked: Asked, value: Any) -> None:
         raise invalid("messages", f"is not a list of 1 to {_MESSAGES}")
     made, texts = [], asked.texts
     for each in value:
-        plain = isinstance(each, dict) and "role" in each and "content" in each
-        if not plain or (len(each) > 2 and each.keys() != _NAMED):
+        try:
+            role, content = each["role"], each["content"]
+        except (KeyError, TypeError):
+            raise invalid("messages", "has a member that is not {role, content}") from None
+        if len(each) > 2 and each.keys() != _NAMED:
             raise invalid("messages", "has a member that is not {role, content}")
-        role, content = each["role"], each["content"]
         if role not in _ROLES:
             raise invalid("messages", f"has a role that is not one of {', '.join(_ROLES)}")
         if isinstance(content, list):

@@ -229,10 +229,10 @@ class _Connection(asyncio.Protocol):
             raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
         return self.status > 0
 
-    def more(self, seconds: float, of: float) -> asyncio.Future[None]:
-        """Done when something came, or after these `seconds`, the last `of` so many: then it has failed."""
+    def more(self, until: float, of: float) -> asyncio.Future[None]:
+        """Done when something came, or at that time, the end `of` so many seconds: then it has failed."""
         self._waiter, self._seconds = self.loop.create_future(), of
-        self._deadline.within(seconds)
+        self._deadline.until(until)
         return self._waiter
 
     def _late(self) -> None:
@@ -406,7 +406,7 @@ class Reply:
     def head(self) -> asyncio.Future[None]:
         """Done when something of it came, or nothing will: its time is that of the whole head, else a server that sends
         it byte by byte would keep a request's place for days."""
-        return self.connection.more(self._begun + self._first - self.connection.loop.time(), self._first)
+        return self.connection.more(self._begun + self._first, self._first)
 
     def at_once(self) -> bytes | None:
         """As `read`, without waiting; None where something is still to come, or never will."""
@@ -448,8 +448,9 @@ class Reply:
 
     def more(self) -> asyncio.Future[None]:
         """Done when something of the body came, or nothing will."""
-        seconds = min(self._upstream.timeouts.between, self._until - self.connection.loop.time())
-        return self.connection.more(seconds, seconds)
+        now = self.connection.loop.time()
+        until = min(now + self._upstream.timeouts.between, self._until)
+        return self.connection.more(until, until - now)
 
     def finish(self) -> None:
         """All of it was taken: the connection is another request's."""

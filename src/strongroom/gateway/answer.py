@@ -132,7 +132,13 @@ class Shape:
 
     def piece(self, event: bytes) -> bytes:
         """One event of upstream as one of ours, or nothing; BackendError ``upstream.malformed``."""
-        value = _object(event)
+        # Written out, as is `_delta`: of a stream this is nearly all that there is to do.
+        try:
+            value = orjson.loads(event)
+        except orjson.JSONDecodeError:
+            raise malformed("is not JSON") from None
+        if not isinstance(value, dict):
+            raise malformed("is not an object")
         if "error" in value:
             raise malformed("is an error in the middle of a stream")
         if value.get("usage") is not None:
@@ -148,8 +154,9 @@ class Shape:
 
     def _delta(self, choice: Any) -> bytes:
         """One choice of a piece, or nothing."""
-        index = _index(choice)
-        if not 0 <= index < self._asked.n or index in self._finished:
+        asked, meter = self._asked, self.meter
+        index = choice.get("index", 0) if isinstance(choice, dict) else -1
+        if type(index) is not int or not 0 <= index < asked.n or index in self._finished:
             raise malformed("has a piece of an answer that nobody asked for")
         text: Any
         if self._chat:
@@ -164,10 +171,13 @@ class Shape:
         reason = choice.get("finish_reason")
         if "strongroom" in choice:
             self._channel(choice["strongroom"], index)
-        logprobs = None if self._asked.logprobs is None else self._logprobs(choice.get("logprobs"))
+        logprobs = None if asked.logprobs is None else self._logprobs(choice.get("logprobs"))
         if text:
-            self._text(text, index)
-            self.meter.chunks += 1
+            if meter.text is None and text.isascii():
+                meter.text_bytes += len(text)
+            else:
+                self._text(text, index)
+            meter.chunks += 1
         if reason is None and logprobs is None and index in self._begun:  # as nearly all are
             return (_PIECE if self._chat else _TEXT_PIECE) % (index, orjson.dumps(text)) if text else b""
         reason = _reason(reason)

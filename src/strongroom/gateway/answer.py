@@ -224,7 +224,8 @@ class Shape:
         tokens, prompt = usage.get("completion_tokens"), usage.get("prompt_tokens")
         if not (_counted(tokens) and _counted(prompt)):
             raise malformed("has a usage that is not counted in tokens")
-        self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt)
+        meter = self.meter
+        meter.reported, meter.prompt = tokens, _prompt(self._asked, prompt)
 
     def _channel(self, value: Any, index: int) -> None:
         """The private channel's part (section 7) goes into the meter and no further."""

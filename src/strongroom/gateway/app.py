@@ -443,8 +443,7 @@ class GatewayApp:
 
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
-    asked = flight.asked
-    most = flight.most * asked.n
+    most = meter.most  # see `_metered`
     if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:

@@ -327,10 +327,11 @@ class Connection(asyncio.Protocol):
         self._current = exchange
         if self._task is None:
             self._task = self._loop.create_task(self._serve())
+            # Also while it waits for the next request: a server that ends has closed its connection before.
+            self._server.tasks.add(self._task)
         else:
             self._wake()
         exchange.task = self._task
-        self._server.tasks.add(self._task)
 
     def _wake(self) -> None:
         turn, self._turn = self._turn, None
@@ -343,7 +344,6 @@ class Connection(asyncio.Protocol):
             while not self._gone:
                 exchange = self._current
                 if exchange is None:
-                    self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
                     self._turn = self._loop.create_future()
                     await self._turn
                     continue

@@ -132,9 +132,8 @@ async def measure(app: Any, key: str, *, steps: bool, rounds: int, count: int, s
         raise SystemExit(str(app.failure))
     remember()
     clients = Clients(app, key, stream=stream)
-    await clients.ask(
-        100 if stream else 2000
-    )  # the first of everything, and what budgets draw until their alarms have sounded
+    # The first of everything, and what budgets draw until their alarms have sounded.
+    await clients.ask(100 if stream else 2000)
     if steps:
         await _count(clients)
     else:

@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from bench.gateway_ends import CHUNKS, MODEL
+from bench.machine import interpreter
 from bench.model import Shape, generate
 from strongroom.client import Room
 
@@ -241,7 +242,8 @@ def report(found: list[Peer], extra: dict[str, Any]) -> str:
         "",
         "Written by `python -m bench.gateway` (`make bench-gateway`); every figure is of one run on one machine: "
         f"{os.cpu_count()} cores for clients, what is in the middle, and the inference server, which computes nothing; "
-        f"{platform.system()} {platform.release()}, Python {platform.python_version()}. Compare ratios and CPU.",
+        f"{platform.system()} {platform.release()}, Python {interpreter()}. "
+        "Compare ratios and CPU.",
         "",
         "| | requests/s, 16 clients | CPU µs each | chunks/s, 16 streams | CPU µs each | p50 ms, 8 clients | p99 ms |",
         "|---|---:|---:|---:|---:|---:|---:|",

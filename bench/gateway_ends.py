@@ -62,9 +62,9 @@ _WHOLE = _whole()
 PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_WHOLE), _WHOLE)
 _MODELS = orjson.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 _LISTED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(_MODELS), _MODELS)
-_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-_PIECE = _chunk(_event([{"index": 0, "delta": {"role": "assistant", "content": " token"}, "finish_reason": None}]))
-_LAST = (
+HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+PIECE = _chunk(_event([{"index": 0, "delta": {"role": "assistant", "content": " token"}, "finish_reason": None}]))
+LAST = (
     _chunk(_event([{"index": 0, "delta": {}, "finish_reason": "stop"}]))
     + _chunk(_event([], {"prompt_tokens": 12, "completion_tokens": CHUNKS, "total_tokens": 12 + CHUNKS}))
     + _chunk(b"data: [DONE]\n\n")
@@ -110,14 +110,14 @@ class Server(asyncio.Protocol):
         self._writable.set()
 
     async def _stream(self) -> None:
-        self._transport.write(_HEAD)
+        self._transport.write(HEAD)
         for _ in range(CHUNKS):
             await self._writable.wait()
             if self._transport.is_closing():
                 return
-            self._transport.write(_PIECE)
+            self._transport.write(PIECE)
             await asyncio.sleep(self.delay)
-        self._transport.write(_LAST)
+        self._transport.write(LAST)
 
 
 async def serve(port: int, delay: float) -> None:

@@ -1,5 +1,5 @@
 """What a request costs inside the gateway: `python -m bench.gateway_inside` prints CPU, `--steps` the bytecodes of each
-function, which are the same whatever else the machine does.
+function, which are the same whatever else the machine does; `--stream` asks for streams, of `CHUNKS` chunks each.
 
 The whole application with a room, as a worker has it, and connections of its own on both sides; but between them are no
 sockets: what a client sends is handed over as if it had come, and the inference server's answer, too.
@@ -27,11 +27,13 @@ from bench.gateway import SETTINGS, room
 from strongroom.gateway import upstream
 from strongroom.gateway.connection import Connection
 from strongroom.gateway.listen import configure
+from strongroom.gateway.rooms import InFolder
+from strongroom.gateway.serving import remember
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
-from strongroom.vault.vault import Vault
 
 CLIENTS = 16
+AT_ONCE = 20  # chunks of a piece of a stream, about as many as a busy gateway reads at a time
 MODELS = f'models = {{ "{gateway_ends.MODEL}" = "{gateway_ends.MODEL}" }}\n'
 
 
@@ -61,22 +63,39 @@ async def _connect(_: upstream.Upstream) -> Any:
     """Instead of to a server: each request is answered at once, and whole."""
     loop, made = asyncio.get_running_loop(), upstream._Connection()  # noqa: SLF001 - but for the socket
     answer = gateway_ends.PLAIN
-    made.connection_made(Wire(lambda _: loop.call_soon(made.data_received, answer)))
+    streamed = [
+        gateway_ends.HEAD,
+        *[gateway_ends.PIECE * AT_ONCE] * (gateway_ends.CHUNKS // AT_ONCE),
+        gateway_ends.LAST,
+    ]
+
+    def give(pieces: list[bytes]) -> None:
+        made.data_received(pieces[0])
+        if len(pieces) > 1:
+            loop.call_soon(give, pieces[1:])
+
+    def taken(data: bytes) -> None:
+        if b'"stream":true' in data:
+            loop.call_soon(give, streamed)
+        else:
+            loop.call_soon(made.data_received, answer)
+
+    made.connection_made(Wire(taken))
     return made
 
 
 class Clients:
     """Ask `count` times in all, each after its answer; what is not answered with 200 ends it."""
 
-    def __init__(self, app: Any, key: str) -> None:
+    def __init__(self, app: Any, key: str, *, stream: bool = False) -> None:
         self._config, self._state = configure(app), ServerState()
         messages = [{"role": "system", "content": "You are kind."}, {"role": "user", "content": "Who are you?"}]
         asked = {"model": gateway_ends.MODEL, "messages": messages, "max_tokens": 256, "temperature": 0.7}
-        body = orjson.dumps({**asked, "stream": False})
+        body = orjson.dumps({**asked, "stream": stream})
         head = "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         head += f"accept-encoding: identity\r\nauthorization: Bearer {key}\r\ncontent-length: {len(body)}\r\n\r\n"
         self._request = head.encode() + body
-        self._left = 0
+        self._left, self._stream = 0, stream
 
     async def ask(self, count: int) -> None:
         self._left = count
@@ -84,11 +103,15 @@ class Clients:
 
     async def _client(self) -> None:
         loop, answered = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+        begun: list[bytes] = []
 
         def taken(data: bytes) -> None:
-            if not data.startswith(b"HTTP/1.1 200"):
+            if not begun and not data.startswith(b"HTTP/1.1 200"):
                 raise SystemExit(data.decode())
-            answered.set_result(None)
+            begun.append(data[:1])
+            if not self._stream or data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                begun.clear()
+                answered.set_result(None)
 
         connection = Connection(self._config, self._state, {})
         connection.connection_made(Wire(taken))
@@ -100,15 +123,17 @@ class Clients:
         connection.connection_lost(None)
 
 
-async def measure(app: Any, key: str, *, steps: bool, rounds: int, count: int) -> None:
+async def measure(app: Any, key: str, *, steps: bool, rounds: int, count: int, stream: bool = False) -> None:
     said: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     told: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     life = asyncio.create_task(app({"type": "lifespan"}, told.get, said.put))
     told.put_nowait({"type": "lifespan.startup"})
     if (await said.get())["type"] != "lifespan.startup.complete":
         raise SystemExit(str(app.failure))
-    clients = Clients(app, key)
-    await clients.ask(2000)  # the first of everything, and what budgets draw until their alarms have sounded
+    remember()
+    clients = Clients(app, key, stream=stream)
+    # The first of everything, and what budgets draw until their alarms have sounded.
+    await clients.ask(100 if stream else 2000)
     if steps:
         await _count(clients)
     else:
@@ -145,6 +170,7 @@ async def _count(clients: Clients, count: int = 200) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", action="store_true", help="count bytecodes instead of time")
+    parser.add_argument("--stream", action="store_true")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--count", type=int, default=2000, help="requests of a round")
     asked = parser.parse_args()
@@ -153,10 +179,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder, key = room(Path(work))
         settings = Settings.parse(SETTINGS.replace("URL", "http://127.0.0.1:9") + MODELS)
-        vault = Vault(folder)
-        app = application(vault, settings, Path(work) / "records")
-        asyncio.run(measure(app, key, steps=asked.steps, rounds=asked.rounds, count=asked.count))
-        vault.close()
+        opened = InFolder.opened(folder)
+        app = application(opened, settings, Path(work) / "records")
+        asyncio.run(measure(app, key, steps=asked.steps, rounds=asked.rounds, count=asked.count, stream=asked.stream))
+        opened.close()
 
 
 if __name__ == "__main__":

@@ -239,6 +239,30 @@ def test_events_are_the_same_however_the_body_is_cut(pieces):
     assert [event for k in range(66) for event in one_by_one.feed(body[k : k + 1])] == at_once
 
 
+_LINES = st.sampled_from(
+    [b"data: {}", b"data: {}", b"data:{}", b"data: [DONE]", b": hello", b"id: 5", b"", b"\r", b"data: a\r", b"x"]
+)
+
+
+@given(st.lists(_LINES, max_size=30), st.lists(st.integers(0, 200), max_size=6).map(sorted))
+def test_events_are_the_same_line_by_line(lines, cuts):
+    """However a server writes them, and whatever is quick about the usual way."""
+    body = b"\n".join([each + b"\n" * (k % 2) for k, each in enumerate(lines)])
+    quick, slow = Events(), Events()
+    found: list[list[object]] = [[], []]
+    for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True):
+        for events, out, feed in (
+            (quick, found[0], quick.feed),
+            (slow, found[1], lambda piece: slow._lines(slow._rest + piece)),
+        ):
+            try:
+                out.extend(feed(body[a:b]))
+            except BackendError as error:
+                out.append(error.message)
+            out.append(events.ended)
+    assert found[0] == found[1]
+
+
 def test_an_event_that_never_ends():
     events = Events()
     for _ in range(16):

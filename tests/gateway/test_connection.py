@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from uvicorn.server import ServerState
 
 from strongroom.gateway import connection as module
-from strongroom.gateway.connection import EXCHANGE, Connection
+from strongroom.gateway.connection import Connection
 from strongroom.gateway.deadline import Deadline
+from strongroom.gateway.exchange import EXCHANGE
 from strongroom.gateway.listen import configure
 
 

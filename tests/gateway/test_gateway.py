@@ -38,7 +38,8 @@ from gateway.places import (
 from loopback import free_port
 from strongroom.errors import Denied, Sealed
 from strongroom.gateway import door
-from strongroom.gateway.connection import EXCHANGE, Connection
+from strongroom.gateway.connection import Connection
+from strongroom.gateway.exchange import EXCHANGE
 from strongroom.gateway.listen import configure
 from strongroom.gateway.records import verify
 from strongroom.gateway.refusals import Refusals

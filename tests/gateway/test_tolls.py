@@ -105,7 +105,7 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
 
     async def work():
-        flight = Flight("chat", Asker(), "", "1", "10.0.0.0/24", asyncio.current_task())
+        flight = Flight("chat", Asker(), SimpleNamespace(destination="10.0.0.0/24"), "1", asyncio.current_task())
         flight.ref, flight.asked, flight.most = REF, Asked("chat", logprobs=5), 20
         flight.meter = Meter(text_bytes=30, chunks=10, listed=10)
         flight.reserved = tolls._most(flight)

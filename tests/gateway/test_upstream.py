@@ -149,8 +149,8 @@ def test_a_gigabyte_is_not_kept():
     async def slowly(reply):
         async for _ in reply.pieces():
             await asyncio.sleep(0.005)
-            assert reply._connection.waiting < 2 << 20  # what the socket gives at once, and no more
-            if reply._connection.received > 8 << 20:
+            assert reply.connection.waiting < 2 << 20  # what the socket gives at once, and no more
+            if reply.connection.received > 8 << 20:
                 reply.abort()
                 return True
         return False
@@ -167,7 +167,7 @@ def test_what_waits_when_an_answer_is_given_up_is_not_given_out():
     async def cut(reply):
         async for piece in reply.pieces():
             found.append(piece)
-            while not reply._connection.waiting:  # noqa: ASYNC110 - the socket is waited for
+            while not reply.connection.waiting:  # noqa: ASYNC110 - the socket is waited for
                 await asyncio.sleep(0.01)
             reply.abort()
 

@@ -127,6 +127,22 @@ def test_in_memory_while_there_is_a_tranche(desk):
     assert worker.take(ANA, REF, 90_000) is None
 
 
+def test_what_one_has_at_hand_another_may_have_to_the_last_bit(desk):
+    """What waits for the next answer of one is no less of what they share."""
+    eva = Spender("user/eva", ANA.destination)
+    worker = desk.worker((Rule("destination", "day", 0.01, hard=True),))
+    worker.reserve(ANA, REF, 1)
+    worker.reserve(eva, REF, 1)
+    before = desk.used("destination", "day", ANA.destination)
+    for _ in range(20):
+        worker.take(ANA, REF, 10).settle(5)
+    assert worker.take(eva, REF, before - 101) is None
+    assert worker.take(eva, REF, before - 102) is not None
+    assert desk.used("destination", "day", ANA.destination) == before
+    worker.reserve(eva, REF, IDENTITY - before)
+    assert refused(worker, ANA, 1).evidence["left"] == 0
+
+
 def test_fewer_bits_than_none(desk):
     worker = desk.worker()
     for call in (

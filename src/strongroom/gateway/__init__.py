@@ -4,8 +4,9 @@
 Where is what, in the order in which a request meets it:
 
     serving, worker, beside, listen    processes; what one worker is made of; its socket
-    handshakes, connection, deadline,  a client's connection: TLS, HTTP/1.1, times, who goes before the answer,
-      leaving, certificates              certificates in place of keys
+    handshakes, connection, heads,     a client's connection: TLS, HTTP/1.1 and what need not be read again, one
+      exchange, deadline, leaving,       request and its answer, times, who goes before the answer, certificates in
+      certificates                       place of keys
     generations                        which settings a request is answered under
     app, flight, routes                a request from its first byte to its record; what may end it; where it may go
     door, rooms                        who calls and what each may: the room's word, and the room itself, in a folder

@@ -22,6 +22,14 @@ _PROMPT_MORE = (1024, 64)  # tokens that a template adds at most to a prompt, an
 TOKEN_BYTES = 128  # no token that is given out with its log-probability is longer
 _LEAST = -9999.0  # of a log-probability: what is less is as good as never
 DONE = b"data: [DONE]\n\n"
+_PIECE = b'{"index":%d,"delta":{"content":%b},"finish_reason":null}'  # the text as JSON, in quotes
+_TEXT_PIECE = b'{"index":%d,"text":%b,"finish_reason":null}'
+_KINDS = {  # of answers, by whether they are chat, and whether they are streams
+    (True, True): ("chatcmpl-", "chat.completion.chunk"),
+    (True, False): ("chatcmpl-", "chat.completion"),
+    (False, True): ("cmpl-", "text_completion"),
+    (False, False): ("cmpl-", "text_completion"),
+}
 
 
 @dataclass(slots=True)
@@ -46,7 +54,7 @@ class Meter:
         """How many tokens were given out, and whether they were counted: False where 8 bits a byte are charged."""
         # Of both words the server is the author: on the channel, too, one could send much and count little.
         least = self.chunks if self.chunks > self.listed else self.listed  # noqa: FURB136 - asked several times an answer
-        text = self.given
+        text = self.text_bytes if self.text_bytes < self.text_most else self.text_most  # noqa: FURB136 - see `given`
         said = self.channel if self.channelled else self.reported
         if said is not None and said * BYTES_A_TOKEN >= text:
             said = said if said > least else least  # noqa: FURB136
@@ -63,23 +71,19 @@ class Meter:
 class Shape:
     """Answers to one request: `whole` from one body, `piece` from each event of a stream."""
 
+    __slots__ = ("_asked", "_begin", "_begun", "_chat", "_common", "_finished", "meter")
+
     def __init__(self, asked: Asked, identifier: str, model: str, created: int, meter: Meter | None = None) -> None:
         self._asked = asked
-        self._chat = chat = asked.route == "chat"
-        kind = (
-            ("chat.completion.chunk" if chat else "text_completion")
-            if asked.stream
-            else ("chat.completion" if chat else "text_completion")
-        )
-        self._common = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + identifier,
-            "object": kind,
-            "created": created,
-            "model": model,
-        }
+        self._chat = asked.route == "chat"
+        prefix, kind = _KINDS[self._chat, asked.stream]
+        self._common = {"id": prefix + identifier, "object": kind, "created": created, "model": model}
         self.meter = meter or Meter()
-        self._finished: set[int] = set()
-        self._begun: set[int] = set()
+        if asked.stream:
+            # JSON has no line breaks, so no text of a model begins an event of its own.
+            self._begin = b"data: " + orjson.dumps(self._common)[:-1] + b',"choices":['
+            self._finished: set[int] = set()
+            self._begun: set[int] = set()
 
     # -- an answer that comes whole ------------------------------------------------------------------------------
 
@@ -101,7 +105,7 @@ class Shape:
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _choice(self, choice: Any, index: int) -> dict[str, Any]:
-        if not isinstance(choice, dict) or _index(choice) != index:
+        if _index(choice) != index:
             raise malformed("has choices that are not numbered")
         if self._chat:
             message = choice.get("message")
@@ -112,10 +116,13 @@ class Shape:
             text = choice.get("text")
         if not isinstance(text, str):
             raise malformed("has a choice without a text")
-        text = self._text(text, index)
-        self._channel(choice.get("strongroom"), index)
-        logprobs = self._logprobs(choice.get("logprobs"))
-        reason = _reason(choice.get("finish_reason")) or "stop"
+        self._text(text, index)
+        if "strongroom" in choice:
+            self._channel(choice["strongroom"], index)
+        logprobs = None if self._asked.logprobs is None else self._logprobs(choice.get("logprobs"))
+        reason = choice.get("finish_reason")
+        if reason not in _FINISHED:
+            reason = "stop"
         if self._chat:
             message = {"role": "assistant", "content": text}
             return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
@@ -125,7 +132,13 @@ class Shape:
 
     def piece(self, event: bytes) -> bytes:
         """One event of upstream as one of ours, or nothing; BackendError ``upstream.malformed``."""
-        value = _object(event)
+        # Written out, as is `_delta`: of a stream this is nearly all that there is to do.
+        try:
+            value = orjson.loads(event)
+        except orjson.JSONDecodeError:
+            raise malformed("is not JSON") from None
+        if not isinstance(value, dict):
+            raise malformed("is not an object")
         if "error" in value:
             raise malformed("is an error in the middle of a stream")
         if value.get("usage") is not None:
@@ -133,12 +146,17 @@ class Shape:
         given = value.get("choices")
         if not isinstance(given, list) or len(given) > self._asked.n:
             raise malformed("has an event that is not a piece of an answer")
-        made = [found for each in given if (found := self._delta(each)) is not None]
-        return event_of({**self._common, "choices": made}) if made else b""
+        if len(given) == 1:  # as nearly always
+            one = self._delta(given[0])
+            return self._begin + one + b"]}\n\n" if one else b""
+        made = [found for each in given if (found := self._delta(each))]
+        return self._begin + b",".join(made) + b"]}\n\n" if made else b""
 
-    def _delta(self, choice: Any) -> dict[str, Any] | None:
-        index = _index(choice)
-        if not 0 <= index < self._asked.n or index in self._finished:
+    def _delta(self, choice: Any) -> bytes:
+        """One choice of a piece, or nothing."""
+        asked, meter = self._asked, self.meter
+        index = choice.get("index", 0) if isinstance(choice, dict) else -1
+        if type(index) is not int or not 0 <= index < asked.n or index in self._finished:
             raise malformed("has a piece of an answer that nobody asked for")
         text: Any
         if self._chat:
@@ -150,14 +168,19 @@ class Shape:
             text = ""
         if not isinstance(text, str):
             raise malformed("has a piece that is not a text")
-        reason = _reason(choice.get("finish_reason"))
-        self._channel(choice.get("strongroom"), index)
-        logprobs = self._logprobs(choice.get("logprobs"))
-        if not text and not reason and logprobs is None and index in self._begun:
-            return None
+        reason = choice.get("finish_reason")
+        if "strongroom" in choice:
+            self._channel(choice["strongroom"], index)
+        logprobs = None if asked.logprobs is None else self._logprobs(choice.get("logprobs"))
         if text:
-            text = self._text(text, index)
-            self.meter.chunks += 1
+            if meter.text is None and text.isascii():
+                meter.text_bytes += len(text)
+            else:
+                self._text(text, index)
+            meter.chunks += 1
+        if reason is None and logprobs is None and index in self._begun:  # as nearly all are
+            return (_PIECE if self._chat else _TEXT_PIECE) % (index, orjson.dumps(text)) if text else b""
+        reason = _reason(reason)
         if reason:
             self._finished.add(index)
         made: dict[str, Any] = {"index": index}
@@ -170,7 +193,7 @@ class Shape:
         if logprobs is not None:
             made["logprobs"] = logprobs
         made["finish_reason"] = reason
-        return made
+        return orjson.dumps(made)
 
     def end(self) -> bytes:
         """What closes a stream; BackendError ``upstream.malformed`` where upstream's has no end."""
@@ -179,29 +202,30 @@ class Shape:
         if not self._asked.include_usage:
             return DONE
         tokens, _ = self.meter.tokens()
-        return event_of({**self._common, "choices": [], "usage": self.usage(tokens)}) + DONE
+        return self._begin + b'],"usage":%b}\n\n' % orjson.dumps(self.usage(tokens)) + DONE
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _text(self, text: str, index: int) -> str:
+    def _text(self, text: str, index: int) -> None:
         try:
-            size = len(text.encode())
+            size = len(text) if text.isascii() else len(text.encode())
         except UnicodeEncodeError:
             raise malformed("has half a character") from None
-        self.meter.text_bytes += size
-        if self.meter.text is not None:
-            self.meter.text.setdefault(index, []).append(text)
-        return text
+        meter = self.meter
+        meter.text_bytes += size
+        if meter.text is not None:
+            meter.text.setdefault(index, []).append(text)
 
     def _usage(self, usage: Any) -> None:
         if usage is None:
             return
-        tokens, prompt = (
-            (usage.get("completion_tokens"), usage.get("prompt_tokens")) if isinstance(usage, dict) else (None, None)
-        )
+        if not isinstance(usage, dict):
+            raise malformed("has a usage that is not counted in tokens")
+        tokens, prompt = usage.get("completion_tokens"), usage.get("prompt_tokens")
         if not (_counted(tokens) and _counted(prompt)):
             raise malformed("has a usage that is not counted in tokens")
-        self.meter.reported, self.meter.prompt = tokens, _prompt(self._asked, prompt)
+        meter = self.meter
+        meter.reported, meter.prompt = tokens, _prompt(self._asked, prompt)
 
     def _channel(self, value: Any, index: int) -> None:
         """The private channel's part (section 7) goes into the meter and no further."""
@@ -255,7 +279,8 @@ def _named(made: dict[str, Any]) -> int:
 def _prompt(asked: Asked, said: int) -> int:
     """Tokens of a prompt, by upstream's word as far as that can be: it goes into its caller's limits."""
     fixed, each = _PROMPT_MORE
-    return min(said, 4 * asked.characters + fixed + each * len(asked.texts))
+    most = 4 * asked.characters + fixed + each * len(asked.texts)
+    return said if said < most else most  # noqa: FURB136 - asked with every answer
 
 
 def _beside(each: dict[str, Any], most: int) -> list[dict[str, Any]]:
@@ -339,11 +364,6 @@ def _steps(vector: list[Any]) -> list[int]:
     return [round(127 * float(x) / largest) for x in vector]
 
 
-def event_of(value: dict[str, Any]) -> bytes:
-    """One server-sent event. JSON has no line breaks, so no text of a model begins an event of its own."""
-    return b"data: " + orjson.dumps(value) + b"\n\n"
-
-
 class Events:
     """Server-sent events out of the pieces of a body, as the WHATWG has them: `data` alone; others are passed over."""
 
@@ -355,7 +375,28 @@ class Events:
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """BackendError ``upstream.malformed``."""
-        lines = (self._rest + piece).split(b"\n")
+        if self._data or b"\r" in piece or b"\r" in self._rest:
+            yield from self._lines(self._rest + piece)
+            return
+        # As nearly all servers write them: one line for each.
+        blocks = (self._rest + piece).split(b"\n\n")
+        self._rest = blocks.pop()
+        for block in blocks:
+            if len(block) > _LINE_MOST or not block.startswith(b"data: ") or b"\n" in block:
+                rest, self._rest = self._rest, b""
+                yield from self._lines(block + b"\n\n")
+                self._rest = rest
+            elif block == b"data: [DONE]":
+                self.ended = True
+            elif self.ended:
+                raise malformed("goes on after its end")
+            else:
+                yield block[6:]
+        if len(self._rest) > _LINE_MOST:
+            yield from self._lines(self._rest)
+
+    def _lines(self, data: bytes) -> Iterator[bytes]:
+        lines = data.split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) > _LINE_MOST:
             raise malformed("has an event that is too long")

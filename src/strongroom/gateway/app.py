@@ -39,8 +39,8 @@ from strongroom.gateway import openapi, refusal
 from strongroom.gateway.answer import Events, Meter, Shape, embeddings, malformed
 from strongroom.gateway.beside import Beside
 from strongroom.gateway.certificates import Peer
-from strongroom.gateway.connection import EXCHANGE, Connection, Exchange
-from strongroom.gateway.door import Door
+from strongroom.gateway.door import Door, digest_of
+from strongroom.gateway.exchange import Exchange, Head
 from strongroom.gateway.flight import Flight, Flights
 from strongroom.gateway.metrics import Counts
 from strongroom.gateway.records import Records
@@ -50,9 +50,6 @@ from strongroom.gateway.routes import PATHS, Routes
 from strongroom.gateway.tolls import Tolls
 from strongroom.gateway.upstream import Reply, unexpected
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 _ROUTES = {path: route for route, path in PATHS.items()}
 _ALWAYS = [
     (b"cache-control", b"no-store"),
@@ -93,6 +90,8 @@ class GatewayApp:
         self.verified, self._probe = beside.verified, beside.probe
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
+        # What has to be in order for anything to be answered.
+        self._checks = [each.check for each in (door, records, self.verified, self.capture) if each is not None]
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
@@ -134,48 +133,37 @@ class GatewayApp:
 
     # -- one request ---------------------------------------------------------------------------------------------
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it, over a connection of ours."""
-        exchange: Exchange = scope[EXCHANGE]
-        path = exchange.path
+    async def answer(self, exchange: Exchange) -> None:
+        """One request, over a connection of ours."""
+        head, door = exchange.head, self._door
         flight: Flight | None = None
         self._requests += 1
         try:
-            route = _ROUTES.get(path)
+            route = _ROUTES.get(head.path)
             if route is None:
-                await self._other(path, exchange)
+                await self._other(head.path, exchange)
                 return
-            if exchange.method != "POST":
-                raise UsageError("route.method", f"{path} takes POST")
-            self._door.check()
-            self._records.check()
-            if self.verified is not None:
-                self.verified.check()
-            if self.capture is not None:
-                self.capture.check()
-            token, peer = _shown(exchange)
-            known = self._door.epoch
-            caller = self._door.known(token, peer) or await self._door.caller(token, peer)
+            if head.method != "POST":
+                raise UsageError("route.method", f"{head.path} takes POST")
+            for check in self._checks:
+                check()
+            shown = head.read
+            if shown is None:  # else it is what the same connection has said before
+                shown = head.read = _Shown(exchange)
+            known = door.epoch
+            caller = door.known(shown.digest) or await door.caller(shown.token, shown.peer)
             self._refusals.check(caller.principal)
-            flight = Flight(
-                route,
-                caller,
-                token,
-                f"{self._prefix}{next(self._numbers):x}",
-                _network(exchange.connection.client[0]),
-                exchange.task,
-                peer,
-                known,
-            )
+            identifier = f"{self._prefix}{next(self._numbers):x}"
+            flight = Flight(route, caller, shown, identifier, exchange.task, known)
             if self.tracing is not None:
-                flight.trace = self.tracing.begin(flight, exchange.headers)
+                flight.trace = self.tracing.begin(flight, exchange.head.headers)
             self._flights.begin(flight)
-            await self._infer(flight, exchange, receive, send)
+            await self._infer(flight, exchange)
         except StrongroomError as error:
-            await self._refuse(error, flight, exchange, send)
+            await self._refuse(error, flight, exchange)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
-            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange, send)
+            await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange)
         except asyncio.CancelledError:  # the server ends: what was given out is recorded all the same
             if flight is not None and not flight.recorded:
                 with contextlib.suppress(BackendError):
@@ -188,10 +176,10 @@ class GatewayApp:
             if self._idle is not None and not self._requests:
                 self._idle()
 
-    async def _infer(self, flight: Flight, exchange: Exchange, receive: Receive, send: Send) -> None:
-        _check_head(exchange)
+    async def _infer(self, flight: Flight, exchange: Exchange) -> None:
+        _check_head(exchange.head)
         if (body := exchange.take()) is None:
-            body = await _body(receive)
+            body = await _body(exchange.receive)
         asked = flight.asked = self._forms.read(flight.route, body)
         flight.ref = self._door.resolved(asked.model) or await self._door.resolve(asked.model)
         if not self._flights.allowed(flight):
@@ -211,9 +199,15 @@ class GatewayApp:
             if flight.trace is not None:
                 flight.trace.part("answer")
             if asked.stream:
-                await self._stream(flight, reply, send, exchange.connection)
+                await self._stream(flight, reply, exchange)
             else:
-                await self._whole(flight, reply, exchange)
+                body = reply.at_once()
+                if body is None:
+                    body = await reply.read(_body_most(flight))
+                answer = self._whole(flight, body)
+                if self._tolls.durable_before:
+                    await self._durable()
+                exchange.answer(200, _ALWAYS_JSON, flight.headers, answer)
         finally:
             if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
                 self.verified.look(flight)
@@ -242,9 +236,9 @@ class GatewayApp:
             value["strongroom"] = {"seed": flight.seed, "record": True}
         return value
 
-    async def _whole(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
+    def _whole(self, flight: Flight, body: bytes) -> bytes:
+        """An answer that came whole, made anew, charged and recorded."""
         asked = flight.asked
-        body = await reply.read(_body_most(flight))
         if flight.route == "embeddings":
             value, flight.numbers = embeddings(asked, body, flight.ref, self._tolls.dimensions)
             flight.meter.prompt = value["usage"]["prompt_tokens"]
@@ -260,31 +254,34 @@ class GatewayApp:
         flight.check()
         self._tolls.settle(flight)
         self._record(flight, 200, "")
-        if self._tolls.durable_before:
-            await self._durable()
-        exchange.answer(200, _ALWAYS_JSON, flight.headers, orjson.dumps(value))
+        return orjson.dumps(value)
 
-    async def _stream(self, flight: Flight, reply: Reply, send: Send, connection: Connection) -> None:
+    async def _stream(self, flight: Flight, reply: Reply, exchange: Exchange) -> None:
         if not reply.content_type.startswith(b"text/event-stream"):
             raise malformed("is no stream of events")
-        asked = flight.asked
+        asked, send, connection = flight.asked, exchange.send, exchange.connection
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
         self._metered(flight)
         if self._tolls.durable_before:
             self._record(flight, 100, "reserved")
             await self._durable()
-        async for piece in reply.pieces():
-            out = b"".join([shape.piece(event) for event in events.feed(piece)])
+        made = shape.piece
+        while (piece := reply.now()) != b"":  # as `pieces`, without a generator between
+            if piece is None:
+                await reply.more()
+                continue
+            out = b"".join([made(event) for event in events.feed(piece)])
             _check_size(shape.meter, flight)
             if not out:
                 continue
-            if connection.full:  # the log may end this while its reader takes its time
+            while connection.full:  # the log may end this while its reader takes its time
                 await connection.writable()
                 flight.check()
             if not flight.begun:
                 flight.begun = True
                 await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
-            await send({"type": "http.response.body", "body": out, "more_body": True})
+            exchange.give(out, more=True)
+        reply.finish()
         if not events.ended:
             raise malformed("has no end")
         out = shape.end()
@@ -307,7 +304,7 @@ class GatewayApp:
         ):
             meter.text = {}
 
-    async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange, send: Send) -> None:
+    async def _refuse(self, error: StrongroomError, flight: Flight | None, exchange: Exchange) -> None:
         if flight is not None and flight.why is not None:
             error = flight.why
         status, code = refusal.wire(error)
@@ -328,7 +325,7 @@ class GatewayApp:
             return
         body = refusal.body_of(error)
         if flight.begun:  # its status has been sent: an error is an event of the stream, and the last
-            await send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
+            await exchange.send({"type": "http.response.body", "body": b"data: " + body + b"\n\n", "more_body": False})
         else:
             # What was not read of a request can't be told from the next one.
             closing = [(b"connection", b"close")] if error.code.startswith("body.") else []
@@ -351,6 +348,7 @@ class GatewayApp:
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
+        caller = flight.caller
         flight.recorded = status != 100
         if status >= 400:
             self._refusals.add(flight.caller.principal)
@@ -361,23 +359,27 @@ class GatewayApp:
                 flight.trace.end(flight, status, code, tokens)
         captured = self.capture.take(flight) if self.capture is not None and flight.recorded else None
         number, head = self._records.add(
-            {
-                "by": flight.caller.principal,
-                "key": flight.caller.key,
-                "ref": flight.ref,
-                "route": flight.route,
-                "features": asked.actions[1:],
-                "status": status,
-                "code": code,
-                "prompt_tokens": flight.meter.prompt,
-                "tokens": tokens,  # none before the answer
+            {  # in the order of their names: they are sorted faster
+                "at": None,  # and `before`, `n`, `stream` are put in there
+                "before": None,
                 "bits": flight.bits,
-                "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
-                "reserved": flight.reserved,
-                "ms": int(seconds * 1000),
-                "destination": flight.destination,
-                "unrecorded": self._refusals.unrecorded(flight.caller.principal),
+                "by": caller.principal,
                 **({} if captured is None else {"capture": captured.commitment}),
+                "code": code,
+                "destination": flight.destination,
+                "estimate": math.ceil(flight.meter.estimate) if status != 100 else 0,
+                "features": asked.actions[1:],
+                "key": caller.key,
+                "ms": int(seconds * 1000),
+                "n": None,
+                "prompt_tokens": flight.meter.prompt,
+                "ref": flight.ref,
+                "reserved": flight.reserved,
+                "route": flight.route,
+                "status": status,
+                "stream": None,
+                "tokens": tokens,  # none before the answer
+                "unrecorded": self._refusals.unrecorded(caller.principal),
             },
             self._tolls.digest,
         )
@@ -432,7 +434,7 @@ class GatewayApp:
 
     async def _models(self, path: str, exchange: Exchange) -> None:
         """Those that the caller may use, and of which there is an inference server; or one of them."""
-        if exchange.method != "GET":
+        if exchange.head.method != "GET":
             raise UsageError("route.method", f"{path} takes GET")
         self._door.check()
         caller = await self._door.caller(*_shown(exchange))
@@ -451,8 +453,7 @@ class GatewayApp:
 
 def _check_size(meter: Meter, flight: Flight) -> None:
     """An upstream that never ends is ended: what was reserved is all that may come."""
-    asked = flight.asked
-    most = flight.most * asked.n
+    most = meter.most  # see `_metered`
     if meter.channel > most or meter.chunks > most or meter.listed > most or (meter.reported or 0) > most:
         raise malformed("has more tokens than were asked for")
     if meter.text_bytes > flight.text_most:
@@ -470,15 +471,15 @@ def _body_most(flight: Flight) -> int:
     return _AROUND + 12 * flight.text_most + flight.most * asked.n * (64 + beside * 1024)
 
 
-def _check_head(exchange: Exchange) -> None:
+def _check_head(head: Head) -> None:
     """UsageError ``body.*`` for a body that is not to be read."""
-    if exchange.named.get(b"content-encoding", b"identity") != b"identity":
+    if head.named.get(b"content-encoding", b"identity") != b"identity":
         raise UsageError("body.malformed", "the body is compressed: send it as it is")
-    if exchange.length() > BODY_MOST:
+    if head.length > BODY_MOST:
         raise UsageError("body.too_large", f"the body is longer than {BODY_MOST >> 10} KiB")
 
 
-async def _body(receive: Receive) -> bytes:
+async def _body(receive: Callable[[], Awaitable[dict[str, Any]]]) -> bytes:
     """The body whole, as it comes; UsageError ``body.*``."""
     pieces: list[bytes] = []
     size = 0
@@ -498,10 +499,22 @@ async def _body(receive: Receive) -> bytes:
         raise UsageError("body.malformed", f"the body did not come within {_BODY_TIME:g} s") from None
 
 
+class _Shown:
+    """Who a request says that it is of, and where it comes from: the same for the next of the connection that has the
+    same head. `digest` stands for the token, and is empty where there is more to it than a token."""
+
+    __slots__ = ("destination", "digest", "peer", "token")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.token, self.peer = _shown(exchange)
+        self.digest = digest_of(self.token) if self.peer is None else ""
+        self.destination = _network(exchange.connection.client[0])
+
+
 def _shown(exchange: Exchange) -> tuple[str, Peer | None]:
     """The bearer token of a request, empty where a certificate stands for it, and that. Of headers that one alone: what
     a proxy says of a certificate anybody could say."""
-    found = exchange.named.get(b"authorization")
+    found = exchange.head.named.get(b"authorization")
     peer = exchange.connection.peer
     if peer is not None and found is None:
         return "", peer

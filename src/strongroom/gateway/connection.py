@@ -8,11 +8,10 @@ end, and a head, or what is around a body, has a length.
 from __future__ import annotations
 
 import asyncio
-import http
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 from urllib.parse import unquote
 
@@ -20,6 +19,8 @@ import httptools
 
 from strongroom.gateway.certificates import Peer, peer
 from strongroom.gateway.deadline import Deadline
+from strongroom.gateway.exchange import Exchange, Head
+from strongroom.gateway.heads import KnownHead
 from strongroom.gateway.leaving import Leaving, left
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ _FRAMING = 8  # bytes that a body of chunks may take for each of its own
 _UNREAD_MOST = 64 << 10  # bytes of a body that nobody has asked for; then the connection is not read
 _AHEAD_MOST = 16  # requests that were sent before the one under way is answered
 _FROM_ONE = 2000  # connections at a time from one address, or one network of IPv6, whose addresses nobody counts
-EXCHANGE = "strongroom.exchange"  # in a request's scope: its `Exchange`
-_STATUS = {each.value: b"HTTP/1.1 %d %s\r\n" % (each.value, each.phrase.encode("ascii")) for each in http.HTTPStatus}
 _MALFORMED = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 24\r\nconnection: close\r\n\r\n"
     b"this is no HTTP request\n"
@@ -45,174 +44,17 @@ _FAILED = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnectio
 _log = logging.getLogger("strongroom.gateway")
 
 
-class Exchange:
-    """A request and its answer: what an ASGI application gets as `scope`, `receive` and `send`; and the same without a
-    coroutine and a dictionary for each step, as `take` and `answer`. `named`: headers by their name, of several with
-    one the last; `task`: what answers it."""
-
-    task: asyncio.Task[None]
-    more = True  # of the body is to come
-    unread = 0  # bytes that came and were not taken
-    gone = begun = chunked = False
-    _taken = False  # the body, whole
-    _waiter: asyncio.Future[None] | None = None
-    _tell: Callable[[], object] | None = None
-    _head = b""
-
-    def __init__(
-        self,
-        connection: Connection,
-        method: str,
-        path: str,
-        version: str,
-        headers: list[tuple[bytes, bytes]],
-        *,
-        keep_alive: bool,
-    ) -> None:
-        self.connection, self.method, self.path, self.version, self.headers = connection, method, path, version, headers
-        self.keep_alive = keep_alive
-        self.named = dict(headers)
-        # Others would take it for the answer.
-        self._expects = version == "1.1" and self.named.get(b"expect", b"").lower() == b"100-continue"
-        self._pieces: list[bytes] = []
-
-    def scope(self) -> dict[str, Any]:
-        """As ASGI has it. Made for who asks: kept here, each would keep the other."""
-        return {
-            "type": "http",
-            "method": self.method,
-            "path": self.path,
-            "http_version": self.version,
-            "headers": self.headers,
-            "client": self.connection.client,
-            EXCHANGE: self,
-        }
-
-    # -- for the application -------------------------------------------------------------------------------------
-
-    def take(self) -> bytes | None:
-        """The body, if it is here whole and was not taken; else it is to be asked for with `receive`."""
-        if self.more or self._taken or self.gone:
-            return None
-        return self._take_pieces()
-
-    def answer(self, status: int, fixed: bytes, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Begin and end the answer. `fixed`: lines of its head that are always the same, each with its end."""
-        if not self.gone:
-            fixed += b"content-length: %d\r\n" % len(body)
-            head = self._lines(status, headers, fixed, chunked=False)
-            self._write(head if self.method == "HEAD" else head + body, more=False)
-
-    def when_gone(self, tell: Callable[[], object] | None) -> None:
-        """Call `tell` when the client goes, or now if it has gone; None: nobody is told. A task that waits for it in
-        `receive`, as ASGI has it, would cost more than the checks of a request together."""
-        self._tell = tell
-        if self.gone and tell is not None:
-            tell()
-
-    # -- for the connection --------------------------------------------------------------------------------------
-
-    def leave(self) -> None:
-        """The client has gone."""
-        self.gone = True
-        self.wake()
-        if self._tell is not None:
-            self._tell()
-
-    def once(self, name: bytes) -> bool:
-        """Whether one header has this name, and not several."""
-        return len(self.named) == len(self.headers) or sum(each == name for each, _ in self.headers) == 1
-
-    def length(self) -> int:
-        """Bytes of the body as the head says, 0 where it says none, or says it in another way."""
-        said = self.named.get(b"content-length", b"")  # httptools has refused a second one
-        return int(said) if len(said) <= 20 and said.isdigit() else 0
-
-    def feed(self, body: bytes) -> None:
-        self._pieces.append(body)
-        self.unread += len(body)
-        self.wake()
-
-    def end(self) -> None:
-        """The body has come whole."""
-        self.more = False
-        self.wake()
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def receive(self) -> dict[str, Any]:
-        """A piece of the body; ``http.disconnect`` once the client has gone, and not before if all has been taken."""
-        while not self.gone and (self._taken or (self.more and not self._pieces)):
-            if self._expects and not self.begun:
-                self._expects = False
-                self.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        if self.gone:
-            return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": self._take_pieces(), "more_body": self.more}
-
-    def _take_pieces(self) -> bytes:
-        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces, self.unread, self._taken = [], 0, not self.more
-        self.connection.read_on()
-        return body
-
-    async def send(self, message: dict[str, Any]) -> None:
-        """The head is kept until the first of the body comes: two writes are two packets, and twice the work at both
-        ends."""
-        if self.connection.full and not self.gone:
-            await self.connection.writable()
-        if self.gone:
-            return
-        if message["type"] == "http.response.start":
-            self._head = self._lines(message["status"], message["headers"])
-            return
-        body, more = message["body"], message.get("more_body", False)
-        if self.method == "HEAD":
-            body = b""
-        elif self.chunked:
-            body = b"%x\r\n%s\r\n" % (len(body), body) if body else b""
-            if not more:
-                body += b"0\r\n\r\n"
-        self._write(body if self.begun else self._head + body, more=more)
-
-    def _write(self, data: bytes, *, more: bool) -> None:
-        self.begun = True
-        self.connection.write(data)
-        if not more:
-            self._pieces, self.unread = [], 0  # what came and nobody took: else nothing is read behind it
-            self.connection.answered(self)
-
-    def _lines(
-        self, status: int, headers: list[tuple[bytes, bytes]], fixed: bytes = b"", *, chunked: bool = True
-    ) -> bytes:
-        lines = []
-        for name, value in headers:
-            lines.append(b"%s: %s\r\n" % (name, value))
-            if name == b"content-length":
-                chunked = False
-            elif name == b"connection":
-                self.keep_alive = False
-        if not self.keep_alive and (b"connection", b"close") not in headers:
-            lines.append(b"connection: close\r\n")
-        self.chunked = chunked and self.version == "1.1"
-        if self.chunked:
-            lines.append(b"transfer-encoding: chunked\r\n")
-        said = b"".join(lines)
-        if not said.count(b"\r") == said.count(b"\n") == len(lines):
-            raise ValueError("a header of an answer has a line break")  # another answer could begin behind it
-        return b"%s%s%s\r\n" % (_STATUS[status], fixed, said)
-
-
 class Connection(asyncio.Protocol):
     """Made by uvicorn's server, which has its name, its lists, and `shutdown`."""
 
+    __slots__ = (
+        *("client", "counted", "full", "paused", "peer"),
+        *("_address", "_ahead", "_answer", "_app", "_beside", "_body", "_coming", "_current", "_deaf", "_declined"),
+        *("_ended", "_gone", "_headers", "_heads", "_in_head", "_in_message", "_known", "_leaving", "_loop", "_owed"),
+        *("_parser", "_reading", "_server", "_taking", "_task", "_transport", "_turn", "_url", "_writable"),
+    )
     crowd: ClassVar[Counter[str]] = Counter()  # connections, by whose they are
     most: ClassVar[int] = _FROM_ONE
-    _leaving: Leaving | None = None  # while nothing is read
 
     def __init__(
         self,
@@ -222,6 +64,8 @@ class Connection(asyncio.Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self._app, self._server = config.loaded_app, server_state
+        # An application of ours takes an exchange as it is.
+        self._answer: Callable[[Exchange], Awaitable[None]] | None = getattr(config.loaded_app, "exchange", None)
         self._loop = _loop or asyncio.get_running_loop()
         self._parser = httptools.HttpRequestParser(self)
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
@@ -234,7 +78,8 @@ class Connection(asyncio.Protocol):
         self._ahead: deque[Exchange] = deque()
         self._task: asyncio.Task[None] | None = None
         self._turn: asyncio.Future[None] | None = None  # what it waits for between two requests
-        self._deaf = self._gone = self._paused = False
+        self._deaf = self._gone = self.paused = False
+        self._leaving: Leaving | None = None  # while nothing is read
         self.full, self._writable = False, asyncio.Event()
         # Of the message that comes: whether one does, its head, whether one ended in this piece; bytes of this piece
         # that were body, and bytes since its beginning that were not.
@@ -242,6 +87,9 @@ class Connection(asyncio.Protocol):
         self._body, self._beside = 0, 0
         self._declined = 0  # bytes of a body that are still to come behind the offer of another protocol
         self._url, self._headers = b"", cast("list[tuple[bytes, bytes]]", [])
+        self._heads: list[Head] = []  # that ended in this piece
+        self._known: KnownHead[Head] | None = None
+        self._owed = 0  # bytes of a body that are still to come behind a head that was known
 
     @staticmethod
     def whose(host: str) -> str:
@@ -264,8 +112,8 @@ class Connection(asyncio.Protocol):
     def read_on(self) -> None:
         """Read what comes, unless nobody has taken what has come already."""
         wanted = not self._ahead and (self._reading is None or self._reading.unread <= _UNREAD_MOST)
-        if wanted is self._paused and self._transport is not None and not self._transport.is_closing():
-            self._paused = not wanted
+        if wanted is self.paused and self._transport is not None and not self._transport.is_closing():
+            self.paused = not wanted
             if wanted:
                 self._transport.resume_reading()
             else:
@@ -286,7 +134,7 @@ class Connection(asyncio.Protocol):
             self._begin(self._ahead.popleft())
         elif not self._in_message:
             self._coming.within(_IDLE_TIME)
-        if self._paused:
+        if self.paused:
             if self._in_message:  # it could not come before
                 self._coming.within(_BODY_TIME)
             self.read_on()
@@ -340,16 +188,17 @@ class Connection(asyncio.Protocol):
             if self._declined:
                 self._decline(data)
             return
-        self._body, self._ended = 0, False
+        if self._owed:
+            data = self._repay(data)
+        elif self._known is not None and not self._in_message and self._current is None:
+            data = self._again(self._known, data)
+        if not data:
+            return
+        self._body, self._ended, self._heads, within = 0, False, [], self._in_message
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._deaf = True  # nobody here speaks another protocol, and httptools reads no more of this one
-            for exchange in (self._current, *self._ahead):
-                if exchange is not None:
-                    exchange.keep_alive = False
-            if self._declined:
-                self._decline(data[upgrade.args[0] :])
+            self._offered(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._malformed()
             return
@@ -360,6 +209,8 @@ class Connection(asyncio.Protocol):
                     self._abort()
             if not self._coming.pending:
                 self._coming.within(_HEAD_TIME if self._in_head else _BODY_TIME)
+        if len(self._heads) == 1 and not within and not self._deaf:
+            self._learn(self._heads[0], data)
 
     def pause_writing(self) -> None:
         # Who reads a byte a minute would keep a stream, and its place at an inference server, for as long as it likes.
@@ -396,16 +247,17 @@ class Connection(asyncio.Protocol):
         if not url.startswith(b"/"):  # with the scheme and host, as proxies are asked
             url = httptools.parse_url(url).path or b"/"
         path = url.partition(b"?")[0].decode("ascii")
-        exchange = self._reading = Exchange(
-            self,
+        head = Head(
             parser.get_method().decode("ascii"),
             unquote(path) if "%" in path else path,
             version,
             self._headers,
-            keep_alive=version == "1.1" and parser.should_keep_alive() and not old,
+            keep_alive=version == "1.1" and parser.should_keep_alive(),
         )
+        self._heads.append(head)
+        exchange = self._reading = Exchange(self, head, keep_alive=head.keep_alive and not old)
         if parser.should_upgrade():
-            self._declined = exchange.length()
+            self._declined = exchange.head.length
         if self._current is None:
             self._begin(exchange)
         elif len(self._ahead) < _AHEAD_MOST:
@@ -434,16 +286,59 @@ class Connection(asyncio.Protocol):
         else:
             self._coming.met()
 
+    # -- heads that are known ------------------------------------------------------------------------------------
+
+    def _learn(self, head: Head, data: bytes) -> None:
+        """What the parser has read in this piece, and it alone, from its first byte: the next that begins so is not
+        read by it. One whose body can't be counted, or behind which nothing comes, is not known."""
+        said = head.named.get(b"content-length", b"")  # httptools has refused a second one
+        if head.keep_alive and not head.expects and b"transfer-encoding" not in head.named:
+            self._known = KnownHead.of(data, self._body, said, head)
+
+    def _again(self, known: KnownHead[Head], data: bytes) -> bytes:
+        """What of `data` is for the parser: all of it, unless it is a request, or the beginning of one, whose head is
+        known. Then what httptools would call is done here."""
+        begin = known.matches(data)
+        owed = known.size - (len(data) - begin)
+        if not begin or owed < 0:
+            return data
+        head = known.said
+        if known.digits != head.named[b"content-length"]:
+            head = known.said = head.of_length(known.digits)
+        self._coming.met()
+        exchange = Exchange(self, head, keep_alive=self.peer is None or not self.peer.old)
+        self._begin(exchange)
+        if not owed:
+            exchange.whole(data[begin:])
+            return b""
+        self._in_message, self._reading, self._owed = True, exchange, owed
+        if len(data) > begin:
+            self.on_body(data[begin:])
+        self._coming.within(_BODY_TIME)
+        return b""
+
+    def _repay(self, data: bytes) -> bytes:
+        """What of `data` is behind the body that is owed."""
+        body = data[: self._owed]
+        self._owed -= len(body)
+        self.on_body(body)
+        if not self._owed:
+            self.on_message_complete()
+        elif not self._coming.pending:
+            self._coming.within(_BODY_TIME)
+        return data[len(body) :]
+
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _begin(self, exchange: Exchange) -> None:
         self._current = exchange
         if self._task is None:
             self._task = self._loop.create_task(self._serve())
+            # Also while it waits for the next request: a server that ends has closed its connection before.
+            self._server.tasks.add(self._task)
         else:
             self._wake()
         exchange.task = self._task
-        self._server.tasks.add(self._task)
 
     def _look_after(self, transport: asyncio.Transport | None) -> None:
         """Hear when the other side goes, while `transport` is not read."""
@@ -464,13 +359,15 @@ class Connection(asyncio.Protocol):
             while not self._gone:
                 exchange = self._current
                 if exchange is None:
-                    self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
                     self._turn = self._loop.create_future()
                     await self._turn
                     continue
                 if self.full:  # of answers before: who takes none of them is given no more
                     await self.writable()
-                await self._app(exchange.scope(), exchange.receive, exchange.send)
+                if self._answer is not None:
+                    await self._answer(exchange)
+                else:
+                    await self._app(exchange.scope(), exchange.receive, exchange.send)
                 if self._current is exchange:  # it was left without an end
                     break
         except Exception:  # noqa: BLE001 - a fault of the application's ends its connection, and no other
@@ -483,6 +380,15 @@ class Connection(asyncio.Protocol):
         finally:
             self._server.tasks.discard(cast("asyncio.Task[None]", self._task))
         self._close()
+
+    def _offered(self, rest: bytes) -> None:
+        """Another protocol, which nobody here speaks; and httptools reads no more of this one."""
+        self._deaf = True
+        for exchange in (self._current, *self._ahead):
+            if exchange is not None:
+                exchange.keep_alive = False
+        if self._declined:
+            self._decline(rest)
 
     def _decline(self, data: bytes) -> None:
         """The body of a request that offers another protocol, as Java's client does with its first one: who is answered
@@ -511,7 +417,7 @@ class Connection(asyncio.Protocol):
 
     def _late(self) -> None:
         """What is to come has not, unless it is here that it is not read."""
-        if self._paused and self._ahead:
+        if self.paused and self._ahead:
             self._coming.within(_BODY_TIME)
         else:
             self._abort()

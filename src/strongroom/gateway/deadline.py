@@ -24,11 +24,15 @@ class Deadline:
 
     def within(self, seconds: float) -> None:
         """From now on, instead of what was before."""
-        self._at = at = self._loop.time() + seconds
+        self.until(self._loop.time() + seconds)
+
+    def until(self, at: float) -> None:
+        """As `within`, by the loop's clock."""
+        self._at = at
         if at < self._fires:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._fires = self._loop.call_later(seconds, self._look), at
+            self._timer, self._fires = self._loop.call_at(at, self._look), at
 
     def met(self) -> None:
         """It has come: there is no deadline until the next one."""

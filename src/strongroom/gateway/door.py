@@ -129,16 +129,17 @@ class Door:
         if not self.awake:
             raise Sealed("gateway.blind", "the gateway can't see the room's log, and answers nothing meanwhile")
 
-    def known(self, token: str, peer: Peer | None = None) -> Caller | None:
-        """As `caller`, from memory alone."""
-        return self._remembered(self._callers_by_token, _digest(token)) if peer is None else None
+    def known(self, digest: str) -> Caller | None:
+        """As `caller`, of a token alone, by its digest and from memory."""
+        found = self._callers_by_token.get(digest)
+        return found[0] if found is not None and found[1] >= self._clock() else None
 
     async def caller(self, token: str, peer: Peer | None = None) -> Caller:
         """Whoever a bearer token stands for, or a certificate, or both: then `token` may be empty, and counts if it is
         not. AuthRequired ``apikey.invalid``, one error for every reason."""
         if peer is not None:
             return await self._certified(token, peer)
-        digest = _digest(token)
+        digest = digest_of(token)
         found = self._remembered(self._callers_by_token, digest)
         if found is not None:
             return found
@@ -183,7 +184,8 @@ class Door:
 
     def resolved(self, model: str) -> str | None:
         """As `resolve`, from memory alone."""
-        return self._remembered(self._refs, model)
+        found = self._refs.get(model)
+        return found[0] if found is not None and found[1] >= self._clock() else None
 
     async def resolve(self, model: str) -> str:
         """``NAME@N`` of what was asked for; NotFound ``model.not_found``."""
@@ -265,7 +267,7 @@ class Door:
         self._looker.shutdown(cancel_futures=True)
 
 
-def _digest(token: str) -> str:
+def digest_of(token: str) -> str:
     """What stands for a token in memory: no token is kept."""
     return hashlib.sha256(token.encode("latin-1", "replace")).hexdigest()
 

@@ -30,6 +30,18 @@ class Trace(Protocol):
     def end(self, flight: Flight, status: int, code: str, tokens: int) -> None: ...
 
 
+class Shown(Protocol):
+    """By what its caller is known, and the network that it comes from. `token` is empty where a certificate, of `peer`,
+    stands for it."""
+
+    @property
+    def token(self) -> str: ...
+    @property
+    def peer(self) -> Peer | None: ...
+    @property
+    def destination(self) -> str: ...
+
+
 class Admission(Protocol):
     """That it was let through by limits, of this process or over Redis. `done` may have to be awaited."""
 
@@ -43,40 +55,43 @@ class Flight:
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
     the door's answers when it was allowed, -1 before; `known`: that before it was asked who calls."""
 
-    ref = ""
-    asked = NOTHING
-    most = 0
-    seed: int | None = None
-    spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
-    numbers = reserved = text_most = 0
-    tokens = bits = 0  # that were given out, once it is settled
-    admission: Admission | None = None
-    toll: Reservation | None = None
-    place: Place | None = None  # at an upstream
-    reply: Reply | None = None
-    begun = False  # its status has been sent
-    recorded = False
-    misspelled = False  # its text is not what its tokens spell
-    why: StrongroomError | None = None
-    trace: Trace | None = None
-    epoch = -1
-    _interrupted = False
-    _waits = False  # so that it can be interrupted
+    __slots__ = (
+        *("admission", "asked", "begun", "bits", "body", "caller", "destination", "epoch", "headers", "identifier"),
+        *("known", "meter", "misspelled", "most", "numbers", "place", "recorded", "ref", "reply", "reserved", "route"),
+        *("seed", "shown", "spelling", "started", "text_most", "tokens", "toll", "trace", "why"),
+        *("_interrupted", "_task", "_waits"),
+    )
 
     def __init__(
         self,
         route: str,
         caller: Caller,
-        token: str,
+        shown: Shown,
         identifier: str,
-        destination: str,
         task: asyncio.Task[Any],  # what answers it
-        peer: Peer | None = None,  # who has shown a certificate
         known: int = 0,
     ) -> None:
-        self.route, self.caller, self.token, self.peer, self.known = route, caller, token, peer, known
-        self.identifier, self.destination, self._task = identifier, destination, task
+        self.route, self.caller, self.shown, self.known = route, caller, shown, known
+        self.identifier, self.destination, self._task = identifier, shown.destination, task
         self.started = time.monotonic()
+        self.ref = ""
+        self.asked = NOTHING
+        self.seed: int | None = None
+        self.spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
+        self.most = self.numbers = self.reserved = self.text_most = 0
+        self.tokens = self.bits = 0  # that were given out, once it is settled
+        self.admission: Admission | None = None
+        self.toll: Reservation | None = None
+        self.place: Place | None = None  # at an upstream
+        self.reply: Reply | None = None
+        self.begun = False  # its status has been sent
+        self.recorded = False
+        self.misspelled = False  # its text is not what its tokens spell
+        self.why: StrongroomError | None = None
+        self.trace: Trace | None = None
+        self.epoch = -1
+        self._interrupted = False
+        self._waits = False  # so that it can be interrupted
         self.meter = Meter()
         self.body: Mapping[str, object] = {}  # as it went upstream
         self.headers = [(b"x-request-id", identifier.encode())]
@@ -145,7 +160,7 @@ class Flights:
         while True:
             epoch = self._door.epoch
             if flight.known != epoch:  # else a key that ends while a body comes slowly would still be good for it
-                flight.caller = await self._door.caller(flight.token, flight.peer)
+                flight.caller = await self._door.caller(flight.shown.token, flight.shown.peer)
                 flight.known = epoch
             await self._door.allow(flight.caller, flight.asked.actions, flight.ref, flight.asked.model)
             if epoch == self._door.epoch:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import AuthRequired, StrongroomError, UsageError
+from strongroom.gateway.exchange import EXCHANGE
 
 if TYPE_CHECKING:
-    from strongroom.gateway.app import GatewayApp, Receive, Scope, Send
+    from strongroom.gateway.app import GatewayApp
     from strongroom.gateway.capture import Capture
     from strongroom.gateway.certificates import Certificates
     from strongroom.gateway.connection import Connection
     from strongroom.gateway.door import Door
+    from strongroom.gateway.exchange import Exchange
     from strongroom.gateway.metrics import Counts
     from strongroom.gateway.records import Records
     from strongroom.gateway.settings import Settings
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
 Check = Callable[["Settings"], None]
+Scope = dict[str, Any]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
 class Generations:
@@ -42,7 +47,11 @@ class Generations:
         self.failure: StrongroomError | None = None  # why it did not start
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
-        return self._live(receive, send) if scope["type"] == "lifespan" else self._newest.answer(scope, receive, send)
+        return self._live(receive, send) if scope["type"] == "lifespan" else self.exchange(scope[EXCHANGE])
+
+    def exchange(self, exchange: Exchange) -> Coroutine[Any, Any, None]:
+        """As with `__call__`, over a connection of ours, without what ASGI puts between."""
+        return self._newest.answer(exchange)
 
     # -- new settings --------------------------------------------------------------------------------------------
 

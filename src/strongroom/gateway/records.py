@@ -106,21 +106,23 @@ class Records:
         """The record, without `stream`, `n`, `at` and `before`, which are put in here; `settings` is the digest of
         those that it came under, where they are others than those of the start. Returns at once, with its number and
         its hash."""
-        self.check()
-        ref, refused, tokens, bits = record["ref"], record["status"] >= 400, record["tokens"], record["bits"]
+        if self._failure is not None:
+            self.check()
         with self._lock:
-            record |= {
-                "stream": self.stream, "n": self._count, "at": int(self._clock() * 1000), "before": self._head
-            }  # fmt: skip
+            record["at"], record["before"] = int(self._clock() * 1000), self._head
+            record["n"], record["stream"] = self._count, self.stream
             line = orjson.dumps(record, option=orjson.OPT_SORT_KEYS)
             self._head = digest(line)
             self._count += 1
-            unwritten, about = self._unwritten, (settings or self._settings, ref)
+            unwritten, about = self._unwritten, (settings or self._settings, record["ref"])
             unwritten.lines.append(line)
             sums = unwritten.sums.get(about)
             if sums is None:
                 sums = unwritten.sums[about] = _Sums()
-            sums.add(1, refused, tokens, bits)
+            sums.requests += 1
+            sums.refused += record["status"] >= 400
+            sums.tokens += record["tokens"]
+            sums.bits += record["bits"]
             return self._count - 1, self._head
 
     def announce(self, capture: str, settings: str = "") -> None:

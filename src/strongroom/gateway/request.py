@@ -26,8 +26,7 @@ _MESSAGES = 256
 _INPUTS = 64
 _PASSED_OVER = 4096  # bytes of what is taken and not passed on
 _ROLES = ("system", "developer", "user", "assistant")
-_PLAIN = {"role", "content"}  # members of a message
-_NAMED = {*_PLAIN, "name"}
+_NAMED = {"role", "content", "name"}  # members of a message, the last of which may be left out
 _LOGPROBS = 5
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _PILE = bytes([1]) * 31  # marks in a row; no text has more than 30 (UAX #15, section 13)
@@ -88,26 +87,26 @@ class Forms:
         `param` in its evidence."""
         value = parsed(body)
         asked = Asked(route)
-        table = _TABLES[route]
+        table, required = _TABLES[route], _REQUIRED[route]
         for name, given in value.items():
-            take = table.get(name)
-            if take is not None:
+            if name in table:
                 if given is not None:
-                    take(asked, given)
+                    table[name](asked, given)
             elif name in NEVER:
                 raise forbidden(name)
             elif not self._drop:
                 shown = name[:80].encode(errors="replace").decode()  # half a character can't be answered with
                 raise UsageError("parameter.unknown", f"the parameter {name!r:.80} is not known here", param=shown)
-        required = _REQUIRED[route]
-        for name in ("model", required):
-            if value.get(name) is None:
-                raise invalid(name, "is required")
+        if value.get("model") is None:
+            raise invalid("model", "is required")
+        if value.get(required) is None:
+            raise invalid(required, "is required")
         # What is in none of them is not in all together; what is may be half in one and half in the next.
-        together = "\n".join(asked.texts)
-        asked.characters = len(together) - len(asked.texts) + 1
+        texts = asked.texts
+        together = "\n".join(texts)
+        asked.characters = len(together) - len(texts) + 1
         if _CONTROL.search(together) or not together.isascii() or self._tokens.search(together):
-            for text in asked.texts:
+            for text in texts:
                 self._check(text, required)
         if asked.logprobs is not None:
             if asked.steers:
@@ -258,10 +257,9 @@ def _text(name: str, value: Any) -> str:
 
 
 def _model(asked: Asked, value: Any) -> None:
-    text = _text("model", value)
-    if not _may_name(text):
+    if not _may_name(_text("model", value)):
         raise invalid("model", "is not NAME or NAME@N")
-    asked.model = text
+    asked.model = value
 
 
 @lru_cache(4096)
@@ -286,18 +284,23 @@ def _most(name: str) -> Take:
 def _messages(asked: Asked, value: Any) -> None:
     if not isinstance(value, list) or not 1 <= len(value) <= _MESSAGES:
         raise invalid("messages", f"is not a list of 1 to {_MESSAGES}")
-    made = []
+    made, texts = [], asked.texts
     for each in value:
-        if not isinstance(each, dict) or (each.keys() != _PLAIN and each.keys() != _NAMED):
+        try:
+            role, content = each["role"], each["content"]
+        except (KeyError, TypeError):
+            raise invalid("messages", "has a member that is not {role, content}") from None
+        if len(each) > 2 and each.keys() != _NAMED:
             raise invalid("messages", "has a member that is not {role, content}")
-        role, content = each["role"], each["content"]
         if role not in _ROLES:
             raise invalid("messages", f"has a role that is not one of {', '.join(_ROLES)}")
         if isinstance(content, list):
             content = "".join([_part(part) for part in content])
-        asked.texts.append(_text("messages", content))
+        elif not isinstance(content, str):
+            raise invalid("messages", "is not a text")
+        texts.append(content)
         message = {"role": role, "content": content}
-        if each.get("name") is not None:
+        if len(each) > 2 and each["name"] is not None:
             name = _text("messages", each["name"])
             if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name, re.ASCII):
                 raise invalid("messages", "has a name that is not 1 to 64 letters and digits")

@@ -78,14 +78,23 @@ class Routes:
                 flight.place = backend.queue.free_place()
                 if flight.place is None:
                     flight.place = await flight.interruptible(backend.queue.enter(flight.caller.principal, size))
-                reply = flight.reply = await flight.interruptible(
-                    backend.upstream.post(
-                        PATHS[flight.route],
-                        orjson.dumps({**body, "model": name}),
-                        whole=not body.get("stream"),
-                        more=b"" if flight.trace is None else flight.trace.header,
-                    )
+                upstream = backend.upstream
+                request = upstream.request(
+                    PATHS[flight.route],
+                    orjson.dumps({**body, "model": name}),
+                    b"" if flight.trace is None else flight.trace.header,
                 )
+                first = upstream.timeouts.first if flight.asked.stream else upstream.timeouts.whole
+                flight.check()
+                # Most often there is one connection to wait for, and no coroutine is needed to do it: what ends the
+                # request gives up the reply.
+                reply = flight.reply = upstream.begin(request, first)
+                if reply is not None:
+                    await reply.head()
+                if reply is None or not reply.there:
+                    reply = flight.reply = await flight.interruptible(upstream.send(request, first, reply))
+                else:
+                    upstream.answered()
             except BackendError as error:
                 if error.code != "upstream.unavailable":
                     raise

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from strongroom.errors import StrongroomError
@@ -184,7 +185,10 @@ def _tokens(flight: Flight) -> int:
 
 def _spender(flight: Flight) -> Spender:
     caller = flight.caller
-    return Spender(caller.principal, flight.destination, caller.teams, caller.key)
+    return _spender_of(caller.principal, flight.destination, caller.teams, caller.key)
+
+
+_spender_of = lru_cache(4096)(Spender)  # to make one costs more than to look it up
 
 
 def _in_thread(work: Callable[[], None]) -> None:

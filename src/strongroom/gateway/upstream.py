@@ -20,6 +20,7 @@ import httptools
 
 from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway.deadline import Deadline
+from strongroom.gateway.heads import KnownHead
 
 _BODY_MOST = 64 << 20  # bytes of an answer, whole or streamed
 _WAITING_MOST = 256 << 10  # bytes of a stream that wait; then the connection is no longer read
@@ -87,28 +88,38 @@ class Upstream:
         A connection that was kept may have been closed meanwhile: only then, and before a byte of an answer, is a
         request sent again. Nothing is generated twice.
         """
-        return self._send(
-            b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s"
-            % ((self._path + path).encode("ascii"), self._head, more, len(body), body),
-            self.timeouts.whole if whole else self.timeouts.first,
-        )
+        return self.send(self.request(path, body, more), self.timeouts.whole if whole else self.timeouts.first)
+
+    def request(self, path: str, body: bytes, more: bytes = b"") -> bytes:
+        """What `post` sends."""
+        return b"POST %s HTTP/1.1\r\n%s%s\r\ncontent-length: %d\r\n\r\n%s" % (
+            (self._path + path).encode("ascii"), self._head, more, len(body), body
+        )  # fmt: skip
 
     async def get(self, path: str) -> Reply:
         """As `post`, without a body."""
         request = b"GET %s HTTP/1.1\r\n%s\r\n\r\n" % ((self._path + path).encode("ascii"), self._head)
-        return await self._send(request, self.timeouts.first)
+        return await self.send(request, self.timeouts.first)
 
-    async def _send(self, request: bytes, first: float) -> Reply:
+    def begin(self, request: bytes, first: float) -> Reply | None:
+        """Send a request over a connection that was kept, if one was, without waiting: then wait for `Reply.head`, and
+        go on with `send` where that is not `there`, or with `answered`. `first`: seconds until the head is there."""
+        connection = self._kept()
+        return None if connection is None else connection.ask(request, self, first)
+
+    def answered(self) -> None:
+        """It has answered."""
+        self._failures = 0
+
+    async def send(self, request: bytes, first: float, begun: Reply | None = None) -> Reply:
+        """What `post` waits for, from its beginning, or from that of `begun`."""
         while True:
-            connection = self._kept()
-            fresh = connection is None
+            fresh, reply, begun = False, begun or self.begin(request, first), None
             try:
-                connection = connection or await self._connect()
-                reply = connection.ask(request, self)
-                # Of the whole head: a server that sends it byte by byte would keep a request's place for days.
-                until = connection.loop.time() + first
-                while not connection.answers():
-                    await connection.more(until - connection.loop.time(), first)
+                if reply is None:
+                    fresh, reply = True, (await self._connect()).ask(request, self, first)
+                while not reply.connection.answers():
+                    await reply.head()
             except _ClosedEarly:
                 if not fresh:
                     continue
@@ -116,10 +127,10 @@ class Upstream:
             except OSError as error:
                 raise self._failed("upstream.unavailable", f"can't be reached: {error.strerror or error}") from None
             except asyncio.CancelledError:
-                if connection is not None:
-                    connection.abort()
+                if reply is not None:
+                    reply.connection.abort()
                 raise
-            self._failures = 0
+            self.answered()
             return reply
 
     def _kept(self) -> _Connection | None:
@@ -173,6 +184,12 @@ class _ClosedEarly(Exception):
 class _Connection(asyncio.Protocol):
     """One connection: a request, its answer, and again. Callbacks of httptools fill what `Reply` takes."""
 
+    __slots__ = (
+        *("begun", "closed", "content_type", "failure", "loop", "most", "pieces", "received", "status", "waiting"),
+        *("whole", "_again", "_chunked", "_deadline", "_head_size", "_known", "_length", "_owed", "_parser", "_paused"),
+        *("_seconds", "_transport", "_until_closed", "_waiter"),
+    )
+
     def __init__(self) -> None:
         self.closed = False
         self._transport: asyncio.Transport | None = None
@@ -180,6 +197,8 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
         self._seconds, self._deadline = 0.0, Deadline(self.loop, self._late)
+        self._known: KnownHead[bytes] | None = None  # of answers with status 200, with their content-type
+        self._owed = 0  # bytes of a body that are still to come behind such a head
         self._fresh()
 
     def _fresh(self) -> None:
@@ -188,15 +207,17 @@ class _Connection(asyncio.Protocol):
         self.pieces: list[bytes] = []
         self.waiting, self.received, self._head_size = 0, 0, 0
         self.content_type, self.most = b"", _BODY_MOST
-        self._paused, self._again = False, True
+        self._paused, self._again, self._until_closed = False, True, False
+        self._length: bytes | None = None
+        self._chunked = False
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def ask(self, request: bytes, upstream: Upstream) -> Reply:
+    def ask(self, request: bytes, upstream: Upstream, first: float) -> Reply:
         assert self._transport is not None  # noqa: S101 - made by create_connection
         self._fresh()
         self._transport.write(request)
-        return Reply(self, upstream)
+        return Reply(self, upstream, first)
 
     def answers(self) -> bool:
         """Whether the head of an answer is there; _ClosedEarly, BackendError ``upstream.*`` if it will not come."""
@@ -208,10 +229,10 @@ class _Connection(asyncio.Protocol):
             raise BackendError("upstream.malformed", "the inference server's answer ends in its head")
         return self.status > 0
 
-    def more(self, seconds: float, of: float) -> asyncio.Future[None]:
-        """Done when something came, or after these `seconds`, the last `of` so many: then it has failed."""
+    def more(self, until: float, of: float) -> asyncio.Future[None]:
+        """Done when something came, or at that time, the end `of` so many seconds: then it has failed."""
         self._waiter, self._seconds = self.loop.create_future(), of
-        self._deadline.within(seconds)
+        self._deadline.until(until)
         return self._waiter
 
     def _late(self) -> None:
@@ -246,20 +267,51 @@ class _Connection(asyncio.Protocol):
         if self.whole:  # something that nobody asked for
             self.abort()
             return
-        self.begun, before = True, self.received
+        if self._owed or (not self.begun and self._known is not None):
+            data = self._read_known(data)
+            if not data:
+                return
+        first, before = not self.begun, self.received
+        self.begun = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
             self._fail("upstream.malformed", "the inference server sent what is not HTTP")
+        if first and self.status == 200 and self._length is not None and self._again and self.failure is None:
+            self._known = KnownHead.of(data, self.received, self._length, self.content_type)
         # Trailers come without end as well as a head does.
         beside = self._head_size + len(data) - _FRAMING * (self.received - before)
         self._head_size = beside if beside > 0 else 0  # noqa: FURB136 - asked with every piece
         if beside > _HEAD_MOST:
             self._fail("upstream.malformed", "the inference server's answer has a head, or trailers, that are too long")
+        self._heed()
+
+    def _heed(self) -> None:
+        """Something has come."""
         if self.waiting > _WAITING_MOST and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
         self.wake()
+
+    def _read_known(self, data: bytes) -> bytes:
+        """What of `data` is for the parser: all of it, unless it is an answer, or a part of one, whose head is known.
+        Then what httptools would call is done here."""
+        if not self._owed:
+            known = self._known
+            assert known is not None  # noqa: S101 - its caller has looked
+            begin = known.matches(data)
+            if not begin or known.size < len(data) - begin:
+                return data
+            self.begun, self._until_closed, self._again = True, False, True
+            self.content_type, self.status, self._owed = known.said, 200, known.size
+            data = data[begin:]
+        body = data[: self._owed]
+        self._owed -= len(body)
+        if body:
+            self.on_body(body)
+        self.whole = not self._owed
+        self._heed()
+        return data[len(body) :]
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - why makes no difference
         self.closed = True
@@ -287,29 +339,27 @@ class _Connection(asyncio.Protocol):
 
     # -- httptools -----------------------------------------------------------------------------------------------
 
-    _until_closed = False
-
     def on_message_begin(self) -> None:
         if self.whole:  # a second answer: what is left of it would be somebody else's
             self._fail("upstream.malformed", "the inference server answered twice")
-        self._length = self._chunked = False
+        self._length, self._chunked = None, False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         lowered = name.lower()
         if lowered == b"content-type":
             self.content_type = value.lower()
         elif lowered == b"content-length":
-            self._length = True
+            self._length = value
         elif lowered == b"transfer-encoding":
             self._chunked = True
         elif lowered == b"content-encoding" and value.lower() != b"identity":
             self._fail("upstream.malformed", "the inference server compressed an answer that was to come as it is")
 
     def on_headers_complete(self) -> None:
-        if self._length and self._chunked:  # two readers would see two ends: smuggling
+        if self._length is not None and self._chunked:  # two readers would see two ends: smuggling
             self._fail("upstream.malformed", "the inference server's answer has two lengths")
             return
-        self._until_closed = not (self._length or self._chunked)
+        self._until_closed = self._length is None and not self._chunked
         self._again = self._parser.should_keep_alive() and not self._until_closed
         self.status = self._parser.get_status_code()
 
@@ -332,60 +382,84 @@ class _Connection(asyncio.Protocol):
 class Reply:
     """An answer that has begun. Take it with `read` or `pieces`, or `abort` it."""
 
-    def __init__(self, connection: _Connection, upstream: Upstream) -> None:
-        self._connection, self._upstream = connection, upstream
+    __slots__ = ("_begun", "_done", "_first", "_until", "_upstream", "connection")
+
+    def __init__(self, connection: _Connection, upstream: Upstream, first: float) -> None:
+        self.connection, self._upstream, self._first = connection, upstream, first
         self._done = False
-        self._until = connection.loop.time() + upstream.timeouts.whole
+        self._begun = connection.loop.time()
+        self._until = self._begun + upstream.timeouts.whole
 
     @property
     def status(self) -> int:
-        return self._connection.status
+        return self.connection.status
 
     @property
     def content_type(self) -> bytes:
-        return self._connection.content_type
+        return self.connection.content_type
+
+    @property
+    def there(self) -> bool:
+        """Whether its head is."""
+        return self.connection.failure is None and self.connection.status > 0
+
+    def head(self) -> asyncio.Future[None]:
+        """Done when something of it came, or nothing will: its time is that of the whole head, else a server that sends
+        it byte by byte would keep a request's place for days."""
+        return self.connection.more(self._begun + self._first, self._first)
+
+    def at_once(self) -> bytes | None:
+        """As `read`, without waiting; None where something is still to come, or never will."""
+        connection = self.connection
+        if not connection.whole or connection.failure is not None or self._done:
+            return None
+        body = connection.take()
+        self.finish()
+        return body
 
     async def read(self, most: int = _BODY_MOST) -> bytes:
         """The whole body, of at most so many bytes; BackendError ``upstream.*``."""
-        self._connection.most = min(most, _BODY_MOST)
+        self.connection.most = min(most, _BODY_MOST)
         pieces = []
         try:
-            while (piece := self._now()) != b"":
+            while (piece := self.now()) != b"":
                 if piece is None:
-                    await self._more()
+                    await self.more()
                 else:
                     pieces.append(piece)
         except BaseException:
             self.abort()
             raise
-        self._finish()
+        self.finish()
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes; BackendError ``upstream.*``. While nobody takes them, the connection is not read."""
         try:
-            while (piece := self._now()) != b"":
+            while (piece := self.now()) != b"":
                 if piece is None:
-                    await self._more()
+                    await self.more()
                 else:
                     yield piece
         except BaseException:
             self.abort()
             raise
-        self._finish()
+        self.finish()
 
-    def _more(self) -> asyncio.Future[None]:
-        seconds = min(self._upstream.timeouts.between, self._until - self._connection.loop.time())
-        return self._connection.more(seconds, seconds)
+    def more(self) -> asyncio.Future[None]:
+        """Done when something of the body came, or nothing will."""
+        now = self.connection.loop.time()
+        until = min(now + self._upstream.timeouts.between, self._until)
+        return self.connection.more(until, until - now)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """All of it was taken: the connection is another request's."""
         self._done = True
-        self._connection.finish(self._upstream)
+        self.connection.finish(self._upstream)
 
-    def _now(self) -> bytes | None:
+    def now(self) -> bytes | None:
         """What there is of the body; nothing at its end, and None where that, or more, is still to come."""
-        connection = self._connection
+        connection = self.connection
         if self._done and connection.failure is not None:  # aborted: what waits is nobody's any more
             raise connection.failure
         # Where something always waits, too: whoever reads slowly would keep a server's place for longer.
@@ -402,11 +476,11 @@ class Reply:
         """Close the connection: an inference server stops generating for whoever has gone."""
         if not self._done:
             self._done = True
-            self._connection.failure = self._connection.failure or BackendError(
+            self.connection.failure = self.connection.failure or BackendError(
                 "upstream.aborted", "the request was given up"
             )
-            self._connection.abort()
-            self._connection.wake()
+            self.connection.abort()
+            self.connection.wake()
 
 
 def unexpected(status: int) -> StrongroomError:

@@ -31,6 +31,8 @@ _CODES = {
     "everybody": "budget.everybody",
 }
 _ALARMS = (50, 80, 100)  # per cent
+_POCKET = 64  # answers that a pocket is filled for at most
+_PART = 8  # of what is there a pocket gets this part
 _TRIES = 4  # to find the windows that are open, by the clock of the counters
 
 
@@ -59,9 +61,11 @@ class _Counter:
 
 
 class _Purse:
-    """The counters that one spender's answers of one version fall under, until the first of their windows ends."""
+    """The counters that one spender's answers of one version fall under, until the first of their windows ends.
+    `pocket`: bits that were taken from each of them and not spent, so that most answers touch one number. They are the
+    counters' whenever it matters: see `Budgets._turn_out`."""
 
-    __slots__ = ("at", "counters", "out", "refused", "since", "until")
+    __slots__ = ("at", "counters", "out", "pocket", "refused", "since", "until")
 
     def __init__(self, counters: tuple[_Counter, ...], at: float) -> None:
         self.counters = counters
@@ -69,6 +73,7 @@ class _Purse:
         self.until = min((each.ends for each in counters if each.ends is not None), default=float("inf"))
         self.at = at
         self.out = 0  # reservations that are not settled
+        self.pocket = 0
         self.refused: tuple[float, int, BudgetExceeded] | None = None  # until when, from how many bits on, and why
 
 
@@ -88,7 +93,8 @@ class Reservation:
         UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, the surplus
         is charged later. `pay` is given what writes it, and may have that done in another thread.
         """
-        _check(bits)
+        if not 0 <= bits <= _MOST:
+            raise _absurd(bits)
         if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
             pay(partial(self._budgets._pay, self._purse))  # noqa: SLF001
 
@@ -117,6 +123,8 @@ class Budgets:
         self._drawing = threading.Lock()  # held during transactions; taken before the other
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
         self._retired: list[_Purse] = []
+        self._filled: set[_Purse] = set()  # those that may have something in their pocket
+        self._owing = False  # whether some counter may be below 0: then nothing that is given back stays in a pocket
         self._counters: dict[tuple[Key, int], _Counter] = {}
         self._forgotten = 0
         if len({(rule.scope, rule.window) for rule in self._rules}) < len(self._rules):
@@ -126,18 +134,17 @@ class Budgets:
 
     def take(self, who: Spender, ref: str, bits: int) -> Reservation | None:
         """As `reserve`, from memory alone; None where the database must be asked, which takes milliseconds."""
-        _check(bits)
+        if not 0 <= bits <= _MOST:
+            raise _absurd(bits)
         with self._memory:
             purse = self._purses.get((who.principal, who.destination, who.teams, ref))
             now = self._clock()
             if purse is None or now >= purse.until:
                 return None
-            for counter in purse.counters:
-                if counter.free < bits:
-                    self._repeat(purse, bits, now)
-                    return None
-            for counter in purse.counters:
-                counter.free -= bits
+            if purse.pocket < bits and not self._fill(purse, bits):
+                self._repeat(purse, bits, now)
+                return None
+            purse.pocket -= bits
             purse.out += 1
             purse.at = now
         return Reservation(self, purse, bits)
@@ -150,6 +157,30 @@ class Budgets:
         the database, which is asked when a tranche is used up: then nothing more is given out.
         """
         return self.take(who, ref, bits) or self._draw(who, ref, bits)
+
+    def _fill(self, purse: _Purse, bits: int) -> bool:
+        """Whether `bits` are in its pocket now. Of what others could use as well it takes a part."""
+        if min((each.free for each in purse.counters), default=bits) + purse.pocket < bits:
+            self._turn_out()
+        missing = bits - purse.pocket
+        there = min((each.free for each in purse.counters), default=missing)
+        if there < missing:
+            return False
+        amount = max(missing, min(there // _PART, _POCKET * bits))
+        for counter in purse.counters:
+            counter.free -= amount
+        purse.pocket += amount
+        self._filled.add(purse)
+        return True
+
+    def _turn_out(self) -> None:
+        """All pockets are empty, and counters have what was in them: nothing is drawn, refused, paid or given back by
+        what is left of a counter while somebody else holds a part of that."""
+        for purse in self._filled:
+            for counter in purse.counters:
+                counter.free += purse.pocket
+            purse.pocket = 0
+        self._filled.clear()
 
     def _repeat(self, purse: _Purse, bits: int, now: float) -> None:
         """A caller that is refused and asks on costs no transaction each time."""
@@ -165,10 +196,15 @@ class Budgets:
                 return False
             reservation._settled = True  # noqa: SLF001
             back = reservation.bits - bits
-            for counter in purse.counters:
-                counter.free += back
+            purse.pocket += back
             purse.out -= 1
-            return back < 0 and any(counter.free < 0 for counter in purse.counters)
+            self._filled.add(purse)
+            if purse.pocket >= 0 and not self._owing:
+                return False
+            self._turn_out()
+            owing = any(counter.free < 0 for counter in purse.counters)
+            self._owing = self._owing or owing
+            return back < 0 and owing
 
     # -- transactions ----------------------------------------------------------------------------------------------
 
@@ -200,6 +236,8 @@ class Budgets:
                 now = self._newest = drawn.now
                 if drawn.full is not None:
                     counter = low[drawn.full]
+                    with self._memory:
+                        self._turn_out()
                     used = drawn.used[drawn.full] - counter.free - max(held[counter], 0)
                     raise self._refuse(purse, bits, counter, used, now)
                 kept = not drawn.moved
@@ -245,6 +283,7 @@ class Budgets:
     def _hold(self, purse: _Purse, bits: int, held: dict[_Counter, int]) -> None:
         """Take what there is of `bits` out of memory, so that nobody else spends it; below 0, what is owed."""
         with self._memory:
+            self._turn_out()
             for counter in purse.counters:
                 held[counter] = min(counter.free, bits)
                 counter.free -= held[counter]
@@ -274,6 +313,7 @@ class Budgets:
 
     def _owed(self, counters: Iterable[_Counter]) -> dict[_Counter, int]:
         with self._memory:
+            self._turn_out()
             return {counter: -counter.free for counter in counters if counter.free < 0}
 
     def _write(self, owed: dict[_Counter, int]) -> None:
@@ -285,6 +325,7 @@ class Budgets:
             with self._memory:
                 for counter, amount in owed.items():
                     counter.free += amount
+                self._owing = any(counter.free < 0 for counter in self._counters.values())
 
     @property
     def owed(self) -> int:
@@ -305,6 +346,7 @@ class Budgets:
             self._write(self._owed(self._counters.values()))
             with self._memory:
                 now = self._clock()
+                self._turn_out()
                 self._retired = [purse for purse in self._retired if purse.out]
                 for names, purse in list(self._purses.items()):
                     if not idle or (not purse.out and (now >= purse.until or now - purse.at >= idle)):
@@ -353,6 +395,5 @@ def _sums(bits: Mapping[_Counter, int]) -> dict[Key, int]:
     return sums
 
 
-def _check(bits: int) -> None:
-    if not 0 <= bits <= _MOST:
-        raise UsageError("budget.bits", f"{bits} bits: an answer has from none to {_MOST}")
+def _absurd(bits: int) -> UsageError:
+    return UsageError("budget.bits", f"{bits} bits: an answer has from none to {_MOST}")

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
 _CHANNEL = (
-    "--channel takes the file that strongroom infer was started with, as does channel in [[upstream]] and [verify]; key in "
-    "[[upstream]] is a file, too"
+    "--channel takes the file that strongroom infer was started with, as does channel in [[upstream]] and [verify]; "
+    "key in [[upstream]] is a file, too"
 )
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 _log = logging.getLogger("strongroom.gateway")

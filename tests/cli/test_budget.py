@@ -61,6 +61,8 @@ def test_for_people(used: Desk):
 def test_with_the_settings_of_the_gateway(used: Desk):
     settings = used.folder / "gateway.toml"
     settings.write_text('[budgets]\ncompression = 32\n[[budgets.rule]]\nscope = "model"\nwindow = "day"\nhard = true\n')
+    assert "--settings" in used.run("budget", REF).err  # else limits would be taken for the gateway's that are not
+    assert "--settings" not in used.run("budget", REF, "--settings", str(settings)).err
     found = used.run("budget", REF, "--settings", str(settings), "--json").json
     assert found["compression"] == 32
     (day,) = [each for each in found["budgets"] if (each["scope"], each["window"]) == ("model", "day")]

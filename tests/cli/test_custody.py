@@ -89,6 +89,25 @@ def test_break_glass(team):
     assert "the glass was broken" not in team.run("doctor", "--as", "user/ben").out
 
 
+def test_how_often_a_lease_holds_is_said_when_it_is_asked_for_approved_and_shown(team):
+    before = {each["id"] for each in team.run("requests", "--as", "user/ada", "--json").json["requests"]}
+    asked = team.run("request", REF, "--action", "copy", "--reason", "x", "--as", "user/ana").out
+    assert asked.endswith(f" asks to copy {REF} for 8h\n")
+    identifier = asked.split(":")[0]
+    team.run("approve", identifier, "--as", "user/ben", "--uses", "1")
+    assert team.run("approve", identifier, "--as", "user/eva").out.endswith("Z, once\n")
+    assert re.search("^uses +0 of 1$", team.run("requests", identifier, "--as", "user/ana").out, re.MULTILINE)
+    # A trace is for once, unless the request says otherwise.
+    asked = team.run("request", REF, "--action", "trace", "--reason", "x", "--as", "user/ben").out
+    assert asked.endswith(f" asks to trace {REF} for 8h, once\n")
+    asked = team.run("request", REF, "--uses", "3", "--reason", "x", "--as", "user/ana").out
+    assert asked.endswith(f" asks to load {REF} for 8h, at most 3 times\n")
+    for each in team.run("requests", "--as", "user/ada", "--json").json["requests"]:  # the room is others' as well
+        if each["id"] not in before:
+            end = "revoke" if each["state"] == "approved" else "deny"
+            assert team.run(end, each["id"], "--reason", "x", "--as", "user/eva").code == 0
+
+
 def test_copy(team, tmp_path):
     out = tmp_path / "copy"
     refused = team.run("copy", REF, "--to", "user/ana", "--out", str(out), "--as", "user/ana", "--json")

@@ -456,7 +456,7 @@ def test_a_newer_schema_is_refused_and_not_touched(database, path, create):
     with pytest.raises(BackendError) as caught:
         Database.open(f"sqlite:///{path}", create=create)
     assert caught.value.code == "db.newer_schema"
-    assert "upgrade" in caught.value.hint
+    assert "newer Strongroom" in caught.value.hint
     assert caught.value.evidence == {"schema": SCHEMA + 1, "known": SCHEMA}
     assert path.read_bytes() == before
 

@@ -645,7 +645,7 @@ class TestForgery:
         data[: len(sealed)] = sealed
         data[body + 96 : body + 128] = digest
         altered = replace(pack, digest=manifest.suite.digest(data[body:]))
-        payload = manifest.with_packs([altered], manifest.marked_packs).encode()
+        payload = replace(manifest, common_packs=(altered,)).encode()
         old = Envelope.decode((house.store / manifest.name).read_bytes(), payload_type=PAYLOAD_TYPE)
         evil = Signer(os.urandom(32))
         signature = evil.sign(pre_authentication_encoding(PAYLOAD_TYPE, payload))

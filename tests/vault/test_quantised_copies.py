@@ -341,6 +341,13 @@ UNFIT = {
     "doubles": ({"a.q_proj.weight": ("F64", (64, 128)), **LINEAR}, CONFIG, "int8", "form.quantised"),
     "rows of part of a group": ({"a.q_proj.weight": ("BF16", (64, 80)), **LINEAR}, CONFIG, "int4", "form.shape"),
     "rows of part of a word": ({"a.q_proj.weight": ("BF16", (64, 66)), **LINEAR}, CONFIG, "int8", "form.shape"),
+    # Loaders know what is not quantised by its last name: they would leave the linear layers of that name packed.
+    "a convolution that is called as linear layers are": (
+        {"model.conv.up_proj.weight": ("BF16", (64, 128, 1)), **LINEAR},
+        CONFIG,
+        "int8",
+        "form.shape",
+    ),
     "no linear layer": (EMBEDDING, CONFIG, "int4", "form.nothing"),
     "names that are taken": (
         {"model.layers.0.mlp.up_proj.weight_scale": ("BF16", (64, 1)), **LINEAR},

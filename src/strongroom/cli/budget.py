@@ -38,6 +38,8 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
     with options.open() as room:
         found = room.budget(ref, settings)
     options.output.answer(found, _lines(found))
+    if settings is None and options.served is None:
+        options.output.note("  → limits of a gateway whose settings have no [budgets]; if they have: --settings FILE")
     if found["gone_bits"] < found["logged"]["bits"]:
         options.output.warn(
             f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "

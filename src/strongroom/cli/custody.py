@@ -53,7 +53,10 @@ def request(
         found = room.request(ref, action=action, reason=reason, holder=holder, duration=seconds, uses=uses)
     options.output.answer(
         found,
-        [f"{found['id']}: {found['for']} asks to {found['action']} {found['ref']} for {duration(found['duration'])}"],
+        [
+            f"{found['id']}: {found['for']} asks to {found['action']} {found['ref']} for {duration(found['duration'])}"
+            + _times(found["uses"])
+        ],
     )
     _next(options, found)
 
@@ -93,6 +96,7 @@ def requests(options: Options, identifier: str | None, everything: bool) -> None
 def _one(options: Options, found: dict[str, Any]) -> None:
     lease = found["lease"] or {}
     ended = lease.get("ended", "")  # "revoked in entry 12"
+    uses = lease.get("uses", found["uses"])  # an approver may have made it fewer
     lines = [
         ("request", found["id"]),
         ("state", ended if ended.startswith(found["state"]) else ": ".join(filter(None, (found["state"], ended)))),
@@ -100,7 +104,7 @@ def _one(options: Options, found: dict[str, Any]) -> None:
         ("for", found["for"]),
         ("action", f"{found['action']} {found['ref']}".strip()),
         ("time", duration(found["duration"]) if found["duration"] else ""),
-        ("uses", f"{lease.get('used', 0)} of {found['uses'] or 'any number'}" if found["duration"] else ""),
+        ("uses", f"{lease.get('used', 0)} of {uses or 'any number'}" if found["duration"] else ""),
         *found["details"].items(),
         ("reason", found["reason"] or "not told, or deleted"),
         ("until", text(found["expires_at"]) if found["expires_at"] is not None else ""),
@@ -134,7 +138,7 @@ def approve(options: Options, identifier: str, seconds: int, uses: int | None, p
         found = room.approve(identifier, duration=seconds, uses=uses, show=shown(options) if passkey else None)
     if found["lease"]:
         what = f"{found['for']} may {found['action']} {found['ref']}"
-        line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}"
+        line = f"{found['id']} is approved: {what} until {text(found['expires_at'])}{_times(found['lease']['uses'])}"
     elif found["state"] == "done" and found["action"] == "grant":
         line = f"{found['id']}: {found['for']} is {found['ref']}"
     else:
@@ -199,7 +203,7 @@ def revoke(options: Options, target: str, reason: str) -> None:
 @click.argument("ref")
 @click.option("--to", required=True, metavar="PRINCIPAL", help="The holder: whose marks it carries.")
 @click.option("--out", required=True, metavar="DIR", help="A new folder.")
-@click.option("--quantise", type=click.Choice(FORMS), help="Leave out precision; of versions that were put as floats.")
+@click.option("--quantise", type=click.Choice(FORMS), help="Round the weights on their way; of versions put as floats.")
 @pass_options
 def copy(options: Options, ref: str, to: str, out: str, quantise: str | None) -> None:
     """Write a holder's marked plaintext copy to a folder."""
@@ -213,6 +217,13 @@ def copy(options: Options, ref: str, to: str, out: str, quantise: str | None) ->
     )
     names = "the weights name its holder" if done["carries_marks"] else "nothing in it says whose copy it is"
     output.note(f"  → this is plaintext: whoever gets it has the weights, and {names}")
+
+
+def _times(uses: int | None) -> str:
+    """How often a lease holds, where that is counted: who is refused for it should have read it before."""
+    if uses is None:
+        return ""
+    return ", once" if uses == 1 else f", at most {uses} times"
 
 
 def _next(options: Options, found: dict[str, Any]) -> None:

@@ -171,7 +171,7 @@ def _tell(options: Options, found: Taken | StrongroomError) -> None:
         if isinstance(found, StrongroomError):
             options.output.warn(f"the settings stay as they were: {found}")
         else:
-            told = "; ".join(found.changed) or "nothing has changed in it"
+            told = "; ".join(found.changed) or "nothing in them has changed"
             options.output.note(f"  → new settings are in force: {found.settings.digest}: {told}")
             if found.settings.capture.key:
                 key = key_id(bytes.fromhex(found.settings.capture.key))

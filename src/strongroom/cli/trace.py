@@ -215,7 +215,7 @@ def _hints(found: dict[str, Any], path: str) -> list[str]:
         ref = found["weights"]
         return [
             f"strongroom request {ref} --action trace --reason TEXT",
-            f"strongroom trace {path} --weights {ref} says whose copy it is, once that is approved",
+            f"strongroom trace {path} --weights {ref} says whose copy it is, once that, or one before it, is approved",
         ]
     if found["verdict"] == "named":
         hints = ["keep the file as it is: its SHA-256 is in the log"]

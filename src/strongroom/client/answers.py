@@ -133,7 +133,9 @@ REQUEST = _LISTED | {
     "statement": TEXT,
     "reason": or_null(TEXT),
     "salt": TEXT,
-    "lease": or_null(_object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT})),
+    "lease": or_null(
+        _object({"id": TEXT, "holder": TEXT, "expires_at": COUNT, "uses": or_null(COUNT), "used": COUNT, "ended": TEXT})
+    ),
 }
 REQUESTS: dict[str, Kind] = {"requests": _list(_object(_LISTED))}
 _ENDED: dict[str, Kind] = {"ended": _list(_object(dict.fromkeys(("id", "holder", "action", "ref"), TEXT)))}

@@ -74,7 +74,8 @@ class Identities:
             raise AuthRequired(
                 "identity.missing",
                 f"this machine has no key of {principal}, so it can't act as that principal",
-                hint=f"--as {(self.ls() or ['PRINCIPAL'])[0]}, or strongroom login; keys lie in {self.folder}",
+                hint=f"keys lie in {self.folder}: --as {(self.ls() or ['PRINCIPAL'])[0]}; of a served room also "
+                f"strongroom login, or strongroom identity new {principal}, whose key somebody who may grant registers",
             ) from None
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)

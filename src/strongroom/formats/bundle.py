@@ -79,7 +79,9 @@ class KeyBundle:
             raise Tampered("bundle.malformed", "these bytes are not a key bundle")
         if version != FORMAT:
             raise CannotVerify(
-                "bundle.unknown_format", f"key bundle of format {version}, expected {FORMAT}", hint="upgrade strongroom"
+                "bundle.unknown_format",
+                f"key bundle of format {version}, expected {FORMAT}",
+                hint="install a newer Strongroom, as docs/how-to/install.md says",
             )
         word_size = -(-positions // 8)
         sizes = (_HEADER.size, holder_size, ref_size, word_size, positions * _KEY, 32)

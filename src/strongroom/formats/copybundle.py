@@ -95,7 +95,9 @@ class CopyBundle:
             raise Tampered("copy.malformed", "what came is no copy bundle")
         if value["format"] != FORMAT:
             raise CannotVerify(
-                "copy.unknown_format", f"a copy bundle of format {value['format']}", hint="upgrade strongroom"
+                "copy.unknown_format",
+                f"a copy bundle of format {value['format']}",
+                hint="install a newer Strongroom, as docs/how-to/install.md says",
             )
         files = tuple(CopiedFile(*each) for each in value["files"])
         _check(files, value["image"], value["piece"])

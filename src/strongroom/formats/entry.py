@@ -273,7 +273,9 @@ class Entry:
         value = canonical.decode_typed(data, what="an entry of the log")
         if isinstance(value, dict) and type(value.get("format")) is int and value["format"] > FORMAT:
             raise CannotVerify(
-                "format.unknown", f"the log has an entry of format {value['format']}", hint="upgrade strongroom"
+                "format.unknown",
+                f"the log has an entry of format {value['format']}",
+                hint="install a newer Strongroom, as docs/how-to/install.md says",
             )
         if wrong := _fault(value):
             raise Tampered("entry.malformed", f"an entry of the log is malformed: {wrong}")

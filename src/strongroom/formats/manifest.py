@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -156,9 +156,6 @@ class Manifest:
             raise Tampered("manifest.malformed", f"the manifest does not hold together: {error}") from None
         manifest.__dict__["_digest"] = hashlib.sha256(payload).digest()  # canonical: it would be encoded so again
         return manifest
-
-    def with_packs(self, common: Sequence[PackEntry], marked: Sequence[PackEntry]) -> Manifest:
-        return replace(self, common_packs=tuple(common), marked_packs=tuple(marked))
 
 
 def _packs_json(packs: Sequence[PackEntry]) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def check_format(number: object, what: str, *, newest: int = FORMAT) -> None:
         raise CannotVerify(
             "format.unknown",
             f"{what} is of format {number}; this release reads format {newest}",
-            hint="upgrade strongroom",
+            hint="install a newer Strongroom, as docs/how-to/install.md says",
         )
 
 
@@ -41,7 +41,7 @@ class Suite(IntEnum):
         raise CannotVerify(
             "suite.unknown",
             f"suite {number!r} is not one that this release reads (1: BLAKE3, 2: SHA-256)",
-            hint="upgrade strongroom",
+            hint="install a newer Strongroom, as docs/how-to/install.md says",
         )
 
     @property

@@ -1,8 +1,8 @@
 """A client's connection, HTTP/1.1: a request, its answer, and the next, read with httptools and passed on as ASGI.
 
 uvicorn's own protocol costs as much again (docs/adr/0014-a-gateway-of-our-own.md), and would have to be held to limits
-that it does not have: nobody keeps a connection by being slow, nobody is read ahead without
-end, and a head, or what is around a body, has a length.
+that it does not have: nobody keeps a connection by being slow, nobody is read ahead without end, and a head, or what is
+around a body, has a length.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from strongroom.gateway.reload import Read, Reload, Tell, unexpected
 from strongroom.gateway.rooms import Open
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.worker import application
-from strongroom.gateway.workers import Obedient, everywhere
+from strongroom.gateway.workers import Participant, coordinate
 
 if TYPE_CHECKING:
     import uvicorn
@@ -138,7 +138,7 @@ def _again(plan: Plan, children: list[tuple[Any, Any]]) -> None:
         return
     try:
         settings = plan.read()
-        plan.tell(Taken(settings, everywhere(settings, children)))
+        plan.tell(Taken(settings, coordinate(settings, children)))
     except StrongroomError as error:
         if error.code == "gateway.worker":
             raise
@@ -160,7 +160,7 @@ def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], numb
     """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN if plan.read else signal.SIG_DFL)  # it is told by the first process
     try:
-        _serve(plan, listener, ready, number, lambda reload: Obedient(reload, line).listen())
+        _serve(plan, listener, ready, number, lambda reload: Participant(reload, line).listen())
     except StrongroomError as error:
         line.send((error.message, error.hint))
         sys.exit(error.exit_code)

@@ -112,7 +112,7 @@ class Verified:
                 await self._verify(ref, body)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next answers are still run again
                 self.failed += 1
-                _log.warning("an answer was not verified: %s", error)
+                _log.warning("an answer was not run again by the verifier, %s: %s", self._verifier.url, error)
 
     async def _verify(self, ref: str, body: bytes) -> None:
         said = await self._ask(body)

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
 
 _VERSIONS = 1024
 _VOCABULARY = 1 << 20  # tokens, where neither the configuration nor the tensors say how many there are
-_CHANNEL = "--channel takes the file that strongroom infer was started with; of [[upstream]] key and channel are files"
+_CHANNEL = (
+    "--channel takes the file that strongroom infer was started with, as does channel in [[upstream]] and [verify]; "
+    "key in [[upstream]] is a file, too"
+)
 _SECRET = re.compile("[0-9a-f]{64}", re.ASCII)
 _log = logging.getLogger("strongroom.gateway")
 
@@ -221,8 +224,10 @@ def _secret(path: Path) -> str:
 def _line(path: Path, hint: str = _CHANNEL) -> str:
     try:
         text = path.read_text("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError("gateway.secret", f"can't read {path}: {error}", hint=hint) from None
+    except OSError as error:
+        raise UsageError("gateway.secret", f"can't read {path}: {error.strerror}", hint=hint) from None
+    except UnicodeDecodeError:
+        raise UsageError("gateway.secret", f"{path} is no text", hint=hint) from None
     if not text or "\n" in text or "\r" in text:
         raise UsageError("gateway.secret", f"{path} has not one line", hint=hint)
     return text

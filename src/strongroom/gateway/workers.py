@@ -1,5 +1,6 @@
 """New settings in a gateway of several processes: the first one reads them, and has each worker prepare, and then take
-or drop them (gateway/reload.py), over a pipe to each. `everywhere` is its end, `Obedient` the worker's."""
+or drop them (gateway/reload.py), over a pipe to each: a commit in two phases. `coordinate` is the first process's end,
+`Participant` a worker's."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ class _Answer:
     hint: str = ""
 
 
-class Obedient:
+class Participant:
     """A worker: from `listen` on it does what the first process says at the other end of `line`."""
 
     def __init__(self, reload: Reload, line: Any) -> None:
@@ -61,7 +62,7 @@ class Obedient:
         return ()
 
 
-def everywhere(settings: Settings, workers: list[tuple[Any, Any]]) -> tuple[str, ...]:
+def coordinate(settings: Settings, workers: list[tuple[Any, Any]]) -> tuple[str, ...]:
     """Have all `workers` (connection and process) take `settings`; what that changes. UsageError ``gateway.settings``:
     one could not, and none has. BackendError ``gateway.worker``: one has ended."""
     ends = [process.sentinel for _, process in workers]

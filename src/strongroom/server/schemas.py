@@ -52,7 +52,13 @@ def _counts(*names: str) -> dict[str, Schema]:
     return dict.fromkeys(names, COUNT)
 
 
-_LEASE: dict[str, Schema] = {"id": ID, "holder": TEXT, "expires_at": COUNT, "used": COUNT, "ended": TEXT}
+_LEASE: dict[str, Schema] = {
+    "id": ID,
+    "holder": TEXT,
+    **_counts("expires_at", "used"),
+    "uses": _or_null(COUNT),
+    "ended": TEXT,
+}
 _REQUEST: dict[str, Schema] = {
     "id": ID,
     "digest": DIGEST,

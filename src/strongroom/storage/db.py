@@ -376,7 +376,7 @@ class Database:
             raise BackendError(
                 "db.newer_schema",
                 f"the database was written by a newer Strongroom (schema {found}; this one knows {SCHEMA})",
-                hint="pip install --upgrade strongroom",
+                hint="install a newer Strongroom, as docs/how-to/install.md says",
                 schema=found,
                 known=SCHEMA,
             )

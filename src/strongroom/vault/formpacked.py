@@ -124,12 +124,16 @@ def _alignment(dtype: Dtype) -> int:
 
 
 def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
-    # By their last names, none of which is a linear layer's: what stands before it is another in each library.
-    others = {
-        f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight').rpartition('.')[2])}$"
-        for each in tensors
-        if each.begin not in quantised and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
-    }
+    # By their last names: what stands before it is another in each library.
+    rest = {_last(each.info): each.info for each in tensors if each.begin not in quantised and _matrix(each.info)}
+    for each in tensors:
+        if each.begin in quantised and (other := rest.get(_last(each.info))) is not None:
+            unfit(
+                "form.shape",
+                f"{other.name!r:.100} has {len(other.shape)} dimensions, and is called as {each.info.name!r:.100} is: "
+                "whoever loads it would take both for not quantised",
+            )
+    others = {f"re:(?:.*\\.)?{_escaped(name)}$" for name in rest}
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -147,6 +151,15 @@ def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: 
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
+
+
+def _matrix(info: TensorInfo) -> bool:
+    """Whether it is the weight of what a reader may take for a layer to quantise."""
+    return len(info.shape) > 1 and info.name.endswith(".weight")
+
+
+def _last(info: TensorInfo) -> str:
+    return info.name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _escaped(name: str) -> str:

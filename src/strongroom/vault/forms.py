@@ -64,7 +64,7 @@ class Plan:
 
 
 def planned(originals: Originals, form: str) -> Plan:
-    """How a version leaves in `form`, which is one of `FORMS`. UsageError ``form.*`` where it can't."""
+    """How a version leaves in `form`, which is one of `KINDS`. UsageError ``form.*`` where it can't."""
     from strongroom.vault.formgguf import block_files
     from strongroom.vault.formpacked import packed_files
 
@@ -72,7 +72,8 @@ def planned(originals: Originals, form: str) -> Plan:
     if kinds != {KINDS[form]}:
         has = " and ".join(sorted(kinds)) or "no weights"
         others = sorted(name for name, kind in KINDS.items() if kinds == {kind})
-        hint = f"--quantise {' or '.join(others)}" if others else _AS_PUT
+        which = f"strongroom copy REF --to PRINCIPAL --out DIR --quantise {' or '.join(others)}"
+        hint = which if others else _AS_PUT
         raise UsageError("form.kind", f"{form} is of versions put as {KINDS[form]}; this one has {has}", hint=hint)
     if any(of_adapter(each.info.name) for each in originals.tensors()):
         unfit("form.adapter", "an adapter is not quantised: it is small, and is added to weights that are")

@@ -24,6 +24,7 @@ def describe_request(state: State, request: Request, now: int) -> dict[str, Any]
             "id": lease.id,
             "holder": lease.holder,
             "expires_at": lease.expires_at,
+            "uses": lease.uses,
             "used": lease.used,
             "ended": lease.ended,
         }

@@ -70,10 +70,6 @@ class ModelSource:
             self._check_shards()
 
     @property
-    def total_bytes(self) -> int:
-        return sum(file.size for file in self.files)
-
-    @property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """All tensors, file by file; their offsets are those of their own file."""
         return tuple(tensor for file in self.files for tensor in file.tensors)

@@ -87,7 +87,8 @@ class Line:
         if error.code == "denied.default" and not error.evidence.get("roles"):
             return (
                 "no rule of the room's policy permits relay: it is older than the role gateway; an officer adds the "
-                "rule gateways-relay to what strongroom policy show prints, and runs: strongroom policy propose FILE "
+                "rule gateways-relay (docs/how-to/give-inference.md) to what strongroom policy show prints, and runs: "
+                "strongroom policy propose FILE "
                 "--reason TEXT"
             )
         return error.hint  # of a clock that is off, a principal that is suspended, a role that it lacks

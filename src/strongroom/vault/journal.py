@@ -80,7 +80,8 @@ class Journal:
         start: VersionRecord | None,
     ) -> Journal:
         record = start or VersionRecord.fresh(random_id())
-        with db.transaction() as tx:
+        # One row, under a key that is held: who waits for a new room key goes on with that one, and is not refused.
+        with db.counting() as tx:
             tx.execute(
                 insert(puts).values(
                     put_id=put_id,

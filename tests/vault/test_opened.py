@@ -10,10 +10,12 @@ from contextlib import contextmanager
 import pytest
 
 from strongroom.client import Room
-from strongroom.errors import NotFound, Sealed
+from strongroom.client.receive import receive
+from strongroom.errors import NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
 from strongroom.vault import trace
 from strongroom.vault.callers import Callers
+from strongroom.vault.copies import Copies
 from strongroom.vault.fsck import fsck
 from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.vault import Vault
@@ -185,3 +187,22 @@ class TestTheRoomKey:
         house.vault.keys._cached = None
         with pytest.raises(Sealed):
             house.vault.keys.room_key  # noqa: B018
+
+
+@pytest.mark.parametrize("form", [None, "int4"])
+@pytest.mark.parametrize(("what", "code"), [("rotated", "copy.revision"), ("shredded", "copy.ended")])
+def test_a_copy_of_what_is_rotated_or_shredded_as_it_is_read(house, other, monkeypatch, tmp_path, form, what, code):
+    """Whoever takes it is told so, and not that the store had lost something."""
+    monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+    with Room(house.folder, OWNER) as room:
+        taken = receive(house.vault, room._say, OWNER, REF, "copy", form=form)
+
+    def change():
+        if what == "rotated":
+            other.vault.rotate(REF, by=OWNER)
+        else:
+            other.vault.shred(REF, confirm=REF, by=OWNER)
+
+    with between(monkeypatch, Copies, "_check", change), pytest.raises(StrongroomError) as caught:
+        house.vault.copies.read(f"copies/{taken.index}/0")
+    assert caught.value.code == code

@@ -11,7 +11,7 @@ from strongroom.marking.elements import STEPS
 
 _PACKED = ("_packed", "_scale", "_shape")
 _WIDTHS = (4, 8)  # bits of a code
-_LARGEST = 1 << 20  # elements of a group: whatever is read of a tensor, its groups are
+LARGEST = 1 << 20  # elements of a group: whatever is read of a tensor, its groups are
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def put_together(
         said = shape_of(three[2])
         for bits in _WIDTHS:
             columns = words * 32 // bits
-            whole = columns % groups == 0 and columns // groups * bits % 8 == 0 and columns // groups <= _LARGEST
+            whole = columns % groups == 0 and columns // groups * bits % 8 == 0 and columns // groups <= LARGEST
             if said == (rows, columns) and rows_of_scales == rows and whole:
                 info = TensorInfo(stem, Dtype(f"I{bits} packed", 32 // bits, 4), said, codes.begin, codes.end)
                 yield three, info, Packing(bits, columns // groups, codes, scales)

@@ -409,6 +409,23 @@ def test_what_is_left_as_it_is_says_nothing_of_what_is_quantised(house, tmp_path
     assert ignored == ["lm_head", r"re:(?:.*\.)?conv$", r"re:(?:.*\.)?model\.layers\.1\.experts\.up_proj$"]
 
 
+@pytest.mark.parametrize("form", FORMS["blocks"])
+def test_a_gguf_tensor_of_no_bytes_stays_what_it_is(house, tmp_path, form):
+    """It begins where the next one does."""
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.add_tensor("blk.0.none.weight", np.empty((0, 128), np.float16))
+    writer.add_tensor("blk.0.ffn_up.weight", np.random.default_rng(0).normal(0, 0.05, (64, 128)).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    house.put(tmp_path / "empty.gguf", f"empty-{form}")
+    folder = taken(house, f"empty-{form}", OWNER, form, tmp_path / "out")
+    types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(folder / "empty.gguf").tensors}
+    assert types == {"blk.0.none.weight": "F16", "blk.0.ffn_up.weight": form.upper()}
+    assert tensors_of(folder)["blk.0.none.weight"].shape == (0, 128)
+
+
 def test_a_gguf_version_that_is_quantised_already(house, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
     w = np.random.default_rng(0).normal(0, 0.05, (64, 128)).astype(np.float32)

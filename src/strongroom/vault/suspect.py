@@ -156,6 +156,8 @@ class Suspect:
         tensor = self.tensors[name]
         info, dtype = tensor.info, tensor.info.dtype
         end = info.elements if end is None else end
+        if end <= begin:  # a tensor of no elements, of whatever type
+            return np.empty(0, np.float32)
         low, high = begin // dtype.block, -(-end // dtype.block)
         with np.errstate(all="ignore"):
             try:

@@ -11,6 +11,7 @@ import pytest
 
 from strongroom.client import Room
 from strongroom.client.receive import receive
+from strongroom.crypto.keystores.file import FileKeystore
 from strongroom.errors import NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
 from strongroom.vault import trace
@@ -206,3 +207,38 @@ def test_a_copy_of_what_is_rotated_or_shredded_as_it_is_read(house, other, monke
     with between(monkeypatch, Copies, "_check", change), pytest.raises(StrongroomError) as caught:
         house.vault.copies.read(f"copies/{taken.index}/0")
     assert caught.value.code == code
+
+
+def test_a_job_that_is_gone_on_with_as_the_room_key_is_rotated_is_opened_as_it_is_now(house, other):
+    """Its secrets were read under the old key, which nobody has any more."""
+    vault, fresh = house.vault, House(house.folder)
+    with contextlib.suppress(ValueError), vault.journal("put this", "acme/tiny", OWNER) as begun:
+        raise ValueError("interrupted")
+    row, left = RoomKeys._row, [other.vault.keys.rotate]
+
+    def late(keys, tx=None, *given):
+        found = row(keys, tx, *given)
+        if keys is fresh.vault.keys and left:
+            left.pop()()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoomKeys, "_row", late)
+        with fresh.vault.journal("put this", "acme/tiny", OWNER) as again:
+            assert again.record == begun.record
+    assert not left
+    fresh.close()
+
+
+def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch):
+    """Where it is slow, or away, everything else in the room goes on."""
+    wrap = FileKeystore.wrap
+
+    def slow(store, *given):
+        other.register("user/somebody")
+        return wrap(store, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileKeystore, "wrap", slow)
+        house.vault.keys.rotate()
+    assert House(house.folder).vault.verify(REF, deep=True).ok

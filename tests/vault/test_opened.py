@@ -242,3 +242,27 @@ def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch)
         patch.setattr(FileKeystore, "wrap", slow)
         house.vault.keys.rotate()
     assert House(house.folder).vault.verify(REF, deep=True).ok
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_that_is_shredded_while_others_are_searched_is_left_out(
+    house, other, other_source, source, monkeypatch, all_of_them
+):
+    house.put(other_source, "acme/other")
+
+    def shred():
+        for ref in (REF, "acme/other@1") if all_of_them else (REF,):
+            other.vault.shred(ref, confirm=ref, by=OWNER)
+
+    with between(monkeypatch, trace, "_records", shred):
+        if all_of_them:
+            with pytest.raises(NotFound) as caught:
+                house.search(source)
+            assert caught.value.code == "weights.missing"
+        else:
+            assert [each["ref"] for each in house.search(source)["versions"]] == ["acme/other@1"]
+
+
+def test_that_is_shredded_as_it_is_looked_at_is_no_problem(house, other, monkeypatch):
+    with between(monkeypatch, fsck_module, "_of_one_moment", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)):
+        assert fsck(house.vault).problems == []

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 import pytest
 
 from strongroom.client import Room
-from strongroom.errors import NotFound, Sealed
+from strongroom.client.receive import receive
+from strongroom.crypto.keystores.file import FileKeystore
+from strongroom.errors import NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
 from strongroom.vault import trace
 from strongroom.vault.callers import Callers
+from strongroom.vault.copies import Copies
 from strongroom.vault.fsck import fsck
 from strongroom.vault.roomkeys import RoomKeys
 from strongroom.vault.vault import Vault
@@ -185,3 +188,81 @@ class TestTheRoomKey:
         house.vault.keys._cached = None
         with pytest.raises(Sealed):
             house.vault.keys.room_key  # noqa: B018
+
+
+@pytest.mark.parametrize("form", [None, "int4"])
+@pytest.mark.parametrize(("what", "code"), [("rotated", "copy.revision"), ("shredded", "copy.ended")])
+def test_a_copy_of_what_is_rotated_or_shredded_as_it_is_read(house, other, monkeypatch, tmp_path, form, what, code):
+    """Whoever takes it is told so, and not that the store had lost something."""
+    monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+    with Room(house.folder, OWNER) as room:
+        taken = receive(house.vault, room._say, OWNER, REF, "copy", form=form)
+
+    def change():
+        if what == "rotated":
+            other.vault.rotate(REF, by=OWNER)
+        else:
+            other.vault.shred(REF, confirm=REF, by=OWNER)
+
+    with between(monkeypatch, Copies, "_check", change), pytest.raises(StrongroomError) as caught:
+        house.vault.copies.read(f"copies/{taken.index}/0")
+    assert caught.value.code == code
+
+
+def test_a_job_that_is_gone_on_with_as_the_room_key_is_rotated_is_opened_as_it_is_now(house, other):
+    """Its secrets were read under the old key, which nobody has any more."""
+    vault, fresh = house.vault, House(house.folder)
+    with contextlib.suppress(ValueError), vault.journal("put this", "acme/tiny", OWNER) as begun:
+        raise ValueError("interrupted")
+    row, left = RoomKeys._row, [other.vault.keys.rotate]
+
+    def late(keys, tx=None, *given):
+        found = row(keys, tx, *given)
+        if keys is fresh.vault.keys and left:
+            left.pop()()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RoomKeys, "_row", late)
+        with fresh.vault.journal("put this", "acme/tiny", OWNER) as again:
+            assert again.record == begun.record
+    assert not left
+    fresh.close()
+
+
+def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch):
+    """Where it is slow, or away, everything else in the room goes on."""
+    wrap = FileKeystore.wrap
+
+    def slow(store, *given):
+        other.register("user/somebody")
+        return wrap(store, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileKeystore, "wrap", slow)
+        house.vault.keys.rotate()
+    assert House(house.folder).vault.verify(REF, deep=True).ok
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_that_is_shredded_while_others_are_searched_is_left_out(
+    house, other, other_source, source, monkeypatch, all_of_them
+):
+    house.put(other_source, "acme/other")
+
+    def shred():
+        for ref in (REF, "acme/other@1") if all_of_them else (REF,):
+            other.vault.shred(ref, confirm=ref, by=OWNER)
+
+    with between(monkeypatch, trace, "_records", shred):
+        if all_of_them:
+            with pytest.raises(NotFound) as caught:
+                house.search(source)
+            assert caught.value.code == "weights.missing"
+        else:
+            assert [each["ref"] for each in house.search(source)["versions"]] == ["acme/other@1"]
+
+
+def test_that_is_shredded_as_it_is_looked_at_is_no_problem(house, other, monkeypatch):
+    with between(monkeypatch, fsck_module, "_of_one_moment", lambda: other.vault.shred(REF, confirm=REF, by=OWNER)):
+        assert fsck(house.vault).problems == []

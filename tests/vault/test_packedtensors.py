@@ -26,8 +26,9 @@ def infos(codes, scales, shape):
 
 def test_what_fits():
     (found,) = put_together(infos(**WHOLE), lambda _: (8, 256))
-    name, info, packing = found
-    assert (name, info.name, info.shape, packing.bits, packing.group) == ("w_packed", "w", (8, 256), 4, 128)
+    three, info, packing = found
+    assert three == ("w_packed", "w_scale", "w_shape")
+    assert (info.name, info.shape, packing.bits, packing.group) == ("w", (8, 256), 4, 128)
     (found,) = put_together(infos(**WHOLE), lambda _: (8, 128))
     assert (found[1].shape, found[2].bits, found[2].group) == ((8, 128), 8, 64)
 
@@ -91,3 +92,15 @@ def test_any_range_of_it_is_read(tmp_path, bits, group, files):
         for begin, end in ((0, 1), (7, 9), (0, 15360), (385, 1000), (15359, 15360), (128, 256)):
             low = begin // block * block
             assert (suspect.read("w", begin, end)[: end - low] == whole[low:end]).all()
+
+
+def test_what_is_put_beside_it_under_its_name_hides_nothing(tmp_path):
+    """A few bytes of the same name, in another file, or packed: a trace looks at both."""
+    mine, other = np.float32([[1, 2, 3, 4]]), np.float32([[5, 6]])
+    small = {"w_packed": ("I32", [1, 1], b"\x21\x43\x65\x87"), "w_scale": ("F16", [1, 1], b"\0\x3c")}
+    shape = {"w_shape": ("I64", [2], np.array([1, 8], "<i8").tobytes())}
+    write(tmp_path / "0.safetensors", {**shape, "w": ("F32", [1, 4], mine.tobytes()), **small})
+    write(tmp_path / "1.safetensors", {"w": ("F32", [1, 2], other.tobytes()), **small, **shape})
+    with Suspect.opened(tmp_path) as suspect:
+        found = sorted(suspect.read(name).tolist() for name in suspect.tensors)
+    assert found == [[-7, -6, -5, -4, -3, -2, -1, 0], [-7, -6, -5, -4, -3, -2, -1, 0], [1, 2, 3, 4], [5, 6]]

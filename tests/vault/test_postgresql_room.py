@@ -10,6 +10,7 @@ import warnings
 import pytest
 import sqlalchemy as sa
 
+from strongroom.errors import StrongroomError
 from strongroom.vault.roomkeys import RoomKeys
 from vault.rooms import OWNER, REF, House
 
@@ -84,3 +85,38 @@ def test_nothing_is_sealed_under_a_room_key_that_is_replaced_meanwhile(house, ot
         each.vault.keys.rotate()
         each.close()
     watching.close()
+
+
+@pytest.mark.parametrize("what", ["put", "rotate"])
+def test_nobody_who_begins_while_the_room_key_is_replaced_is_refused(house, other_source, monkeypatch, what):
+    """A job that begins meanwhile waits for that, and goes on with the new key."""
+    other, watching = House(house.folder), House(house.folder)
+    resealed, begun = RoomKeys._reseal, threading.Event()
+
+    def slow(keys, *given):
+        begun.set()
+        while job.is_alive() and not is_held_up(watching):
+            time.sleep(0.01)
+        return resealed(keys, *given)
+
+    def begin():
+        begun.wait()
+        try:
+            done.append(house.put(other_source, "acme/other").ref if what == "put" else begin_rotation())
+        except StrongroomError as error:
+            done.append(error)
+
+    def begin_rotation():
+        house.vault.rotate(REF, by=OWNER)
+        return REF
+
+    done = []
+    job = threading.Thread(target=begin)
+    monkeypatch.setattr(RoomKeys, "_reseal", slow)
+    job.start()
+    other.vault.keys.rotate()
+    job.join()
+    assert done == ["acme/other@1" if what == "put" else REF]
+    assert house.vault.verify(done[0], deep=True).problems == []
+    for each in (other, watching):
+        each.close()

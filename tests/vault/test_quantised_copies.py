@@ -15,7 +15,7 @@ from strongroom.errors import Denied, Tampered, UsageError
 from strongroom.formats.copybundle import CopyBundle
 from strongroom.marking import quantiser
 from strongroom.marking.elements import values
-from strongroom.vault.copies import Copy
+from strongroom.vault.copies import Copies, Copy
 from strongroom.vault.forms import planned
 from strongroom.vault.originals import Originals
 from strongroom.vault.quantised import Quantised
@@ -294,7 +294,8 @@ class TestTaken:
         with hall.log.view() as state:
             assert not any(lease.used for lease in state.leases.values())
 
-    def test_who_may_not_copy_is_told_nothing_of_what_would_fit(self, hall, tmp_path):  # noqa: F811
+    def test_who_may_not_copy_is_told_nothing_of_what_would_fit(self, hall, tmp_path, monkeypatch):  # noqa: F811
+        monkeypatch.delattr(Copies, "unfit")  # nor is it found out, which costs more than a refusal
         with hall.room("user/amy") as amy, pytest.raises(Denied):
             amy.copy(REF, "user/amy", tmp_path / "out", quantise="q8_0")
 
@@ -341,13 +342,7 @@ UNFIT = {
     "doubles": ({"a.q_proj.weight": ("F64", (64, 128)), **LINEAR}, CONFIG, "int8", "form.quantised"),
     "rows of part of a group": ({"a.q_proj.weight": ("BF16", (64, 80)), **LINEAR}, CONFIG, "int4", "form.shape"),
     "rows of part of a word": ({"a.q_proj.weight": ("BF16", (64, 66)), **LINEAR}, CONFIG, "int8", "form.shape"),
-    # Loaders know what is not quantised by its last name: they would leave the linear layers of that name packed.
-    "a convolution that is called as linear layers are": (
-        {"model.conv.up_proj.weight": ("BF16", (64, 128, 1)), **LINEAR},
-        CONFIG,
-        "int8",
-        "form.shape",
-    ),
+    "rows that no trace would read": ({"a.q_proj.weight": ("BF16", (1, 2**20 + 4))}, CONFIG, "int8", "form.shape"),
     "no linear layer": (EMBEDDING, CONFIG, "int4", "form.nothing"),
     "names that are taken": (
         {"model.layers.0.mlp.up_proj.weight_scale": ("BF16", (64, 1)), **LINEAR},
@@ -369,6 +364,66 @@ def test_versions_that_do_not_fit(house, tmp_path, what):
         planned(opened(house, name)[0], form)
     assert caught.value.code == code
     assert caught.value.hint
+
+
+def several(folder, **files):
+    """A model of several files, by their names."""
+    folder.mkdir()
+    for seed, (name, tensors) in enumerate(files.items()):
+        safetensors_file(folder / f"{name}.safetensors", tensors, seed)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def test_names_that_are_taken_in_another_file(house, tmp_path):
+    taken_there = {"model.layers.0.mlp.up_proj.weight_packed": ("BF16", (8, 8))}
+    house.put(several(tmp_path / "model", a=LINEAR, b=taken_there), "taken-elsewhere")
+    with pytest.raises(UsageError) as caught:
+        planned(opened(house, "taken-elsewhere")[0], "int4")
+    assert caught.value.code == "form.quantised"
+
+
+def test_a_tensor_of_no_bytes_at_a_file_s_end_stays_in_that_file(house, tmp_path):
+    """Where one file ends, the next one may begin."""
+    for k in range(64):
+        name = f"end-{k}"
+        empty = {"none.bias": ("BF16", (0, 4))}
+        house.put(several(tmp_path / name, a=LINEAR | empty, b={f"{'x' * k}.fc1.weight": ("BF16", (64, 128))}), name)
+        first, second = (file for file in opened(house, name)[0].layout.files if file.kind != "opaque")
+        if first.end == second.offset:
+            break
+    assert first.end == second.offset
+    folder = taken(house, name, OWNER, "int4", tmp_path / "out")
+    header = (folder / "b.safetensors").read_bytes()
+    assert b"fc1.weight_packed" in header
+    assert b"none.bias" not in header
+    assert b"none.bias" in (folder / "a.safetensors").read_bytes()
+
+
+def test_what_is_left_as_it_is_says_nothing_of_what_is_quantised(house, tmp_path):
+    """Experts in one tensor beside layers of the same name: a loader that ignored both would miss the weights."""
+    experts = {"model.layers.1.experts.up_proj.weight": ("BF16", (2, 64, 128)), "a.conv.weight": ("F32", (4, 4, 3))}
+    house.put(one(tmp_path / "model", LINEAR | experts), "experts")
+    folder = taken(house, "experts", OWNER, "int8", tmp_path / "out")
+    ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", r"re:(?:.*\.)?conv$", r"re:(?:.*\.)?model\.layers\.1\.experts\.up_proj$"]
+
+
+@pytest.mark.parametrize("form", FORMS["blocks"])
+def test_a_gguf_tensor_of_no_bytes_stays_what_it_is(house, tmp_path, form):
+    """It begins where the next one does."""
+    writer = gguf.GGUFWriter(tmp_path / "empty.gguf", "llama")
+    writer.add_tensor("blk.0.none.weight", np.empty((0, 128), np.float16))
+    writer.add_tensor("blk.0.ffn_up.weight", np.random.default_rng(0).normal(0, 0.05, (64, 128)).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    house.put(tmp_path / "empty.gguf", f"empty-{form}")
+    folder = taken(house, f"empty-{form}", OWNER, form, tmp_path / "out")
+    types = {each.name: each.tensor_type.name for each in gguf.GGUFReader(folder / "empty.gguf").tensors}
+    assert types == {"blk.0.none.weight": "F16", "blk.0.ffn_up.weight": form.upper()}
+    assert tensors_of(folder)["blk.0.none.weight"].shape == (0, 128)
 
 
 def test_a_gguf_version_that_is_quantised_already(house, tmp_path):

@@ -86,7 +86,7 @@ class Comparison:
         self._by_name: dict[str, list[str]] = {}
         self._by_elements: dict[int, list[str]] = {}
         for name, tensor in suspect.tensors.items():
-            self._by_name.setdefault(normalised(name), []).append(name)
+            self._by_name.setdefault(normalised(tensor.name), []).append(name)
             self._by_elements.setdefault(tensor.info.elements, []).append(name)
         self._taken: set[str] = set()
         self._effort = Effort([each.info.shape for each in placed], len(suspect.tensors), until)

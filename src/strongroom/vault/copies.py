@@ -11,7 +11,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from strongroom.crypto.copying import CopyCipher, copying_key
-from strongroom.errors import Conflict, Denied, NotFound, StrongroomError
+from strongroom.errors import Conflict, Denied, IntegrityError, NotFound, StrongroomError
 from strongroom.formats.copybundle import PIECE, CopiedFile, CopyBundle
 from strongroom.formats.entry import Entry
 from strongroom.formats.items import ITEMS
@@ -142,7 +142,12 @@ class Copies:
         copy, cipher = found.copy, CopyCipher(found.key, found.leaf, found.copy.image)
         if number * PIECE >= copy.image:
             raise NotFound("copy.missing", f"the copy of entry {index} has no piece {number}")
-        return cipher.seal(number, copy.read(number * PIECE, min((number + 1) * PIECE, copy.image)))
+        try:
+            piece = copy.read(number * PIECE, min((number + 1) * PIECE, copy.image))
+        except (IntegrityError, NotFound):
+            self._check(found.entry)  # what it was made of is gone with a rotation, or a shred, and not damaged
+            raise
+        return cipher.seal(number, piece)
 
     @staticmethod
     def is_one(name: str) -> bool:

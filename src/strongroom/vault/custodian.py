@@ -16,13 +16,7 @@ from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import text
 from strongroom.crypto.release import check_challenge, check_receiver, make_challenge, seal_bundle
-from strongroom.errors import (
-    Conflict,
-    Denied,
-    NotFound,
-    StrongroomError,
-    UsageError,
-)
+from strongroom.errors import Conflict, Denied, NotFound, StrongroomError, UsageError
 from strongroom.formats.authority import Authority
 from strongroom.formats.entry import UNKNOWN, Entry, Private
 from strongroom.formats.merkle import leaf_hash
@@ -445,19 +439,25 @@ class Custodian:
         """The entry of a release, decided with the facts of the version as it is `opened`, or found now."""
         body = statement.body
         found = opened or self._looked_up(body["ref"])
-        key, unfit = self._vault.keys.challenge_key, self._vault.copies.unfit(found, body.get("form"))
+        key, unfit = self._vault.keys.challenge_key, None
+        commitment = reason.commitment if reason is not None else None
 
         def facts() -> Facts:
             if isinstance(found, StrongroomError):
                 raise found
             return Facts(found.record.revision, found.record.manifest_digest.hex())
 
-        def decide(_: Connection, state: State, now: int) -> Draft:
-            def fresh() -> None:
-                check_challenge(bytes.fromhex(body["challenge"]), key, self._vault.id, state.era, now)
+        def judged(state: State, now: int) -> Entry:
+            fresh = partial(check_challenge, bytes.fromhex(body["challenge"]), key, self._vault.id, state.era, now)
+            return self.rules.release(state, statement, fresh, facts, now, reason=commitment)
 
-            commitment = reason.commitment if reason is not None else None
-            entry = self.rules.release(state, statement, fresh, facts, now, reason=commitment)
+        if "form" in body:
+            with self.ledger.view() as state:  # who may not have it costs no look into the weights
+                judged(state, self._now())
+            unfit = self._vault.copies.unfit(found, body["form"])
+
+        def decide(_: Connection, state: State, now: int) -> Draft:
+            entry = judged(state, now)
             if unfit is not None:  # before the entry: what can't be done is not recorded as done
                 raise unfit
             return Draft(entry, [reason] if reason is not None else [])

@@ -83,9 +83,10 @@ def _file(originals: Originals, file: FileEntry, tensors: list[Placed], types: d
 
     for each in tensors:
         add(-at % header.alignment, bytes(-at % header.alignment))
-        block = types.get(each.begin, each.info.dtype.name)
+        made = each.info.elements > 0 and each.begin in types  # a tensor of no bytes begins where another does
+        block = types[each.begin] if made else each.info.dtype.name
         struct.pack_into("<IQ", head, header.entries[each.info.name], _NUMBERS[block], at)
-        if each.begin in types:
+        if made:
             size = GGML_TYPES[_NUMBERS[block]].block_bytes
             add(each.info.elements // BLOCK * size, Made(each, BLOCK, size, block=block))
         else:

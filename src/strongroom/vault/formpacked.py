@@ -15,6 +15,7 @@ from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
 from strongroom.vault.forms import Content, Made, Source, of_file, quantisable, unfit
 from strongroom.vault.originals import Originals, Placed
+from strongroom.vault.packedtensors import LARGEST
 
 _LINEAR = re.compile(
     r"(?:.*\.)?(?:(?:q|k|v|o|out|qkv|gate|up|down|gate_up)_proj|fc[12]|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|w[123])"
@@ -24,6 +25,7 @@ _LINEAR = re.compile(
 _SPECIAL = re.compile(r"[ -/:-@\[-^`{-~]")  # what is in ASCII no letter, digit or underscore
 _BITS = {"int4": 4, "int8": 8}
 _GROUPS = (128, 64, 32)
+_MADE = ("packed", "scale", "shape")  # of a tensor that is quantised
 _LARGEST = 64 * MIB  # of the files that say how a model is loaded
 _INDEX = ".safetensors.index.json"
 _Unit = list[tuple[str, str, tuple[int, ...], Source]]  # what stays together: name, type, shape and source
@@ -46,6 +48,7 @@ def packed_files(originals: Originals, form: str) -> dict[str, Content]:
     settings = _settings(tensors, quantised, bits, group)
     paths = {file.path: file for file in files}
     for folder in sorted({_folder(file.path) for file in weights}):
+        _check_names([each for path in placed if _folder(path) == folder for each in placed[path]], quantised)
         config = paths.get(f"{folder}config.json")
         if config is None:
             where = folder or "beside the weights"
@@ -62,11 +65,26 @@ def _linear(info: TensorInfo, spared: frozenset[str]) -> bool:
     return bool(named) and len(info.shape) == 2 and info.elements > 0
 
 
+def _among(each: Placed, quantised: set[int]) -> bool:
+    return each.begin in quantised and each.info.elements > 0  # a tensor of no bytes begins where another does
+
+
+def _check_names(tensors: Sequence[Placed], quantised: set[int]) -> None:
+    """Of the files of a folder, which are loaded as one model, and found as one: none has a name twice."""
+    made = {f"{each.info.name}_{what}" for each in tensors if _among(each, quantised) for what in _MADE}
+    taken = sorted(each.info.name for each in tensors if each.info.name in made)
+    if taken:
+        unfit("form.quantised", f"it has a tensor {taken[0]!r:.100}, which is the name that a quantised one would get")
+
+
 def _group(chosen: Sequence[Placed], bits: int) -> int:
     """Elements of a group; 0: a row."""
     for each in chosen:
         quantisable(each.info, _GROUPS[-1] if bits == 4 else 4)
     if bits == 8:
+        for each in chosen:
+            if each.info.shape[-1] > LARGEST:  # no trace would read it, and a custodian make it at once
+                unfit("form.shape", f"rows of {each.info.name!r:.100} have more than {LARGEST} elements")
         return 0
     return next(group for group in _GROUPS if all(each.info.shape[-1] % group == 0 for each in chosen))
 
@@ -78,15 +96,13 @@ def _file(
     units: list[_Unit] = []
     for each in tensors:
         info = each.info
-        if each.begin in quantised and info.elements:
+        if _among(each, quantised):
             units += _packed(each, bits, group)
         else:
             units.append([(info.name, info.dtype.name, info.shape, each.begin)])
     # Each unit's size is a multiple of its alignment: so every tensor is aligned, as readers that map files want it.
     units.sort(key=lambda unit: -max(_alignment(DTYPES[dtype]) for _, dtype, _, _ in unit))
     rows = [row for unit in units for row in unit]
-    if len({name for name, _, _, _ in rows}) != len(rows):
-        unfit("form.quantised", f"{file.path!r:.100} has tensors of the names that quantised ones would get")
     metadata = safetensors.parse_header(originals.read(file.offset, file.offset + file.data_start), file.bytes).metadata
     header = safetensors.encode_header([row[:3] for row in rows], metadata)
     sizes = [_size(dtype, shape) for _, dtype, shape, _ in rows]
@@ -124,16 +140,14 @@ def _alignment(dtype: Dtype) -> int:
 
 
 def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
-    # By their last names: what stands before it is another in each library.
-    rest = {_last(each.info): each.info for each in tensors if each.begin not in quantised and _matrix(each.info)}
-    for each in tensors:
-        if each.begin in quantised and (other := rest.get(_last(each.info))) is not None:
-            unfit(
-                "form.shape",
-                f"{other.name!r:.100} has {len(other.shape)} dimensions, and is called as {each.info.name!r:.100} is: "
-                "whoever loads it would take both for not quantised",
-            )
-    others = {f"re:(?:.*\\.)?{_escaped(name)}$" for name in rest}
+    # By their last names: what stands before it is another in each library. In full, where one of what is quantised has
+    # the same (experts in one tensor beside other layers, say): else that would be loaded as if it were not.
+    there = {_layer(each) for each in tensors if _among(each, quantised)}
+    others = {
+        f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight') if _layer(each) in there else _layer(each))}$"
+        for each in tensors
+        if not _among(each, quantised) and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
+    }
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -153,13 +167,9 @@ def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: 
     }
 
 
-def _matrix(info: TensorInfo) -> bool:
-    """Whether it is the weight of what a reader may take for a layer to quantise."""
-    return len(info.shape) > 1 and info.name.endswith(".weight")
-
-
-def _last(info: TensorInfo) -> str:
-    return info.name.removesuffix(".weight").rpartition(".")[2]
+def _layer(each: Placed) -> str:
+    """The last name of the layer that a tensor is the weight of."""
+    return each.info.name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _escaped(name: str) -> str:

@@ -96,7 +96,9 @@ def unfit(code: str, message: str) -> NoReturn:
 
 def of_file(tensors: Iterable[Placed], file: FileEntry) -> list[Placed]:
     """The tensors that lie in a file, in the order of their bytes."""
-    return [each for each in tensors if file.offset <= each.begin and each.end <= file.end]
+    # Behind its header: a tensor of no bytes may end the file before it, right where this one begins.
+    begin = file.offset + file.data_start
+    return [each for each in tensors if begin <= each.begin and each.end <= file.end]
 
 
 def _placed(files: Sequence[FileEntry], made: Mapping[str, Content]) -> Plan:

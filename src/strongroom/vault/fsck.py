@@ -145,16 +145,16 @@ def _refuse_shared(vault: Vault, orphans: list[str]) -> None:
 def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: FsckReport) -> set[str]:
     """What a version needs. What is missing because it was rotated or shredded meanwhile is no problem: then it is
     looked at anew, as it is now."""
-    row = vault.row(ref)
-    problems, needed = _look_at(vault, row, objects)
-    for _ in range(TRIES):
-        now = changed(vault, row) if problems else None
-        if now is None:
+    row: Row[Any] | None = vault.row(ref)
+    problems: list[Problem] = []
+    needed: set[str] = set()
+    for _ in range(TRIES + 1):
+        if row is None:
             break
-        if now.state == "shredded":
+        if row.state == "shredded":
             return set()
-        row = now
         problems, needed = _look_at(vault, row, objects)
+        row = changed(vault, row) if problems else None
     report.problems += [{"ref": ref, **problem.as_json()} for problem in problems]
     return needed
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import RowMapping, delete, insert, select
+from sqlalchemy import Row, RowMapping, delete, insert, select
 from sqlalchemy.engine import Connection
 
 from strongroom.core import canonical, files
@@ -80,7 +80,8 @@ class Journal:
         start: VersionRecord | None,
     ) -> Journal:
         record = start or VersionRecord.fresh(random_id())
-        with db.transaction() as tx:
+        # One row, under a key that is held: who waits for a new room key goes on with that one, and is not refused.
+        with db.counting() as tx:
             tx.execute(
                 insert(puts).values(
                     put_id=put_id,
@@ -98,10 +99,12 @@ class Journal:
     @classmethod
     def _reopen(cls, db: Database, blobs: Blobs, keys: RoomKeys, put_id: str) -> Journal | None:
         """None when its job was finished by somebody else meanwhile. What is not provably ours is made again."""
-        with db.reading() as tx:
+
+        def read(tx: Connection) -> tuple[Row[Any] | None, Sequence[RowMapping]]:
             row = tx.execute(select(puts).where(puts.c.put_id == put_id)).one_or_none()
-            packs = tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
-            key = keys.as_read(tx)
+            return row, tx.execute(select(put_packs).where(put_packs.c.put_id == put_id)).mappings().all()
+
+        (row, packs), key = keys.with_key(read)
         if row is None:
             return None
         # The fingerprint is bound in: a row that somebody moved to another job, or kept from an older one, stays shut.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Row, delete, select, update
 from sqlalchemy.engine import Connection
@@ -29,6 +29,7 @@ from strongroom.storage.prepared import Prepared
 from strongroom.vault.config import RoomConfig
 from strongroom.vault.record import VersionRecord, job_context
 
+T = TypeVar("T")
 _ROOM = Prepared(select(room))
 _ROOM_HELD = Prepared(select(room).with_for_update(read=True))  # SQLite's transactions that write are alone anyhow
 _ROOM_MINE = Prepared(select(room).with_for_update())
@@ -83,14 +84,7 @@ class RoomKeys:
         return self._unwrapped()[1]
 
     def _unwrapped(self) -> tuple[Row[Any], bytes]:
-        row = self._row()
-        while True:
-            try:
-                return row, self._of(row)
-            except StrongroomError:
-                before, row = row, self._row()
-                if row.key_epoch <= before.key_epoch:
-                    raise
+        return self.with_key(self._row)
 
     def current(self, tx: Connection) -> bytes:
         """The room key in use until `tx`, which writes, ends. Whatever is sealed for the database is sealed in a
@@ -98,9 +92,17 @@ class RoomKeys:
         never be opened. On PostgreSQL it holds those up who would replace it."""
         return self._of(self._row(tx, _ROOM_HELD))
 
-    def as_read(self, tx: Connection) -> bytes:
-        """The room key in use as `tx` sees it, for what is unsealed."""
-        return self._of(self._row(tx))
+    def with_key(self, read: Callable[[Connection], T]) -> tuple[T, bytes]:
+        """What `read` reads, and the room key that was in use then, for what is unsealed: read anew where that key has
+        gone meanwhile. Its key store is asked once nothing is held."""
+        while True:
+            with self._db.reading() as tx:
+                found, row = read(tx), self._row(tx)
+            try:
+                return found, self._of(row)
+            except StrongroomError:
+                if self._row().key_epoch <= row.key_epoch:
+                    raise
 
     def _of(self, row: Row[Any]) -> bytes:
         with self._lock:
@@ -223,6 +225,10 @@ class RoomKeys:
         config = RoomConfig.read(self._folder, older=True)  # its log key is none of this module's business
         config.pin(self._folder, [*config.keystores, store.uri])
         try:
+            # Before it is anybody's turn: key stores can be slow, and all who write would wait for them.
+            wrapped = store.wrap(new_key, self._context())
+            if old_key is None:
+                self._unwrapped()
             # Not of one snapshot, which would be taken before those have ended who seal under the old key.
             with self._db.sequencing() as tx:
                 row = self._row(tx, _ROOM_MINE)
@@ -232,7 +238,7 @@ class RoomKeys:
                 tx.execute(
                     update(room).values(
                         keystore_uri=store.uri,
-                        wrapped_room_key=store.wrap(new_key, self._context()),
+                        wrapped_room_key=wrapped,
                         secrets=self._seal_secrets(new_key, seed, public),
                         recovery_sealed=seal_for_recovery(public, new_key, self._room_id) if public else None,
                         key_epoch=row.key_epoch + 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -102,17 +103,17 @@ class Suspect:
 
     def __init__(self, source: ModelSource, check: Callable[[], None] = unstopped) -> None:
         self._source, self._check = source, check
-        tensors = {
-            info.name: SuspectTensor(info, file)
-            for file in source.files
-            for info in file.tensors
-            if readable(info.dtype)
-        }
+        tensors: dict[str, SuspectTensor] = {}
+        taken: Counter[str] = Counter()
+        for file in source.files:
+            for info in file.tensors:
+                if readable(info.dtype):
+                    tensors[_free(info.name, tensors, taken)] = SuspectTensor(info, file)
         # Wherever they lie: whoever cuts a model into other files has no regard for what belongs together.
         infos = {name: tensor.info for name, tensor in tensors.items()}
-        for name, info, packing in list(put_together(infos, partial(self._two, tensors))):
-            codes, scales, _ = (tensors.pop(each) for each in (name, packing.scales.name, f"{info.name}_shape"))
-            tensors[info.name] = SuspectTensor(info, codes.file, packing, scales.file)
+        for three, info, packing in list(put_together(infos, partial(self._two, tensors))):
+            codes, scales, _ = (tensors.pop(each) for each in three)
+            tensors[_free(info.name, tensors, taken)] = SuspectTensor(info, codes.file, packing, scales.file)
         self.tensors: Mapping[str, SuspectTensor] = tensors
 
     @classmethod
@@ -155,6 +156,8 @@ class Suspect:
         tensor = self.tensors[name]
         info, dtype = tensor.info, tensor.info.dtype
         end = info.elements if end is None else end
+        if end <= begin:  # a tensor of no elements, of whatever type
+            return np.empty(0, np.float32)
         low, high = begin // dtype.block, -(-end // dtype.block)
         with np.errstate(all="ignore"):
             try:
@@ -201,6 +204,16 @@ class Suspect:
             )
         except StrongroomError:
             return ()
+
+
+def _free(name: str, tensors: Mapping[str, SuspectTensor], taken: Counter[str]) -> str:
+    """A key for a tensor of this name, which others in the find may have, too: whoever puts something of the same name
+    beside what he has taken hides nothing."""
+    free = name
+    while free in tensors:
+        taken[name] += 1
+        free = f"{taken[name] + 1}:{name}"
+    return free
 
 
 def searched(walk: Walk) -> list[SourceFile]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -165,9 +165,10 @@ def trace(
     result = Trace(described)
     compared = []
     patience, records = Patience(seconds), _records(vault, weights)
-    for left, known in zip(range(len(records), 0, -1), records, strict=True):
-        record, originals = _opened(vault, known)
+    for left, record, originals in _opened(vault, records, weights):
         compared.append((record, originals, Comparison(originals, suspect, until=patience.until(left + len(records)))))
+    if not compared:
+        raise _none()
     compared = [_unmerged(vault, suspect, each, compared) for each in compared]
     # Most leaks lie as they did. If one version explains this one, the others need no long look.
     most = max(each.explained for _, _, each in compared)
@@ -231,9 +232,8 @@ def _unmerged(vault: Vault, suspect: Suspect, adapter: _Compared, compared: Sequ
     if not bases:  # one version alone is looked for, and its weights may have been merged into any other
         bases = [
             (other, known, Comparison(known, suspect))
-            for each in _records(vault, None)
-            if each.version != record.version
-            for other, known in [_opened(vault, each)]
+            for _, other, known in _opened(vault, _records(vault, None))
+            if other.version != record.version
         ]
     bases = sorted((each for each in bases if each[2].likeness >= _UNRELATED), key=lambda each: -each[2].likeness)
     for base, _, into in bases[:_BASES]:
@@ -255,13 +255,28 @@ def _records(vault: Vault, weights: str | None) -> list[VersionRecord]:
             if error.code != "weights.shredded":  # which it was meanwhile
                 raise
     if not found:
-        raise NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom put PATH NAME")
+        raise _none()
     return found
 
 
-def _opened(vault: Vault, record: VersionRecord) -> tuple[VersionRecord, Originals]:
-    """A version as it is now: those before it took long, and it may have been rotated meanwhile."""
-    return opened(vault, f"{record.name}@{record.number}", lambda _, now: (now, Originals(vault.image(now), now)))
+def _none() -> NotFound:
+    return NotFound("weights.missing", "the room has no weights to compare with", hint="strongroom put PATH NAME")
+
+
+def _opened(
+    vault: Vault, records: Sequence[VersionRecord], weights: str | None = None
+) -> Iterator[tuple[int, VersionRecord, Originals]]:
+    """Each version as it is now, and how many are left with it: those before it took long, and it may have been rotated
+    meanwhile, or shredded: then, unless these are the `weights` that were asked about, it is left out."""
+    for left, known in zip(range(len(records), 0, -1), records, strict=True):
+        ref = f"{known.name}@{known.number}"
+        try:
+            record, originals = opened(vault, ref, lambda _, now: (now, Originals(vault.image(now), now)))
+        except NotFound as error:
+            if weights is not None or error.code != "weights.shredded":
+                raise
+            continue
+        yield left, record, originals
 
 
 def traced(

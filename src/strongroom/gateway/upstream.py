@@ -193,7 +193,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.closed = False
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
         self._seconds, self._deadline = 0.0, Deadline(self.loop, self._late)
@@ -322,6 +322,7 @@ class _Connection(asyncio.Protocol):
             else:
                 self.failure = BackendError("upstream.malformed", "the inference server's answer was cut short")
         self.wake()
+        self._transport = self._parser = None  # each keeps this, and would until the collector looks, which is seldom
 
     def _fail(self, code: str, what: str) -> None:
         if self.failure is None:

@@ -143,6 +143,23 @@ def test_what_one_has_at_hand_another_may_have_to_the_last_bit(desk):
     assert refused(worker, ANA, 1).evidence["left"] == 0
 
 
+def test_what_the_next_draw_has_paid_is_owed_no_more(desk):
+    """Else each answer after it would touch every counter, for as long as the worker lives."""
+    worker = desk.worker()
+    late = []
+    worker.reserve(ANA, REF, 100).settle(50_000, pay=late.append)
+    worker.reserve(ANA, REF, 20_000).settle(20_000)
+    assert worker.owed == 0
+    late[0]()
+    turned, turn = [], worker._turn_out
+    worker._turn_out = lambda: (turned.append(1), turn())
+    for _ in range(20):
+        worker.reserve(ANA, REF, 1).settle(1)
+    assert len(turned) <= 1
+    worker.close()
+    assert desk.used("identity", "day", ANA.principal) == 70_020
+
+
 def test_fewer_bits_than_none(desk):
     worker = desk.worker()
     for call in (

@@ -318,13 +318,13 @@ class Budgets:
 
     def _write(self, owed: dict[_Counter, int]) -> None:
         """Charge what was spent beyond what was reserved; while the database fails it stays owed."""
-        if not owed:
-            return
         with suppress(BackendError):
-            self._table.pay(int(self._clock()), _sums(owed))
+            if owed:
+                self._table.pay(int(self._clock()), _sums(owed))
             with self._memory:
                 for counter, amount in owed.items():
                     counter.free += amount
+                # Also where another answer's draw has paid it.
                 self._owing = any(counter.free < 0 for counter in self._counters.values())
 
     @property

@@ -205,6 +205,19 @@ def test_a_clock_that_is_set_back_opens_no_window_again(desk):
     second.reserve(ANA, REF, IDENTITY)
 
 
+def test_a_clock_that_is_set_back_keeps_no_refusal_and_no_tranche(desk):
+    first, second = desk.worker(), desk.worker()
+    reserved = [first.reserve(ANA, REF, 1_000) for _ in range(95)]
+    refused(second, ANA, 10_000)
+    desk.now -= HOUR
+    for each in reserved:
+        each.settle(0)
+    desk.now += 1
+    first.tend()
+    assert desk.used("identity", "day", ANA.principal) == 0
+    second.reserve(ANA, REF, 10_000)
+
+
 def test_a_clock_that_jumps_to_and_fro_gives_one_budget_a_window(desk):
     workers = [desk.worker() for _ in range(3)]
     chance, granted = random.Random(3), 0

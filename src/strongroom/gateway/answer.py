@@ -147,10 +147,12 @@ class Shape:
         if not isinstance(given, list) or len(given) > self._asked.n:
             raise malformed("has an event that is not a piece of an answer")
         if len(given) == 1:  # as nearly always
-            one = self._delta(given[0])
-            return self._begin + one + b"]}\n\n" if one else b""
-        made = [found for each in given if (found := self._delta(each))]
-        return self._begin + b",".join(made) + b"]}\n\n" if made else b""
+            made = self._delta(given[0])
+        else:
+            made = b",".join([found for each in given if (found := self._delta(each))])
+        if not made:
+            return b""
+        return self._begin + (made if made.isascii() else _on_one_line(made)) + b"]}\n\n"
 
     def _delta(self, choice: Any) -> bytes:
         """One choice of a piece, or nothing."""
@@ -259,6 +261,13 @@ class Shape:
         self.meter.listed += len(named)
         self.meter.named += _named(made)
         return made
+
+
+def _on_one_line(made: bytes) -> bytes:
+    """JSON, for clients too that end lines where Unicode has them end."""
+    return (
+        made.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029").replace(b"\xc2\x85", rb"\u0085")
+    )
 
 
 def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:

@@ -275,8 +275,8 @@ class _Connection(asyncio.Protocol):
         self.begun = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._fail("upstream.malformed", "the inference server sent what is not HTTP")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._fail("upstream.malformed", "the inference server sent what is not HTTP/1.1")
         if first and self.status == 200 and self._length is not None and self._again and self.failure is None:
             self._known = KnownHead.of(data, self.received, self._length, self.content_type)
         # Trailers come without end as well as a head does.

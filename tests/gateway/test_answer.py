@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from typing import Any
 
 import pytest
@@ -294,6 +295,17 @@ def test_an_event_that_never_ends():
         list(events.feed(b"x"))
     with pytest.raises(BackendError, match="too long"):  # or comes at once
         list(Events().feed(b"data: " + b"x" * (1 << 20) + b"\n\n"))
+
+
+@pytest.mark.parametrize("piece", [b"x", b"data: x\n"])
+def test_an_event_in_small_pieces_costs_no_more_than_they_have(piece):
+    """Else an inference server could keep a worker, and all whom it answers, busy with a thousand packets a second."""
+    events = Events()
+    list(events.feed(b"data: " + b"x" * (1 << 19)))
+    begun = time.process_time()
+    for _ in range(4000):
+        list(events.feed(piece))
+    assert time.process_time() - begun < 0.5
 
 
 def test_events_end_once():

@@ -15,7 +15,8 @@ import pytest
 from gateway.places import ANA, chat, eventually, whole
 from gateway.test_handshakes import Door
 from strongroom.crypto.authority import Authority
-from strongroom.gateway.connection import EXCHANGE, Connection
+from strongroom.gateway.connection import Connection
+from strongroom.gateway.exchange import EXCHANGE
 from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 

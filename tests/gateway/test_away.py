@@ -482,6 +482,16 @@ def test_what_was_spent_under_other_budgets_is_charged_all_the_same(away, monkey
         cut.down = False
         room.counters(away.settings().budgets).give_back(0, {}, forget=False)
         assert host.budget(REF)["gone_bits"] == before + 318
+
+        # Where settings are others with each answer, because somebody is changing them, what is owed waits.
+        def changing(*_, **__):
+            raise Conflict("budget.other_settings", "others", rules="0" * 64)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "request", changing)
+            old.pay(0, {key: 13})
+        room.counters(away.settings().budgets).give_back(0, {}, forget=False)
+        assert host.budget(REF)["gone_bits"] == before + 331
         with pytest.raises(UsageError) as caught:  # more than an answer can be, as beside the room
             room.counters(away.settings().budgets).draw(0, REF, 1 << 33, [Want(key, 1 << 40, False, 1 << 33)])
         assert caught.value.code == "budget.bits"

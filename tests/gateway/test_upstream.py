@@ -117,6 +117,12 @@ def test_what_is_no_answer_is_malformed(answer, expected):
     assert code(answer) == expected
 
 
+def test_a_server_that_goes_on_in_another_protocol_is_malformed(caplog):
+    answer = b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nok"
+    assert code(answer, close=False) == "upstream.malformed"
+    assert "data_received() call failed" not in caplog.text  # nor a fault of ours
+
+
 def test_a_server_that_hangs_up_at_once_is_unavailable():
     assert code(b"") == "upstream.unavailable"
 

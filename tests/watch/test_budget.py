@@ -143,6 +143,23 @@ def test_what_one_has_at_hand_another_may_have_to_the_last_bit(desk):
     assert refused(worker, ANA, 1).evidence["left"] == 0
 
 
+def test_what_the_next_draw_has_paid_is_owed_no_more(desk):
+    """Else each answer after it would touch every counter, for as long as the worker lives."""
+    worker = desk.worker()
+    late = []
+    worker.reserve(ANA, REF, 100).settle(50_000, pay=late.append)
+    worker.reserve(ANA, REF, 20_000).settle(20_000)
+    assert worker.owed == 0
+    late[0]()
+    turned, turn = [], worker._turn_out
+    worker._turn_out = lambda: (turned.append(1), turn())
+    for _ in range(20):
+        worker.reserve(ANA, REF, 1).settle(1)
+    assert len(turned) <= 1
+    worker.close()
+    assert desk.used("identity", "day", ANA.principal) == 70_020
+
+
 def test_fewer_bits_than_none(desk):
     worker = desk.worker()
     for call in (
@@ -186,6 +203,19 @@ def test_a_clock_that_is_set_back_opens_no_window_again(desk):
         assert refused(worker, ANA, 1).evidence["resets_at"] == NOON + DAY // 2 + DAY
     desk.now += 2 * DAY
     second.reserve(ANA, REF, IDENTITY)
+
+
+def test_a_clock_that_is_set_back_keeps_no_refusal_and_no_tranche(desk):
+    first, second = desk.worker(), desk.worker()
+    reserved = [first.reserve(ANA, REF, 1_000) for _ in range(95)]
+    refused(second, ANA, 10_000)
+    desk.now -= HOUR
+    for each in reserved:
+        each.settle(0)
+    desk.now += 1
+    first.tend()
+    assert desk.used("identity", "day", ANA.principal) == 0
+    second.reserve(ANA, REF, 10_000)
 
 
 def test_a_clock_that_jumps_to_and_fro_gives_one_budget_a_window(desk):

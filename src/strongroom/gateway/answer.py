@@ -147,10 +147,12 @@ class Shape:
         if not isinstance(given, list) or len(given) > self._asked.n:
             raise malformed("has an event that is not a piece of an answer")
         if len(given) == 1:  # as nearly always
-            one = self._delta(given[0])
-            return self._begin + one + b"]}\n\n" if one else b""
-        made = [found for each in given if (found := self._delta(each))]
-        return self._begin + b",".join(made) + b"]}\n\n" if made else b""
+            made = self._delta(given[0])
+        else:
+            made = b",".join([found for each in given if (found := self._delta(each))])
+        if not made:
+            return b""
+        return self._begin + (made if made.isascii() else _on_one_line(made)) + b"]}\n\n"
 
     def _delta(self, choice: Any) -> bytes:
         """One choice of a piece, or nothing."""
@@ -261,6 +263,13 @@ class Shape:
         return made
 
 
+def _on_one_line(made: bytes) -> bytes:
+    """JSON, for clients too that end lines where Unicode has them end."""
+    return (
+        made.replace(b"\xe2\x80\xa8", rb"\u2028").replace(b"\xe2\x80\xa9", rb"\u2029").replace(b"\xc2\x85", rb"\u0085")
+    )
+
+
 def _of_chat(value: dict[str, Any], most: int) -> dict[str, Any]:
     content = value.get("content")
     if not isinstance(content, list):
@@ -368,36 +377,42 @@ class Events:
     """Server-sent events out of the pieces of a body, as the WHATWG has them: `data` alone; others are passed over."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()  # of a line that has not ended
         self._data: list[bytes] = []
         self._size = 0
         self.ended = False
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """BackendError ``upstream.malformed``."""
-        if self._data or b"\r" in piece or b"\r" in self._rest:
-            yield from self._lines(self._rest + piece)
+        if b"\n" not in piece:  # no line ends: to look at all of it with each would take the square of its length
+            self._rest += piece
+            if len(self._rest) > _LINE_MOST:
+                raise malformed("has an event that is too long")
+            return
+        data = piece
+        if self._rest:
+            data, self._rest = bytes(self._rest) + piece, bytearray()
+        if self._data or b"\r" in data:
+            yield from self._lines(data)
             return
         # As nearly all servers write them: one line for each.
-        blocks = (self._rest + piece).split(b"\n\n")
-        self._rest = blocks.pop()
+        blocks = data.split(b"\n\n")
+        rest = blocks.pop()
         for block in blocks:
             if len(block) > _LINE_MOST or not block.startswith(b"data: ") or b"\n" in block:
-                rest, self._rest = self._rest, b""
                 yield from self._lines(block + b"\n\n")
-                self._rest = rest
             elif block == b"data: [DONE]":
                 self.ended = True
             elif self.ended:
                 raise malformed("goes on after its end")
             else:
                 yield block[6:]
-        if len(self._rest) > _LINE_MOST:
-            yield from self._lines(self._rest)
+        if rest:
+            yield from self._lines(rest)
 
     def _lines(self, data: bytes) -> Iterator[bytes]:
         lines = data.split(b"\n")
-        self._rest = lines.pop()
+        self._rest = bytearray(lines.pop())
         if len(self._rest) > _LINE_MOST:
             raise malformed("has an event that is too long")
         for line in lines:

@@ -161,6 +161,7 @@ class GatewayApp:
             await self._infer(flight, exchange)
         except StrongroomError as error:
             await self._refuse(error, flight, exchange)
+            _let_go(error)
         except Exception:  # noqa: BLE001 - a fault of ours is answered, charged and recorded, too
             _log.exception("a request failed")
             await self._refuse(BackendError("gateway.fault", "the gateway failed"), flight, exchange)
@@ -527,6 +528,14 @@ def _shown(exchange: Exchange) -> tuple[str, Peer | None]:
     raise AuthRequired(
         "apikey.missing", "say who you are: Authorization: Bearer sr-…, or a certificate where one is asked for"
     )
+
+
+def _let_go(error: BaseException | None) -> None:
+    """An error keeps the frames that it came through, with all that was asked, and there is always something in them
+    that keeps the error: until the collector looks, which is seldom."""
+    while error is not None:
+        before, error.__context__, error.__traceback__ = error.__context__, None, None
+        error = before
 
 
 @lru_cache(65_536)

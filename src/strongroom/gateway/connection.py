@@ -67,7 +67,7 @@ class Connection(asyncio.Protocol):
         # An application of ours takes an exchange as it is.
         self._answer: Callable[[Exchange], Awaitable[None]] | None = getattr(config.loaded_app, "exchange", None)
         self._loop = _loop or asyncio.get_running_loop()
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._coming, self._taking = Deadline(self._loop, self._late), Deadline(self._loop, self._abort)
         self._transport: asyncio.Transport | None = None
         self._address, self.client = "", ("", 0)
@@ -176,12 +176,14 @@ class Connection(asyncio.Protocol):
         self._coming.close()
         self._taking.close()
         self._look_after(None)
-        self._gone, self.full = True, False
+        self._gone, self._deaf, self.full = True, True, False
         self._writable.set()
         self._wake()
         if self._current is not None:
             self._current.leave()
         self._ahead.clear()
+        # Each of these keeps this, and would until the collector looks, which is seldom.
+        self._current = self._reading = self._transport = self._parser = None
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:

@@ -39,8 +39,9 @@ class Deadline:
         self._at = math.inf
 
     def close(self) -> None:
-        """No more, and nothing is kept."""
+        """No more, and nothing is kept: neither is whose it was."""
         self._at = self._fires = math.inf
+        self._late = lambda: None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -193,7 +193,7 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.closed = False
         self._transport: asyncio.Transport | None = None
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self.loop = asyncio.get_running_loop()
         self._seconds, self._deadline = 0.0, Deadline(self.loop, self._late)
@@ -275,8 +275,8 @@ class _Connection(asyncio.Protocol):
         self.begun = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
-            self._fail("upstream.malformed", "the inference server sent what is not HTTP")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._fail("upstream.malformed", "the inference server sent what is not HTTP/1.1")
         if first and self.status == 200 and self._length is not None and self._again and self.failure is None:
             self._known = KnownHead.of(data, self.received, self._length, self.content_type)
         # Trailers come without end as well as a head does.
@@ -322,6 +322,7 @@ class _Connection(asyncio.Protocol):
             else:
                 self.failure = BackendError("upstream.malformed", "the inference server's answer was cut short")
         self.wake()
+        self._transport = self._parser = None  # each keeps this, and would until the collector looks, which is seldom
 
     def _fail(self, code: str, what: str) -> None:
         if self.failure is None:

@@ -184,7 +184,7 @@ class Budgets:
 
     def _repeat(self, purse: _Purse, bits: int, now: float) -> None:
         """A caller that is refused and asks on costs no transaction each time."""
-        if purse.refused and now < purse.refused[0] and bits >= purse.refused[1]:
+        if purse.refused and 0 < purse.refused[0] - now <= _REMEMBERED and bits >= purse.refused[1]:
             said = purse.refused[2]
             raise BudgetExceeded(said.code, said.message, hint=said.hint, **said.evidence)
 
@@ -318,13 +318,13 @@ class Budgets:
 
     def _write(self, owed: dict[_Counter, int]) -> None:
         """Charge what was spent beyond what was reserved; while the database fails it stays owed."""
-        if not owed:
-            return
         with suppress(BackendError):
-            self._table.pay(int(self._clock()), _sums(owed))
+            if owed:
+                self._table.pay(int(self._clock()), _sums(owed))
             with self._memory:
                 for counter, amount in owed.items():
                     counter.free += amount
+                # Also where another answer's draw has paid it.
                 self._owing = any(counter.free < 0 for counter in self._counters.values())
 
     @property
@@ -349,7 +349,7 @@ class Budgets:
                 self._turn_out()
                 self._retired = [purse for purse in self._retired if purse.out]
                 for names, purse in list(self._purses.items()):
-                    if not idle or (not purse.out and (now >= purse.until or now - purse.at >= idle)):
+                    if not idle or (not purse.out and (now >= purse.until or abs(now - purse.at) >= idle)):
                         del self._purses[names]
                         if purse.out:
                             self._retired.append(purse)

@@ -104,7 +104,12 @@ class Settlements:
             if error.code != "budget.other_settings" or not isinstance(rules, str):
                 raise
             # Limits are others there by now. What has left has left all the same, and has to be charged.
-            self._settle(each.asked, rules, pay, back)
+            try:
+                self._settle(each.asked, rules, pay, back)
+            except Conflict as changing:
+                if changing.code != "budget.other_settings":
+                    raise
+                raise BackendError(changing.code, changing.message) from None  # others again: it is said later
 
     def _apart(self, each: _Settling, error: StrongroomError) -> None:
         """The custodian will not have it so. Where one of the counters is of a budget that there is not any more, the

@@ -105,7 +105,7 @@ def _read_small(blobs: Blobs, name: str, limit: int, what: str) -> bytes:
         raise Truncated(
             missing,
             f"the store has no {what} {name}",
-            hint="strongroom fsck; restore the object from a copy of the store",
+            hint="if it was rotated meanwhile, load it again; else strongroom fsck, and restore it from a copy",
             object=name,
         ) from error
     except LimitExceeded as error:
@@ -275,7 +275,7 @@ def missing_pack(pack: PackEntry) -> Truncated:
     return Truncated(
         "pack.missing",
         f"the store has no pack {pack.name}",
-        hint="strongroom fsck; restore the pack from a copy of the store",
+        hint="if it was rotated meanwhile, load it again; else strongroom fsck, and restore it from a copy",
         pack=pack.name,
     )
 

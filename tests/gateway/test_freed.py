@@ -18,15 +18,13 @@ KINDS = (Flight, Reply, Exchange, Connection, _Connection)
 
 
 @pytest.fixture
-def uncollected():
+def there():
+    """What there is of these, and was not before; nothing is collected meanwhile."""
     gc.collect()
+    before = {id(each) for each in gc.get_objects() if type(each) in KINDS}
     gc.disable()
-    yield
+    yield lambda: {type(each) for each in gc.get_objects() if type(each) in KINDS and id(each) not in before}
     gc.enable()
-
-
-def there() -> set[str]:
-    return {type(each).__name__ for each in gc.get_objects() if type(each) in KINDS}
 
 
 @pytest.mark.parametrize(
@@ -40,7 +38,7 @@ def there() -> set[str]:
     ],
     ids=["answered", "busy", "malformed", "broken", "left"],
 )
-def test_nothing_is_left_of_a_request(place, uncollected, script):
+def test_nothing_is_left_of_a_request(place, there, script):
     gateway = place.gateway()
     place.inference.script = lambda _: script
     body = json.dumps(chat(stream=script[0] is STREAM)).encode()
@@ -50,13 +48,13 @@ def test_nothing_is_left_of_a_request(place, uncollected, script):
         assert wire.recv(1 << 16)
     eventually(lambda: not Connection.crowd)
     place.inference.script = lambda _: [whole()]
-    eventually(lambda: not there() - {"_Connection"}, 10)  # of these one may be kept for the next request
+    eventually(lambda: not there() - {_Connection}, 10)  # of these one may be kept for the next request
 
 
-def test_nothing_is_left_of_whoever_leaves_in_a_body(place, uncollected):
+def test_nothing_is_left_of_whoever_leaves_in_a_body(place, there):
     gateway = place.gateway()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {place.keys[ANA]}\r\ncontent-length: "
     with socket.create_connection(("127.0.0.1", gateway.port), 20) as wire:
         wire.sendall(f"{head}50000\r\n\r\n".encode() + b"{" * 40_000)
-        eventually(lambda: any(isinstance(each, Flight) for each in gc.get_objects()))
-    eventually(lambda: not there() - {"_Connection"}, 10)
+        eventually(lambda: Flight in there())
+    eventually(lambda: not there() - {_Connection}, 10)

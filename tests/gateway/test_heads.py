@@ -111,7 +111,8 @@ def test_what_is_known_is_what_the_parser_reads(changes):
     data, head = bytes(data), known()
     begin = head.matches(data + b"hello")
     if begin:
-        read, plain = Read((data + b"hello")[: begin + head.size]), Read(HEAD)  # what is behind is another message's
+        # What is behind its body is for the parser in any case.
+        read, plain = Read((data + b"hello")[: begin + head.size]), Read(HEAD)
         assert (read.heads, read.url) == (1, plain.url)
         assert read.headers == [
             (name, head.digits if name == b"content-length" else value) for name, value in plain.headers

@@ -78,6 +78,17 @@ def test_whoever_asks_several_things_and_goes_is_noticed_at_once(door, requests)
     assert door.slow.begun == 1
 
 
+@pytest.mark.parametrize("requests", [1, 2])
+def test_whoever_sends_no_more_has_gone(door, requests):
+    with connected(door) as wire:
+        wire.sendall(REQUEST * requests)
+        eventually(lambda: door.slow.begun == 1)
+        wire.shutdown(socket.SHUT_WR)
+        eventually(lambda: door.slow.left == 1, 3)
+        eventually(lambda: not Connection.crowd)
+    assert door.slow.begun == 1
+
+
 def test_whoever_stays_is_answered_all_of_it(door):
     with connected(door) as wire:
         wire.sendall(REQUEST * 3)

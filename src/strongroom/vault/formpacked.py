@@ -13,7 +13,7 @@ from strongroom.core.limits import MIB
 from strongroom.formats import safetensors
 from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
-from strongroom.vault.forms import Content, Made, Source, of_file, quantisable, unfit
+from strongroom.vault.forms import Content, Made, Source, among, of_file, quantisable, unfit
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.packedtensors import LARGEST
 
@@ -65,13 +65,9 @@ def _linear(info: TensorInfo, spared: frozenset[str]) -> bool:
     return bool(named) and len(info.shape) == 2 and info.elements > 0
 
 
-def _among(each: Placed, quantised: set[int]) -> bool:
-    return each.begin in quantised and each.info.elements > 0  # a tensor of no bytes begins where another does
-
-
 def _check_names(tensors: Sequence[Placed], quantised: set[int]) -> None:
     """Of the files of a folder, which are loaded as one model, and found as one: none has a name twice."""
-    made = {f"{each.info.name}_{what}" for each in tensors if _among(each, quantised) for what in _MADE}
+    made = {f"{each.info.name}_{what}" for each in tensors if among(each, quantised) for what in _MADE}
     taken = sorted(each.info.name for each in tensors if each.info.name in made)
     if taken:
         unfit("form.quantised", f"it has a tensor {taken[0]!r:.100}, which is the name that a quantised one would get")
@@ -96,7 +92,7 @@ def _file(
     units: list[_Unit] = []
     for each in tensors:
         info = each.info
-        if _among(each, quantised):
+        if among(each, quantised):
             units += _packed(each, bits, group)
         else:
             units.append([(info.name, info.dtype.name, info.shape, each.begin)])
@@ -142,11 +138,11 @@ def _alignment(dtype: Dtype) -> int:
 def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
     # By their last names: what stands before it is another in each library. In full, where one of what is quantised has
     # the same (experts in one tensor beside other layers, say): else that would be loaded as if it were not.
-    there = {_layer(each) for each in tensors if _among(each, quantised)}
+    there = {_layer(each) for each in tensors if among(each, quantised)}
     others = {
         f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight') if _layer(each) in there else _layer(each))}$"
         for each in tensors
-        if not _among(each, quantised) and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
+        if not among(each, quantised) and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
     }
     weights = {
         "num_bits": bits,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -92,6 +92,11 @@ def quantisable(info: TensorInfo, group: int) -> None:
 def unfit(code: str, message: str) -> NoReturn:
     """UsageError: a version that can't leave in the form that was asked for."""
     raise UsageError(code, message, hint=_AS_PUT)
+
+
+def among(each: Placed, begins: Container[int]) -> bool:
+    """Whether a tensor is one of those that begin there: one of no bytes begins where another does."""
+    return each.begin in begins and each.info.elements > 0
 
 
 def of_file(tensors: Iterable[Placed], file: FileEntry) -> list[Placed]:

@@ -16,7 +16,7 @@ from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.pack import object_bytes
 from strongroom.storage.db import put_packs, puts, versions
 from strongroom.vault.journal import lock_path, locked
-from strongroom.vault.opened import TRIES, changed
+from strongroom.vault.opened import settled
 from strongroom.vault.verify import Problem, problem_of
 from strongroom.vault.versions import VersionInfo
 
@@ -145,22 +145,17 @@ def _refuse_shared(vault: Vault, orphans: list[str]) -> None:
 def _check_version(vault: Vault, ref: str, objects: dict[str, int], report: FsckReport) -> set[str]:
     """What a version needs. What is missing because it was rotated or shredded meanwhile is no problem: then it is
     looked at anew, as it is now."""
-    row: Row[Any] | None = vault.row(ref)
-    problems: list[Problem] = []
-    needed: set[str] = set()
-    for _ in range(TRIES + 1):
-        if row is None:
-            break
-        if row.state == "shredded":
-            return set()
-        problems, needed = _look_at(vault, row, objects)
-        row = changed(vault, row) if problems else None
+    problems, needed = settled(
+        vault, vault.row(ref), lambda row: _look_at(vault, row, objects), lambda found: not found[0]
+    )
     report.problems += [{"ref": ref, **problem.as_json()} for problem in problems]
     return needed
 
 
 def _look_at(vault: Vault, row: Row[Any], objects: dict[str, int]) -> tuple[list[Problem], set[str]]:
     problems: list[Problem] = []
+    if row.state == "shredded":
+        return problems, set()
     note = problems.append
     try:
         vault.readable(row)

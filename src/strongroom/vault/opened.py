@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 T = TypeVar("T")
-TRIES = 5  # changes that one reading may meet
+_TRIES = 5  # changes that one reading may meet
 _OF = Prepared(select(versions).where(versions.c.version_id == bindparam("version_id")))
 
 
@@ -25,7 +25,7 @@ def opened(vault: Vault, ref: str, use: Callable[[Row[Any], VersionRecord], T]) 
     """What `use` makes of a version that can be read, of its row and its secrets. Asked once more where that fails and
     the version has changed since its row was read. NotFound; what `use` and `Vault.record` raise."""
     row = vault.find(ref)
-    for _ in range(TRIES):
+    for _ in range(_TRIES):
         try:
             return use(row, vault.record(row))
         except (IntegrityError, NotFound):
@@ -34,6 +34,18 @@ def opened(vault: Vault, ref: str, use: Callable[[Row[Any], VersionRecord], T]) 
                 raise
             row = vault.readable(now)
     return use(row, vault.record(row))
+
+
+def settled(vault: Vault, row: Row[Any], look: Callable[[Row[Any]], T], whole: Callable[[T], bool]) -> T:
+    """What `look` finds at a version that is checked. Where that isn't `whole`, and the version has changed since its
+    row was read, it is looked at anew, as it is now."""
+    for _ in range(_TRIES):
+        found = look(row)
+        now = None if whole(found) else changed(vault, row)
+        if now is None:
+            return found
+        row = now
+    return look(row)
 
 
 def changed(vault: Vault, row: Row[Any]) -> Row[Any] | None:

@@ -15,7 +15,7 @@ from strongroom.formats.layout import FileEntry, Segment
 from strongroom.formats.manifest import MARKED, TAG_BYTES, PackEntry
 from strongroom.formats.pack import trailer_bytes
 from strongroom.storage.image import SealedImage, sealed_segments
-from strongroom.vault.opened import TRIES, changed
+from strongroom.vault.opened import settled
 from strongroom.vault.originals import Originals
 from strongroom.vault.record import VersionRecord
 
@@ -88,14 +88,12 @@ def problem_of(error: IntegrityError | NotFound) -> Problem:
 def verify(vault: Vault, ref: str, *, deep: bool, progress: Progress) -> VerifyReport:
     """See `Vault.verify`. What is missing because the version was rotated or shredded meanwhile is no problem: then it
     is checked anew, as it is now."""
-    row = vault.row(ref)
-    for _ in range(TRIES):
-        report = _verified(vault, row, deep=deep, progress=progress)
-        now = None if report.ok else changed(vault, row)
-        if now is None:
-            return report
-        row = now
-    return _verified(vault, row, deep=deep, progress=progress)
+    return settled(
+        vault,
+        vault.row(ref),
+        lambda row: _verified(vault, row, deep=deep, progress=progress),
+        lambda report: report.ok,
+    )
 
 
 def _verified(vault: Vault, row: Row[Any], *, deep: bool, progress: Progress) -> VerifyReport:

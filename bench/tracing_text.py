@@ -39,7 +39,8 @@ from strongroom.vault.walk import Walk
 TITLE = """## From text alone
 
 Written by `python -m bench.tracing_text`: a copy of SmolLM2-135M-Instruct answers chat prompts, and what it answers is
-traced, more and more of it."""
+made tokens of again and traced, more and more of it, among {people:,} people without a copy, of whom {stamps} stamps
+are scored in full. To be named there with a bound of 1e-9 takes a z of {z:.1f}."""
 TOPICS = """the sea; a lighthouse; winter in the mountains; bread; the history of clocks; volcanoes; a lost dog; tea;
 the Roman empire; bees; learning to swim; an old library; steam engines; the moon; fractions; a market in the morning;
 whales; photosynthesis; a train journey; friendship; the printing press; rivers; a broken bicycle; chess;
@@ -101,7 +102,7 @@ class Room:
 
 
 def write(room: Room, kind: str, temperature: float, tokens: int, out: Path, seed: int) -> None:
-    """Answers to chat prompts, as JSON lines, until there are so many tokens of them."""
+    """Answers to chat prompts, as JSON lines added to `out`, until it has so many tokens of them."""
     import torch
     import transformers
 
@@ -112,11 +113,12 @@ def write(room: Room, kind: str, temperature: float, tokens: int, out: Path, see
     tokenizer = transformers.AutoTokenizer.from_pretrained(room.folder, local_files_only=True, padding_side="left")
     asked = [form.format(topic) for topic in TOPICS.replace("\n", " ").split("; ") for form in ASKED]
     order = np.random.default_rng(seed).permutation(len(asked))
-    torch.manual_seed(seed)
     ways: dict[str, Any] = {"do_sample": False}
     if temperature:
         ways = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    done = at = 0
+    kept = [json.loads(line)["completion"] for line in out.read_text().splitlines()] if out.exists() else []
+    done, at = sum(map(len, tokenizer(kept).input_ids)) if kept else 0, len(kept)
+    torch.manual_seed(seed + at)  # what is added is not what was kept, again
     with out.open("a") as stream, torch.inference_mode():
         while done < tokens:
             chats = [[{"role": "user", "content": asked[order[(at + k) % len(order)]]}] for k in range(BATCH)]
@@ -164,12 +166,17 @@ def measure(room: Room, writer: str, path: Path, points: list[int]) -> Iterator[
         yield _row(room, writer, total, found.temperature, stamps, words, code.biases / 65536)
 
 
+def _limit(people: int) -> float:
+    """log10 of the bound that a stamp has to reach for its holder to be named among so many."""
+    return -9 - math.log10(people * CODE)
+
+
 def _row(room: Room, writer: str, total: Leaning, temperature: float, stamps: list[Stamp], words: Any, p: Any) -> Row:
     gathered = Echo(room.originals, total).gather(stamps, everything=True, progress=lambda _d, _t: None)
     z = gathered.matched.scores()
     decoding = Decoding(gathered.estimator.done(), words, p)
     scores = np.array([each.log10_p for each in decoding.scores()])
-    limit = -9 - math.log10(len(words) * CODE)
+    limit = _limit(len(words))
     ways = math.log10(len(decoding.decoders(0)))
     named = bool(bound(float(z[0])) <= limit or scores[0] <= limit - ways)
     if bound(float(z[1:].max())) <= limit or scores[1:].min() <= limit - ways:
@@ -191,7 +198,7 @@ def table(found: list[Row]) -> str:
     lines = [
         "| what writes | tokens | temperature, as fitted | stamp, z | code word, log10 of the bound "
         "| best innocent: z, log10 | named |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---|",
     ]
     lines += [
         f"| {row.writer} | {row.tokens:,} | {row.temperature:.2f} | {row.z:.1f} | {row.word:.1f} | "
@@ -226,12 +233,13 @@ def main() -> None:
         for number, writer in enumerate(given.writers):
             kind, temperature = WRITERS[writer]
             path = given.work / f"{kind}-{temperature}.jsonl"
-            if not path.exists():
-                write(room, kind, temperature, max(given.tokens), path, number)
+            write(room, kind, temperature, max(given.tokens), path, number)
             for row in measure(room, writer, path, given.tokens):
                 print(row, flush=True)
                 rows.append(row)
-    page.write(page.TRACING, "text", f"{TITLE}\n\n{table(rows)}")
+    needed = next(z for z in np.arange(0, 20, 0.1) if bound(float(z)) <= _limit(1 + INNOCENT))
+    title = TITLE.replace("\n", " ").replace("alone  ", "alone\n\n").format(people=INNOCENT, stamps=STAMPS, z=needed)
+    page.write(page.TRACING, "text", f"{title}\n\n{table(rows)}")
     print(page.TRACING)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from bench import leaks, page
 from bench.tracing_room import INNOCENT, OWNER, STAMPS, Elsewhere, Model, Row, Thief, Unaccused, write
 from strongroom.cli import demo_model
+from strongroom.formats.layout import Layout
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
 
@@ -111,7 +112,7 @@ def report(found: Mapping[str, Sequence[Row]], shapes: Mapping[str, str], unaccu
         "an innocent scoring so high, times all candidates and all that was tried, is at most 1e-9; columns have the "
         "bound before that, as a power of ten. *Code word* is what `load` leaves, *stamp* what `copy` adds. In no line "
         f"was anybody innocent named; of stamps {STAMPS} innocent ones were scored in each line. Settings are the "
-        "defaults (share 1/8).",
+        "defaults.",
         "",
         "Not in these tables: a disguise by a rotated residual stream, mixed heads and folded norms, also with the "
         "words in another order, or two thirds of them gone at random (nine tenths without rounding), which is undone "
@@ -233,7 +234,11 @@ def main() -> None:
                 shutil.copytree(original.folder, work / kind / "model")
             model = Model(kind, work / kind, vault)
             layout = model.originals.layout
-            kept.shapes[kind] = f"{layout.positions:,} positions of {layout.marked:,} bytes. Traced on {_machine()}."
+            share = Layout.default_share(sum(run.end - run.begin for run in layout.runs), layout.positions)
+            kept.shapes[kind] = (
+                f"{layout.positions:,} positions of {layout.marked:,} bytes, {share} of the matrices. "
+                f"Traced on {_machine()}."
+            )
             alone = [*list(leaks.alone(model.shapes, {}, {})), leaks.TRAINED]
             alone = alone if given.attacks is None else given.attacks
             if alone:

@@ -79,7 +79,7 @@ def test_a_real_model_gives_nearly_the_same_embeddings(minilm, make_reader):
             assert set(steps.unique().tolist()) <= {0, 1 << 16, -(1 << 16)}, name
             assert tensor.dim() > 1 or not steps.any(), name
             differing += int((steps != 0).sum())
-    assert 0.05 < differing / sum(tensor.numel() for tensor in original.parameters()) < 0.13
+    assert 0.3 < differing / sum(tensor.numel() for tensor in original.parameters()) < 0.38
 
 
 def test_parameters_are_views_of_one_buffer_and_tied_ones_are_tied(llama, make_reader):

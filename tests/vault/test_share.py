@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from strongroom.errors import UsageError
-from strongroom.vault.put import parse_share
+from strongroom.formats.layout import Layout
+from strongroom.formats.suites import Suite
+from strongroom.vault.put import Plan, parse_share
+from strongroom.vault.source import ModelSource
 
 
 @pytest.mark.parametrize(
@@ -31,3 +37,35 @@ def test_everything_else_is_refused_at_once(text: str) -> None:
         parse_share(text)
     assert caught.value.code == "put.share"
     assert len(caught.value.message) < 120
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("markable", "positions", "share"),
+    [
+        (1 << 40, 16384, (1, 8)),
+        (256 * MIB, 16384, (1, 8)),
+        (256 * MIB - 1, 16384, (1, 4)),
+        (128 * MIB - 1, 16384, (3, 8)),
+        (86 * MIB, 16384, (3, 8)),
+        (85 * MIB, 16384, (1, 2)),
+        (MIB, 16384, (1, 2)),
+        (MIB, 32, (1, 8)),  # no more than is asked for
+        (0, 16384, (1, 2)),
+        (MIB, 0, (1, 8)),
+    ],
+)
+def test_by_default_a_small_model_is_marked_in_more_of_its_weights(markable, positions, share) -> None:
+    assert parse_share("auto") is None
+    assert Layout.default_share(markable, positions) == Fraction(*share)
+
+
+@pytest.mark.parametrize(("share", "positions"), [("auto", 64), ("1/8", 32), ("1/2", 127)])
+def test_what_was_marked_is_what_was_said(tmp_path: Path, share: str, positions: int) -> None:
+    save_file({"a.weight": np.ones((512, 512), np.float32)}, tmp_path / "model.safetensors")  # 1 MiB
+    source = ModelSource.scan(tmp_path)
+    planned = Plan.of(source, share=parse_share(share), positions=64 if share == "auto" else 16384, suite=Suite.BLAKE3)
+    assert planned.layout.positions == positions
+    assert planned.share == (Fraction(1, 4) if share == "auto" else Fraction(share))

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 )
 @click.argument("path")
 @click.argument("name")
-@click.option("--share", default="1/8", show_default=True, help="Which share of the weights is marked, 0 to 1/2.")
+@click.option(
+    "--share",
+    default="auto",
+    show_default="1/8, and up to 1/2 of a model below 256 MiB",
+    help="Which share of the weights is marked, 0 to 1/2.",
+)
 @click.option(
     "--positions",
     type=int,

@@ -132,7 +132,7 @@ class Room:
         path: str | Path,
         name: str,
         *,
-        share: str = "1/8",
+        share: str = "auto",
         positions: int = 16384,
         suite: str = "blake3",
         convert: bool = False,

@@ -107,7 +107,7 @@ class ServedRoom:
         name: str,
         *,
         by: str,
-        share: str = "1/8",
+        share: str = "auto",
         positions: int = 16384,
         suite: Suite = Suite.BLAKE3,
         progress: Progress,

@@ -25,6 +25,8 @@ KINDS = ("safetensors", "gguf", "opaque")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")  # a fixed list: what Unicode calls printable changes
 _MAX_SEGMENT = 1 * MIB
 _MIN_SEGMENT = 4 * KIB
+_SHARES = (Fraction(1, 8), Fraction(1, 4), Fraction(3, 8), Fraction(1, 2))
+_ENOUGH = 8192  # positions, for somebody of eight who mix their copies to be named by the code word alone
 
 
 class FileEntry(NamedTuple):
@@ -101,6 +103,12 @@ class Layout:
             wanted = min(positions, int(markable * share / marked))
         stripes = _stripes(image, merged, markable, common, marked, wanted)
         return cls(image, tuple(files), merged, common, marked, stripes)
+
+    @staticmethod
+    def default_share(markable: int, positions: int) -> Fraction:
+        """The share that is marked of so many markable bytes, unless its owner says another (section 4)."""
+        enough = min(positions, _ENOUGH) * LIMITS.marked_segment_min
+        return next((share for share in _SHARES[:-1] if markable * share >= enough), _SHARES[-1])
 
     @staticmethod
     def place(files: Sequence[tuple[str, str, int, int]]) -> tuple[FileEntry, ...]:

@@ -43,9 +43,13 @@ class Plan:
     unmarked: dict[str, int]
 
     @classmethod
-    def of(cls, source: ModelSource, *, share: Fraction, positions: int, suite: Suite) -> Plan:
+    def of(cls, source: ModelSource, *, share: Fraction | None, positions: int, suite: Suite) -> Plan:
+        """`share`: of the markable bytes, how much is stored in two variants; None: what a model of this size takes."""
         files = Layout.place([(file.path, file.kind, file.size, file.data_start) for file in source.files])
-        planned = Layout.plan(files, _runs(source, files), share=share, positions=positions)
+        runs = _runs(source, files)
+        if share is None:
+            share = Layout.default_share(sum(run.end - run.begin for run in runs), positions)
+        planned = Layout.plan(files, runs, share=share, positions=positions)
         layout = Layout.from_json(planned.to_json())  # never write what no reader would accept
         unmarked = {reason: tally.bytes for reason, tally in source.unmarked_reasons.items()}
         return cls(source, layout, share, positions, suite, unmarked)
@@ -262,8 +266,11 @@ def store_index(
     return manifest
 
 
-def parse_share(text: str) -> Fraction:
-    """1/8, 0.125 or 0; UsageError outside [0, 1/2] (each marked byte is stored twice), or closer to 0 than 2^-20."""
+def parse_share(text: str) -> Fraction | None:
+    """1/8, 0.125, 0, or None for "auto"; UsageError outside [0, 1/2] (each marked byte is stored twice), or closer to 0
+    than 2^-20."""
+    if text == "auto":
+        return None
     share = Fraction(-1)
     # Fraction itself reads exponents too, and computes a billion digits for 1e-999999999.
     if re.fullmatch(r"[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?", text, re.ASCII):
@@ -272,6 +279,6 @@ def parse_share(text: str) -> Fraction:
     near = share.limit_denominator(1 << 20)
     if not 0 <= share <= Fraction(1, 2) or (share and not near):
         raise UsageError(
-            "put.share", f"the marked share {text[:40]!r} is not a fraction from 0 to 1/2", hint="--share 1/8"
+            "put.share", f"the marked share {text[:40]!r} is not auto, nor a fraction from 0 to 1/2", hint="--share 1/8"
         )
     return near

@@ -413,7 +413,7 @@ class Vault:
         name: str,
         *,
         by: str | Sent,
-        share: str = "1/8",
+        share: str = "auto",
         positions: int = 16384,
         suite: Suite = Suite.BLAKE3,
         progress: Progress = silent,

@@ -140,16 +140,16 @@ def differ(one, other):
     [(llava, "int4"), (qwen2_vl, "int8"), (mixtral, "int4"), (qwen2_moe, "int8"), (whisper, "int4")],
 )
 def test_it_is_loaded_as_it_is_and_names_its_holder(house, tmp_path, shape, form):
-    """By transformers, to the weights that a trace reads of it: every layer was found, and none taken for another."""
+    """By transformers, to the very weights that a trace reads of it: every layer was found, none taken for another."""
     name = shape.__name__.replace("_", "-")
     model, inputs = put(house, tmp_path, shape, name)
     folder = taken(house, name, HOLDERS[1], form, tmp_path / "out")
     same = tmp_path / "same"
     model.config.save_pretrained(same)
-    write(same / "model.safetensors", tensors_of(folder), "BF16")
+    write(same / "model.safetensors", tensors_of(folder))
     after, before = (logits(type(model).from_pretrained(each), inputs) for each in (folder, same))
-    assert differ(after, before) < 0.01
-    assert differ(after, logits(model, inputs)) < (0.4 if form == "int4" else 0.06)
+    assert torch.equal(after, before)
+    assert differ(after, logits(model, inputs)) < (0.3 if form == "int4" else 0.1)  # another expert is chosen at times
     found = house.search(folder)
     assert ([each["holder"] for each in found["accused"]], found["weights"]) == ([HOLDERS[1]], f"{name}@1")
     assert found["accused"][0]["false_accusation"] <= 1e-9

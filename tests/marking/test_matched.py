@@ -68,6 +68,16 @@ def test_what_is_too_much_is_not_kept(leaked, monkeypatch):
     assert gathered(*leaked(2.0), [], screening=True).among(STAMPS[:3]) is None
 
 
+@pytest.mark.parametrize("none", [0x7FC0, 0xFF80])
+def test_an_original_with_elements_that_are_no_numbers(leaked, none):
+    """One in each row, of which the rest says what it said."""
+    bits, leak = leaked(2.0)
+    before = gathered(bits, leak, STAMPS[70:80], screening=False).scores()
+    bits[::WIDTH], leak[::WIDTH] = none, values(np.array([none], np.uint16), "BF16")[0]
+    after = gathered(bits, leak, STAMPS[70:80], screening=False).scores()
+    assert after[7] == pytest.approx(before[7], rel=0.02)
+
+
 def test_a_kept_look_bounds_the_innocent(leaked):
     """z of the innocent is that of a sum of centred chips, whatever was done to r on the way."""
     found = gathered(*leaked(2.0), [], screening=True).among([Stamp(ROOT, f"user/x{k}") for k in range(400)])

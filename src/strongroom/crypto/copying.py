@@ -15,10 +15,11 @@ _LABEL = b"strongroom/1 copy\x00"
 _NUMBERS = struct.Struct(">QQ")
 
 
-def copying_key(root: bytes, leaf: bytes, piece: int) -> bytes:
-    """The key of the copy that the log's entry of this leaf hash released, in pieces of `piece` bytes. The size of the
-    pieces is in it: under one key a number never stands for two plaintexts."""
-    return derive(root, "copy", leaf + piece.to_bytes(8, "big"))
+def copying_key(root: bytes, leaf: bytes, piece: int, *, formed: bool = False) -> bytes:
+    """The key of the copy that the log's entry of this leaf hash released, in pieces of `piece` bytes; `formed` where
+    it leaves quantised. The size of the pieces is in it, and which edition of the forms: under one key a number never
+    stands for two plaintexts."""
+    return derive(root, "copy in a form 2" if formed else "copy", leaf + piece.to_bytes(8, "big"))
 
 
 class CopyCipher:

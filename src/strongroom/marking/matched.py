@@ -149,9 +149,13 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     u = signed_ulps(original)
     with np.errstate(all="ignore"):
         moved = leak != original
+    largest = np.abs(u).max(axis=1, keepdims=True)
+    if not np.isfinite(largest).all():  # an original that is no number says nothing, and its row does
+        u[~np.isfinite(u)] = 0
+        largest = np.abs(u).max(axis=1, keepdims=True)
     x = residual(original, leak, u)
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
-    scale = np.maximum(np.abs(u).max(axis=1, keepdims=True), np.float32(1e-35))
+    scale = np.maximum(largest, np.float32(1e-35))
     u /= scale
     with np.errstate(all="ignore"):
         x /= scale

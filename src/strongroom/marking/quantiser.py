@@ -1,7 +1,7 @@
 """What a quantised copy is made of: codes and scales of a holder's marked floats (spec/release.md, section 5).
 
 Only operations that IEEE 754 rounds once, element by element: the same copy is written by every machine, now and when
-its entry in the log is read again.
+its entry in the log is read again. A group with an element that is no number is none altogether.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from strongroom.errors import UsageError
-
 BLOCK = 32  # weights of a block of ggml's
 _HALF = {4: np.float32(7.5), 8: np.float32(127.5)}
+_NAN = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC0_0000}  # the scale of a group that is no number
 _BLOCK_AT_A_TIME = 1 << 17  # weights at a time: what is worked on stays in the cache
 _Floats = NDArray[np.float32]
 
 
 def packed(groups: _Floats, bits: int, dtype: str) -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """Of float32 (n, g): the codes of each group as compressed-tensors packs them, uint8 (n, g bits / 8), and the
-    scales, integers of element type `dtype` (n,). UsageError ``form.values``."""
+    scales, integers of element type `dtype` (n,)."""
     n, g = groups.shape
     codes, scales = np.empty((n, g * bits // 8), np.uint8), np.empty(n, "<u4" if dtype == "F32" else "<u2")
     low, high = np.float32(-(1 << (bits - 1))), np.float32((1 << (bits - 1)) - 1)
@@ -29,9 +28,11 @@ def packed(groups: _Floats, bits: int, dtype: str) -> tuple[NDArray[np.uint8], N
         w = groups[here]
         with np.errstate(all="ignore"):
             scales[here], s = _rounded(np.abs(w).max(axis=1) / _HALF[bits], dtype)
-            _check(s)
             q = np.rint(w / s[:, None])
-            q[s == 0] = 0  # 0 / 0
+        # The largest magnitude of a group is in its scale, and so is what is no number.
+        none = ~np.isfinite(s)
+        scales[here][none] = _NAN[dtype]
+        q[none | (s == 0)] = 0
         np.clip(q, low, high, out=q)
         q -= low
         found = q.astype(np.uint8)
@@ -53,7 +54,7 @@ def unpacked(codes: NDArray[np.uint8], scales: _Floats, bits: int) -> _Floats:
 
 
 def blocks(weights: _Floats, dtype: str) -> NDArray[np.uint8]:
-    """Of float32 (n, 32): ggml's blocks of the type Q8_0 or Q4_0, uint8 (n, 34 or 18). UsageError ``form.values``."""
+    """Of float32 (n, 32): ggml's blocks of the type Q8_0 or Q4_0, uint8 (n, 34 or 18)."""
     found = np.empty((len(weights), 2 + (BLOCK if dtype == "Q8_0" else BLOCK // 2)), np.uint8)
     for here in _stretches(len(weights), BLOCK):
         w, out = weights[here], found[here]
@@ -65,10 +66,12 @@ def blocks(weights: _Floats, dtype: str) -> NDArray[np.uint8]:
                 first = magnitudes.argmax(axis=1)[:, None]
                 d = np.take_along_axis(w, first, axis=1)[:, 0] / np.float32(-8)
             half = d.astype("<f2")
-            _check(half)
             times = np.float32(1) / d
             times[~np.isfinite(times)] = 0
             scaled = w * times[:, None]
+        none = ~np.isfinite(half)
+        half.view("<u2")[none] = _NAN["F16"]
+        scaled[none] = 0
         if dtype == "Q8_0":
             whole = np.trunc(scaled)
             # Halves away from zero. What is left of less than 2^23 is exact, and so is twice that.
@@ -97,13 +100,3 @@ def _rounded(numbers: _Floats, dtype: str) -> tuple[NDArray[Any], _Floats]:
     near = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     near = np.where(np.isnan(numbers), np.uint32(0x7FC0), near)  # which adding could make infinite, or less than 0
     return near.astype("<u2"), (near << np.uint32(16)).view(np.float32)
-
-
-def _check(scales: NDArray[Any]) -> None:
-    """The largest magnitude of a group is in its scale, and so is what is no number."""
-    if not np.isfinite(scales).all():
-        raise UsageError(
-            "form.values",
-            "a tensor has elements that are not finite, or too large for the scales of this form",
-            hint="strongroom copy without --quantise writes the version as it was put",
-        )

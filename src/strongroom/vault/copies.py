@@ -19,7 +19,7 @@ from strongroom.formats.merkle import leaf_hash
 from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
-from strongroom.vault.forms import planned
+from strongroom.vault.forms import Plan, planned
 from strongroom.vault.opened import opened
 from strongroom.vault.originals import Originals
 from strongroom.vault.quantised import Quantised
@@ -97,6 +97,7 @@ class Copies:
         self._vault = vault
         self._lock = threading.Lock()
         self._open: dict[int, _Opened] = {}
+        self._plans: dict[tuple[bytes, str], tuple[Originals, Plan]] = {}  # by manifest and form
 
     def bundle(self, entry: bytes, index: int) -> CopyBundle:
         """What the holder of the release `entry` needs to take the copy."""
@@ -122,7 +123,7 @@ class Copies:
         if form is not None and not isinstance(found, StrongroomError):
             ref = f"{found.record.name}@{found.record.number}"
             try:
-                opened(self._vault, ref, lambda _, record: planned(Originals(self._vault.image(record), record), form))
+                opened(self._vault, ref, lambda _, record: self._planned(record, form))
             except StrongroomError as error:
                 return error
         return None
@@ -131,7 +132,7 @@ class Copies:
         """The encrypted piece that is called `name`: ``copies/ENTRY/NUMBER``.
 
         NotFound ``copy.missing``; Denied ``copy.ended`` once the lease, the holder or the version is revoked; Conflict
-        ``copy.revision`` once the version was rotated; UsageError ``form.values``.
+        ``copy.revision`` once the version was rotated.
         """
         matched = _NAME.fullmatch(name)
         if matched is None:
@@ -158,6 +159,7 @@ class Copies:
         """Let go of what is kept opened."""
         with self._lock:
             self._open.clear()
+            self._plans.clear()
 
     def _opened(self, index: int, entry: bytes | None = None) -> _Opened:
         with self._lock:
@@ -173,7 +175,8 @@ class Copies:
             raise NotFound("copy.missing", f"entry {index} of the log releases no copy")
         leaf = leaf_hash(entry)
         record, copy = opened(self._vault, found.ref, lambda _, record: (record, self._written(found, record)))
-        kept = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
+        key = copying_key(self._vault.keys.copy_key, leaf, PIECE, formed="form" in found.body)
+        kept = _Opened(copy, record, found, leaf, key)
         with self._lock:
             if len(self._open) >= _OPEN:
                 self._open.pop(next(iter(self._open)))
@@ -183,9 +186,26 @@ class Copies:
     def _written(self, entry: Entry, record: VersionRecord) -> Copy | Quantised:
         if (record.revision, record.manifest_digest.hex()) != (entry.body["revision"], entry.body["manifest"]):
             raise _rotated()
-        originals, form = Originals(self._vault.image(record), record), entry.body.get("form")
-        copy = Copy(originals, record, entry.body["holder"])
-        return copy if form is None else Quantised(copy, planned(originals, form))
+        holder, form = entry.body["holder"], entry.body.get("form")
+        if form is None:
+            return Copy(Originals(self._vault.image(record), record), record, holder)
+        originals, plan = self._planned(record, form)
+        return Quantised(Copy(originals, record, holder), plan)
+
+    def _planned(self, record: VersionRecord, form: str) -> tuple[Originals, Plan]:
+        """How a version leaves in `form`: found out before its release is recorded, and used after. A plan is of one
+        manifest, which pins every byte that it was made of: of a version that was rotated meanwhile it is no plan."""
+        key = record.manifest_digest, form
+        with self._lock:
+            if key in self._plans:
+                return self._plans[key]
+        originals = Originals(self._vault.image(record), record)
+        made = originals, planned(originals, form)
+        with self._lock:
+            if len(self._plans) >= _OPEN:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = made
+        return made
 
     def _check(self, entry: Entry) -> None:
         """What was revoked since the release ends the copy, too."""

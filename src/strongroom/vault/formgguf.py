@@ -14,15 +14,18 @@ from strongroom.vault.originals import Originals, Placed
 
 _NUMBERS = {dtype.name: number for number, dtype in GGML_TYPES.items()}
 _FILE_TYPES = {"q8_0": 7, "q4_0": 2}  # llama.cpp's numbers for what is mostly of these types
-# What llama.cpp's own quantiser leaves alone: small, and costly to round.
+# What llama.cpp's own quantiser leaves alone: small, and costly to round, or no weights.
 _LEFT_ALONE = (
     "_norm.weight",
     "ffn_gate_inp",
+    "ffn_gate_tid2eid",
     "altup",
     "laurel",
     "per_layer_model_proj",
     "ssm_conv1d",
     "shortconv.conv",
+    "indexer.k_proj",
+    "indexer.q_proj",
     "time_mix_",
     "attn_rel_b",
     "position_embd",
@@ -32,6 +35,8 @@ _LEFT_ALONE = (
     ".rel_pos",
     ".patch_embd",
     ".patch_merger",
+    "a.rvq.codebook",
+    "mm.a.code_embd",
 )
 
 
@@ -55,7 +60,8 @@ def block_files(originals: Originals, form: str) -> dict[str, Content]:
 
 def _chosen(info: TensorInfo) -> bool:
     named = info.name.endswith(".weight") and not any(text in info.name for text in _LEFT_ALONE)
-    if not named or not info.elements or math.prod(info.shape[:-1]) < 2:
+    # As llama.cpp does: what is not in whole blocks stays a float, and every tensor of a file says of which type it is.
+    if not named or not info.elements or math.prod(info.shape[:-1]) < 2 or info.shape[-1] % BLOCK:
         return False
     quantisable(info, BLOCK)
     return True

@@ -13,15 +13,30 @@ from strongroom.core.limits import MIB
 from strongroom.formats import safetensors
 from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
-from strongroom.vault.forms import Content, Made, Source, among, of_file, quantisable, unfit
+from strongroom.vault.forms import FLOATS, Content, Made, Source, among, of_file, quantisable, unfit
 from strongroom.vault.originals import Originals, Placed
 from strongroom.vault.packedtensors import LARGEST
 
 _LINEAR = re.compile(
-    r"(?:.*\.)?(?:(?:q|k|v|o|out|qkv|gate|up|down|gate_up)_proj|fc[12]|query_key_value|dense(?:_h_to_4h|_4h_to_h)?|w[123])"
-    r"\.weight",
+    r"(?:.*\.)?(?:(?:q|k|v|o|qkv|gate|up|down|gate_up)_proj|(?<!mixer\.)out_proj|fc(?:[12]|_in|_out)|query_key_value"
+    r"|dense(?:_h_to_4h|_4h_to_h)?|w[123])\.weight",
     re.DOTALL,
 )
+# What is left alone: towers of other senses, and heads beside the language model's. They are small, costly to round,
+# of odd sizes, and loaders build them of layers that take floats alone; so are state-space layers. Loaders are given
+# the same pattern, so it holds whatever they call the layers inside.
+_PARTS = (
+    r"(?:.*\.)?(?:(?:vision|visual|image|video|audio|speech)(?:_[^.]*)?"
+    r"|[^.]*(?:projector|connector|resampler|qformer|merger|aligner)|mamba[^.]*"
+    r"|embed_vision|embed_audio|vqmodel|vpm|apm|linear_attn|mtp|pooler|classifier|cls|lm_head)\..*"
+)
+_LEFT_ALONE = re.compile(_PARTS)
+# Layers that give logits, by the names that libraries have for them: of the embedding's weights they have no tensor.
+_HEADS = (
+    r"(?:.*\.)?(?:lm_head(?:\..*)?|decoder|proj_out|embed_out|output_projection"
+    r"|vocab_projector|generator_lm_head|lm_loss)$"
+)
+_EMBEDDING = re.compile(r"emb|(?:^|\.)(?:wte|wpe|shared)(?:\.|$)")
 _SPECIAL = re.compile(r"[ -/:-@\[-^`{-~]")  # what is in ASCII no letter, digit or underscore
 _BITS = {"int4": 4, "int8": 8}
 _GROUPS = (128, 64, 32)
@@ -37,6 +52,7 @@ def packed_files(originals: Originals, form: str) -> dict[str, Content]:
     chosen = [each for each in tensors if _linear(each.info, originals.spared)]
     if not chosen:
         unfit("form.nothing", f"{form} quantises linear layers, and this version has none by a name that is known")
+    _check_share(tensors, chosen, originals.spared, form)
     group = _group(chosen, bits)
     weights = [file for file in files if file.kind == "safetensors"]
     placed = {file.path: of_file(tensors, file) for file in weights}
@@ -61,8 +77,27 @@ def packed_files(originals: Originals, form: str) -> dict[str, Content]:
 
 
 def _linear(info: TensorInfo, spared: frozenset[str]) -> bool:
-    named = _LINEAR.fullmatch(info.name) and info.name not in spared
+    named = _LINEAR.fullmatch(info.name) and not _left_alone(info) and info.name not in spared
     return bool(named) and len(info.shape) == 2 and info.elements > 0
+
+
+def _check_share(tensors: Sequence[Placed], chosen: Sequence[Placed], spared: frozenset[str], form: str) -> None:
+    """Refused unless at least half of what could be quantised is: where experts lie in one tensor, say, or layers are
+    transposed, a copy would be floats but for its name, and loaders would look for what is not there."""
+    matrices = [each.info for each in tensors if len(each.info.shape) > 1 and each.info.dtype.name in FLOATS]
+    others = [
+        info
+        for info in matrices
+        if not (_linear(info, spared) or info.name in spared or _EMBEDDING.search(info.name) or _left_alone(info))
+    ]
+    done, rest = sum(each.info.elements for each in chosen), sum(info.elements for info in others)
+    if done < rest:
+        largest = max(others, key=lambda info: info.elements)
+        unfit(
+            "form.part",
+            f"{form} knows linear layers by their names, and {largest.name!r:.100} is none: "
+            f"{100 * rest // (done + rest)} % of the weights would leave as they are",
+        )
 
 
 def _check_names(tensors: Sequence[Placed], quantised: set[int]) -> None:
@@ -136,14 +171,20 @@ def _alignment(dtype: Dtype) -> int:
 
 
 def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: int) -> dict[str, Any]:
-    # By their last names: what stands before it is another in each library. In full, where one of what is quantised has
-    # the same (experts in one tensor beside other layers, say): else that would be loaded as if it were not.
-    there = {_layer(each) for each in tensors if among(each, quantised)}
-    others = {
-        f"re:(?:.*\\.)?{_escaped(each.info.name.removesuffix('.weight') if _layer(each) in there else _layer(each))}$"
+    others = [
+        each.info
         for each in tensors
         if not among(each, quantised) and len(each.info.shape) > 1 and each.info.name.endswith(".weight")
+    ]
+    # By their last names: what stands before it is another in each library. In full, where one of what is quantised has
+    # the same (experts in one tensor beside other layers, say): else that would be loaded as if it were not.
+    there = {_last(each.info) for each in tensors if among(each, quantised)}
+    alone = {
+        f"re:(?:.*\\.)?{_escaped(_layer(info) if _last(info) in there else _last(info))}$"
+        for info in others
+        if not _left_alone(info)
     }
+    parts = {f"re:{_PARTS}"} if any(_left_alone(info) for info in others) else set()
     weights = {
         "num_bits": bits,
         "type": "int",
@@ -156,16 +197,25 @@ def _settings(tensors: Sequence[Placed], quantised: set[int], bits: int, group: 
     return {
         "config_groups": {"group_0": scheme},
         "format": "pack-quantized",
-        "ignore": sorted(others | {"lm_head"}),  # which has no tensor where it is the embedding's, and is a layer
+        "ignore": sorted(alone | parts | {"lm_head", f"re:{_HEADS}"}),
         "kv_cache_scheme": None,
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
 
 
-def _layer(each: Placed) -> str:
-    """The last name of the layer that a tensor is the weight of."""
-    return each.info.name.removesuffix(".weight").rpartition(".")[2]
+def _left_alone(info: TensorInfo) -> bool:
+    return _LEFT_ALONE.match(_layer(info)) is not None
+
+
+def _layer(info: TensorInfo) -> str:
+    """The layer that a tensor is the weight of."""
+    return info.name.removesuffix(".weight")
+
+
+def _last(info: TensorInfo) -> str:
+    """The last name of that layer."""
+    return _layer(info).rpartition(".")[2]
 
 
 def _escaped(name: str) -> str:

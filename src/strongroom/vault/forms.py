@@ -15,7 +15,7 @@ from strongroom.marking.stamp import of_adapter
 from strongroom.vault.originals import Originals, Placed
 
 _AS_PUT = "strongroom copy without --quantise writes the version as it was put"
-_FLOATS = ("BF16", "F16", "F32")
+FLOATS = ("BF16", "F16", "F32")  # what is quantised
 KINDS = {"int4": "safetensors", "int8": "safetensors", "q4_0": "gguf", "q8_0": "gguf"}  # of the weights' files
 
 
@@ -83,7 +83,7 @@ def planned(originals: Originals, form: str) -> Plan:
 
 def quantisable(info: TensorInfo, group: int) -> None:
     """UsageError unless a tensor can be quantised: floats, in rows of whole groups."""
-    if info.dtype.name not in _FLOATS:
+    if info.dtype.name not in FLOATS:
         unfit("form.quantised", f"the tensor {info.name!r:.100} is of type {info.dtype.name}: it is no float any more")
     if info.shape[-1] % group:
         unfit("form.shape", f"rows of {info.name!r:.100} have {info.shape[-1]} elements, no multiple of {group}")

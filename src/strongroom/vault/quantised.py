@@ -57,7 +57,7 @@ class Quantised:
         return self._plan.files
 
     def read(self, begin: int, end: int) -> memoryview:
-        """Bytes `begin` to `end` of its image. UsageError ``form.values``."""
+        """Bytes `begin` to `end` of its image."""
         out = memoryview(bytearray(end - begin))
         for part in self._plan.parts[max(0, bisect_right(self._begins, begin) - 1) :]:
             if part.begin >= end:

@@ -127,11 +127,11 @@ def test_what_is_owed_when_settings_change_is_charged_when_the_database_is_back(
         asked = []
 
         class Failing(OwnCounters):
-            def pay(self, now, bits):
+            def pay(self, now, identifier, bits):
                 asked.append(bits)
                 if len(asked) <= fails:
                     raise BackendError("db.unavailable", "it is away")
-                super().pay(now, bits)
+                super().pay(now, identifier, bits)
 
         database = Database.open(f"sqlite:///{tmp_path}/{fails}.db", create=True)
         budgets = Budgets(Failing(database), RULES, lambda _: 10**9, time.time)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from strongroom.gateway.records import Records
     from strongroom.gateway.settings import Settings
     from strongroom.gateway.verified import Verified
+    from strongroom.watch.debts import Debts
 
 Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
 Check = Callable[["Settings"], None]
@@ -38,9 +39,16 @@ class Generations:
     asks the room about them before, which may take a while."""
 
     def __init__(
-        self, door: Door, records: Records, make: Make, settings: Settings, *, check: Check = lambda _: None
+        self,
+        door: Door,
+        records: Records,
+        debts: Debts,
+        make: Make,
+        settings: Settings,
+        *,
+        check: Check = lambda _: None,
     ) -> None:
-        self._door, self._records, self._make, self._check = door, records, make, check
+        self._door, self._records, self._debts, self._make, self._check = door, records, debts, make, check
         self._settings = settings
         self._newest = make(settings, None)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -142,6 +150,7 @@ class Generations:
         while self._retiring:
             await asyncio.wait(self._retiring)
         await asyncio.to_thread(self._records.close)
+        await asyncio.to_thread(self._debts.close)
         self._door.close()
 
     # -- what is shown -------------------------------------------------------------------------------------------

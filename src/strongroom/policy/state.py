@@ -221,6 +221,7 @@ class State:
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     apikeys: dict[str, ApiKey] = field(default_factory=dict)  # by digest; those that have ended, too
     usage: dict[str, dict[str, usage.Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
+    hours: dict[str, dict[str, int]] = field(default_factory=dict)  # bits, by hour since 1970, as text, and reference
     gateways: dict[str, Told] = field(default_factory=dict)  # by the stream of a worker
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:

@@ -68,8 +68,12 @@ class Tolls:
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(_TEND)
-            with suppress(StrongroomError):  # the next round gives it back
+            try:
                 await asyncio.to_thread(self._budgets.tend)
+            except StrongroomError:  # the next round gives it back
+                continue
+            except Exception:  # noqa: BLE001 - of a driver, too
+                _log.exception("budgets could not be looked after")  # and are still, the next time
 
     async def close(self) -> None:
         if self._tending is not None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 
+_ALONE = "what it said is above; strongroom gateway --workers 1, with all else as it was, ends with the reason"
 _NEW = 5000  # objects, between two looks of the collector
 
 
@@ -107,7 +108,7 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
                 while not started.wait(0.1):
                     if child.exitcode is not None:
                         why, hint = (
-                            here.recv() if here.poll() else ("a worker of the gateway ended while it started", "")
+                            here.recv() if here.poll() else ("a worker of the gateway ended while it started", _ALONE)
                         )
                         raise BackendError("gateway.start", why, hint=hint)
             ready()

@@ -173,12 +173,14 @@ class Debts:
     def _empty(self) -> None:
         """Nothing is owed: what is in the file was charged. Where that can't be done it is paid again, under the same
         identifiers."""
-        with self._writing, self._lock:
-            if not self._pending:
+        with self._writing:
+            with self._lock:
+                if self._pending:
+                    return
                 self._unwritten.clear()
-                if self._path is not None:
-                    with suppress(OSError):
-                        os.ftruncate(self._file, 0)
+            if self._path is not None:  # what has come since is not in it yet
+                with suppress(OSError):
+                    os.ftruncate(self._file, 0)
 
     def _take_over(self, folder: Path) -> None:
         try:

@@ -45,7 +45,8 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
         options.output.warn(
             f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "
             f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to, "
-            "or a gateway away from the room has said more than it drew"
+            "or a gateway away from the room has said more than it drew, or ended before it could charge all and was "
+            "not started again"
         )
     if found["too_small"]:
         options.output.warn(

@@ -91,7 +91,8 @@ class GatewayApp:
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         # What has to be in order for anything to be answered.
-        self._checks = [each.check for each in (door, records, tolls, self.verified, self.capture) if each is not None]
+        checked = (door, records, tolls.debts, self.verified, self.capture)
+        self._checks = [each.check for each in checked if each is not None]
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
@@ -407,7 +408,7 @@ class GatewayApp:
             found["upstream"] = "no inference server answers"
         for word, each in (
             ("records", self._records),
-            ("records", self._tolls),
+            ("records", self._tolls.debts),
             ("capture", self.capture),
             ("verify", self.verified),
         ):

@@ -19,6 +19,7 @@ from strongroom.gateway.settings import Settings
 from strongroom.gateway.spelt import Spellings, spelled
 from strongroom.watch import meter
 from strongroom.watch.budget import Alarm, Budgets, Reservation
+from strongroom.watch.debts import Debts
 from strongroom.watch.rules import Spender
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ class Tolls:
         if self._budgets.owed:  # by those who ended before
             _in_thread(self._budgets.pay)
 
-    def check(self) -> None:
-        """BackendError ``records.unwritable``."""
-        self._budgets.debts.check()
+    @property
+    def debts(self) -> Debts:
+        """What answers had beyond what was drawn, until it is charged."""
+        return self._budgets.debts
 
     async def _tend(self) -> None:
         while True:
@@ -88,8 +90,8 @@ class Tolls:
             if more:
                 await asyncio.sleep(_PAUSE)
         _log.error(
-            "%d bits that answers had beyond what was reserved are in no budget yet; whatever gateway of this room is "
-            "started next with these records charges them: %s",
+            "%d bits that answers had beyond what was reserved are in no budget yet; this gateway charges them, or "
+            "whichever of the room is started next with these records: %s",
             self._budgets.owed, self._budgets.debts.path,
         )  # fmt: skip
 

@@ -739,15 +739,19 @@ def test_who_kills_a_gateway_while_its_custodian_is_away_has_nothing_for_nothing
 
     before, kept = used(), tmp_path / "inference"
     custodian = away.served.processes[0]
+
+    def cut(_):
+        custodian.send_signal(signal.SIGSTOP)
+        return [whole("x" * 60_000, 4096)]
+
     try:
         with started(away, tmp_path) as (process, gateway):
-            assert gateway.post(chat())[0] == 200
-            custodian.send_signal(signal.SIGSTOP)
-            away.inference.script = lambda _: [whole("x" * 32_000, 2000)]
-            assert gateway.post(chat(max_tokens=2000))[0] == 200
+            assert {gateway.post(chat(max_tokens=4096))[0] for _ in range(2)} == {200}
+            away.inference.script = cut
+            assert gateway.post(chat(max_tokens=4096))[0] == 200
             (owed,) = kept.glob("*.owed")  # before it was given out
             assert json.loads(owed.read_bytes())["bits"]
-            eventually(lambda: len(recorded()) == 2)
+            eventually(lambda: len(recorded()) == 3)
             process.kill()
             process.wait()
     finally:

@@ -115,8 +115,6 @@ def owe(url: str, folder: str, step: str) -> None:
 
     debts = Debts(Path(folder), ROOM)
     worker = Budgets(Table(database), RULES, lambda _: SIZE, lambda: float(NOON), debts=debts)
-    if step == "takes over":
-        worker.pay()
     if step == "before it is on disk":
         debts.write = die
     if step == "half of it is on disk":

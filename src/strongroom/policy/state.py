@@ -558,9 +558,7 @@ class State:
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "apikeys": {key: ApiKey(**item) for key, item in value["apikeys"].items()},
                     "gateways": {key: Told(**item) for key, item in value["gateways"].items()},
-                    "usage": {
-                        day: {ref: usage.Usage(**one) for ref, one in of.items()} for day, of in value["usage"].items()
-                    },
+                    "usage": usage.from_json(value["usage"]),
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
             )

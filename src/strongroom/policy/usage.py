@@ -37,6 +37,11 @@ class Usage:
         return asdict(self)
 
 
+def from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Usage]]:
+    """The sums of a snapshot, by day and version. TypeError, AttributeError for what is none."""
+    return {day: {ref: Usage(**one) for ref, one in of.items()} for day, of in value.items()}
+
+
 def check(state: State, body: Mapping[str, Any], account: int | None = None) -> None:
     """Conflict ``inference.behind`` for an account that nobody who checks the log would take: of fewer records than the
     gateway has had, or of others, of somebody else's stream, or one of those before (Conflict ``inference.told``) or

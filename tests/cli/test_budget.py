@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from cli.desk import Desk, desk_in, write_model
 from strongroom.client import Room
 from strongroom.errors import Denied
+from strongroom.policy import usage
 from strongroom.storage.db import Database
 from strongroom.vault.callers import Callers
 from strongroom.watch.budget import Budgets
@@ -111,6 +113,73 @@ def test_what_was_drawn_in_advance_is_not_the_current_rate(used: Desk):
     assert "with what they have drawn in advance: " in ended.out
     worker.close()
     database.close()
+
+
+def test_in_each_window_what_was_accounted_for_is_told_from_what_was_drawn_in_advance(used: Desk):
+    """A worker draws what thousands of answers may have of a budget whose alarm has sounded."""
+
+    def shown():
+        found = used.run("budget", REF, "--json").json
+        return {(each["scope"], each["window"], each["who"]): each for each in found["budgets"]}
+
+    def account(records, bits):
+        body = {"gateway": "ba" * 16, "records": records, "head": "cd" * 32, "requests": 1, "refused": 0}
+        with Room(used.room, "user/ana") as room:
+            Callers(room._embedded).record(REF, {**body, "tokens": 100, "bits": bits, "settings": "ef" * 32})
+
+    database = Database.open(f"sqlite:///{used.room}/room.db")
+    worker = Budgets(OwnCounters(database), RULES, lambda _: 10**6, time.time)
+    bob = Spender("user/bob", "10.0.0.0/24", ("team/red",))
+    for bits in (200_000, 2000):  # the alarms sound at the first, and the second draws beyond them
+        worker.reserve(bob, REF, bits).settle(bits)
+    for again in range(2):
+        hour, before = time.time() // 3600, shown()
+        account(1 + again, 1700)
+        after, text = shown(), used.run("budget", REF).out
+        if time.time() // 3600 == hour:
+            break
+    windows = [
+        (scope, window, "") for scope in ("model", "everybody") for window in ("hour", "day", "month", "lifetime")
+    ]
+    for key in windows:
+        assert after[key]["accounted"] - before[key]["accounted"] == 1700
+        assert after[key]["used"] == before[key]["used"] > 4000 * 2000 > after[key]["accounted"]
+    # Of whom it is, the log does not say.
+    for key in (("identity", "day", "user/bob"), ("team", "hour", "team/red")):
+        assert after[key]["used"] > 1000
+        assert after[key]["accounted"] is None
+    row = next(line.split() for line in text.splitlines() if line.split()[:2] == ["model", "lifetime"])
+    assert row[:4] == ["model", "lifetime", "all", "callers"]
+    assert (row[5], row[7]) == ("Mbit", "kbit")
+    worker.close()
+    database.close()
+
+
+def test_what_was_accounted_for_in_an_hour_is_of_that_hour():
+    state = SimpleNamespace(usage={}, gateways={}, hours={})
+    body = {"gateway": "ba" * 16, "records": 1, "head": "cd" * 32, "requests": 1, "refused": 0, "tokens": 5}
+    noon = 1_790_000_000 - 1_790_000_000 % 86_400 + 43_200
+    for at, ref, bits in (
+        (noon - 90_000, "acme/tiny@1", 1),
+        (noon - 10, "acme/tiny@1", 10),
+        (noon, "acme/tiny@1", 100),
+        (noon + 5, "acme/tiny@2", 1000),
+        (noon + 9, "acme/tiny2@1", 10_000),
+    ):
+        usage.apply(state, SimpleNamespace(at=at, ref=ref, body={**body, "bits": bits}))
+    for ref, hourly, begin, bits in (
+        ("acme/tiny@1", True, noon, 100),
+        ("acme/tiny@1", True, noon - 3600, 110),
+        ("acme/tiny@1", False, noon - 43_200, 110),
+        ("acme/tiny@1", False, 0, 111),
+        ("acme/tiny", True, noon, 1100),
+        ("acme/tiny", False, 0, 1111),
+        ("acme/none", True, noon, 0),
+    ):
+        assert usage.bits(state, ref, begin, hourly=hourly) == bits, (ref, hourly, begin)
+    assert len(state.hours) == 2  # it does not grow
+    usage.apply(state, SimpleNamespace(at=noon + 7200, ref="acme/tiny@1", body={**body, "bits": 1}))
+    assert len(state.hours) == 1
 
 
 def test_for_those_who_audit_or_administer(used: Desk):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ from strongroom.storage.session import Session
 from strongroom.vault.callers import Caller
 from strongroom.watch.budget import Budgets
 from strongroom.watch.counters import Key
+from strongroom.watch.debts import Debts
 from strongroom.watch.drawing import Want
 from strongroom.watch.rules import Spender
 from strongroom.watch.tallies import Tallies
@@ -449,13 +451,16 @@ def test_what_a_busy_custodian_did_not_take_is_charged_and_given_back_later(away
         busy = Busy(session, ("settlements", "draws"))
         monkeypatch.setattr(session, "request", busy)
         busy.down = True
-        counters.pay(0, {key: 300 + (5 << 32)})
+        debts = Debts()
+        debts.add({key: 300 + (5 << 32)})
+        with pytest.raises(BackendError):
+            debts.settle(partial(counters.pay, 0))
         with pytest.raises(BackendError) as caught:
             counters.draw(0, REF, 50, [Want(key, 1000, False, 50)])
         assert caught.value.code == "server.busy"
         assert used() == before
         busy.down = False
-        counters.give_back(0, {}, forget=False)
+        debts.settle(partial(counters.pay, 0))
         assert used() == before + 300 + (5 << 32)
         counters.give_back(0, {key: 5 << 32}, forget=False)
         assert used() == before + 300
@@ -469,28 +474,34 @@ def test_what_was_spent_under_other_budgets_is_charged_all_the_same(away, monkey
         key = Key("model", "lifetime", 0, "", REF)
         hour = Key("identity", "hour", int(time.time()) // 3600 * 3600, ANA, REF)
         before = host.budget(REF)["gone_bits"]
-        old.pay(0, {key: 300})
+        old.pay(0, "1" * 32, {key: 300})
         assert host.budget(REF)["gone_bits"] == before + 300
-        old.pay(0, {hour: 5, key: 7})  # a budget that there is not any more takes nothing from the others
+        for _ in range(2):  # a budget that there is not any more takes nothing from the others; and once, in parts too
+            old.pay(0, "2" * 32, {hour: 5, key: 7})
         assert host.budget(REF)["gone_bits"] == before + 307
         # While the custodian is away; then it is other settings' turn, and the old ones are never asked again.
         session = room._line._session
         cut = Losing(session)
         monkeypatch.setattr(session, "request", cut)
         cut.down = True
-        old.pay(0, {key: 11})
+        debts = Debts()
+        debts.add({key: 11})
+        with pytest.raises(BackendError):
+            debts.settle(partial(old.pay, 0))
         cut.down = False
-        room.counters(away.settings().budgets).give_back(0, {}, forget=False)
+        debts.settle(partial(room.counters(away.settings().budgets).pay, 0))
         assert host.budget(REF)["gone_bits"] == before + 318
 
         # Where settings are others with each answer, because somebody is changing them, what is owed waits.
         def changing(*_, **__):
             raise Conflict("budget.other_settings", "others", rules="0" * 64)
 
+        debts.add({key: 13})
         with monkeypatch.context() as patch:
             patch.setattr(session, "request", changing)
-            old.pay(0, {key: 13})
-        room.counters(away.settings().budgets).give_back(0, {}, forget=False)
+            with pytest.raises(BackendError):
+                debts.settle(partial(old.pay, 0))
+        debts.settle(partial(old.pay, 0))
         assert host.budget(REF)["gone_bits"] == before + 331
         with pytest.raises(UsageError) as caught:  # more than an answer can be, as beside the room
             room.counters(away.settings().budgets).draw(0, REF, 1 << 33, [Want(key, 1 << 40, False, 1 << 33)])
@@ -697,18 +708,70 @@ def test_what_many_ask_at_once_is_asked_once_and_anew_when_the_log_has_changed()
 # -- as it is run ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
+@contextlib.contextmanager
+def started(away, folder, *options):
+    """`strongroom gateway` in a process of its own, with its records in `folder`."""
     port = free_port()
+    command = [sys.executable, "-m", "strongroom.cli", "--room", away.served.url, "--as", GATE, "--json", "gateway"]
+    command += ["--listen", f"127.0.0.1:{port}", "--upstream", f"http://127.0.0.1:{away.inference.port}", *options]
+    with (folder / "stderr").open("ab") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=folder)
+    try:
+        assert json.loads(line := process.stdout.readline()).get("url"), line
+        yield process, Gateway(away, port)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_who_kills_a_gateway_while_its_custodian_is_away_has_nothing_for_nothing(away, tmp_path):
+    """An answer with all the text that one may have is more than was reserved for it, and than its worker has drawn."""
+
+    def used():
+        with away.host() as room:
+            found = {(each["scope"], each["who"]): each["used"] for each in room.budget(REF)["budgets"]}
+        return found.get(("identity", ANA), 0)
+
+    def recorded():
+        lines = [line for path in kept.glob("*.jsonl") for line in path.read_bytes().splitlines()]
+        return [json.loads(line)["bits"] for line in lines]
+
+    before, kept = used(), tmp_path / "inference"
+    custodian = away.served.processes[0]
+
+    def cut(_):
+        custodian.send_signal(signal.SIGSTOP)
+        return [whole("x" * 60_000, 4096)]
+
+    try:
+        with started(away, tmp_path) as (process, gateway):
+            assert {gateway.post(chat(max_tokens=4096))[0] for _ in range(2)} == {200}
+            away.inference.script = cut
+            assert gateway.post(chat(max_tokens=4096))[0] == 200
+            (owed,) = kept.glob("*.owed")  # before it was given out
+            assert json.loads(owed.read_bytes())["bits"]
+            eventually(lambda: len(recorded()) == 3)
+            process.kill()
+            process.wait()
+    finally:
+        custodian.send_signal(signal.SIGCONT)
+    spent = sum(recorded())
+    away.inference.script = lambda _: [whole()]
+    with started(away, tmp_path) as (process, gateway):
+        # What the custodian finds in its connections when it goes on may have charged it already.
+        eventually(lambda: used() - before == spent)
+        assert gateway.post(chat())[0] == 200
+        process.terminate()
+        assert process.wait(120) in (0, -signal.SIGTERM)
+    assert used() - before == sum(recorded()) > spent
+    assert [*kept.glob("*.owed"), *kept.glob(".*")] == []
+
+
+def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
     file, said = tmp_path / "gateway.toml", tmp_path / "stderr"
     file.write_text("[answer]\nmax_tokens = 2000\n")
-    command = [sys.executable, "-m", "strongroom.cli", "--room", away.served.url, "--as", GATE, "--json", "gateway"]
-    command += ["--listen", f"127.0.0.1:{port}", "--upstream", f"http://127.0.0.1:{away.inference.port}"]
-    command += ["--settings", str(file), "--workers", "2"]
-    with said.open("wb") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, cwd=tmp_path)
-    try:
-        assert json.loads(line := process.stdout.readline()).get("workers") == 2, line
-        gateway = Gateway(away, port)
+    with started(away, tmp_path, "--settings", str(file), "--workers", "2") as (process, gateway):
         assert {gateway.post(chat(max_tokens=2000))[0] for _ in range(12)} == {200}
         file.write_text('[[budgets.rule]]\nscope = "team"\nwindow = "hour"\nshare = 0.5\n')
         process.send_signal(signal.SIGHUP)
@@ -720,10 +783,6 @@ def test_the_command_with_several_workers_and_new_settings(away, tmp_path):
         assert {gateway.post(chat(max_tokens=3000))[0] for _ in range(12)} == {200}
         process.terminate()
         assert process.wait(120) in (0, -signal.SIGTERM)
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
     found = away.served.cli("records", "--records", str(tmp_path / "inference"), as_="user/ada", check=None)
     mine = [each for each in found["streams"] if each["code"] != "records.elsewhere"]
     assert len(mine) == 2

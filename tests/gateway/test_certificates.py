@@ -286,6 +286,7 @@ def test_a_new_certificate_of_its_own(place, gateway, call):
     with pytest.raises(BackendError) as caught:
         again()
     assert caught.value.code == "gateway.certificate"
+    assert caught.value.hint.startswith("--certificate FILE")
     assert serial() == before
     renew(place)
     assert again() == ("the gateway's certificate",)

@@ -410,6 +410,40 @@ each = 1000
     assert sum(text.count('"content":"x"') for _, _, text in done) == sent
 
 
+def test_of_a_stream_no_more_text_goes_out_than_is_charged_already(place):
+    """Whoever can kill the gateway would else have what it gave out beyond what was drawn for nothing."""
+
+    def used():
+        with place.room() as room:
+            found = {(each["scope"], each["who"]): each["used"] for each in room.budget(REF)["budgets"]}
+        return found.get(("identity", PIA), 0)
+
+    before, go = used(), threading.Event()
+    gateway = place.gateway(
+        f'[[budgets.rule]]\nscope = "identity"\nwindow = "day"\nshare = 0.0\nfloor = {before + 20_000}\nhard = true\n'
+    )
+
+    def script(_):
+        yield STREAM
+        yield token("x" * 300)
+        yield token("x" * 270)
+        while not go.is_set():
+            yield 0.02
+        yield ended(20)
+
+    place.inference.script = script
+    records = len(place.records())
+    with ThreadPoolExecutor(1) as thread:
+        asking = thread.submit(gateway.post, chat(stream=True), PIA)
+        eventually(lambda: used() - before >= meter.TEXT_BYTE * 570)  # of which a tranche was less
+        assert not asking.done()
+        go.set()
+        assert asking.result()[0] == 200
+    place.stop_gateways()
+    (record,) = place.records()[records:]
+    assert used() - before == record["bits"] == meter.ANY_BYTE * 570  # that it is 20 tokens nobody believes
+
+
 def test_a_client_that_goes_away_is_charged_for_what_came(place):
     gateway = place.gateway()
     place.inference.script = streamed(300, 0.02)

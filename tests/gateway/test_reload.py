@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -30,6 +34,7 @@ from strongroom.gateway.records import verify
 from strongroom.gateway.reload import Reload
 from strongroom.gateway.settings import Settings
 from strongroom.gateway.unsealing import opened
+from strongroom.gateway.workers import _Answer, coordinate
 from strongroom.storage.db import Database
 from strongroom.watch.tallies import Tallies
 from strongroom.watch.verdict import Tally
@@ -291,6 +296,51 @@ def test_limits_in_redis_go_on_and_its_address_stays(place, tmp_path):
     finally:
         place.stop_gateways()
         redis.kill()
+
+
+def test_when_the_first_process_is_killed_its_workers_end_too(place, tmp_path):
+    """They would answer on, under settings that nobody can change, at the address that the next gateway is to have."""
+    running = Running(place, tmp_path, 2, "")
+    number = running.process.pid
+    workers = [int(each) for each in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    try:
+        assert len(workers) == 2
+        assert running.asks(10) == {200}
+        running.process.kill()
+        running.process.wait()
+        eventually(lambda: not any(Path(f"/proc/{each}").exists() for each in workers), 100)
+        with pytest.raises(ConnectionRefusedError):
+            running.gateway.get("/healthz")
+        assert "start the gateway again" in running.said.read_text()
+    finally:
+        for each in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
+        running.process.stdout.close()
+    found = [json.loads(line) for path in running.records.glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(found) == 12
+
+
+def test_a_worker_that_could_not_take_what_it_prepared_leaves_no_other_with_the_old_settings():
+    heard: list[list[str]] = [[], []]
+
+    def work(line, which):
+        for _ in range(2):
+            word, _ = line.recv()
+            heard[which].append(word)
+            line.send(_Answer(why="the log can't be asked" if (word, which) == ("take", 0) else ""))
+
+    pairs = [multiprocessing.Pipe() for _ in heard]
+    never = [multiprocessing.Pipe() for _ in heard]  # in the place of a process that does not end
+    threads = [threading.Thread(target=work, args=(there, which)) for which, (_, there) in enumerate(pairs)]
+    for each in threads:
+        each.start()
+    workers = [(here, SimpleNamespace(sentinel=end)) for (here, _), (end, _) in zip(pairs, never, strict=True)]
+    with pytest.raises(UsageError, match="the log can't be asked"):
+        coordinate(Settings(), workers)
+    for each in threads:
+        each.join(60)
+    assert heard == [["prepare", "take"]] * 2
 
 
 def test_what_has_changed_is_told_by_name_and_never_by_value():

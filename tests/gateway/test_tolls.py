@@ -120,6 +120,28 @@ def test_a_stream_with_log_probabilities_that_is_cut_is_charged_for_them(tmp_pat
     assert flight.bits > meter.bound(10, 1000, logprobs=5)
 
 
+def test_nothing_that_goes_wrong_ends_the_looking_after_budgets(monkeypatch, caplog):
+    """Tranches of the idle would be kept for ever, and debts be paid by whoever draws next alone."""
+    monkeypatch.setattr(tolls_module, "_TEND", 0)
+    rounds = []
+
+    def tend():
+        rounds.append(1)
+        raise RuntimeError("a driver's own") if len(rounds) == 1 else BackendError("db.unavailable", "it is away")
+
+    async def work():
+        budgets = SimpleNamespace(tend=tend, owed=0, debts=None)
+        tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1, ())
+        tolls.start()
+        async with asyncio.timeout(60):
+            while len(rounds) < 3:  # noqa: ASYNC110 - a thread is waited for
+                await asyncio.sleep(0.01)
+        tolls._tending.cancel()
+
+    asyncio.run(work())
+    assert caplog.text.count("budgets could not be looked after") == 1
+
+
 def test_what_is_owed_when_settings_change_is_charged_when_the_database_is_back(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tolls_module, "_PAUSE", 0.01)
 
@@ -127,11 +149,11 @@ def test_what_is_owed_when_settings_change_is_charged_when_the_database_is_back(
         asked = []
 
         class Failing(OwnCounters):
-            def pay(self, now, bits):
+            def pay(self, now, identifier, bits):
                 asked.append(bits)
                 if len(asked) <= fails:
                     raise BackendError("db.unavailable", "it is away")
-                super().pay(now, bits)
+                super().pay(now, identifier, bits)
 
         database = Database.open(f"sqlite:///{tmp_path}/{fails}.db", create=True)
         budgets = Budgets(Failing(database), RULES, lambda _: 10**9, time.time)

@@ -213,6 +213,7 @@ def test_certificates_of_the_settings_are_trusted_and_no_others(tmp_path):
         with pytest.raises(UsageError) as caught:
             Upstream(url, trusted=trusted)
         assert caught.value.code == "upstream.ca"
+        assert "[[upstream]] of the settings" in caught.value.hint
 
 
 def test_more_than_64_mebibytes_are_malformed():

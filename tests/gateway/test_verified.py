@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from strongroom.gateway.answer import Meter
 from strongroom.gateway.upstream import Upstream
 from strongroom.gateway.verified import Verified
 from strongroom.storage.db import Database
-from strongroom.watch.tallies import Tallies
+from strongroom.watch.tallies import Kept, Tallies
+from strongroom.watch.verdict import Tally
 
 REF = "acme/tiny@1"
 FLIGHT = SimpleNamespace(ref=REF, route="chat", body={}, meter=Meter(sampled={0: [1]}, text={0: ["a"]}))
@@ -112,6 +114,58 @@ def test_no_database_that_fails_clears_an_alarm_and_what_it_missed_is_counted_la
     asyncio.run(more(says(good=5)))
     assert made.verdicts[REF].tokens == 36
     assert Tallies(database).newest(REF).tally.tokens == 36
+
+
+def test_settings_that_are_read_again_meanwhile_lose_no_alarm(verifier, database, monkeypatch):
+    """What was found was on its way to a database that is away, and with it the only word of a dangerous token."""
+    asked, go = threading.Event(), threading.Event()
+
+    def away(*_):
+        asked.set()
+        assert go.wait(60)
+        raise BackendError("db.down", "the database is down")
+
+    def made():
+        return Verified(
+            Upstream(f"http://127.0.0.1:{verifier.port}"), 1.0, Tallies(database, 0), lambda _: 1000, stop=True
+        )
+
+    async def work():
+        first, second = made(), made()
+        first.start()
+        verifier.script = lambda _: [says(good=9, dangerous=1)]
+        first.look(FLIGHT)
+        await asyncio.to_thread(asked.wait, 60)
+        first.rest()
+        second.inherit(first)
+        second.check()
+        go.set()
+        async with asyncio.timeout(60):
+            while not second.verdicts:  # noqa: ASYNC110 - a thread is waited for
+                await asyncio.sleep(0.01)
+        with pytest.raises(Sealed, match="1 of 10 tokens"):
+            second.check()
+        monkeypatch.undo()
+        verifier.script = lambda _: [says(good=5)]
+        second.start()
+        second.look(FLIGHT)
+        async with asyncio.timeout(60):
+            while second.verdicts[REF].tokens < 15:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        first.close()
+        second.close()
+
+    monkeypatch.setattr(Tallies, "add", away)
+    asyncio.run(work())
+    tally = Tallies(database).newest(REF).tally
+    assert (tally.tokens, tally.dangerous) == (15, 1)
+
+
+def test_a_tally_that_is_set_back_ends_no_alarm_of_whoever_has_seen_it(verifier, database):
+    made = verified(verifier, database, [says(good=9, dangerous=1)])
+    made._judge(made._newest(Kept(REF, 0, "float32", Tally(good=5))))
+    with pytest.raises(Sealed, match="1 of 10 tokens"):
+        made.check()
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def test_what_has_left_is_shown_to_those_who_audit(served):
     found = served.cli("budget", "acme/tiny", as_="user/ada")
     assert (found["ref"], found["copies"], found["gone_bits"]) == (REF, 2, 0)
     assert {each["scope"] for each in found["budgets"]} == {"model", "everybody"}
+    assert {each["accounted"] for each in found["budgets"]} == {0}
     assert found["exfiltration"]["current_seconds"] is None
     assert served.cli("budget", REF, as_="user/ana", check=3)["error"]["hint"]
     error = served.cli("budget", REF, "--settings", "gateway.toml", as_="user/ada", check=2)["error"]

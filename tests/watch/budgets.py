@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 from strongroom.errors import BudgetExceeded
 from strongroom.storage.db import Database
 from strongroom.watch.budget import Budgets
 from strongroom.watch.counters import Counters
+from strongroom.watch.debts import Debts
 from strongroom.watch.drawing import OwnCounters
 from strongroom.watch.report import report
 from strongroom.watch.rules import Rule, Spender, counted_ref, window_at
 
 REF = "acme/tiny@1"
+ROOM = "5d" * 16
 SIZE = 10_000_000
 NOON = 1_790_000_000 - 1_790_000_000 % 86_400 + 43_200
 ANA = Spender("user/ana", "10.0.0.0/24", ("team/red",))
@@ -91,3 +95,41 @@ def spend(url: str, seed: int, threads: int, answers: int, *, die: bool = False)
     for principal, bits in charged.items():
         print(principal, bits)
     sys.stdout.flush()
+
+
+def owe(url: str, folder: str, step: str) -> None:
+    """A worker that ends in the middle of charging what an answer had beyond all that it had drawn: by SIGKILL, at this
+    step. Says what user/ana was granted, and, once the end of that answer goes out, that it does."""
+    database = Database.open(url)
+
+    def die(*_) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class Table(OwnCounters):
+        def pay(self, now, asked, bits):
+            if step == "before it is sent":
+                die()
+            super().pay(now, asked, bits)
+            if step == "the answer is lost":
+                die()
+
+    debts = Debts(Path(folder), ROOM)
+    worker = Budgets(Table(database), RULES, lambda _: SIZE, lambda: float(NOON), debts=debts)
+    if step == "before it is on disk":
+        debts.write = die
+    if step == "half of it is on disk":
+        module = sys.modules[Debts.__module__]
+        module._write = lambda file, data: die(os.write(file, data[:-20]))
+    if step == "before the file is emptied":
+        debts._empty = die
+    granted = 0
+    while reservation := worker.take(ANA, REF, 100) or (granted == 0 and worker.reserve(ANA, REF, 100)):
+        granted, last = granted + 100, reservation
+    os.write(1, f"{granted + 50_000}\n".encode())
+    later = []
+    assert last.settle(100 + 50_000, pay=later.append)
+    debts.written().result()
+    os.write(1, b"given\n")
+    later[0]()
+    assert step == "it is charged", step
+    die()

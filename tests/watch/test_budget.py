@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from strongroom.errors import BackendError, BudgetExceeded, Tampered, UsageError
 from strongroom.storage.db import egress
-from strongroom.watch.budget import Alarm
+from strongroom.watch.budget import Alarm, Budgets
+from strongroom.watch.drawing import OwnCounters
 from strongroom.watch.rules import RULES as DEFAULTS
 from strongroom.watch.rules import Rule, Spender, window_at
 from watch.budgets import ANA, BEN, NOON, REF, RULES, SIZE, Desk
@@ -317,6 +318,57 @@ def test_without_its_database_a_worker_gives_out_what_it_has_drawn(desk):
     assert 1000 < granted <= drawn
     worker.close()
     assert desk.used("identity", "day", "user/ana") == granted + 50_000
+
+
+def test_nothing_is_drawn_while_something_is_owed(desk):
+    """Else a limit that is used up beyond its end would be open, to whoever asks before the surplus is charged."""
+    worker, late = desk.worker(), []
+    worker.reserve(ANA, REF, 1000).settle(2 * IDENTITY, pay=late.append)
+    assert worker.owed > 0
+    assert refused(worker, ANA, 1).evidence["used"] == 2 * IDENTITY
+    assert worker.owed == 0
+    late[0]()
+    assert desk.used("identity", "day", "user/ana") == 2 * IDENTITY
+
+
+def test_whoever_waited_behind_a_draw_that_was_lost_does_not_wait_for_one_of_their_own(desk):
+    """Each waits for the network for seconds: of a hundred the last one would be told after a quarter of an hour, and
+    so would those who come when the room is back."""
+    asked, go = threading.Event(), threading.Event()
+
+    class Gone(OwnCounters):
+        draws = 0
+
+        def draw(self, *_):
+            Gone.draws += 1
+            asked.set()
+            assert go.wait(60)
+            raise BackendError("server.unreachable", "no answer")
+
+    told, came = [], []
+    worker = Budgets(Gone(desk.db), RULES, lambda _: came.append(1) or SIZE, lambda: desk.now)
+
+    def ask():
+        with pytest.raises(BackendError) as caught:
+            worker.reserve(ANA, REF, 10)
+        told.append(caught.value.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    threads[0].start()
+    assert asked.wait(60)
+    for each in threads[1:]:
+        each.start()
+    end = time.monotonic() + 60
+    while len(came) < 20:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    go.set()
+    for each in threads:
+        each.join()
+    assert told == ["server.unreachable"] * 20
+    assert Gone.draws == 1
+    worker._table = OwnCounters(desk.db)
+    worker.reserve(ANA, REF, 10)  # the next one asks
 
 
 @pytest.mark.parametrize("ends", [False, True])

@@ -56,8 +56,8 @@ class Relay:
         self.asked += 1
         return self.room.draw(self.gateway, next(IDS), ref, bits, taken)
 
-    def pay(self, now, bits):
-        self.room.settle(self.gateway, next(IDS), _settled(bits), ())
+    def pay(self, now, asked, bits):
+        self.room.settle(self.gateway, asked, _settled(bits), ())
 
     def give_back(self, now, bits, *, forget):
         self.room.settle(self.gateway, next(IDS), (), _settled(bits))
@@ -226,6 +226,19 @@ def test_what_was_asked_is_forgotten_and_no_budget_shows_it(desk, room):
         drawn = change.rows("drawn", "day")
     assert kept == []
     assert [(key.who, used > 50) for key, used in drawn] == [(f"{GATE} identity user/ana", True)]
+
+
+def test_what_was_paid_is_remembered_for_a_month_and_whose_it_is(desk, room):
+    """A gateway that was killed before it heard of it pays again when it is started again."""
+    asked = next(IDS)
+    for days, paid in ((0, 40), (29, 40), (31, 80)):
+        desk.now = float(NOON + days * DAY)
+        room._pruned = -1e9
+        room.settle(GATE, next(IDS), (), ())
+        room.settle(GATE, asked, [Settled("everybody", "lifetime", 0, "", "acme/tiny", 40)], ())
+        assert desk.used("everybody", "lifetime", ref="acme/tiny") == paid
+    room.settle(OTHER, asked, [Settled("everybody", "lifetime", 0, "", "acme/tiny", 2)], ())
+    assert desk.used("everybody", "lifetime", ref="acme/tiny") == 82
 
 
 def test_a_digest_is_of_all_that_limits_are_reckoned_by():

@@ -19,8 +19,9 @@ _UNITS = ((365.2425 * 86_400, "year"), (86_400, "day"), (3600, "hour"), (60, "mi
     explain="""Each answer is metered as the most that its tokens could carry: tokens · log2 of the vocabulary. The
     smallest artefact worth stealing is parameters · 4 bits ÷ 16: weights are quantised to 4 bits with little loss, and
     what a model says of itself compresses 16- to 100-fold (arXiv 2601.01296). Budgets are shares of that. The counters
-    are in the room's database and include what gateways have drawn in advance; the accounts in the log are what
-    gateways have answered for. A copy, or a release, is the whole artefact, whatever the budgets say.""",
+    are in the room's database and include what gateways have drawn in advance, which is much where an alarm has
+    sounded; the accounts in the log, which come some seconds later, are what gateways have answered for. A copy, or a
+    release, is the whole artefact, whatever the budgets say.""",
 )
 @click.argument("ref")
 @click.option(
@@ -44,7 +45,8 @@ def budget(options: Options, ref: str, settings: Path | None) -> None:
         options.output.warn(
             f"the counters have {_bits(found['gone_bits'])}, and gateways have accounted for "
             f"{_bits(found['logged']['bits'])} in the log: the database was set back, or written to, "
-            "or a gateway away from the room has said more than it drew"
+            "or a gateway away from the room has said more than it drew, or ended before it could charge all and was "
+            "not started again"
         )
     if found["too_small"]:
         options.output.warn(
@@ -63,6 +65,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
             each["window"],
             each["who"] or "all callers",
             _bits(each["used"]),
+            "-" if each["accounted"] is None else _bits(each["accounted"]),
             _bits(each["left"]),
             _bits(each["limit"]),
             f"{each['used'] * 100 // each['limit']} %" if each["used"] <= each["limit"] > 0 else "over",
@@ -71,7 +74,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         )
         for each in found["budgets"]
     ]
-    header = ("SCOPE", "WINDOW", "WHO", "USED", "LEFT", "LIMIT", "", "RESETS", "BEYOND IT")
+    header = ("SCOPE", "WINDOW", "WHO", "USED", "ACCOUNTED", "LEFT", "LIMIT", "", "RESETS", "BEYOND IT")
     held = [
         f"{each['holder']}: {counted(each['releases'], 'release')}, of which copies {each['copies']}"
         for each in found["artefacts"]
@@ -80,7 +83,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"{found['ref']}: worth stealing from {_bits(size)} on "
         f"({found['parameters']:,} parameters · {found['bits_per_parameter']} bits ÷ {found['compression']})",
         "",
-        *table(header, rows, right=(3, 4, 5, 6)),
+        *table(header, rows, right=(3, 4, 5, 6, 7)),
+        "used: with what gateways have drawn in advance; accounted: what they have answered, by the log, which has no "
+        "callers",
         "",
         f"charged for answers so far, with what gateways have drawn in advance: {_bits(found['gone_bits'])}, "
         f"{found['gone_bits'] * 100 / size:.3g} % of it",

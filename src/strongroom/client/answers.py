@@ -186,6 +186,7 @@ BUDGETS: dict[str, Kind] = {
             {
                 **dict.fromkeys(("scope", "window", "who"), TEXT),
                 **dict.fromkeys(("used", "limit", "left"), COUNT),
+                "accounted": or_null(COUNT),
                 "hard": lambda value: isinstance(value, bool),
                 "resets_at": or_null(COUNT),
             }

@@ -91,7 +91,8 @@ class GatewayApp:
         self.tracing, self.capture = beside.tracing, beside.capture
         self.limits = tolls.limits
         # What has to be in order for anything to be answered.
-        self._checks = [each.check for each in (door, records, self.verified, self.capture) if each is not None]
+        checked = (door, records, tolls.debts, self.verified, self.capture)
+        self._checks = [each.check for each in checked if each is not None]
         self.counts: Counts = before.counts if before else Counts()
         self._requests = 0  # under way in this one
         self._idle: Callable[[], object] | None = None
@@ -206,8 +207,8 @@ class GatewayApp:
                 if body is None:
                     body = await reply.read(_body_most(flight))
                 answer = self._whole(flight, body)
-                if self._tolls.durable_before:
-                    await self._durable()
+                if self._tolls.durable_before or flight.owes:
+                    await self._durable(flight)
                 exchange.answer(200, _ALWAYS_JSON, flight.headers, answer)
         finally:
             if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
@@ -263,9 +264,11 @@ class GatewayApp:
         asked, send, connection = flight.asked, exchange.send, exchange.connection
         shape, events = Shape(asked, flight.identifier, flight.ref, int(time.time()), flight.meter), Events()
         self._metered(flight)
+        self._tolls.metered(flight)
+        meter = flight.meter
         if self._tolls.durable_before:
             self._record(flight, 100, "reserved")
-            await self._durable()
+            await self._durable(flight)
         made = shape.piece
         while (piece := reply.now()) != b"":  # as `pieces`, without a generator between
             if piece is None:
@@ -275,6 +278,9 @@ class GatewayApp:
             _check_size(shape.meter, flight)
             if not out:
                 continue
+            if meter.text_bytes > flight.covered:
+                await self._tolls.cover(flight)
+                flight.check()
             while connection.full:  # the log may end this while its reader takes its time
                 await connection.writable()
                 flight.check()
@@ -291,8 +297,8 @@ class GatewayApp:
             await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
         self._tolls.settle(flight)
         self._record(flight, 200, "")
-        if self._tolls.durable_before:
-            await self._durable()
+        if self._tolls.durable_before or flight.owes:
+            await self._durable(flight)
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, flight: Flight) -> None:
@@ -320,8 +326,8 @@ class GatewayApp:
         if not flight.recorded:
             with contextlib.suppress(BackendError):  # then this error says so
                 self._record(flight, 499 if gone else status, "disconnected" if gone else code)
-                if self._tolls.durable_before:
-                    await self._durable()
+                if self._tolls.durable_before or flight.owes:
+                    await self._durable(flight)
         if gone:
             return
         body = refusal.body_of(error)
@@ -341,11 +347,14 @@ class GatewayApp:
             self._told[error.code] = now
             _log.error("%s", error)
 
-    async def _durable(self) -> None:
-        """Back when the answer, or its first byte, may go out. BackendError ``records.unwritable``."""
-        await self._records.durable()
-        if self.capture is not None:
-            await self.capture.durable()
+    async def _durable(self, flight: Flight) -> None:
+        """Back when the answer, its first byte, or its end, may go out. BackendError ``records.unwritable``."""
+        if flight.owes:
+            await self._tolls.noted(flight)
+        if self._tolls.durable_before:
+            await self._records.durable()
+            if self.capture is not None:
+                await self.capture.durable()
 
     def _record(self, flight: Flight, status: int, code: str) -> None:
         tokens, asked, seconds = flight.tokens, flight.asked, time.monotonic() - flight.started
@@ -397,7 +406,12 @@ class GatewayApp:
         found = {} if self._door.awake else {"log": f"the room's log can't be seen: {self._door.trouble or 'not yet'}"}
         if not self._routes.available or (self._probe is not None and not self._probe.answering):
             found["upstream"] = "no inference server answers"
-        for word, each in (("records", self._records), ("capture", self.capture), ("verify", self.verified)):
+        for word, each in (
+            ("records", self._records),
+            ("records", self._tolls.debts),
+            ("capture", self.capture),
+            ("verify", self.verified),
+        ):
             try:
                 if each is not None:
                     each.check()

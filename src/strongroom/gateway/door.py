@@ -23,6 +23,7 @@ _DECISION = 60.0  # seconds: policy may look at the time of the day
 _LOOK_EVERY = 0.5  # seconds between two looks at the log
 _REFUSED_EVERY = 5.0  # of one that the room does not let look: each is an entry of its log
 _BLIND = 10.0  # seconds without a look, after which nothing is answered
+_PATIENCE = 30.0  # seconds that the room has for one answer, with the time until it is asked
 _KEY = re.compile(r"sr-[A-Za-z0-9_-]{43}", re.ASCII)
 
 
@@ -91,10 +92,11 @@ class Door:
 
     async def look(self) -> None:
         """One look at the log: what it changed is forgotten."""
+        begun = self._clock()  # what it answers may be as old as that
         version = await asyncio.get_running_loop().run_in_executor(self._looker, self._callers.version)
         if version != self._version:
             await asyncio.get_running_loop().run_in_executor(self._looker, self.certificates.learn)
-        self._seen = self._clock()
+        self._seen = begun
         if version == self._version:
             return
         first, self._version = self._version is None, version
@@ -260,7 +262,15 @@ class Door:
         return value
 
     async def _ask(self, question: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, question, *arguments)
+        """Whatever it raises; Sealed ``gateway.blind`` where it takes too long: else whoever comes while the room is
+        behind a network that has gone dark would wait behind all who came before."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await asyncio.get_running_loop().run_in_executor(self._threads, question, *arguments)
+        except TimeoutError:
+            raise Sealed(
+                "gateway.blind", "the room does not answer, and the gateway knows nothing without it"
+            ) from None
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)

@@ -34,7 +34,11 @@ class Words:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UsageError("settings.pattern", f"{pattern!r:.80} is no regular expression: {error}") from None
+                raise UsageError(
+                    "settings.pattern",
+                    f"{pattern!r:.80} is no regular expression: {error}",
+                    hint="patterns in [requests] of the settings are those of Python; a word as it is goes into words",
+                ) from None
             parts.append(f"(?:{pattern})")
         self._found = re.compile("|".join(parts) or "(?!)", re.IGNORECASE)
         self.looks = bool(parts)

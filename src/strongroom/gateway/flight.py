@@ -52,13 +52,14 @@ class Admission(Protocol):
 
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
-    all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`. `epoch`: that of
+    all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`; `covered`: bytes
+    of a stream's text for which enough is. `epoch`: that of
     the door's answers when it was allowed, -1 before; `known`: that before it was asked who calls."""
 
     __slots__ = (
-        *("admission", "asked", "begun", "bits", "body", "caller", "destination", "epoch", "headers", "identifier"),
-        *("known", "meter", "misspelled", "most", "numbers", "place", "recorded", "ref", "reply", "reserved", "route"),
-        *("seed", "shown", "spelling", "started", "text_most", "tokens", "toll", "trace", "why"),
+        *("admission", "asked", "begun", "bits", "body", "caller", "covered", "destination", "epoch", "headers"),
+        *("identifier", "known", "meter", "misspelled", "most", "numbers", "owes", "place", "recorded", "ref", "reply"),
+        *("reserved", "route", "seed", "shown", "spelling", "started", "text_most", "tokens", "toll", "trace", "why"),
         *("_interrupted", "_task", "_waits"),
     )
 
@@ -79,6 +80,7 @@ class Flight:
         self.seed: int | None = None
         self.spelling: Spelling | None = None  # of the version, where its tokens come by the private channel
         self.most = self.numbers = self.reserved = self.text_most = 0
+        self.covered = 0
         self.tokens = self.bits = 0  # that were given out, once it is settled
         self.admission: Admission | None = None
         self.toll: Reservation | None = None
@@ -86,6 +88,7 @@ class Flight:
         self.reply: Reply | None = None
         self.begun = False  # its status has been sent
         self.recorded = False
+        self.owes = False  # it had more than was reserved or drawn, and that may not be on disk yet
         self.misspelled = False  # its text is not what its tokens spell
         self.why: StrongroomError | None = None
         self.trace: Trace | None = None

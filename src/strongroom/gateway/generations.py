@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from strongroom.gateway.records import Records
     from strongroom.gateway.settings import Settings
     from strongroom.gateway.verified import Verified
+    from strongroom.watch.debts import Debts
 
 Make = Callable[["Settings", "GatewayApp | None"], "GatewayApp"]
 Check = Callable[["Settings"], None]
@@ -38,9 +39,16 @@ class Generations:
     asks the room about them before, which may take a while."""
 
     def __init__(
-        self, door: Door, records: Records, make: Make, settings: Settings, *, check: Check = lambda _: None
+        self,
+        door: Door,
+        records: Records,
+        debts: Debts,
+        make: Make,
+        settings: Settings,
+        *,
+        check: Check = lambda _: None,
     ) -> None:
-        self._door, self._records, self._make, self._check = door, records, make, check
+        self._door, self._records, self._debts, self._make, self._check = door, records, debts, make, check
         self._settings = settings
         self._newest = make(settings, None)
         self._retiring: set[asyncio.Task[None]] = set()
@@ -85,7 +93,10 @@ class Generations:
     async def certificates_changed(self, connections: Iterable[Connection]) -> None:
         """Certificates are judged by other lists from now on: what was remembered of any is forgotten, and those of the
         `connections` end whose certificate is nobody's."""
-        await self._door.look()
+        try:
+            await self._door.look()
+        except StrongroomError:  # it can't be asked now: what is remembered is forgotten with the next look
+            return
         for each in [each for each in connections if each.peer is not None]:
             try:
                 await self._door.caller("", each.peer)
@@ -142,6 +153,7 @@ class Generations:
         while self._retiring:
             await asyncio.wait(self._retiring)
         await asyncio.to_thread(self._records.close)
+        await asyncio.to_thread(self._debts.close)
         self._door.close()
 
     # -- what is shown -------------------------------------------------------------------------------------------

@@ -12,6 +12,16 @@ from strongroom.errors import BackendError
 from strongroom.gateway.connection import Connection
 
 
+def unusable(error: Exception) -> BackendError:
+    """The error for a certificate, or a key, that TLS can't be had with."""
+    return BackendError(
+        "gateway.certificate",
+        f"can't use the certificate: {error}",
+        hint="--certificate FILE with the server's own and then what leads to its authority, PEM, and --key FILE with "
+        "its private key; openssl x509 -in FILE -noout -subject shows whose the first one is",
+    )
+
+
 def configure(app: Any, certificate: tuple[Path, Path] | None = None) -> uvicorn.Config:
     """How `app` is served; with TLS where there are a certificate and its key. BackendError ``gateway.certificate``."""
     config = uvicorn.Config(
@@ -33,7 +43,7 @@ def configure(app: Any, certificate: tuple[Path, Path] | None = None) -> uvicorn
     try:
         config.load()
     except (OSError, ssl.SSLError) as error:
-        raise BackendError("gateway.certificate", f"can't use the certificate: {error}") from None
+        raise unusable(error) from None
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
     return config

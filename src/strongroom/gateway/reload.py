@@ -25,6 +25,7 @@ from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway.app import GatewayApp
 from strongroom.gateway.changes import Taken, of_lists, of_settings
 from strongroom.gateway.generations import Generations
+from strongroom.gateway.listen import unusable
 from strongroom.gateway.settings import Settings
 from strongroom.vault.revocations import Revocations
 
@@ -128,4 +129,4 @@ def _load(context: ssl.SSLContext, certificate: tuple[Path, Path]) -> None:
     try:
         context.load_cert_chain(*certificate, password=ask)
     except (OSError, ssl.SSLError) as error:
-        raise BackendError("gateway.certificate", f"can't use the certificate: {error}") from None
+        raise unusable(error) from None

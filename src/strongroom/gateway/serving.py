@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 
+_ALONE = "what it said is above; strongroom gateway --workers 1, with all else as it was, ends with the reason"
 _NEW = 5000  # objects, between two looks of the collector
 
 
@@ -99,14 +100,15 @@ def run(plan: Plan, listener: socket.socket, *, ready: Callable[[], None]) -> No
             for number in range(plan.workers):
                 started = context.Event()
                 here, there = context.Pipe()
-                child = context.Process(target=_worker, args=(plan, listener, started.set, number, there))
+                ours = [*(line for line, _ in children), here]
+                child = context.Process(target=_worker, args=(plan, listener, started.set, number, there, ours))
                 child.start()
                 children.append((here, child))
                 there.close()  # so that one that has ended is heard to have
                 while not started.wait(0.1):
                     if child.exitcode is not None:
                         why, hint = (
-                            here.recv() if here.poll() else ("a worker of the gateway ended while it started", "")
+                            here.recv() if here.poll() else ("a worker of the gateway ended while it started", _ALONE)
                         )
                         raise BackendError("gateway.start", why, hint=hint)
             ready()
@@ -156,8 +158,13 @@ def _hangup(handler: Any) -> Iterator[None]:
         signal.signal(signal.SIGHUP, before)
 
 
-def _worker(plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int, line: Any) -> None:
-    """One of several, in a process of its own: why it did not start is for whoever started them all to say."""
+def _worker(
+    plan: Plan, listener: socket.socket, ready: Callable[[], None], number: int, line: Any, firsts: list[Any]
+) -> None:
+    """One of several, in a process of its own: why it did not start is for whoever started them all to say. `firsts`:
+    ends of lines that are the first process's, which this one has with all that it began with."""
+    for each in firsts:
+        each.close()  # else nobody would hear at the other ends that the first process has gone
     signal.signal(signal.SIGHUP, signal.SIG_IGN if plan.read else signal.SIG_DFL)  # it is told by the first process
     try:
         _serve(plan, listener, ready, number, lambda reload: Participant(reload, line).listen())

@@ -19,6 +19,7 @@ from strongroom.gateway.settings import Settings
 from strongroom.gateway.spelt import Spellings, spelled
 from strongroom.watch import meter
 from strongroom.watch.budget import Alarm, Budgets, Reservation
+from strongroom.watch.debts import Debts
 from strongroom.watch.rules import Spender
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 256  # of an embedding
 _SLACK = 256  # bytes of text beyond `BYTES_A_TOKEN` for each: single tokens are longer
+_STEPS = 64  # of a stream that has more text than was reserved for, so many for twice as much
 _TEND = 10.0  # seconds between two rounds over budgets that nobody uses
 _TRIES, _PAUSE = 3, 1.0  # at the end, to charge what is owed
 
@@ -57,12 +59,23 @@ class Tolls:
 
     def start(self) -> None:
         self._tending = asyncio.get_running_loop().create_task(self._tend())
+        if self._budgets.owed:  # by those who ended before
+            _in_thread(self._budgets.pay)
+
+    @property
+    def debts(self) -> Debts:
+        """What answers had beyond what was drawn, until it is charged."""
+        return self._budgets.debts
 
     async def _tend(self) -> None:
         while True:
             await asyncio.sleep(_TEND)
-            with suppress(StrongroomError):  # the next round gives it back
+            try:
                 await asyncio.to_thread(self._budgets.tend)
+            except StrongroomError:  # the next round gives it back
+                continue
+            except Exception:  # noqa: BLE001 - of a driver, too
+                _log.exception("budgets could not be looked after")  # and are still, the next time
 
     async def close(self) -> None:
         if self._tending is not None:
@@ -76,7 +89,11 @@ class Tolls:
                 return
             if more:
                 await asyncio.sleep(_PAUSE)
-        _log.error("%d bits that answers had beyond what was reserved are in no budget", self._budgets.owed)
+        _log.error(
+            "%d bits that answers had beyond what was reserved are in no budget yet; this gateway charges them, or "
+            "whichever of the room is started next with these records: %s",
+            self._budgets.owed, self._budgets.debts.path,
+        )  # fmt: skip
 
     def take(self, flight: Flight) -> bool:
         """Before anything is generated, from memory alone; False where the rest has to be waited for, with `wait`.
@@ -150,7 +167,34 @@ class Tolls:
         else:
             flight.bits = self._bits(flight)
         # A server can make any answer cost more than was reserved: nobody else waits for the database then.
-        toll.settle(flight.bits, pay=_in_thread)
+        if toll.settle(flight.bits, pay=_in_thread):
+            flight.owes = True
+
+    def metered(self, flight: Flight) -> None:
+        """A stream begins. What its text is charged at least is charged before it goes out: see `cover`."""
+        if flight.spelling is not None:  # of text that its tokens account for no bytes are charged
+            flight.covered = flight.text_most
+        else:
+            bits = flight.reserved
+            if _beside(flight):
+                bits = meter.bound(flight.most * flight.asked.n, self._vocabulary(flight.ref))
+            flight.covered = bits // meter.TEXT_BYTE
+
+    async def cover(self, flight: Flight) -> None:
+        """A stream has more text than was reserved for: none of it is given out by somebody who may be killed before
+        that is charged, or on disk as owed. BackendError ``records.unwritable``."""
+        toll = flight.toll
+        assert toll is not None  # noqa: S101 - until it is settled
+        more = max(flight.meter.given - flight.covered, flight.reserved // _STEPS)  # so that not each piece takes some
+        if toll.extend(more * meter.TEXT_BYTE, pay=_in_thread):
+            await self.noted(flight)
+        flight.covered += more
+
+    async def noted(self, flight: Flight) -> None:
+        """Back when what it owes is on disk: the end of its answer goes out then, so that whoever kills this gateway
+        has none of it for nothing. BackendError ``records.unwritable``."""
+        flight.owes = False
+        await asyncio.wrap_future(self._budgets.debts.written())
 
     def _bits(self, flight: Flight) -> int:
         given, beside, words = flight.meter, _beside(flight), self._vocabulary(flight.ref)

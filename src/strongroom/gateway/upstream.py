@@ -170,11 +170,19 @@ class Upstream:
 
 def _context(url: str, trusted: Path | None) -> ssl.SSLContext:
     if not url.lower().startswith("https:"):
-        raise UsageError("upstream.ca", f"{url!r:.80} is not https, and shows no certificate to trust")
+        raise UsageError(
+            "upstream.ca",
+            f"{url!r:.80} is not https, and shows no certificate to trust",
+            hint='url = "https://HOST:PORT" in [[upstream]] of the settings, or no ca beside it',
+        )
     try:
         return ssl.create_default_context(cafile=trusted)
     except OSError as error:
-        raise UsageError("upstream.ca", f"can't trust the certificates in {trusted}: {error}") from None
+        raise UsageError(
+            "upstream.ca",
+            f"can't trust the certificates in {trusted}: {error}",
+            hint="ca in [[upstream]] of the settings is a file with the certificates of its authority, PEM",
+        ) from None
 
 
 class _ClosedEarly(Exception):

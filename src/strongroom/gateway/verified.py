@@ -7,6 +7,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -23,6 +24,18 @@ _FINE = 1 << 32
 _log = logging.getLogger("strongroom.gateway")
 
 
+@dataclass
+class _Known:
+    """What was found in one term. By version and arithmetic: what the database had last (`kept`), and what it did not
+    take yet; `verdicts` by version, the newest of each."""
+
+    kept: dict[tuple[str, str], Kept] = field(default_factory=dict)
+    unkept: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    alarms: dict[tuple[str, str], str] = field(default_factory=dict)
+    alarm: str = ""
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+
 class Verified:
     """Sends a `share` (0 to 1) of the answers to `verifier`, a ``strongroom infer`` beside the one that answers, over
     its private channel. Which ones, nobody knows before. `stop`: whether an alarm ends all inference here. `tallies`
@@ -35,17 +48,17 @@ class Verified:
         self._tallies, self._vocabulary = tallies, vocabulary
         self._samples: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue(_WAITING)
         self._task: asyncio.Task[None] | None = None
-        # By version and arithmetic: what the database had last, and what it did not take yet.
-        self._kept: dict[tuple[str, str], Kept] = {}
-        self._unkept: dict[tuple[str, str], Tally] = {}
-        self._alarms: dict[tuple[str, str], str] = {}
-        self._alarm = ""
-        self.verdicts: dict[str, Verdict] = {}  # by version, the newest of each
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._known = _Known()
         self.failed = 0  # samples that were not verified
         self._left_out = 0  # of these, since one had room
         for each in tallies.now():  # an alarm does not end with whoever raised it
-            self._kept[each.ref, each.arithmetic] = each
-            self._judge(each)
+            self._judge(self._newest(each))
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """By version, the newest of each."""
+        return self._known.verdicts
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run())
@@ -57,10 +70,10 @@ class Verified:
 
     def check(self) -> None:
         """Sealed ``verify.alarm`` after an alarm, where that is to end inference."""
-        if self._stop and self._alarm:
+        if self._stop and self._known.alarm:
             raise Sealed(
                 "verify.alarm",
-                f"answers do not verify: {self._alarm}",
+                f"answers do not verify: {self._known.alarm}",
                 hint="when that has been looked into: a higher term in [verify] of the settings begins a new tally",
             )
 
@@ -69,8 +82,7 @@ class Verified:
         takes as a sample is run again here."""
         self.failed, self._samples = other.failed, other._samples
         if self._tallies.term == other._tallies.term:  # else a new tally begins
-            self._kept, self._unkept = other._kept, other._unkept
-            self._alarms, self._alarm, self.verdicts = other._alarms, other._alarm, other.verdicts
+            self._known = other._known
 
     def rest(self) -> None:
         """Take samples, and leave it to another one to run them again."""
@@ -119,25 +131,42 @@ class Verified:
         arithmetic, run = said["arithmetic"], _tally(said["run"])
         if arithmetic not in HONEST:  # each name has a tally of its own: one that is drawn anew would hide an alarm
             raise ValueError("the verifier's arithmetic is none")
-        key = (ref, arithmetic)
-        run += self._unkept.pop(key, Tally())
+        # Settings that are read again end this task, and not what it has found: of it an alarm may be made.
+        keeping = asyncio.get_running_loop().create_task(self._keep(ref, arithmetic, run))
+        self._keeping.add(keeping)
+        keeping.add_done_callback(self._keeping.discard)
+        await asyncio.shield(keeping)
+
+    async def _keep(self, ref: str, arithmetic: str, run: Tally) -> None:
+        key, known = (ref, arithmetic), self._known
+        run += known.unkept.pop(key, Tally())
         try:
-            found = self._kept[key] = await asyncio.to_thread(self._tallies.add, ref, arithmetic, run)
+            found = self._newest(await asyncio.to_thread(self._tallies.add, ref, arithmetic, run))
         except Exception as error:  # noqa: BLE001 - of a driver, too
             _log.warning("the tally of verified inference is not kept yet: %s", error)
-            self._unkept[key] = run
-            before = self._kept.get(key)  # whoever stops the database must not end an alarm
+            known.unkept[key] = known.unkept.get(key, Tally()) + run
+            before = known.kept.get(key)  # whoever stops the database must not end an alarm
             found = Kept(ref, self._tallies.term, arithmetic, run + (before.tally if before else Tally()))
         self._judge(found)
-        if alarm := self.verdicts[ref].alarm:
+        if alarm := known.verdicts[ref].alarm:
             _log.error("verified inference of %s: %s", ref, alarm)
+
+    def _newest(self, found: Kept) -> Kept:
+        """What the database has, and never fewer than it had: one of its answers may come after the next, and nobody
+        ends an alarm by setting it back."""
+        key = (found.ref, found.arithmetic)
+        before = self._known.kept.get(key)
+        if before is None or _size(before.tally) <= _size(found.tally):
+            self._known.kept[key] = found
+        return self._known.kept[key]
 
     def _judge(self, found: Kept) -> None:
         """What all gateways of the room have had verified, of one version in one kind of arithmetic."""
+        known = self._known
         if found.tally.tokens or found.tally.others:
-            verdict = self.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
-            self._alarms[found.ref, found.arithmetic] = verdict.alarm
-            self._alarm = "; ".join(filter(None, self._alarms.values()))
+            verdict = known.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
+            known.alarms[found.ref, found.arithmetic] = verdict.alarm
+            known.alarm = "; ".join(filter(None, known.alarms.values()))
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         reply = await self._verifier.post("/v1/verify", body)
@@ -146,6 +175,10 @@ class Verified:
             raise BackendError("verify.refused", f"the verifier answered with status {reply.status}")
         found: dict[str, Any] = orjson.loads(answer)
         return found
+
+
+def _size(tally: Tally) -> int:
+    return tally.tokens + tally.others
 
 
 def _tally(value: Any) -> Tally:

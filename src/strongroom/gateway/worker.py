@@ -31,6 +31,7 @@ from strongroom.gateway.tolls import Small, Tolls, told
 from strongroom.gateway.upstream import Timeouts, Upstream
 from strongroom.gateway.verified import Verified
 from strongroom.watch.budget import Budgets
+from strongroom.watch.debts import Debts
 from strongroom.watch.effective import effective_bits
 
 if TYPE_CHECKING:
@@ -52,12 +53,17 @@ def application(room: Behind, settings: Settings, records: Path, *, workers: int
     _check(room, settings)
     door = Door(room.callers, threads=room.threads)
     small = Small()
-    kept = Records(records, room.callers.record, settings.digest, stream=room.stream())
+    debts = Debts(records, room.name)
+    try:
+        kept = Records(records, room.callers.record, settings.digest, stream=room.stream())
 
-    def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
-        return _made(room, door, kept, small, settings, workers, before)
+        def make(settings: Settings, before: GatewayApp | None) -> GatewayApp:
+            return _made(room, door, kept, debts, small, settings, workers, before)
 
-    return Generations(door, kept, make, settings, check=lambda settings: _check(room, settings))
+        return Generations(door, kept, debts, make, settings, check=lambda settings: _check(room, settings))
+    except BaseException:
+        debts.close()  # what it has is for whoever is started next
+        raise
 
 
 def _check(room: Behind, settings: Settings) -> None:
@@ -79,6 +85,7 @@ def _made(
     room: Behind,
     door: Door,
     records: Records,
+    debts: Debts,
     small: Small,
     settings: Settings,
     workers: int,
@@ -106,6 +113,7 @@ def _made(
         time.time,
         alarm=told,
         small=partial(small, settings.budgets),
+        debts=debts,
     )
     limits = _limits(room, settings, workers, before)
     backends = [

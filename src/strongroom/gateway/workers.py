@@ -5,6 +5,9 @@ or drop them (gateway/reload.py), over a pipe to each: a commit in two phases. `
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import signal
 from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 from strongroom.errors import BackendError, StrongroomError, UsageError
 from strongroom.gateway.reload import Reload, unexpected
 from strongroom.gateway.settings import Settings
+
+_log = logging.getLogger("strongroom.gateway")
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,12 @@ class Participant:
         loop = asyncio.get_running_loop()
         try:
             word, settings = self._line.recv()
-        except (EOFError, OSError):  # the first process has ended, and ends this one
+        except (EOFError, OSError):
+            # The first process was killed: nobody would hear of settings, nor could anybody end this one but by its own
+            # number, while it answers at an address that the next gateway wants.
             loop.remove_reader(self._line.fileno())
+            _log.error("the first process of the gateway has ended, and this worker with it: start the gateway again")
+            os.kill(os.getpid(), signal.SIGTERM)
             return
         task = loop.create_task(self._answer(word, settings))
         self._tasks.add(task)
@@ -68,7 +77,12 @@ def coordinate(settings: Settings, workers: list[tuple[Any, Any]]) -> tuple[str,
     ends = [process.sentinel for _, process in workers]
     failure = _prepared(settings, workers, ends)
     word = "take" if failure is None else "drop"
-    changed = [_ask(line, ends, (word, None)) for line, _ in workers]
+    changed: list[tuple[str, ...]] = []
+    for line, _ in workers:
+        try:
+            changed.append(_ask(line, ends, (word, None)))
+        except UsageError as error:  # the others are told all the same: no worker is left with settings of its own
+            failure = failure or error
     if failure is not None:
         raise failure
     return changed[0]  # they have read the same files

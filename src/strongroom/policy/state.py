@@ -221,6 +221,7 @@ class State:
     sessions: dict[str, Session] = field(default_factory=dict)  # by the identifier of the key
     apikeys: dict[str, ApiKey] = field(default_factory=dict)  # by digest; those that have ended, too
     usage: dict[str, dict[str, usage.Usage]] = field(default_factory=dict)  # by day since 1970, as text, and reference
+    hours: dict[str, dict[str, int]] = field(default_factory=dict)  # bits, by hour since 1970, as text, and reference
     gateways: dict[str, Told] = field(default_factory=dict)  # by the stream of a worker
     ceilings: dict[str, list[int]] = field(default_factory=dict)  # by name or reference: holders, copies, copiers
     # Releases past a lease, policies before their time, and people who were reinstated, that nobody else has reviewed:
@@ -557,9 +558,7 @@ class State:
                     "sessions": {key: Session(**item) for key, item in value["sessions"].items()},
                     "apikeys": {key: ApiKey(**item) for key, item in value["apikeys"].items()},
                     "gateways": {key: Told(**item) for key, item in value["gateways"].items()},
-                    "usage": {
-                        day: {ref: usage.Usage(**one) for ref, one in of.items()} for day, of in value["usage"].items()
-                    },
+                    "usage": usage.from_json(value["usage"]),
                     "proposals": {key: _approved(Proposal, item) for key, item in value["proposals"].items()},
                 }
             )

@@ -1,5 +1,5 @@
-"""What came out by inference, as `inference` entries say it: sums for each version and day, so that the state does not
-grow with gateways and requests."""
+"""What came out by inference, as `inference` entries say it: sums for each version and day, and bits for each hour of
+late, so that the state does not grow with gateways and requests."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from strongroom.formats.stream import DAY, after, fault, newest, remembered
 
 if TYPE_CHECKING:
     from strongroom.policy.state import State
+
+_HOUR = 3600
 
 
 @dataclass
@@ -33,6 +35,11 @@ class Usage:
 
     def as_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+def from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Usage]]:
+    """The sums of a snapshot, by day and version. TypeError, AttributeError for what is none."""
+    return {day: {ref: Usage(**one) for ref, one in of.items()} for day, of in value.items()}
 
 
 def check(state: State, body: Mapping[str, Any], account: int | None = None) -> None:
@@ -59,6 +66,11 @@ def apply(state: State, entry: Entry) -> None:
         state.gateways = {name: each for name, each in state.gateways.items() if remembered(each, day)}
         days = state.usage[str(day)] = {}
     days.setdefault(entry.ref, Usage()).add(*(body[name] for name in ("requests", "refused", "tokens", "bits")))
+    hour = entry.at // _HOUR
+    if str(hour) not in state.hours:  # this one, and the one before
+        state.hours = {each: sums for each, sums in state.hours.items() if int(each) >= hour - 1} | {str(hour): {}}
+    sums = state.hours[str(hour)]
+    sums[entry.ref] = sums.get(entry.ref, 0) + body["bits"]
 
 
 def since(state: State, ref: str, begin: int) -> Usage:
@@ -68,6 +80,20 @@ def since(state: State, ref: str, begin: int) -> Usage:
         if int(day) >= begin // DAY and (one := sums.get(ref)) is not None:
             found.add(one.requests, one.refused, one.tokens, one.bits)
     return found
+
+
+def bits(state: State, ref: str, begin: int, *, hourly: bool = False) -> int:
+    """Those of `ref`, NAME@N, or of all versions of a NAME, from the day on that the time `begin` (seconds) is in, or
+    from the hour on, of the last two."""
+
+    def named(each: str) -> bool:
+        return each == ref or each.partition("@")[0] == ref
+
+    if hourly:
+        hours = [sums for hour, sums in state.hours.items() if int(hour) >= begin // _HOUR]
+        return sum(amount for sums in hours for each, amount in sums.items() if named(each))
+    days = [sums for day, sums in state.usage.items() if int(day) >= begin // DAY]
+    return sum(one.bits for sums in days for each, one in sums.items() if named(each))
 
 
 def on(state: State, ref: str, at: int) -> Usage:

@@ -183,6 +183,7 @@ COMPONENTS: dict[str, Schema] = {
                     {
                         **_all("scope", "window", "who"),
                         **_counts("used", "limit", "left"),
+                        "accounted": _or_null(COUNT),
                         "hard": {"type": "boolean"},
                         "resets_at": _or_null(COUNT),
                     }

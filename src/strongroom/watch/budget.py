@@ -3,20 +3,21 @@
 The counters are in the room's database, one for each scope and window, and every worker of every replica draws from
 them. So that an answer costs no transaction, a worker draws more than it needs, a *tranche*, and spends it in memory.
 What is drawn is charged: a worker that dies has spent it all. Tranches are a part of what is left, so they shrink as a
-limit comes near; `Budgets.tend` gives back those of callers that are idle, `close` all.
+limit comes near; `Budgets.tend` gives back those of callers that are idle, `close` all. What an answer had beyond what
+was reserved is taken out of tranches, and where these do not have so much it is owed: see `Debts`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 from strongroom.core import clock as texts
-from strongroom.errors import BackendError, BudgetExceeded, UsageError
+from strongroom.errors import BackendError, BudgetExceeded, Sealed, StrongroomError, UsageError
 from strongroom.watch.counters import Key
+from strongroom.watch.debts import Debts
 from strongroom.watch.drawing import Counting, Drawn, Want
 from strongroom.watch.rules import ANSWER, Rule, Spender, counted_ref, window_at
 
@@ -51,7 +52,7 @@ class Alarm:
 
 
 class _Counter:
-    """One counter as this worker has it. `free`: bits that are charged and not spent; below 0 what is still owed."""
+    """One counter as this worker has it. `free`: bits that are charged and not spent."""
 
     __slots__ = ("ends", "free", "key", "limit", "rule")
 
@@ -86,23 +87,36 @@ class Reservation:
         self._budgets, self._purse, self.bits = budgets, purse, bits
         self._settled = False
 
-    def settle(self, bits: int, *, pay: Callable[[Callable[[], None]], object] = lambda work: work()) -> None:
+    def settle(self, bits: int, *, pay: Callable[[Callable[[], None]], object] = lambda work: work()) -> bool:
         """Charge `bits` instead: the rest is given back; of more, all is charged, beyond any limit. The first call
-        counts, others do nothing.
+        counts, others do nothing. Whether something is owed, which `Debts.written` has on disk.
 
-        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, the surplus
+        UsageError ``budget.bits`` for fewer than none, or absurdly many. If the database can't be written, what is owed
         is charged later. `pay` is given what writes it, and may have that done in another thread.
         """
         if not 0 <= bits <= _MOST:
             raise _absurd(bits)
-        if self._budgets._settle(self, bits):  # noqa: SLF001 - one thing in two classes
-            pay(partial(self._budgets._pay, self._purse))  # noqa: SLF001
+        owes = self._budgets._settle(self, bits)  # noqa: SLF001 - one thing in two classes
+        if owes:
+            pay(self._budgets.pay)
+        return owes
+
+    def extend(self, bits: int, *, pay: Callable[[Callable[[], None]], object]) -> bool:
+        """Reserve `bits` more, whatever limits there are: they are going to be given out. Whether something is owed:
+        then as `settle`."""
+        with self._budgets._memory:  # noqa: SLF001
+            owes = not self._settled and self._budgets._owe(self._purse, bits)  # noqa: SLF001
+            self.bits += bits
+        if owes:
+            pay(self._budgets.pay)
+        return owes
 
 
 class Budgets:
     """The budgets of one worker. Thread-safe. `sizes` gives W_eff in bits of a version, `clock` Unix time in seconds;
     `alarm` is called, in the thread that reserves, when a budget passes 50, 80 and 100 % of its limit; `small` once for
-    a version so small that budgets which are alarms are less than one answer, with its W_eff: they sound none."""
+    a version so small that budgets which are alarms are less than one answer, with its W_eff: they sound none. `debts`:
+    those of the worker, whatever settings it has (default: its memory has them, and nothing else)."""
 
     def __init__(
         self,
@@ -113,10 +127,12 @@ class Budgets:
         *,
         alarm: Callable[[Alarm], None] = lambda _: None,
         small: Callable[[str, int], None] = lambda *_: None,
+        debts: Debts | None = None,
     ) -> None:
         self._table = counters
         self._rules, self._sizes, self._clock = tuple(rules), sizes, clock
         self._alarm, self._small = alarm, small
+        self.debts = debts or Debts()
         self._newest = 0  # the time that the counters had last
         self._known_small: set[str] = set()
         self._memory = threading.Lock()  # held for moments only
@@ -124,8 +140,8 @@ class Budgets:
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
         self._retired: list[_Purse] = []
         self._filled: set[_Purse] = set()  # those that may have something in their pocket
-        self._owing = False  # whether some counter may be below 0: then nothing that is given back stays in a pocket
         self._counters: dict[tuple[Key, int], _Counter] = {}
+        self._lost: BackendError | Sealed | None = None  # why the counters could not be asked, the last time
         self._forgotten = 0
         if len({(rule.scope, rule.window) for rule in self._rules}) < len(self._rules):
             raise UsageError("budget.rules", "two budgets are for one scope and window")
@@ -195,34 +211,51 @@ class Budgets:
             if reservation._settled:  # noqa: SLF001
                 return False
             reservation._settled = True  # noqa: SLF001
-            back = reservation.bits - bits
-            purse.pocket += back
             purse.out -= 1
-            self._filled.add(purse)
-            if purse.pocket >= 0 and not self._owing:
-                return False
-            self._turn_out()
-            owing = any(counter.free < 0 for counter in purse.counters)
-            self._owing = self._owing or owing
-            return back < 0 and owing
+            return self._owe(purse, bits - reservation.bits)
+
+    def _owe(self, purse: _Purse, bits: int) -> bool:
+        """Take so many out of what was drawn, or put back if it is fewer than none. Whether something is owed: what was
+        drawn has not so much."""
+        purse.pocket -= bits
+        self._filled.add(purse)
+        if purse.pocket >= 0:
+            return False
+        self._turn_out()
+        short = [counter for counter in purse.counters if counter.free < 0]
+        if short:
+            self.debts.add({counter.key: -counter.free for counter in short})
+            for counter in short:
+                counter.free = 0
+        return bool(short)
 
     # -- transactions ----------------------------------------------------------------------------------------------
 
     def _draw(self, who: Spender, ref: str, bits: int) -> Reservation:
-        size = self._sizes(ref)
+        before, size = self._lost, self._sizes(ref)
         with self._drawing:
             if ref not in self._known_small and not all(rule.means(size) for rule in self._rules):
                 self._known_small.add(ref)
                 self._small(ref, size)
             if drawn := self.take(who, ref, bits):  # by another thread, while this one waited
                 return drawn
-            purse, alarms = self._charge(who, ref, size, bits)
+            # Else each of a hundred who wait would wait for the network in its turn, and who comes then behind them.
+            if (lost := self._lost) is not None and lost is not before:
+                raise type(lost)(lost.code, lost.message, hint=lost.hint)
+            try:
+                purse, alarms = self._charge(who, ref, size, bits)
+            except (BackendError, Sealed) as error:
+                self._lost = type(error)(error.code, error.message, hint=error.hint)
+                raise
+            self._lost = None
         for each in alarms:
             self._alarm(each)
         return Reservation(self, purse, bits)
 
     def _charge(self, who: Spender, ref: str, size: int, bits: int) -> tuple[_Purse, list[Alarm]]:
-        """Out of the counters, in the windows that are open by their clock."""
+        """Out of the counters, in the windows that are open by their clock. What is owed comes first: else whoever has
+        used up a limit beyond its end would find it open."""
+        self._settle_debts()
         now = max(int(self._clock()), self._newest)
         for _ in range(_TRIES):
             purse = self._purse(who, ref, size, now)
@@ -238,7 +271,7 @@ class Budgets:
                     counter = low[drawn.full]
                     with self._memory:
                         self._turn_out()
-                    used = drawn.used[drawn.full] - counter.free - max(held[counter], 0)
+                    used = drawn.used[drawn.full] - counter.free - held[counter]
                     raise self._refuse(purse, bits, counter, used, now)
                 kept = not drawn.moved
             finally:
@@ -281,7 +314,7 @@ class Budgets:
             return purse
 
     def _hold(self, purse: _Purse, bits: int, held: dict[_Counter, int]) -> None:
-        """Take what there is of `bits` out of memory, so that nobody else spends it; below 0, what is owed."""
+        """Take what there is of `bits` out of memory, so that nobody else spends it."""
         with self._memory:
             self._turn_out()
             for counter in purse.counters:
@@ -307,30 +340,19 @@ class Budgets:
         purse.refused = (self._clock() + _REMEMBERED, bits, refused)
         return refused
 
-    def _pay(self, purse: _Purse) -> None:
-        with self._drawing:
-            self._write(self._owed(purse.counters))
+    def pay(self) -> None:
+        """Charge what is owed; what can't be charged now is owed still."""
+        with suppress(StrongroomError), self._drawing:
+            self._settle_debts()
 
-    def _owed(self, counters: Iterable[_Counter]) -> dict[_Counter, int]:
-        with self._memory:
-            self._turn_out()
-            return {counter: -counter.free for counter in counters if counter.free < 0}
-
-    def _write(self, owed: dict[_Counter, int]) -> None:
-        """Charge what was spent beyond what was reserved; while the database fails it stays owed."""
-        with suppress(BackendError):
-            if owed:
-                self._table.pay(int(self._clock()), _sums(owed))
-            with self._memory:
-                for counter, amount in owed.items():
-                    counter.free += amount
-                # Also where another answer's draw has paid it.
-                self._owing = any(counter.free < 0 for counter in self._counters.values())
+    def _settle_debts(self) -> None:
+        """Errors of the database, or the room."""
+        self.debts.settle(lambda asked, bits: self._table.pay(int(self._clock()), asked, bits))
 
     @property
     def owed(self) -> int:
         """Bits that were spent beyond what was reserved, and are in no counter yet: of the one that lacks most."""
-        return max(self._owed(self._counters.values()).values(), default=0)
+        return self.debts.owed
 
     def tend(self) -> None:
         """Pay what is owed, give back tranches of callers that are idle, delete counters of long ago. To be called each
@@ -342,8 +364,8 @@ class Budgets:
         self._give_back(0)
 
     def _give_back(self, idle: float) -> None:
+        self.pay()
         with self._drawing:
-            self._write(self._owed(self._counters.values()))
             with self._memory:
                 now = self._clock()
                 self._turn_out()
@@ -363,7 +385,7 @@ class Budgets:
                     if counter.free > 0:
                         given[counter] = counter.free
                         counter.free = 0
-                    if counter not in in_use and counter.free >= 0:  # what is owed is not forgotten
+                    if counter not in in_use:
                         del self._counters[name]
             today = int(now) // 86_400
             self._table.give_back(int(now), _sums(given), forget=today != self._forgotten)

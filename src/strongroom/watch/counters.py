@@ -19,7 +19,9 @@ from strongroom.storage.db import Database, egress
 _CLOCK = {"scope": "clock", "period": "", "start": 0, "who": "", "ref": ""}
 VERIFIED = "verified"  # no counter of bits: see `tallies`
 DRAWN, ASKED = "drawn", "asked"  # nor these: see `relayed`
+PAID = "paid"  # nor this: identifiers of debts that were charged, by period
 LAST = 253_402_300_800 - 366 * 86_400  # a year before the calendar's end: windows have an end, too
+_PAID_KEPT = 30 * 86_400  # seconds: a worker that was killed pays again when it is started again
 _KEEP = {"hour": 3 * 86_400, "day": 8 * 86_400, "month": 100 * 86_400}  # seconds: older windows are not looked at
 _COLUMNS = (egress.c.scope, egress.c.period, egress.c.start, egress.c.who, egress.c.ref)
 
@@ -49,7 +51,7 @@ class Counters:
     def look(self, now: int, refs: Collection[str]) -> tuple[int, list[tuple[Key, int]]]:
         """What time it is, and every counter of `refs`."""
         wanted = sa.select(*_COLUMNS, egress.c.used).where(
-            egress.c.ref.in_([*refs, _CLOCK["ref"]]), egress.c.scope.not_in((VERIFIED, DRAWN, ASKED))
+            egress.c.ref.in_([*refs, _CLOCK["ref"]]), egress.c.scope.not_in((VERIFIED, DRAWN, ASKED, PAID))
         )
         with self._store.reading() as tx:
             rows = [(Key(*row[:5]), row[5]) for row in tx.execute(wanted)]
@@ -106,7 +108,8 @@ class Change:
     def forget(self) -> None:
         """Delete what nobody looks at any more."""
         old = sa.or_(
-            *((egress.c.period == period) & (egress.c.start < self.now - seconds) for period, seconds in _KEEP.items())
+            (egress.c.scope == PAID) & (egress.c.start < self.now - _PAID_KEPT),
+            *((egress.c.period == period) & (egress.c.start < self.now - seconds) for period, seconds in _KEEP.items()),
         )
         self._tx.execute(sa.delete(egress).where(old))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from strongroom.storage.db import Database
-from strongroom.watch.counters import Change, Counters, Key
+from strongroom.watch.counters import PAID, Change, Counters, Key
 from strongroom.watch.rules import window_at
 
 _PART = 16  # a tranche is this part of what is left, so workers that die together can't use a budget up
@@ -48,8 +48,9 @@ class Counting(Protocol):
         """Charge what an answer of `bits` bits of the version `ref` lacks, in all counters or in none."""
         ...
 
-    def pay(self, now: int, bits: Mapping[Key, int]) -> None:
-        """Charge what was spent beyond what was drawn."""
+    def pay(self, now: int, asked: str, bits: Mapping[Key, int]) -> None:
+        """Charge what was spent beyond what was drawn, once under the identifier `asked`. Any error: it may have been
+        done, and is asked for again."""
         ...
 
     def give_back(self, now: int, bits: Mapping[Key, int], *, forget: bool) -> None:
@@ -86,9 +87,10 @@ class OwnCounters:
         with self._counters.changing(now) as change:
             return draw(change, bits, wants)
 
-    def pay(self, now: int, bits: Mapping[Key, int]) -> None:
+    def pay(self, now: int, asked: str, bits: Mapping[Key, int]) -> None:
         with self._counters.changing(now) as change:
-            change.add(bits)
+            if not any(key.who == "" for key, _ in change.rows(PAID, asked)):  # else a gateway's elsewhere
+                change.add({Key(PAID, asked, change.now, "", ""): 0, **bits})
 
     def give_back(self, now: int, bits: Mapping[Key, int], *, forget: bool) -> None:
         if bits or forget:

@@ -16,7 +16,7 @@ from strongroom.core import canonical
 from strongroom.core.ids import Ref
 from strongroom.errors import Conflict, LimitExceeded, UsageError
 from strongroom.storage.db import Database
-from strongroom.watch.counters import ASKED, DRAWN, LAST, Change, Counters, Key
+from strongroom.watch.counters import ASKED, DRAWN, LAST, PAID, Change, Counters, Key
 from strongroom.watch.drawing import Drawn, Want, draw
 from strongroom.watch.rules import Rule, counted_ref, window_at
 
@@ -93,14 +93,15 @@ class RelayedCounters:
 
     def settle(self, gateway: str, asked: str, pay: Sequence[Settled], back: Sequence[Settled]) -> int:
         """Charge what answers had beyond what was drawn, and give back what was not spent, once under the identifier
-        `asked`; what time it is. Conflict ``budget.not_drawn`` for more than `gateway` has drawn and not given back."""
+        `asked`; what time it is. Conflict ``budget.not_drawn`` for more than `gateway` has drawn and not given back.
+        What was charged is remembered for as long as gateways that were killed may come back: see `debts`."""
         owed = {self._settled(each): _checked(each.bits) for each in pay}
         returned = {self._settled(each): each.bits for each in back}  # of any size: no more than was drawn
         if len(owed) < len(pay) or len(returned) < len(back):
             raise _none("the same counter twice")
         try:
             with self._counters.changing(self._clock()) as change:
-                if _done(change, asked, gateway) is not None:
+                if any(_done(change, asked, gateway, scope) is not None for scope in (PAID, ASKED)):
                     return change.now
                 if any(key.start > change.now for key in (*owed, *returned)):
                     raise _none("a window that is not open yet")
@@ -112,7 +113,7 @@ class RelayedCounters:
                     raise _not_drawn(gateway)
                 change.give_back(mine)
                 change.give_back(returned)
-                _did(change, asked, gateway, ())
+                _did(change, asked, gateway, (), PAID if owed else ASKED)
                 self._prune(change)
                 return change.now
         except Conflict as error:
@@ -167,16 +168,16 @@ def _by(gateway: str, key: Key) -> Key:
     return Key(DRAWN, key.period, key.start, f"{gateway} {key.scope} {key.who}", key.ref)
 
 
-def _done(change: Change, asked: str, gateway: str) -> list[int] | None:
+def _done(change: Change, asked: str, gateway: str, scope: str = ASKED) -> list[int] | None:
     """The spare bits that were drawn under this identifier, if it is known."""
-    rows = change.rows(ASKED, asked)
+    rows = change.rows(scope, asked)
     mine = {int(each.who.rpartition(" ")[2]): used for each, used in rows if each.who.rpartition(" ")[0] == gateway}
     return [mine[place] for place in sorted(mine) if place >= 0] if mine else None
 
 
-def _did(change: Change, asked: str, gateway: str, spare: Sequence[int]) -> None:
-    rows = {Key(ASKED, asked, change.now, f"{gateway} {place}", ""): more for place, more in enumerate(spare)}
-    change.add({Key(ASKED, asked, change.now, f"{gateway} -1", ""): 0, **rows})
+def _did(change: Change, asked: str, gateway: str, spare: Sequence[int], scope: str = ASKED) -> None:
+    rows = {Key(scope, asked, change.now, f"{gateway} {place}", ""): more for place, more in enumerate(spare)}
+    change.add({Key(scope, asked, change.now, f"{gateway} -1", ""): 0, **rows})
 
 
 def _again(change: Change, spare: Sequence[int], wants: Sequence[Want]) -> Drawn:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from strongroom.watch.counters import Key
 from strongroom.watch.rules import SECONDS, Rule, counted_ref, window_at
 
 _SHOWN = 100  # spenders of a scope and window, those that used most
-_SHARED = ("model", "everybody")  # scopes with one budget for all callers
+SHARED = ("model", "everybody")  # scopes with one budget for all callers
 
 
 class Used(Protocol):
@@ -36,12 +37,15 @@ def report(
     size: int,
     now: int,
     answered: tuple[int, int] = (0, 0),
+    accounted: Mapping[tuple[str, str], int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Of `ref`, whose W_eff is `size` bits, at `now` (Unix time). `answered`: bits that gateways have accounted for
-    today, and yesterday.
+    today, and yesterday; `accounted`: those in the window that is open, by scope and window, as far as the log says.
 
-    ``budgets``: scope, window, who (empty: all callers), used, limit, left (bits), hard, resets_at (Unix time, or
-    None); used is what workers have drawn, up to a 16th of what was left each more than has left. ``bits_a_day``: as
+    ``budgets``: scope, window, who (empty: all callers), used, accounted, limit, left (bits), hard, resets_at (Unix
+    time, or None). Used is what workers have drawn, and so more than has left: of a limit that refuses by up to a 16th
+    of what was left each, of an alarm that has sounded by what some thousand answers may have; accounted is what
+    gateways have said since that they answered, None where the log does not know by whom. ``bits_a_day``: as
     gateways have accounted for them; ``charged_bits_a_day``: with what they have drawn in advance, and so the most that
     it can be, whatever they say. ``exfiltration``: seconds that `size` bits would take, at both of these (``current``,
     ``charged``), and at what is allowed: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given
@@ -54,7 +58,7 @@ def report(
         start, ends = window_at(rule.window, now)
         where, limit = counted_ref(rule.scope, ref), rule.limit(size)
         shared = Key(rule.scope, rule.window, start, "", where)
-        found = {shared: used.get(shared, 0)} if rule.scope in _SHARED else {}
+        found = {shared: used.get(shared, 0)} if rule.scope in SHARED else {}
         found |= {key: bits for key, bits in rows if key[:3] == shared[:3] and key.ref == where}
         for key, bits in sorted(found.items(), key=lambda item: (-item[1], item[0].who))[:_SHOWN]:
             budgets.append(
@@ -63,13 +67,14 @@ def report(
                     "window": rule.window,
                     "who": key.who,
                     "used": bits,
+                    "accounted": accounted.get((rule.scope, rule.window)),
                     "limit": limit,
                     "left": max(limit - bits, 0),
                     "hard": rule.hard,
                     "resets_at": ends,
                 }
             )
-    together = [rule for rule in rules if rule.scope in _SHARED]
+    together = [rule for rule in rules if rule.scope in SHARED]
     hard = [rule for rule in together if rule.hard]
     start, _ = window_at("day", now)
     rate = _rate(answered, now - start)

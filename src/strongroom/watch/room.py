@@ -9,8 +9,9 @@ from strongroom.policy import usage
 from strongroom.vault.callers import Callers
 from strongroom.watch.counters import Counters
 from strongroom.watch.effective import BITS_PER_PARAMETER, COMPRESSION, effective_bits
+from strongroom.watch.report import SHARED
 from strongroom.watch.report import report as reported
-from strongroom.watch.rules import RULES, SECONDS, Rule, counted_ref
+from strongroom.watch.rules import RULES, SECONDS, Rule, counted_ref, window_at
 from strongroom.watch.tallies import Tallies, shown
 
 if TYPE_CHECKING:
@@ -39,8 +40,15 @@ def report(
     now, rows = Counters(vault.db).look(int(vault.clock()), refs)
     with vault.custodian.ledger.view() as state:
         uses, logged = [use for use in state.uses.values() if use.ref == name], usage.since(state, name, 0).as_json()
+        accounted = {
+            (rule.scope, rule.window): usage.bits(
+                state, counted_ref(rule.scope, name), window_at(rule.window, now)[0], hourly=rule.window == "hour"
+            )
+            for rule in rules
+            if rule.scope in SHARED
+        }
         answered = (usage.on(state, name, now).bits, usage.on(state, name, now - SECONDS["day"]).bits)
-    found = reported(rules, rows, uses, name, size, now, answered)
+    found = reported(rules, rows, uses, name, size, now, answered, accounted)
     return {
         **found,
         "parameters": parameters,

@@ -18,8 +18,8 @@ from strongroom.watch.verdict import Tally
 
 
 class ServedCounters:
-    """`strongroom.watch.drawing.Counting`, under the budgets with the digest `rules`; what is to be charged or given
-    back goes to `settlements`. Thread-safe."""
+    """`strongroom.watch.drawing.Counting`, under the budgets with the digest `rules`, by way of `settlements`.
+    Thread-safe."""
 
     def __init__(self, rules: str, settlements: Settlements) -> None:
         self._rules, self._settlements = rules, settlements
@@ -48,12 +48,11 @@ class ServedCounters:
         except StrongroomError as error:
             raise _about_us(error) from None
 
-    def pay(self, now: int, bits: Mapping[Key, int]) -> None:  # noqa: ARG002
-        self._settlements.later(self._rules, bits, back=False)
-        self._settlements.settle()
+    def pay(self, now: int, asked: str, bits: Mapping[Key, int]) -> None:  # noqa: ARG002
+        self._settlements.pay(asked, self._rules, bits)
 
     def give_back(self, now: int, bits: Mapping[Key, int], *, forget: bool) -> None:  # noqa: ARG002
-        self._settlements.later(self._rules, bits, back=True)
+        self._settlements.give_back(self._rules, bits)
         self._settlements.settle()
 
 

@@ -1,7 +1,8 @@
-"""What a gateway elsewhere still has to charge, or to give back, of its room's budgets (spec/http.md, section 10)."""
+"""What a gateway elsewhere charges, and gives back, of its room's budgets (spec/http.md, section 10)."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import threading
@@ -17,7 +18,6 @@ from strongroom.errors import BackendError, Conflict, LimitExceeded, Sealed, Str
 from strongroom.formats.entry import Kind
 from strongroom.watch.counters import Key
 from strongroom.watch.drawing import Drawn, Want
-from strongroom.watch.relayed import MOST
 
 _AT_ONCE = 1000  # counters in one request: a custodian takes 1,024
 _REMEMBERED = 800.0  # seconds for which a custodian surely knows what was asked under an identifier
@@ -26,10 +26,9 @@ _log = logging.getLogger("strongroom.gateway")
 
 @dataclass(frozen=True)
 class _Settling:
-    """Bits to be charged (`back`: to be given back), under the identifier `asked`, reckoned by `rules`."""
+    """Bits to be given back, under the identifier `asked`, reckoned by `rules`."""
 
     asked: str
-    back: bool
     bits: Mapping[Key, int]
     since: float
     rules: str
@@ -45,19 +44,20 @@ class _Unheard:
 
 
 class Settlements:
-    """All of one gateway, whatever budgets it has reckoned by: what is owed does not end with the settings under which
-    it was spent. What was said and not heard is said again under its identifier; what was drawn and not heard is drawn
-    under its own, and given back. Thread-safe."""
+    """All of one gateway, whatever budgets it has reckoned by: what is to be given back does not end with the settings
+    under which it was drawn. What was said and not heard is said again under its identifier; what was drawn and not
+    heard is drawn under its own, and given back. None of that is kept: what is lost stays charged. Thread-safe."""
 
     def __init__(self, line: Line, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._line, self._clock = line, clock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held for moments
+        self._saying = threading.Lock()  # held while the custodian is asked; taken before the other
         self._settling: deque[_Settling] = deque()
         self._unheard: deque[_Unheard] = deque()
 
     def check(self, rules: str) -> None:
         """Conflict ``budget.other_settings`` where the custodian reckons by others."""
-        self._settle(secrets.token_hex(16), rules, {}, {})
+        self._say(secrets.token_hex(16), rules, {}, {})
 
     def draw(self, value: Mapping[str, Any], wanted: int) -> Drawn:
         """The custodian's answer to the draw `value`, of so many counters."""
@@ -68,62 +68,56 @@ class Settlements:
         with self._lock:
             self._unheard.append(_Unheard(value, tuple(wants), self._clock()))
 
-    def later(self, rules: str, bits: Mapping[Key, int], *, back: bool) -> None:
-        """Charge, or give back, with the next `settle`."""
-        pairs = [(key, amount if back else min(amount, MOST)) for key, amount in bits.items()]
-        more = {} if back else {key: amount - MOST for key, amount in bits.items() if amount > MOST}
+    def pay(self, asked: str, rules: str, bits: Mapping[Key, int]) -> None:
+        """Charge these, once under the identifier `asked`. BackendError, Sealed: it is not known whether they are."""
+        try:
+            self._settle(asked, rules, bits, {})
+        except (BackendError, Sealed):
+            raise
+        except StrongroomError as error:
+            for part, some in self._apart(bits, error):
+                self.pay(_part_of(asked, part), rules, some)
+
+    def give_back(self, rules: str, bits: Mapping[Key, int]) -> None:
+        """With the next `settle`."""
+        pairs = [*bits.items()]
         with self._lock:
             for begin in range(0, len(pairs), _AT_ONCE):
-                self._settling.append(self._new(rules, dict(pairs[begin : begin + _AT_ONCE]), back=back))
-        if more:
-            self.later(rules, more, back=False)
+                self._settling.append(self._new(rules, dict(pairs[begin : begin + _AT_ONCE])))
 
     def settle(self) -> None:
-        """Say all of it. What can't be told now is told later, but for what would be given back twice by then."""
-        with self._lock:
+        """Say all that is to be given back. What can't be told now is told later, but for what would be given back
+        twice by then."""
+        with self._saying:
             if not self._settle_unheard():
                 return
             while self._settling:
                 each = self._settling[0]
                 try:
-                    if not (each.back and self._clock() - each.since > _REMEMBERED):
-                        self._settle_one(each)
+                    if self._clock() - each.since <= _REMEMBERED:
+                        self._settle(each.asked, each.rules, {}, each.bits)
                 except (BackendError, Sealed) as error:
                     _log.warning("budgets are settled later: %s", error)
                     return
                 except StrongroomError as error:
-                    self._apart(each, error)
+                    with self._lock:
+                        self._settling.extend(self._new(each.rules, some) for _, some in self._apart(each.bits, error))
                 self._settling.popleft()
 
-    def _settle_one(self, each: _Settling) -> None:
-        pay, back = ({}, each.bits) if each.back else (each.bits, {})
-        try:
-            self._settle(each.asked, each.rules, pay, back)
-        except Conflict as error:
-            rules = error.evidence.get("rules")
-            if error.code != "budget.other_settings" or not isinstance(rules, str):
-                raise
-            # Limits are others there by now. What has left has left all the same, and has to be charged.
-            try:
-                self._settle(each.asked, rules, pay, back)
-            except Conflict as changing:
-                if changing.code != "budget.other_settings":
-                    raise
-                raise BackendError(changing.code, changing.message) from None  # others again: it is said later
-
-    def _apart(self, each: _Settling, error: StrongroomError) -> None:
+    @staticmethod
+    def _apart(bits: Mapping[Key, int], error: StrongroomError) -> list[tuple[tuple[str, str], dict[Key, int]]]:
         """The custodian will not have it so. Where one of the counters is of a budget that there is not any more, the
         others are still to be settled."""
         kinds: dict[tuple[str, str], dict[Key, int]] = {}
-        for key, amount in each.bits.items():
+        for key, amount in bits.items():
             kinds.setdefault((key.scope, key.period), {})[key] = amount
         if isinstance(error, UsageError) and error.code == "budget.counter" and len(kinds) > 1:
-            self._settling.extend(self._new(each.rules, some, back=each.back) for some in kinds.values())
-        else:
-            _log.warning("the custodian does not settle %d bits: %s", sum(each.bits.values()), error)
+            return [*kinds.items()]
+        _log.warning("the custodian does not settle %d bits: %s", sum(bits.values()), error)
+        return []
 
-    def _new(self, rules: str, bits: Mapping[Key, int], *, back: bool) -> _Settling:
-        return _Settling(secrets.token_hex(16), back, bits, self._clock(), rules)
+    def _new(self, rules: str, bits: Mapping[Key, int]) -> _Settling:
+        return _Settling(secrets.token_hex(16), bits, self._clock(), rules)
 
     def _settle_unheard(self) -> bool:
         """Give back what was drawn for an answer that nobody got, if it was: drawn now, if it was not, it is given back
@@ -135,7 +129,8 @@ class Settlements:
                     found = self.draw(each.value, len(each.wants))
                     pairs = zip(each.wants, found.spare, strict=False)
                     if bits := {want.key: want.missing + spare for want, spare in pairs}:
-                        self._settling.append(self._new(str(each.value["rules"]), bits, back=True))
+                        with self._lock:
+                            self._settling.append(self._new(str(each.value["rules"]), bits))
             except (BackendError, Sealed) as error:
                 _log.warning("budgets are settled later: %s", error)
                 return False
@@ -145,6 +140,21 @@ class Settlements:
         return True
 
     def _settle(self, asked: str, rules: str, pay: Mapping[Key, int], back: Mapping[Key, int]) -> None:
+        try:
+            self._say(asked, rules, pay, back)
+        except Conflict as error:
+            now = error.evidence.get("rules")
+            if error.code != "budget.other_settings" or not isinstance(now, str):
+                raise
+            # Limits are others there by now. What has left has left all the same, and has to be charged.
+            try:
+                self._say(asked, now, pay, back)
+            except Conflict as changing:
+                if changing.code != "budget.other_settings":
+                    raise
+                raise BackendError(changing.code, changing.message) from None  # others again: it is said later
+
+    def _say(self, asked: str, rules: str, pay: Mapping[Key, int], back: Mapping[Key, int]) -> None:
         value = {"id": asked, "rules": rules, "pay": _listed(pay), "back": _listed(back)}
         self._post("settlements", value, answers.SETTLED)
 
@@ -156,6 +166,11 @@ class Settlements:
             if error.code == "budget.bits":
                 raise
             raise BackendError(error.code, f"the custodian is busy: {error.message}", hint=error.hint) from None
+
+
+def _part_of(asked: str, kind: tuple[str, str]) -> str:
+    """The same whenever it is paid again, so that a part is charged once, too."""
+    return hashlib.sha256(" ".join((asked, *kind)).encode()).hexdigest()[:32]
 
 
 def _listed(bits: Mapping[Key, int]) -> list[dict[str, Any]]:

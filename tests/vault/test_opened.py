@@ -244,6 +244,67 @@ def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch)
     assert House(house.folder).vault.verify(REF, deep=True).ok
 
 
+@pytest.mark.parametrize("act", ["put", "rotate"])
+def test_nobody_waits_in_the_database_for_a_key_store_that_unwraps(house, other, other_source, monkeypatch, act):
+    """Another process has rotated the room's key before the job is begun, and before it ends."""
+    unwrap, asked = FileKeystore.unwrap, []
+    other.vault.keys.room_key  # noqa: B018 - in memory from here on
+
+    def slow(store, *given):
+        asked.append(store)
+        other.register(f"user/somebody{len(asked)}")
+        return unwrap(store, *given)
+
+    done = []
+
+    def progress(_done, _total):
+        if not done:
+            done.append(other.vault.keys.rotate())
+
+    monkeypatch.setattr(FileKeystore, "unwrap", slow)
+    house.vault.keys.signer  # noqa: B018 - as of a process that has been running
+    other.vault.keys.rotate()
+    if act == "put":
+        house.put(other_source, "acme/other", progress=progress)
+    else:
+        house.vault.rotate(REF, by=OWNER, progress=progress)
+    assert done
+    assert len(asked) == 3
+    for each in house.vault.ls():
+        assert House(house.folder).vault.verify(each.ref, deep=True).ok
+
+
+def test_nobody_waits_in_the_database_for_whoever_asks_a_key_store(house, other, other_source, monkeypatch):
+    """Another thread of this process is at it."""
+    unwrap, begun, go = FileKeystore.unwrap, threading.Event(), threading.Event()
+    house.vault.keys.signer  # noqa: B018 - as of a process that has been running
+    other.vault.keys.rotate()
+    current, tried = RoomKeys.current, threading.Event()
+
+    def slow(store, *given):
+        begun.set()
+        assert go.wait(60)
+        return unwrap(store, *given)
+
+    def trying(keys, tx):
+        tried.set()
+        return current(keys, tx)
+
+    monkeypatch.setattr(FileKeystore, "unwrap", slow)
+    monkeypatch.setattr(RoomKeys, "current", trying)
+    asking = threading.Thread(target=lambda: house.vault.keys.room_key)
+    putting = threading.Thread(target=lambda: house.put(other_source, "acme/other"))
+    asking.start()
+    assert begun.wait(60)
+    putting.start()
+    assert tried.wait(60)
+    other.register("user/somebody")
+    go.set()
+    asking.join(60)
+    putting.join(60)
+    assert House(house.folder).vault.verify("acme/other@1", deep=True).ok
+
+
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_that_is_shredded_while_others_are_searched_is_left_out(
     house, other, other_source, source, monkeypatch, all_of_them

@@ -544,7 +544,7 @@ class Vault:
             alike[:] = same.put_before(tx, same.there(state), said.files.value)
             return Draft(entry, [said.files])
 
-        receipt = self.custodian.act(said.statement, "put", decide)
+        receipt = self.keys.sealing(lambda: self.custodian.act(said.statement, "put", decide))
         return rows[-1], receipt.index, alike
 
     # -- rotate and shred ----------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from strongroom.client import Room
 from strongroom.client.receive import receive
 from strongroom.crypto.keystores.file import FileKeystore
-from strongroom.errors import NotFound, Sealed, StrongroomError
+from strongroom.crypto.release import ReleaseKey
+from strongroom.errors import Denied, NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
 from strongroom.vault import trace
 from strongroom.vault.callers import Callers
@@ -303,6 +304,78 @@ def test_nobody_waits_in_the_database_for_whoever_asks_a_key_store(house, other,
     asking.join(60)
     putting.join(60)
     assert House(house.folder).vault.verify("acme/other@1", deep=True).ok
+
+
+class TestKept:
+    """What a process keeps opened of a version, to give out its keys."""
+
+    def test_of_what_is_shredded_as_it_is_released_is_nothing(self, house, other, monkeypatch, tmp_path):
+        """The keys were read before, and are kept after."""
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with (
+            Room(house.folder, OWNER) as room,
+            between(monkeypatch, vault.custodian, "decide", lambda: vault.shred(REF, confirm=REF, by=OWNER)),
+        ):
+            receive(vault, room._say, OWNER, REF, "load")
+        assert not vault.custodian._opened._kept
+
+    @pytest.mark.parametrize("by", ["this process", "another"])
+    def test_of_a_copy_that_is_shredded_as_it_is_opened_is_nothing(self, house, other, monkeypatch, tmp_path, by):
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault if by == "this process" else other.vault
+        with Room(house.folder, OWNER) as room:
+            taken = receive(vault, room._say, OWNER, REF, "copy")
+        house.vault.copies.forget()
+
+        def shred():
+            vault.shred(REF, confirm=REF, by=OWNER)
+
+        with between(monkeypatch, Copies, "_written", shred), pytest.raises(StrongroomError) as caught:
+            house.vault.copies.read(f"copies/{taken.index}/0")
+        assert caught.value.code == "copy.ended"
+        assert not house.vault.copies._open._kept
+
+    def test_goes_as_soon_as_another_process_is_known_to_have_shredded_it(self, house, other, monkeypatch, tmp_path):
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with Room(house.folder, OWNER) as room:
+            receive(vault, room._say, OWNER, REF, "load")
+            receive(vault, room._say, OWNER, REF, "copy")
+        assert vault.custodian._opened._kept
+        assert vault.copies._open._kept
+        other.vault.shred(REF, confirm=REF, by=OWNER)
+        with vault.custodian.ledger.view():
+            pass
+        assert not vault.custodian._opened._kept
+        assert not vault.copies._open._kept
+
+    def test_opens_nothing_after_a_shred_that_could_not_be_recorded(self, house, other, monkeypatch, tmp_path):
+        """The process that shreds has no key to sign the log with; this one has."""
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with Room(house.folder, OWNER) as room:
+            receive(vault, room._say, OWNER, REF, "load")
+            taken = receive(vault, room._say, OWNER, REF, "copy")
+
+            def sealed(*_):
+                raise Sealed("keystore.down", "the key store is away")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(other.vault.keys, "_unwrapped", sealed)
+                assert other.vault.shred(REF, confirm=REF, by=OWNER)["entry"] is None
+            body = {"ref": REF, "holder": OWNER, "break_glass": False, "reason": ""}
+            for action in ("load", "copy"):
+                key, challenge = ReleaseKey().public_key.hex(), vault.custodian.challenge().hex()
+                asked = {**body, "action": action, "public_key": key, "challenge": challenge}
+                with pytest.raises(NotFound) as caught:
+                    vault.custodian.release(room._say("release", asked))
+                assert caught.value.code == "weights.shredded"
+            with pytest.raises(Denied) as ended:
+                vault.copies.read(f"copies/{taken.index}/0")
+            assert ended.value.code == "copy.ended"
+        assert not vault.custodian._opened._kept
+        assert not vault.copies._open._kept
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])

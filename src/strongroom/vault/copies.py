@@ -6,7 +6,6 @@ Nothing of a copy is kept: its entry in the log is enough to write it again."""
 from __future__ import annotations
 
 import re
-import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +19,8 @@ from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.forms import planned
-from strongroom.vault.opened import opened
+from strongroom.vault.kept import Kept
+from strongroom.vault.opened import opened, there
 from strongroom.vault.originals import Originals
 from strongroom.vault.quantised import Quantised
 
@@ -95,8 +95,7 @@ class Copies:
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
-        self._lock = threading.Lock()
-        self._open: dict[int, _Opened] = {}
+        self._open: Kept[int, _Opened] = Kept(_OPEN)
 
     def bundle(self, entry: bytes, index: int) -> CopyBundle:
         """What the holder of the release `entry` needs to take the copy."""
@@ -138,14 +137,14 @@ class Copies:
             raise NotFound("copy.missing", f"there is no copy {name!r:.80}")
         index, number = int(matched[1]), int(matched[2])
         found = self._opened(index)
-        self._check(found.entry)
+        self._check(index, found)
         copy, cipher = found.copy, CopyCipher(found.key, found.leaf, found.copy.image)
         if number * PIECE >= copy.image:
             raise NotFound("copy.missing", f"the copy of entry {index} has no piece {number}")
         try:
             piece = copy.read(number * PIECE, min((number + 1) * PIECE, copy.image))
         except (IntegrityError, NotFound):
-            self._check(found.entry)  # what it was made of is gone with a rotation, or a shred, and not damaged
+            self._check(index, found)  # what it was made of is gone with a rotation, or a shred, and not damaged
             raise
         return cipher.seal(number, piece)
 
@@ -156,13 +155,12 @@ class Copies:
 
     def forget(self) -> None:
         """Let go of what is kept opened."""
-        with self._lock:
-            self._open.clear()
+        self._open.forget()
 
     def _opened(self, index: int, entry: bytes | None = None) -> _Opened:
-        with self._lock:
-            if index in self._open:
-                return self._open[index]
+        keep, kept = self._open.opening(), self._open.get(index)
+        if kept is not None:
+            return kept
         ledger = self._vault.custodian.ledger
         if entry is None:
             if index >= ledger.checkpoint()[0].size:
@@ -174,10 +172,7 @@ class Copies:
         leaf = leaf_hash(entry)
         record, copy = opened(self._vault, found.ref, lambda _, record: (record, self._written(found, record)))
         kept = _Opened(copy, record, found, leaf, copying_key(self._vault.keys.copy_key, leaf, PIECE))
-        with self._lock:
-            if len(self._open) >= _OPEN:
-                self._open.pop(next(iter(self._open)))
-            self._open[index] = kept
+        keep(index, kept)
         return kept
 
     def _written(self, entry: Entry, record: VersionRecord) -> Copy | Quantised:
@@ -187,15 +182,20 @@ class Copies:
         copy = Copy(originals, record, entry.body["holder"])
         return copy if form is None else Quantised(copy, planned(originals, form))
 
-    def _check(self, entry: Entry) -> None:
-        """What was revoked since the release ends the copy, too."""
+    def _check(self, index: int, found: _Opened) -> None:
+        """What was revoked since the release ends the copy, too, and what is kept of it, whoever has revoked it."""
+        entry = found.entry
+        with self._vault.db.reading() as tx:  # first: what was rotated is so in the log, too, when that is looked at
+            kept = there(tx, found.record)
         with self._vault.custodian.ledger.view() as state:
             version, holder = state.versions.get(entry.ref), state.principals.get(entry.body["holder"])
-            gone = version is None or version.shredded
+            rotated = version is not None and version.revision != entry.body["revision"]
+            gone = version is None or version.shredded or not (kept or rotated)
             lease = state.leases.get(entry.body["lease"] or "")
             revoked = lease is not None and bool(lease.ended)
             ended = gone or (version is not None and version.frozen) or holder is None or not holder.active or revoked
-            rotated = version is not None and version.revision != entry.body["revision"]
+        if rotated or ended:
+            self._open.drop(index)
         if rotated and not ended:
             raise _rotated()
         if ended:

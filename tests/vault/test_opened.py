@@ -15,6 +15,7 @@ from strongroom.crypto.keystores.file import FileKeystore
 from strongroom.crypto.release import ReleaseKey
 from strongroom.errors import Denied, NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
+from strongroom.vault import shred as shred_module
 from strongroom.vault import trace
 from strongroom.vault.callers import Callers
 from strongroom.vault.copies import Copies
@@ -229,6 +230,32 @@ def test_a_job_that_is_gone_on_with_as_the_room_key_is_rotated_is_opened_as_it_i
             assert again.record == begun.record
     assert not left
     fresh.close()
+
+
+def test_that_is_rotated_as_it_is_shredded_leaves_nothing_in_the_store(house, other, monkeypatch):
+    """What the rotation has written is looked up, too."""
+
+    def rotate():
+        other.vault.rotate(REF, by=OWNER)
+
+    with between(monkeypatch, shred_module, "_objects_of", rotate):
+        done = house.vault.shred(REF, confirm=REF, by=OWNER)
+    assert done["objects_deleted"] > 2
+    assert list(house.vault.blobs.list("")) == []
+    assert "fsck" not in "".join(done["means"])
+
+
+def test_that_is_rotated_each_time_is_shredded_all_the_same(house, other, monkeypatch):
+    def rotate():
+        other.vault.rotate(REF, by=OWNER)
+
+    with between(monkeypatch, shred_module, "_objects_of", rotate, rotate, rotate):
+        done = house.vault.shred(REF, confirm=REF, by=OWNER)
+    assert "fsck --repair" in done["means"][0]
+    with pytest.raises(NotFound):
+        house.read()
+    fsck(house.vault, repair=True)
+    assert list(house.vault.blobs.list("")) == []
 
 
 def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch):

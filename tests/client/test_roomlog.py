@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from strongroom.core.clock import unix
 from strongroom.core.files import locked
 from strongroom.crypto import signatures
 from strongroom.crypto.signatures import Signer
-from strongroom.errors import Conflict
+from strongroom.errors import BackendError, Conflict
 from strongroom.formats.checkpoint import verify_cosignature
 from strongroom.formats.note import Note
 from strongroom.gateway.records import Records
@@ -128,6 +129,82 @@ class TestCosigning:
             assert done == {"size": before + 2, "witness": "w.example"}
             note = Note.decode(room._vault.published.note())
             assert verify_cosignature(note, key, signatures.verify) is not None
+
+    def test_while_others_publish_faster_than_the_witness_signs(
+        self, folder: Path, witness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key, url = witness
+        with strongroom.open(folder) as room, strongroom.open(folder) as other:
+            asked: list[int] = []
+
+            def late(*args):
+                found = cosign(*args)
+                asked.append(room._vault.log_key.open(args[2]).size)
+                other.reader(REF)
+                other._vault.custodian.ledger.publish()  # as after an entry
+                return found
+
+            monkeypatch.setattr(witness_module, "cosign", late)
+            done = room.log.cosign(url, key.encode())
+            monkeypatch.undo()
+            assert done["size"] == asked[-1] < other._vault.custodian.ledger.checkpoint()[0].size
+            note = Note.decode(room._vault.published.note())
+            assert verify_cosignature(note, key, signatures.verify) is not None
+            other._vault.publish_log()  # what was left for later
+            assert room._vault.published.newest() == other._vault.custodian.ledger.checkpoint()[0]
+
+    def test_while_others_have_theirs_cosigned_each_time(
+        self, folder: Path, witness, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is said that there is none, and that nobody has set the log back."""
+        key, url = witness
+        with strongroom.open(folder) as room, strongroom.open(folder) as other:
+
+            def late(*args):
+                other.reader(REF)
+                ledger = other._vault.custodian.ledger
+                cosign(url, key, ledger.checkpoint()[1], ledger.consistency)
+                return cosign(*args)
+
+            monkeypatch.setattr(witness_module, "cosign", late)
+            with pytest.raises(BackendError) as caught:
+                room.log.cosign(url, key.encode())
+            assert caught.value.code == "witness.busy"
+            assert f"strongroom log cosign --url {url} --witness {key.encode()}" in str(caught.value.hint)
+
+    def test_of_a_log_that_was_set_back_and_grows(
+        self, folder: Path, witness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        key, url = witness
+        shutil.copytree(folder, tmp_path / "before")
+        with strongroom.open(folder) as room:
+            for _ in range(30):
+                room.reader(REF)
+            room.log.cosign(url, key.encode())
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "another user"))
+        with strongroom.open(tmp_path / "before") as room, strongroom.open(tmp_path / "before") as other:
+
+            def late(*args):
+                other.reader(REF)
+                return cosign(*args)
+
+            monkeypatch.setattr(witness_module, "cosign", late)
+            with pytest.raises(Conflict) as caught:
+                room.log.cosign(url, key.encode())
+        assert caught.value.code == "witness.ahead"
+
+    def test_where_nothing_can_be_published(self, folder: Path, witness, monkeypatch: pytest.MonkeyPatch) -> None:
+        key, url = witness
+        with strongroom.open(folder) as room:
+            room._vault.publish_log()
+
+            def full(*args, **more):
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(published, "write_whole", full)
+            with pytest.raises(BackendError) as caught:
+                room.log.cosign(url, key.encode())
+        assert caught.value.code == "log.unwritable"
 
     def test_of_a_log_that_was_set_back(self, folder: Path, witness, tmp_path: Path) -> None:
         key, url = witness

@@ -351,6 +351,9 @@ def test_what_tokens_spell_and_the_tally_are_the_rooms(away, tmp_path):
         assert kept.tally == Tally(good=14, dangerous=2, open_bits=0.5)
         assert tallies.now() == [kept] == Tallies(room._embedded.db, 5).now()
         assert elsewhere.tallies(6).now() == []
+        room.shred(ref, confirm=ref)
+        with pytest.raises(NotFound):  # though it was asked for before
+            elsewhere.callers.spelling(ref)
 
 
 # -- the network, and the custodian, may fail --------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import urllib.error
 import urllib.request
@@ -15,6 +17,7 @@ from strongroom.errors import BackendError, Conflict, Denied, NotFound, Strongro
 from strongroom.formats.checkpoint import verify_cosignature
 from strongroom.formats.note import Note
 from strongroom.formats.witness import AddCheckpoint
+from strongroom.ledger import witness as witness_module
 from strongroom.ledger.witness import Witness, cosign
 from strongroom.server.witness import WitnessServer
 
@@ -102,6 +105,31 @@ def test_a_witness_that_others_move_on_meanwhile(desk, witness):
     note = Note.decode(ask(desk, witness, post=late))
     assert verify_cosignature(note, witness.key, signatures.verify) == NOW
     assert next(notes, None) is None
+
+
+def test_a_witness_that_drips_its_answer_is_not_waited_for(desk, witness, monkeypatch):
+    """Each byte comes in time, and the whole never does: what is published would wait for it, too."""
+    monkeypatch.setattr(witness_module, "_TIMEOUT", 0.5)
+    desk.login()
+    _, note = desk.log.checkpoint()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended = threading.Event()
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 65536\r\n\r\n")
+                while not ended.wait(0.05):
+                    connection.sendall(b"x")
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        with pytest.raises(BackendError) as caught:
+            cosign(f"http://127.0.0.1:{server.getsockname()[1]}", witness.key, note, desk.log.consistency)
+        assert not ended.is_set()
+        ended.set()
+        thread.join()
+    assert caught.value.code == "witness.unreachable"
 
 
 def test_requests_that_are_refused(desk, witness):

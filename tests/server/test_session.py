@@ -17,7 +17,7 @@ from strongroom.errors import BackendError, Denied, UsageError
 from strongroom.formats.card import Card
 from strongroom.formats.statement import Statement
 from strongroom.storage import session
-from strongroom.storage.session import Session
+from strongroom.storage.session import Session, trust
 
 pytestmark = pytest.mark.server
 
@@ -222,3 +222,22 @@ def test_the_command_line_from_afar(served):
     assert served.cli("show", "acme/tiny")["ref"] == REF
     assert served.cli("status")["url"] == served.url
     assert served.cli("review", as_="user/ada", check=None)["activity"]
+
+
+def test_what_is_rotated_while_it_is_read_from_afar_is_released_again(served, room, monkeypatch):
+    with Room(served.card, "user/ben") as ben, Room(served.card, "user/eva") as eva:
+        asked = room.request(REF, reason="evaluation")
+        for each in (ben, eva):
+            each.approve(asked["id"])
+    trust(served.card)
+    with contextlib.ExitStack() as stack:
+        blobs_at = room._vault.blobs_at
+        monkeypatch.setattr(room._vault, "blobs_at", lambda url: stack.enter_context(contextlib.closing(blobs_at(url))))
+        right = bytes(room.reader(REF).read_all())
+        reader = room.reader(REF)
+        assert bytes(reader.read(0, 64)) == right[:64]
+        with Room(served.folder, "user/olga") as here:
+            here.rotate(REF)
+            assert bytes(reader.read_all()) == right
+            entries = here.log.tail(100)
+    assert [each["body"]["revision"] for each in entries if each["type"] == "release"] == [1, 1, 2]

@@ -224,9 +224,9 @@ def test_a_rotation_ends_it(taken):
 def test_a_shred_lets_go_of_what_is_kept_opened(taken):
     hall, received = taken  # noqa: F811
     hall.vault.copies.read(f"copies/{received.index}/0")
-    assert hall.vault.copies._open
+    assert hall.vault.copies._open.get(received.index)
     hall.vault.shred(REF, confirm=REF, by="user/olga")
-    assert not hall.vault.copies._open
+    assert not hall.vault.copies._open.get(received.index)
 
 
 def test_a_load_is_no_copy(hall):  # noqa: F811

@@ -12,8 +12,10 @@ import pytest
 from strongroom.client import Room
 from strongroom.client.receive import receive
 from strongroom.crypto.keystores.file import FileKeystore
-from strongroom.errors import NotFound, Sealed, StrongroomError
+from strongroom.crypto.release import ReleaseKey
+from strongroom.errors import Denied, NotFound, Sealed, StrongroomError
 from strongroom.vault import fsck as fsck_module
+from strongroom.vault import shred as shred_module
 from strongroom.vault import trace
 from strongroom.vault.callers import Callers
 from strongroom.vault.copies import Copies
@@ -230,6 +232,32 @@ def test_a_job_that_is_gone_on_with_as_the_room_key_is_rotated_is_opened_as_it_i
     fresh.close()
 
 
+def test_that_is_rotated_as_it_is_shredded_leaves_nothing_in_the_store(house, other, monkeypatch):
+    """What the rotation has written is looked up, too."""
+
+    def rotate():
+        other.vault.rotate(REF, by=OWNER)
+
+    with between(monkeypatch, shred_module, "_objects_of", rotate):
+        done = house.vault.shred(REF, confirm=REF, by=OWNER)
+    assert done["objects_deleted"] > 2
+    assert list(house.vault.blobs.list("")) == []
+    assert "fsck" not in "".join(done["means"])
+
+
+def test_that_is_rotated_each_time_is_shredded_all_the_same(house, other, monkeypatch):
+    def rotate():
+        other.vault.rotate(REF, by=OWNER)
+
+    with between(monkeypatch, shred_module, "_objects_of", rotate, rotate, rotate):
+        done = house.vault.shred(REF, confirm=REF, by=OWNER)
+    assert "fsck --repair" in done["means"][0]
+    with pytest.raises(NotFound):
+        house.read()
+    fsck(house.vault, repair=True)
+    assert list(house.vault.blobs.list("")) == []
+
+
 def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch):
     """Where it is slow, or away, everything else in the room goes on."""
     wrap = FileKeystore.wrap
@@ -242,6 +270,139 @@ def test_nobody_waits_in_the_database_for_a_key_store(house, other, monkeypatch)
         patch.setattr(FileKeystore, "wrap", slow)
         house.vault.keys.rotate()
     assert House(house.folder).vault.verify(REF, deep=True).ok
+
+
+@pytest.mark.parametrize("act", ["put", "rotate"])
+def test_nobody_waits_in_the_database_for_a_key_store_that_unwraps(house, other, other_source, monkeypatch, act):
+    """Another process has rotated the room's key before the job is begun, and before it ends."""
+    unwrap, asked = FileKeystore.unwrap, []
+    other.vault.keys.room_key  # noqa: B018 - in memory from here on
+
+    def slow(store, *given):
+        asked.append(store)
+        other.register(f"user/somebody{len(asked)}")
+        return unwrap(store, *given)
+
+    done = []
+
+    def progress(_done, _total):
+        if not done:
+            done.append(other.vault.keys.rotate())
+
+    monkeypatch.setattr(FileKeystore, "unwrap", slow)
+    house.vault.keys.signer  # noqa: B018 - as of a process that has been running
+    other.vault.keys.rotate()
+    if act == "put":
+        house.put(other_source, "acme/other", progress=progress)
+    else:
+        house.vault.rotate(REF, by=OWNER, progress=progress)
+    assert done
+    assert len(asked) == 3
+    for each in house.vault.ls():
+        assert House(house.folder).vault.verify(each.ref, deep=True).ok
+
+
+def test_nobody_waits_in_the_database_for_whoever_asks_a_key_store(house, other, other_source, monkeypatch):
+    """Another thread of this process is at it."""
+    unwrap, begun, go = FileKeystore.unwrap, threading.Event(), threading.Event()
+    house.vault.keys.signer  # noqa: B018 - as of a process that has been running
+    other.vault.keys.rotate()
+    current, tried = RoomKeys.current, threading.Event()
+
+    def slow(store, *given):
+        begun.set()
+        assert go.wait(60)
+        return unwrap(store, *given)
+
+    def trying(keys, tx):
+        tried.set()
+        return current(keys, tx)
+
+    monkeypatch.setattr(FileKeystore, "unwrap", slow)
+    monkeypatch.setattr(RoomKeys, "current", trying)
+    asking = threading.Thread(target=lambda: house.vault.keys.room_key)
+    putting = threading.Thread(target=lambda: house.put(other_source, "acme/other"))
+    asking.start()
+    assert begun.wait(60)
+    putting.start()
+    assert tried.wait(60)
+    other.register("user/somebody")
+    go.set()
+    asking.join(60)
+    putting.join(60)
+    assert House(house.folder).vault.verify("acme/other@1", deep=True).ok
+
+
+class TestKept:
+    """What a process keeps opened of a version, to give out its keys."""
+
+    def test_of_what_is_shredded_as_it_is_released_is_nothing(self, house, other, monkeypatch, tmp_path):
+        """The keys were read before, and are kept after."""
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with (
+            Room(house.folder, OWNER) as room,
+            between(monkeypatch, vault.custodian, "decide", lambda: vault.shred(REF, confirm=REF, by=OWNER)),
+        ):
+            receive(vault, room._say, OWNER, REF, "load")
+        assert not vault.custodian._opened._kept
+
+    @pytest.mark.parametrize("by", ["this process", "another"])
+    def test_of_a_copy_that_is_shredded_as_it_is_opened_is_nothing(self, house, other, monkeypatch, tmp_path, by):
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault if by == "this process" else other.vault
+        with Room(house.folder, OWNER) as room:
+            taken = receive(vault, room._say, OWNER, REF, "copy")
+        house.vault.copies.forget()
+
+        def shred():
+            vault.shred(REF, confirm=REF, by=OWNER)
+
+        with between(monkeypatch, Copies, "_written", shred), pytest.raises(StrongroomError) as caught:
+            house.vault.copies.read(f"copies/{taken.index}/0")
+        assert caught.value.code == "copy.ended"
+        assert not house.vault.copies._open._kept
+
+    def test_goes_as_soon_as_another_process_is_known_to_have_shredded_it(self, house, other, monkeypatch, tmp_path):
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with Room(house.folder, OWNER) as room:
+            receive(vault, room._say, OWNER, REF, "load")
+            receive(vault, room._say, OWNER, REF, "copy")
+        assert vault.custodian._opened._kept
+        assert vault.copies._open._kept
+        other.vault.shred(REF, confirm=REF, by=OWNER)
+        with vault.custodian.ledger.view():
+            pass
+        assert not vault.custodian._opened._kept
+        assert not vault.copies._open._kept
+
+    def test_opens_nothing_after_a_shred_that_could_not_be_recorded(self, house, other, monkeypatch, tmp_path):
+        """The process that shreds has no key to sign the log with; this one has."""
+        monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
+        vault = house.vault
+        with Room(house.folder, OWNER) as room:
+            receive(vault, room._say, OWNER, REF, "load")
+            taken = receive(vault, room._say, OWNER, REF, "copy")
+
+            def sealed(*_):
+                raise Sealed("keystore.down", "the key store is away")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(other.vault.keys, "_unwrapped", sealed)
+                assert other.vault.shred(REF, confirm=REF, by=OWNER)["entry"] is None
+            body = {"ref": REF, "holder": OWNER, "break_glass": False, "reason": ""}
+            for action in ("load", "copy"):
+                key, challenge = ReleaseKey().public_key.hex(), vault.custodian.challenge().hex()
+                asked = {**body, "action": action, "public_key": key, "challenge": challenge}
+                with pytest.raises(NotFound) as caught:
+                    vault.custodian.release(room._say("release", asked))
+                assert caught.value.code == "weights.shredded"
+            with pytest.raises(Denied) as ended:
+                vault.copies.read(f"copies/{taken.index}/0")
+            assert ended.value.code == "copy.ended"
+        assert not vault.custodian._opened._kept
+        assert not vault.copies._open._kept
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])

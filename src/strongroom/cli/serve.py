@@ -105,7 +105,7 @@ def serve(  # noqa: PLR0917 - one for each option
     called = list(names) or [host]
     vault = Vault(options.folder)
     try:
-        vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not by the first client
+        vault.keys.log_signer  # noqa: B018 - asked for now, at the terminal, and not by the first client
         revocations = Revocations(vault, revoked)
         revocations.take(revocations.read())
         # Before anything is written: the card of a server that runs here already stays.

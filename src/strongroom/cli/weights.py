@@ -218,7 +218,8 @@ def rotate(options: Options, ref: str) -> None:
         done = room.rotate(ref, progress=progress)
     output.answer(done, [f"{done['ref']} is under new keys, revision {done['revision']}"])
     output.note(
-        "  → key bundles of the old revision no longer open anything; whoever reads it now has to load it again"
+        "  → key bundles of the old revision no longer open anything: whoever reads it and has a lease is released the "
+        "new ones; what runs under strongroom run has to be started again"
     )
 
 

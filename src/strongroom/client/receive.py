@@ -183,10 +183,11 @@ def accept(
 
 @dataclass(frozen=True)
 class Received:
-    """What a release has brought: the entry that records it and its hash, where the ciphertext is read, and the
-    keys."""
+    """What a release has brought: the entry that records it and its hash, the lease that it is under, if one, where the
+    ciphertext is read, and the keys."""
 
     index: int
+    lease: str | None
     leaf: bytes
     store: str
     bundle: KeyBundle | CopyBundle
@@ -248,4 +249,5 @@ def receive(
         consistency=custodian.ledger.consistency,
         witnessed=witnessed,
     )
-    return Received(answer.index, leaf_hash(answer.entry), answer.store, bundle)
+    lease = Entry.decode(answer.entry).body["lease"]
+    return Received(answer.index, lease, leaf_hash(answer.entry), answer.store, bundle)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from strongroom.formats.statement import Signing
     from strongroom.load.safe_open import SafeOpen
     from strongroom.load.weights import Weights
+    from strongroom.storage.blobs import Blobs
     from strongroom.storage.reader import ImageReader
     from strongroom.vault.fsck import FsckReport
     from strongroom.vault.status import Check
@@ -61,11 +62,13 @@ class Room:
             from strongroom.vault.vault import Vault
 
             self._vault = self._embedded = Vault(room_folder(room), passphrase=passphrase)
+            self._where: Path | Card = self._embedded.folder
         else:
             from strongroom.client.served import ServedRoom
             from strongroom.storage.session import card_of
 
-            self._vault = ServedRoom(card_of(room) if isinstance(room, str) else room, principal)
+            self._where = card_of(room) if isinstance(room, str) else room
+            self._vault = ServedRoom(self._where, principal)
 
     def _here(self, command: str) -> Vault:
         """The room itself; UsageError ``room.not_here`` for a served one, which is changed so on its own host only."""
@@ -200,10 +203,9 @@ class Room:
         """A reader of one version, with this principal's key bundle: a release, which is recorded first, and which
         needs what policy asks for, a lease as a rule. `break_glass`: the reason for going past the lease in an
         emergency."""
-        from strongroom.storage.reader import ImageReader
+        from strongroom.client.reading import reader
 
-        store, bundle = self._release(ref, break_glass)
-        return ImageReader(self._vault.blobs_at(store), bundle)
+        return reader(self._vault, self._say, self.principal, ref, break_glass)
 
     def load(self, ref: str, *, break_glass: str | None = None) -> Weights:
         """One version as a lazy mapping from tensor names to arrays; see `Weights` for whole-model reads."""
@@ -214,8 +216,10 @@ class Room:
     def grant(self, ref: str, *, break_glass: str | None = None) -> tuple[str, bytes]:
         """The store's URL and this principal's encoded key bundle: what ``strongroom run`` hands to its child.
         Secret."""
-        store, bundle = self._release(ref, break_glass)
-        return store, bundle.encode()
+        from strongroom.client.reading import keys
+
+        found, bundle = keys(self._vault, self._say, self.principal, ref, break_glass)
+        return found.store, bundle.encode()
 
     def copy(
         self, ref: str, to: str, out: str | Path, *, quantise: str | None = None, progress: Progress = silent
@@ -233,15 +237,6 @@ class Room:
         found = receive(self._vault, self._say, self.principal, ref, "copy", form=quantise)
         told, signed = take_copy(self._vault, found, folder, quantise, progress)
         return {**told, "entry": self._act("copy", signed)["entry"]}
-
-    def _release(self, ref: str, break_glass: str | None = None) -> tuple[str, KeyBundle]:
-        """Where the ciphertext is read, and the keys."""
-        from strongroom.client.receive import receive
-        from strongroom.formats.bundle import KeyBundle
-
-        found = receive(self._vault, self._say, self.principal, ref, "load", break_glass)
-        assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - as in `copy`
-        return found.store, found.bundle
 
     def trace(
         self,
@@ -590,5 +585,13 @@ def _no_room_here(hint: str) -> UsageError:
 
 def read_once(ref: str, room: str | Path | None = None) -> ImageReader:
     """A reader of `ref` that outlives the room it is from: it has its key bundle and the store, and no database."""
+    from strongroom.client.reading import reader, released
+
     with open(room) as opened:
-        return opened.reader(ref)
+        where, who = opened._where, opened.principal  # noqa: SLF001
+
+        def again(lease: str | None, bundle: KeyBundle) -> tuple[Blobs, KeyBundle] | None:
+            with Room(where, who) as anew:
+                return released(anew._vault, anew._say, lease, bundle)  # noqa: SLF001 - of this module
+
+        return reader(opened._vault, opened._say, who, ref, again=again)  # noqa: SLF001

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PIECE = 1024  # entries that are read at a time
 _TRIES = 10  # to have a checkpoint cosigned, and published, that is the newest still
+_FREELY = 3  # of them: while others publish
 
 
 class RoomLog:
@@ -135,26 +136,33 @@ class RoomLog:
         """Have the witness at `url`, with the verifier key `witness`, cosign the newest checkpoint, and publish
         that."""
         from strongroom.formats.note import VerifierKey
-        from strongroom.ledger.witness import cosign
+        from strongroom.ledger.witness import busy, cosign
 
         vault = self._here("log cosign")
         ledger, published = vault.custodian.ledger, vault.published
         key = VerifierKey.parse(witness)
-        left = _TRIES
-        while True:
-            left -= 1
-            vault.publish_log()
-            note = published.note()
+
+        def ask(note: bytes) -> bytes:
+            return cosign(url, key, note, ledger.consistency)
+
+        for turn in range(_TRIES):
             try:
-                note = cosign(url, key, note, ledger.consistency)
+                if turn < _FREELY:
+                    vault.publish_log()
+                    done = published.cosigned(ask(published.note()))
+                else:  # a witness that takes longer than a busy room to publish anew would lose every turn
+                    done = published.cosigned_alone(ledger, ask)
             except Conflict as error:
-                # Somebody else may have had a newer one cosigned since: then the log has grown, and was not set back.
-                grown = ledger.checkpoint()[0].size > self._vault.log_key.open(note).size
-                if not left or error.code != "witness.ahead" or not grown:
+                # Somebody else may have had a newer one cosigned since: then the log has all that the witness has seen.
+                # If it has less it was set back, however fast it grows; and a witness of another tree is not ahead.
+                if error.code != "witness.ahead":
+                    raise
+                if not error.evidence["size"] < error.evidence["seen"] <= ledger.checkpoint()[0].size:
                     raise
                 continue
-            if published.cosigned(note) or not left:
-                return {"size": self._vault.log_key.open(note).size, "witness": key.name}
+            if done is not None:
+                return {"size": done.size, "witness": key.name}
+        raise busy(url, key)
 
     def verify(self, folder: str | Path | None = None, *, witnesses: Sequence[str] = ()) -> dict[str, Any]:
         """Check what is published of the log, or the exported log in `folder`, against everything that is known of it:

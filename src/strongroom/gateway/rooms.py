@@ -75,7 +75,7 @@ class InFolder:
     def opened(cls, folder: Path) -> InFolder:
         vault = Vault(folder)
         try:
-            vault.keys.room_key  # noqa: B018 - asked for now, at the terminal, and not for the first record
+            vault.keys.log_signer  # noqa: B018 - asked for now, at the terminal, and not for the first record
         except BaseException:
             vault.close()
             raise

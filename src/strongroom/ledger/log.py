@@ -149,9 +149,12 @@ class Ledger(Generic[S]):
         *,
         clock: Callable[[], int],
         published: Published | None = None,
+        others: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`others` is called with the type of each entry that another process has appended, as it is read; with an
+        empty text where entries are not read one by one, so that it may have been any."""
         self._db, self._key, self._signer, self._fold, self._clock = db, key, signer, fold, clock
-        self._published = published
+        self._published, self._others = published, others
         self._loaded: _Loaded[S] | None = None
         self._seen: tuple[int, bytes] | None = None  # size and root, remembered when what was loaded is dropped
         self._state_lock = threading.RLock()
@@ -335,6 +338,7 @@ class Ledger(Generic[S]):
                     hint="the database was set back: restore the newest copy of it",
                 )
             loaded = self._from_snapshot(tx)
+            self._others("")
         seen = self._seen[0] if self._seen is not None else 0
         if size < max(loaded.frontier.size, seen):
             raise Rollback(
@@ -350,7 +354,9 @@ class Ledger(Generic[S]):
         for begin in range(loaded.frontier.size, size, _CHUNK):
             found = self._read(tx, begin, min(begin + _CHUNK, size))
             for index, data in enumerate(found, begin):
-                loaded.state.apply(index, Entry.decode(data))
+                entry = Entry.decode(data)
+                loaded.state.apply(index, entry)
+                self._others(entry.type)
             for _ in loaded.frontier.extend([leaf_hash(data) for data in found]):
                 pass
         if checkpoint.size != size or checkpoint.root != loaded.frontier.root():

@@ -69,26 +69,39 @@ class Published:
         """Bring the folder up to date. What can't be written is left for the next time: the log itself is durable.
         While another process is at it, what that publishes may be older than the log is now: `wait` until it is not."""
         with contextlib.suppress(OSError), self._locked(wait=wait) as mine:
-            if not mine:
-                return  # another process is at it
-            checkpoint, note = log.checkpoint()
-            newest = self.newest()
-            size = newest.size if newest is not None else 0
-            if checkpoint.size <= size:
-                return
-            for tile in new_tiles(size, checkpoint.size):
-                self._write(tile.path, tile_bytes(tile, log))
-            self._write(_CHECKPOINT, note)
+            if mine:  # else another process is at it
+                self._publish(log)
 
-    def cosigned(self, note: bytes) -> bool:
-        """Publish `note`, the newest checkpoint with cosignatures of witnesses, unless the log has gone on meanwhile;
-        whether it is published. Those that others have published since `note` was read stay."""
-        with self._locked(wait=True):
-            found = self._newest()
-            newest = found is not None and found[0] == self._key.open(note)
-            if found is not None and newest:
-                self._write(_CHECKPOINT, _joined(found[1], note))
-            return newest
+    def _publish(self, log: Source) -> None:
+        checkpoint, note = log.checkpoint()
+        newest = self.newest()
+        size = newest.size if newest is not None else 0
+        if checkpoint.size <= size:
+            return
+        for tile in new_tiles(size, checkpoint.size):
+            self._write(tile.path, tile_bytes(tile, log))
+        self._write(_CHECKPOINT, note)
+
+    def cosigned(self, note: bytes) -> Checkpoint | None:
+        """Publish `note`, the newest checkpoint with cosignatures of witnesses, and which it is; None if others have
+        published a newer one meanwhile. Those that others have published since `note` was read stay. Errors as
+        `newest`; BackendError ``log.unwritable``."""
+        with self._held():
+            return self._join(note)
+
+    def cosigned_alone(self, log: Source, ask: Callable[[bytes], bytes]) -> Checkpoint | None:
+        """As `cosigned`, what `ask` makes of the newest checkpoint of `log`. Nobody publishes a newer one while it is
+        asked: whoever appends leaves that for later, and waits for nothing."""
+        with self._held():
+            self._publish(log)
+            return self._join(ask(self.note()))
+
+    def _join(self, note: bytes) -> Checkpoint | None:
+        found, checkpoint = self._newest(), self._key.open(note)
+        if found is None or found[0] != checkpoint:
+            return None
+        self._write(_CHECKPOINT, _joined(found[1], note))
+        return checkpoint
 
     def with_cosignatures(self, note: bytes) -> bytes:
         """What is published of the same checkpoint, which may have cosignatures of witnesses; else `note`. Errors as
@@ -105,6 +118,18 @@ class Published:
         path = self.folder / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_whole(path, data, mode=0o644)
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        try:
+            with self._locked(wait=True):
+                yield
+        except OSError as error:
+            raise BackendError(
+                "log.unwritable",
+                f"can't publish the log in {self.folder}: {error.strerror}",
+                hint="free space, and make the folder writable for this user",
+            ) from None
 
     @contextlib.contextmanager
     def _locked(self, *, wait: bool = False) -> Iterator[bool]:

@@ -4,7 +4,10 @@ can't show one history to one reader and another to the next."""
 from __future__ import annotations
 
 import hashlib
+import queue
 import re
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +24,8 @@ from strongroom.formats.merkle import verify_consistency
 from strongroom.formats.note import COSIGNATURE, Note, Signature, VerifierKey, verify_note
 from strongroom.formats.witness import AddCheckpoint
 
-_TIMEOUT = 10.0
+_TIMEOUT = 10.0  # seconds for one answer, all of it
+_WAIT = 20.0  # seconds for what we ask of it before it signs
 _MOST = 64 * 1024
 _TURNS = 20  # checkpoints of others that a witness may sign between what it says of itself and our next request
 
@@ -120,12 +124,13 @@ def cosign(
     """`note` with the cosignature of the witness at `url`: the log's side of ``add-checkpoint``.
 
     `consistency` gives the proof between two sizes. Conflict ``witness.ahead`` for a witness that has seen more, or
-    another tree, than this log has: a fork, or a log that was set back. BackendError ``witness.unreachable``.
+    another tree, than this log has (`seen` and `size` in its evidence): a fork, or a log that was set back, unless it
+    has grown as far since. BackendError ``witness.unreachable``, ``witness.busy``.
     """
     if not re.match(r"https?://", url):
         raise UsageError("witness.url", f"{url!r:.80} is not the address of a witness", hint="https://HOST/PREFIX")
     size = Checkpoint.decode(Note.decode(note).text).size
-    send, old = post or _post, 0
+    send, old, until = post or _post, 0, time.monotonic() + _WAIT
     for _ in range(_TURNS):  # the first answer says where the witness is; those who ask at the same time move it on
         proof = tuple(consistency(old, size)) if old else ()
         status, answer = send(f"{url.rstrip('/')}/add-checkpoint", AddCheckpoint(old, proof, note).encode())
@@ -139,9 +144,23 @@ def cosign(
                 "witness.ahead",
                 f"the witness {witness.name} has seen {seen} entries of this log, which has {size}",
                 hint="strongroom log verify: the log was set back, or there are two of it",
+                seen=int(seen),
+                size=size,
             )
         old = int(seen)
-    raise BackendError("witness.busy", f"the witness {witness.name} was always elsewhere", hint="try again")
+        if time.monotonic() > until:
+            break
+    raise busy(url, witness)
+
+
+def busy(url: str, witness: VerifierKey) -> BackendError:
+    """The error for a witness that signs for others, each time that it is asked."""
+    return BackendError(
+        "witness.busy",
+        f"the witness {witness.name} has signed another checkpoint of this log each time that it was asked, and this "
+        "one is not cosigned: others have theirs signed at the same time",
+        hint=f"try again: strongroom log cosign --url {url} --witness {witness.encode()}",
+    )
 
 
 def _joined(note: bytes, witness: VerifierKey, answer: bytes) -> bytes:
@@ -157,6 +176,28 @@ def _joined(note: bytes, witness: VerifierKey, answer: bytes) -> bytes:
 
 
 def _post(url: str, body: bytes) -> tuple[int, bytes]:
+    """In a thread, which is not waited for: a witness that drips its answer holds nobody up."""
+    answers: queue.SimpleQueue[tuple[int, bytes] | BackendError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(_posted(url, body))
+        except BackendError as error:
+            answers.put(error)
+        except Exception as error:  # noqa: BLE001 - of whatever a server can make of HTTP
+            answers.put(_unreachable(url, type(error).__name__))
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        found = answers.get(timeout=_TIMEOUT)
+    except queue.Empty:
+        raise _unreachable(url, f"no whole answer within {_TIMEOUT:g} seconds") from None
+    if isinstance(found, BackendError):
+        raise found
+    return found
+
+
+def _posted(url: str, body: bytes) -> tuple[int, bytes]:
     request = urllib.request.Request(url, data=body, method="POST")  # noqa: S310 - http or https: `cosign` sees to it
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:  # noqa: S310
@@ -167,8 +208,12 @@ def _post(url: str, body: bytes) -> tuple[int, bytes]:
     except OSError as error:
         why = getattr(error, "reason", None) or error
         why = getattr(why, "strerror", None) or why
-        raise BackendError(
-            "witness.unreachable",
-            f"the witness at {url} does not answer: {why}",
-            hint="see that strongroom witness runs there, then try again",
-        ) from None
+        raise _unreachable(url, why) from None
+
+
+def _unreachable(url: str, why: object) -> BackendError:
+    return BackendError(
+        "witness.unreachable",
+        f"the witness at {url} does not answer: {why}",
+        hint="see that strongroom witness runs there, then try again",
+    )

@@ -70,7 +70,10 @@ class Relays:
 
         self._counters = RelayedCounters(vault.db, budgets.rules, size, vault.clock)
         self._spelling_lock = threading.Lock()
-        self._spelled: Callable[[str], Spelling] = lru_cache(_SPELLINGS)(self._callers.spelling)
+        # By the version's identifier, too, which is found in the log each time: nothing is told of what was shredded.
+        self._spelled: Callable[[str, str], Spelling] = lru_cache(_SPELLINGS)(
+            lambda ref, _: self._callers.spelling(ref)
+        )
         self._accounts: dict[str, tuple[float, float]] = {}  # by principal: how many more, and since when
         self._accounts_lock = threading.Lock()
         self._looked = asyncio.Lock()
@@ -153,7 +156,7 @@ class Relays:
                 if not self._spelling_lock.acquire(blocking=False):
                     raise LimitExceeded("server.busy", "another vocabulary is being read", hint="wait a second")
                 try:
-                    return self._spelled(ref).as_json()
+                    return self._spelled(ref, self._callers.named(ref)).as_json()
                 finally:
                     self._spelling_lock.release()
         raise _body("ref")

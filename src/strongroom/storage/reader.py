@@ -12,11 +12,11 @@ import contextlib
 import mmap
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from strongroom.core.limits import MIB
 from strongroom.core.settings import Settings
-from strongroom.errors import LimitExceeded, UsageError
+from strongroom.errors import LimitExceeded, Tampered, Truncated, UsageError
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.layout import Layout, Segment
 from strongroom.storage.blobs import Blobs
@@ -25,21 +25,46 @@ from strongroom.storage.image import SealedImage
 _STRETCH = 8 * MIB  # of the destination that one core fills before it takes the next
 _KEPT = 2  # scratch buffers, of as much as the largest segment each
 _FAR_READERS = 16  # concurrent requests to a store that is far away
+_ROTATIONS = 5  # that one read may meet
+_GONE = ("manifest.missing", "index.missing", "pack.missing")  # what is said of a revision that was rotated
+
+# Of a version that was rotated since the bundle was released: its store, and the bundle that opens it as it is now;
+# else None.
+Again: TypeAlias = Callable[[KeyBundle], tuple[Blobs, KeyBundle] | None]
+
+
+class _Revision(NamedTuple):
+    """One revision of the version, and what opens it."""
+
+    sealed: SealedImage
+    bundle: KeyBundle
 
 
 class ImageReader:
     """Reads one version as one holder. Thread-safe."""
 
-    def __init__(self, blobs: Blobs, bundle: KeyBundle, *, workers: int = 0, sealed: SealedImage | None = None) -> None:
-        """`sealed`: the image, where it is open already."""
-        self.bundle = bundle
-        self._sealed = sealed or SealedImage.open(blobs, bundle)
+    def __init__(
+        self,
+        blobs: Blobs,
+        bundle: KeyBundle,
+        *,
+        workers: int = 0,
+        sealed: SealedImage | None = None,
+        again: Again | None = None,
+    ) -> None:
+        """`sealed`: the image, where it is open already; `again` is asked where the store has it no more."""
+        self._again, self._turn = again, threading.Lock()
+        self._revision = _Revision(sealed, bundle) if sealed is not None else self._opened(blobs, bundle)
         self._scratches: list[memoryview] = []  # that nobody uses
         self._workers = workers or (Settings.from_environment().workers if blobs.near else _FAR_READERS)
 
     @property
+    def bundle(self) -> KeyBundle:
+        return self._revision.bundle
+
+    @property
     def layout(self) -> Layout:
-        return self._sealed.layout
+        return self._revision.sealed.layout
 
     def read_all(self) -> memoryview:
         """The whole image in fresh memory of its own, which is freed with the last view of it."""
@@ -95,26 +120,66 @@ class ImageReader:
         first, end = self.layout.stripes_touched(begin, begin + len(out))
         per_stretch = max(1, _STRETCH // self.layout.common)
         stretches = [range(at, min(at + per_stretch, end)) for at in range(first, end, per_stretch)]
-        agenda = _Agenda(stretches, max(1, self._workers // 4))
-        try:
-            self._work(agenda, window, self._workers if len(stretches) > 1 else 1)
-        except MemoryError:
-            wipe(out)
-            raise _no_memory(len(out)) from None
-        except BaseException:
-            wipe(out)
-            raise
+        for _ in range(_ROTATIONS):
+            agenda, revision = _Agenda(stretches, max(1, self._workers // 4)), self._revision
+            try:
+                self._work(agenda, window, revision, self._workers if len(stretches) > 1 else 1)
+                return
+            except Truncated as error:
+                wipe(out)
+                self._renew(revision, error)
+            except MemoryError:
+                wipe(out)
+                raise _no_memory(len(out)) from None
+            except BaseException:
+                wipe(out)
+                raise
+        raise Truncated(
+            "read.rotated",
+            f"{self.bundle.ref} was rotated {_ROTATIONS} times while it was read",
+            hint="load it again once nobody rotates it",
+        )
 
-    def _work(self, agenda: _Agenda, window: _Window, workers: int) -> None:
+    def _opened(self, blobs: Blobs, bundle: KeyBundle) -> _Revision:
+        """The revision of `bundle`, or of the one that is released when that was rotated."""
+        for _ in range(_ROTATIONS):
+            try:
+                return _Revision(SealedImage.open(blobs, bundle), bundle)
+            except Truncated as error:
+                blobs, bundle = self._released(bundle, error)
+        return _Revision(SealedImage.open(blobs, bundle), bundle)
+
+    def _renew(self, before: _Revision, error: Truncated) -> None:
+        """Go on with the revision that took the place of `before`; `error` if there is none. What it opens to has to be
+        the very same bytes: some of them may be read already."""
+        with self._turn:
+            if self._revision is not before:  # another thread has met it, too
+                return
+            now = self._opened(*self._released(before.bundle, error))
+            if _opens_to(now) != _opens_to(before):
+                raise Tampered(
+                    "read.other",
+                    f"what was released of {before.bundle.ref} after it was rotated opens to other weights",
+                    hint="load it again, and tell whoever runs the room",
+                )
+            self._revision = now
+
+    def _released(self, bundle: KeyBundle, error: Truncated) -> tuple[Blobs, KeyBundle]:
+        found = self._again(bundle) if self._again is not None and error.code in _GONE else None
+        if found is None:
+            raise error
+        return found
+
+    def _work(self, agenda: _Agenda, window: _Window, revision: _Revision, workers: int) -> None:
         failures: list[BaseException] = []
 
         def run() -> None:
             scratch = None
             while not failures:
-                scratch = scratch or self._borrow()
+                scratch = scratch or self._borrow(revision)
                 with agenda.task() as (marked, numbers):
                     for number in numbers:
-                        (self._stripe if marked else self._common)(number, window, scratch)
+                        (_stripe if marked else _common)(revision, number, window, scratch)
                     if not numbers:
                         if len(self._scratches) < _KEPT:
                             self._scratches.append(scratch)
@@ -122,37 +187,45 @@ class ImageReader:
 
         abreast(run, workers, failures)
 
-    def _borrow(self) -> memoryview:
+    def _borrow(self, revision: _Revision) -> memoryview:
         """A scratch buffer that an earlier read has done with, or a new one: it holds ciphertext only, and making one
         takes longer than reading a header into it."""
         try:
             return self._scratches.pop()
         except IndexError:
-            return self._sealed.scratch()
+            return revision.sealed.scratch()
 
-    def _common(self, number: int, window: _Window, scratch: memoryview) -> None:
-        segment = self.layout.common_segment(number)
+
+def _opens_to(revision: _Revision) -> tuple[object, ...]:
+    """What says which bytes a holder gets: rotating leaves all of it as it is."""
+    sealed, bundle = revision
+    return bundle.version, bundle.holder, bundle.word, bundle.suite, sealed.layout.digest(bundle.suite)
+
+
+def _common(revision: _Revision, number: int, window: _Window, scratch: memoryview) -> None:
+    segment = revision.sealed.layout.common_segment(number)
+    target = window.target(segment)
+    if target is not None:
+        revision.sealed.read_common(number, target, scratch)
+        window.clip(segment, target)
+
+
+def _stripe(revision: _Revision, number: int, window: _Window, scratch: memoryview) -> None:
+    """The marked segments after common segment `number`: in one go if the window holds them all."""
+    (sealed, bundle), layout = revision, revision.sealed.layout
+    count = layout.stripes[number]
+    start = layout.common_segment(number).end
+    end = start + count * layout.marked
+    if window.begin <= start and end <= window.end:
+        stripe = window.out[start - window.begin : end - window.begin]
+        sealed.read_stripe(int(layout.first_positions[number]), [(bundle, stripe)], scratch)
+        return
+    for segment in layout.stripe(number):
         target = window.target(segment)
         if target is not None:
-            self._sealed.read_common(number, target, scratch)
+            variant, key = bundle.variant(segment.index), bundle.variant_key(segment.index)
+            sealed.read_marked(segment.index, variant, key, target, scratch)
             window.clip(segment, target)
-
-    def _stripe(self, number: int, window: _Window, scratch: memoryview) -> None:
-        """The marked segments after common segment `number`: in one go if the window holds them all."""
-        layout, bundle = self.layout, self.bundle
-        count = layout.stripes[number]
-        start = layout.common_segment(number).end
-        end = start + count * layout.marked
-        if window.begin <= start and end <= window.end:
-            stripe = window.out[start - window.begin : end - window.begin]
-            self._sealed.read_stripe(int(layout.first_positions[number]), [(bundle, stripe)], scratch)
-            return
-        for segment in layout.stripe(number):
-            target = window.target(segment)
-            if target is not None:
-                variant, key = bundle.variant(segment.index), bundle.variant_key(segment.index)
-                self._sealed.read_marked(segment.index, variant, key, target, scratch)
-                window.clip(segment, target)
 
 
 class _Window(NamedTuple):

@@ -159,7 +159,7 @@ class Callers:
 
     def model(self, ref: str) -> ModelInfo:
         """What a version is, whoever asks; NotFound ``version.missing``."""
-        name = self._named(ref)
+        name = self.named(ref)
         with self._lock:
             known = self._models.get(name)
         if known is None:
@@ -227,17 +227,17 @@ class Callers:
     def spelling(self, ref: str) -> Spelling:
         """What the tokens of a version spell: read anew each time, which takes a second. NotFound ``version.missing``,
         UsageError ``spelling.unknown``."""
-        return spelling_of(self._opened(ref, self._named(ref))[1])
+        return spelling_of(self._opened(ref, self.named(ref))[1])
 
-    # -- inside --------------------------------------------------------------------------------------------------
-
-    def _named(self, ref: str) -> str:
-        """The identifier that the log has of a version that is there."""
+    def named(self, ref: str) -> str:
+        """The identifier that the log has of a version that is there; NotFound ``version.missing``."""
         with self._ledger.view() as state:
             version = state.versions.get(ref)
             if version is None or version.shredded:
                 raise _missing(ref)
             return version.version
+
+    # -- inside --------------------------------------------------------------------------------------------------
 
     def _opened(self, ref: str, version: str) -> tuple[Row[Any], Originals]:
         def use(row: Row[Any], record: VersionRecord) -> tuple[Row[Any], Originals]:

@@ -6,7 +6,6 @@ Nothing of a copy is kept: its entry in the log is enough to write it again."""
 from __future__ import annotations
 
 import re
-import threading
 from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +19,8 @@ from strongroom.marking.code import Code
 from strongroom.marking.elements import integers
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault.forms import Plan, planned
-from strongroom.vault.opened import opened
+from strongroom.vault.kept import Kept
+from strongroom.vault.opened import opened, there
 from strongroom.vault.originals import Originals
 from strongroom.vault.quantised import Quantised
 
@@ -95,9 +95,8 @@ class Copies:
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
-        self._lock = threading.Lock()
-        self._open: dict[int, _Opened] = {}
-        self._plans: dict[tuple[bytes, str], tuple[Originals, Plan]] = {}  # by manifest and form
+        self._open: Kept[int, _Opened] = Kept(_OPEN)
+        self._plans: Kept[tuple[bytes, str], tuple[Originals, Plan]] = Kept(_OPEN)  # by manifest and form
 
     def bundle(self, entry: bytes, index: int) -> CopyBundle:
         """What the holder of the release `entry` needs to take the copy."""
@@ -139,14 +138,14 @@ class Copies:
             raise NotFound("copy.missing", f"there is no copy {name!r:.80}")
         index, number = int(matched[1]), int(matched[2])
         found = self._opened(index)
-        self._check(found.entry)
+        self._check(index, found)
         copy, cipher = found.copy, CopyCipher(found.key, found.leaf, found.copy.image)
         if number * PIECE >= copy.image:
             raise NotFound("copy.missing", f"the copy of entry {index} has no piece {number}")
         try:
             piece = copy.read(number * PIECE, min((number + 1) * PIECE, copy.image))
         except (IntegrityError, NotFound):
-            self._check(found.entry)  # what it was made of is gone with a rotation, or a shred, and not damaged
+            self._check(index, found)  # what it was made of is gone with a rotation, or a shred, and not damaged
             raise
         return cipher.seal(number, piece)
 
@@ -157,14 +156,13 @@ class Copies:
 
     def forget(self) -> None:
         """Let go of what is kept opened."""
-        with self._lock:
-            self._open.clear()
-            self._plans.clear()
+        self._open.forget()
+        self._plans.forget()
 
     def _opened(self, index: int, entry: bytes | None = None) -> _Opened:
-        with self._lock:
-            if index in self._open:
-                return self._open[index]
+        keep, kept = self._open.opening(), self._open.get(index)
+        if kept is not None:
+            return kept
         ledger = self._vault.custodian.ledger
         if entry is None:
             if index >= ledger.checkpoint()[0].size:
@@ -177,10 +175,7 @@ class Copies:
         record, copy = opened(self._vault, found.ref, lambda _, record: (record, self._written(found, record)))
         key = copying_key(self._vault.keys.copy_key, leaf, PIECE, formed="form" in found.body)
         kept = _Opened(copy, record, found, leaf, key)
-        with self._lock:
-            if len(self._open) >= _OPEN:
-                self._open.pop(next(iter(self._open)))
-            self._open[index] = kept
+        keep(index, kept)
         return kept
 
     def _written(self, entry: Entry, record: VersionRecord) -> Copy | Quantised:
@@ -196,26 +191,27 @@ class Copies:
         """How a version leaves in `form`: found out before its release is recorded, and used after. A plan is of one
         manifest, which pins every byte that it was made of: of a version that was rotated meanwhile it is no plan."""
         key = record.manifest_digest, form
-        with self._lock:
-            if key in self._plans:
-                return self._plans[key]
-        originals = Originals(self._vault.image(record), record)
-        made = originals, planned(originals, form)
-        with self._lock:
-            if len(self._plans) >= _OPEN:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = made
-        return made
+        keep, kept = self._plans.opening(), self._plans.get(key)
+        if kept is None:
+            originals = Originals(self._vault.image(record), record)
+            kept = originals, planned(originals, form)
+            keep(key, kept)
+        return kept
 
-    def _check(self, entry: Entry) -> None:
-        """What was revoked since the release ends the copy, too."""
+    def _check(self, index: int, found: _Opened) -> None:
+        """What was revoked since the release ends the copy, too, and what is kept of it, whoever has revoked it."""
+        entry = found.entry
+        with self._vault.db.reading() as tx:  # first: what was rotated is so in the log, too, when that is looked at
+            kept = there(tx, found.record)
         with self._vault.custodian.ledger.view() as state:
             version, holder = state.versions.get(entry.ref), state.principals.get(entry.body["holder"])
-            gone = version is None or version.shredded
+            rotated = version is not None and version.revision != entry.body["revision"]
+            gone = version is None or version.shredded or not (kept or rotated)
             lease = state.leases.get(entry.body["lease"] or "")
             revoked = lease is not None and bool(lease.ended)
             ended = gone or (version is not None and version.frozen) or holder is None or not holder.active or revoked
-            rotated = version is not None and version.revision != entry.body["revision"]
+        if rotated or ended:
+            self._open.drop(index)
         if rotated and not ended:
             raise _rotated()
         if ended:

@@ -36,8 +36,10 @@ from strongroom.policy.state import Principal, State
 from strongroom.vault.apikeys import ApiKeys
 from strongroom.vault.documents import Documents
 from strongroom.vault.founding import Founding
+from strongroom.vault.kept import Kept
 from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
+from strongroom.vault.opened import check_there
 from strongroom.vault.refusals import Refusals
 from strongroom.vault.release import Bundles
 from strongroom.vault.requests import check_reason, describe_ended, describe_grant, describe_proposal, describe_request
@@ -71,7 +73,7 @@ class Custodian:
     def __init__(self, vault: Vault, ledger: Ledger[State]) -> None:
         self._vault, self.ledger = vault, ledger
         self._documents = Documents(vault.db)
-        self._opened: dict[str, Bundles] = {}
+        self._opened: Kept[str, Bundles] = Kept(_VERSIONS)
         self._refusals = Refusals(ledger)
         self.logins = Logins()
         self.rules = Custody(self._documents.policies)
@@ -298,8 +300,7 @@ class Custodian:
         now = self._now()
         with self.ledger.view() as state:
             usable(state, ref)
-            everybody = [each for each in state.principals.values() if each.state != "removed"]
-            asked = [self._access(state, each, ref, now) for each in everybody]
+            asked = [self._access(state, who, ref, now) for who in state.principals.values() if who.state != "removed"]
         return [item.as_json() for answer in asked for item in answer()]
 
     def reach(self, path: str) -> list[dict[str, Any]]:
@@ -392,9 +393,9 @@ class Custodian:
         sealed = seal_bundle(bundle.encode(), bytes.fromhex(body["public_key"]), receipt.index, leaf)
         return Answer(receipt.data, receipt.index, tuple(receipt.proof()), receipt.note, sealed, self._vault.blobs.url)
 
-    def forget(self, ref: str) -> None:
-        """Drop the secrets of a version that are kept opened: they must not outlive a shred in this process."""
-        self._opened.pop(ref, None)
+    def forget(self) -> None:
+        """Drop the secrets of versions that are kept opened: they must not outlive a shred in this process."""
+        self._opened.forget()
         self._vault.copies.forget()
 
     @contextlib.contextmanager
@@ -426,11 +427,13 @@ class Custodian:
 
     def _released(self, statement: Statement, reason: Private | None, left: int = 2) -> tuple[Receipt, Bundles]:
         """As `_release`; what was opened may be another revision than the log's by then, or have been shredded."""
-        ref = statement.body["ref"]
+        ref, keep = statement.body["ref"], self._opened.opening()
         try:
-            return self._release(statement, reason, self._opened.get(ref))
+            receipt, bundles = self._release(statement, reason, self._opened.get(ref))
+            keep(ref, bundles)
+            return receipt, bundles
         except (Conflict, NotFound) as error:
-            before = self._opened.pop(ref, None)
+            before = self._opened.drop(ref)
             if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
                 raise
             return self._released(statement, reason, left - 1)
@@ -456,18 +459,17 @@ class Custodian:
                 judged(state, self._now())
             unfit = self._vault.copies.unfit(found, body["form"])
 
-        def decide(_: Connection, state: State, now: int) -> Draft:
+        def decide(tx: Connection, state: State, now: int) -> Draft:
             entry = judged(state, now)
             if unfit is not None:  # before the entry: what can't be done is not recorded as done
                 raise unfit
+            if isinstance(found, Bundles):
+                check_there(tx, found.record)
             return Draft(entry, [reason] if reason is not None else [])
 
         receipt = self.decide(decide)
         if isinstance(found, StrongroomError):
             raise found  # the decision has seen to that
-        if len(self._opened) >= _VERSIONS:
-            self._opened.clear()
-        self._opened[body["ref"]] = found
         return receipt, found
 
     def _looked_up(self, ref: str) -> Bundles | StrongroomError:
@@ -550,8 +552,7 @@ class Custodian:
         return Entry.decode(self.ledger.proven(index, index + 1)[0])
 
     def _append(self, statement: Statement, decide: Any, reason: Private | None = None) -> Recorded:
-        action = str(statement.body.get("action", statement.kind))
-        ref = str(statement.body.get("ref", ""))
+        action, ref = (str(statement.body.get(*each)) for each in (("action", statement.kind), ("ref", "")))
         with self._heard(statement, action, ref):
             if reason is not None:
                 check_reason(reason, statement.body["reason"])

@@ -80,20 +80,24 @@ class Journal:
         start: VersionRecord | None,
     ) -> Journal:
         record = start or VersionRecord.fresh(random_id())
-        # One row, under a key that is held: who waits for a new room key goes on with that one, and is not refused.
-        with db.counting() as tx:
-            tx.execute(
-                insert(puts).values(
-                    put_id=put_id,
-                    name=name,
-                    fingerprint=fingerprint,
-                    version_id=record.version.hex(),
-                    revision=record.revision,
-                    record=record.seal(keys.current(tx), job_context(put_id, fingerprint)),
-                    created_at=now(),
-                    created_by=by,
+
+        def begin() -> None:
+            # One row, under a key that is held: who waits for a new room key goes on with that one, and is not refused.
+            with db.counting() as tx:
+                tx.execute(
+                    insert(puts).values(
+                        put_id=put_id,
+                        name=name,
+                        fingerprint=fingerprint,
+                        version_id=record.version.hex(),
+                        revision=record.revision,
+                        record=record.seal(keys.current(tx), job_context(put_id, fingerprint)),
+                        created_at=now(),
+                        created_by=by,
+                    )
                 )
-            )
+
+        keys.sealing(begin)
         return cls(db, blobs, put_id, record)
 
     @classmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Row, bindparam, select
+from sqlalchemy.engine import Connection
 
 from strongroom.errors import IntegrityError, NotFound
 from strongroom.storage.db import versions
@@ -53,6 +54,20 @@ def changed(vault: Vault, row: Row[Any]) -> Row[Any] | None:
     with vault.db.reading() as tx:
         now = _OF(tx, version_id=row.version_id).one_or_none()
     return now if now is not None and _told(now) != _told(row) else None
+
+
+def there(tx: Connection, record: VersionRecord) -> bool:
+    """Whether the database has the secrets of `record` still. Whether they may be used is in the log, as a rule; but a
+    shred does not wait for a log that can't be written, and what is kept opened must not outlive it."""
+    row = _OF(tx, version_id=record.version.hex()).one_or_none()
+    return row is not None and (row.state, row.revision) == ("active", record.revision)
+
+
+def check_there(tx: Connection, record: VersionRecord) -> None:
+    """NotFound ``version.missing`` unless the secrets of `record` are `there`."""
+    if not there(tx, record):
+        ref = f"{record.name}@{record.number}"
+        raise NotFound("version.missing", f"{ref} was rotated or shredded meanwhile", hint="strongroom ls")
 
 
 def _told(row: Row[Any]) -> tuple[Any, ...]:

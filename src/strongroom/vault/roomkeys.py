@@ -30,6 +30,12 @@ from strongroom.vault.config import RoomConfig
 from strongroom.vault.record import VersionRecord, job_context
 
 T = TypeVar("T")
+
+
+class _Unknown(Exception):
+    """The room key in use is not in memory, and its key store can't be asked here. Nobody sees it but `sealing`."""
+
+
 _ROOM = Prepared(select(room))
 _ROOM_HELD = Prepared(select(room).with_for_update(read=True))  # SQLite's transactions that write are alone anyhow
 _ROOM_MINE = Prepared(select(room).with_for_update())
@@ -89,8 +95,18 @@ class RoomKeys:
     def current(self, tx: Connection) -> bytes:
         """The room key in use until `tx`, which writes, ends. Whatever is sealed for the database is sealed in a
         transaction, under the key that this returns: sealed under one that another process has just replaced, it could
-        never be opened. On PostgreSQL it holds those up who would replace it."""
-        return self._of(self._row(tx, _ROOM_HELD))
+        never be opened. On PostgreSQL it holds those up who would replace it. For what `sealing` does."""
+        return self._known(self._row(tx, _ROOM_HELD))
+
+    def sealing(self, write: Callable[[], T]) -> T:
+        """What `write` gives, which writes in a transaction, with the key that is `current` in it. Where that has to be
+        unwrapped first it is undone, and done again with the key: everybody who writes would wait for a key store that
+        is asked in a transaction, as long as that takes."""
+        while True:
+            try:
+                return write()
+            except _Unknown:
+                self.room_key  # noqa: B018 - in memory from here on
 
     def with_key(self, read: Callable[[Connection], T]) -> tuple[T, bytes]:
         """What `read` reads, and the room key that was in use then, for what is unsealed: read anew where that key has
@@ -103,6 +119,12 @@ class RoomKeys:
             except StrongroomError:
                 if self._row().key_epoch <= row.key_epoch:
                     raise
+
+    def _known(self, row: Row[Any]) -> bytes:
+        cached = self._cached  # not under the lock, which is held while a key store is asked
+        if cached is None or cached[0] != row.key_epoch:
+            raise _Unknown
+        return cached[1]
 
     def _of(self, row: Row[Any]) -> bytes:
         with self._lock:
@@ -227,24 +249,7 @@ class RoomKeys:
         try:
             # Before it is anybody's turn: key stores can be slow, and all who write would wait for them.
             wrapped = store.wrap(new_key, self._context())
-            if old_key is None:
-                self._unwrapped()
-            # Not of one snapshot, which would be taken before those have ended who seal under the old key.
-            with self._db.sequencing() as tx:
-                row = self._row(tx, _ROOM_MINE)
-                opening = old_key or self._of(row)
-                count = self._reseal(tx, opening, new_key)
-                seed, public = self._open_secrets(opening, row)
-                tx.execute(
-                    update(room).values(
-                        keystore_uri=store.uri,
-                        wrapped_room_key=wrapped,
-                        secrets=self._seal_secrets(new_key, seed, public),
-                        recovery_sealed=seal_for_recovery(public, new_key, self._room_id) if public else None,
-                        key_epoch=row.key_epoch + 1,
-                    )
-                )
-                epoch = row.key_epoch + 1
+            count, epoch = self.sealing(lambda: self._replace(old_key, new_key, store.uri, wrapped))
         except BaseException:
             # Only a key that the database certainly does not name may go.
             if self._row().keystore_uri in config.keystores and store.uri not in config.keystores:
@@ -254,6 +259,24 @@ class RoomKeys:
         with self._lock:
             self._cached = (epoch, new_key)
         config.pin(self._folder, [store.uri])
+        return count, epoch
+
+    def _replace(self, old_key: bytes | None, new_key: bytes, uri: str, wrapped: bytes) -> tuple[int, int]:
+        # Not of one snapshot, which would be taken before those have ended who seal under the old key.
+        with self._db.sequencing() as tx:
+            row = self._row(tx, _ROOM_MINE)
+            opening, epoch = old_key or self._known(row), row.key_epoch + 1
+            count = self._reseal(tx, opening, new_key)
+            seed, public = self._open_secrets(opening, row)
+            tx.execute(
+                update(room).values(
+                    keystore_uri=uri,
+                    wrapped_room_key=wrapped,
+                    secrets=self._seal_secrets(new_key, seed, public),
+                    recovery_sealed=seal_for_recovery(public, new_key, self._room_id) if public else None,
+                    key_epoch=epoch,
+                )
+            )
         return count, epoch
 
     def _reseal(self, tx: Connection, old_key: bytes, new_key: bytes) -> int:

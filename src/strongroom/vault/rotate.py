@@ -74,7 +74,7 @@ def _rotate(vault: Vault, ref: str, by: Voice, progress: Progress) -> dict[str, 
             forget_all(tx, row.version_id)
             return Draft(entry)
 
-        receipt = vault.custodian.decide(decide, writes=True)
+        receipt = vault.keys.sealing(lambda: vault.custodian.decide(decide, writes=True))
     # Never what the new revision needs as well, whatever the journal was made to say.
     for name in object_names(old.manifest) - object_names(manifest):
         vault.blobs.delete(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Row, or_, update
+from sqlalchemy import Row, or_, select, update
 from sqlalchemy.engine import Connection
 
 from strongroom.core.clock import now
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 _REST = "`strongroom fsck --repair` removes what the store may still have of it"
+_TRIES = 3  # rotations that may end while what is to be deleted is looked up
+
+
+class _Rotated(Exception):
+    """What was looked up is another revision's. Nobody sees it but `shred`."""
 
 
 def shred(vault: Vault, ref: str, *, confirm: str, by: Voice) -> dict[str, Any]:
@@ -39,12 +44,27 @@ def shred(vault: Vault, ref: str, *, confirm: str, by: Voice) -> dict[str, Any]:
             f"shredding {name} can't be undone; confirm it by its full name",
             hint=f"strongroom shred {name} --confirm {name}",
         )
+    for left in reversed(range(_TRIES)):
+        try:
+            return _shred(vault, row, by, anyhow=not left)
+        except _Rotated:
+            row = vault.row(name)
+    raise AssertionError  # the last one goes on whatever the revision is
+
+
+def _shred(vault: Vault, row: Row[Any], by: Voice, *, anyhow: bool) -> dict[str, Any]:
+    name = f"{row.name}@{row.number}"
     # Not by its state: in a database that somebody wrote to, any row that has a record has keys.
     again = row.state == "shredded" and row.record is None
     names, remains = (set[str](), []) if again else _objects_of(vault, row)
 
     def destroy(tx: Connection) -> None:
         if not again:
+            found = select(versions.c.revision).where(versions.c.version_id == row.version_id)
+            if tx.execute(found).scalar() != row.revision:
+                if not anyhow:
+                    raise _Rotated
+                remains.append(_REST)
             changed = tx.execute(
                 update(versions)
                 .where(

@@ -126,9 +126,17 @@ class Vault:
         self.identities = Identities(folder / "identities")
         self.log_key = key = LogKey(self.id, config.log_key)
         self.published = Published(folder / "log", key)
-        ledger = Ledger(self.db, key, lambda: self.keys.log_signer, State, clock=clock, published=self.published)
-        self.custodian = Custodian(self, ledger)
         self.copies = Copies(self)
+        ledger = Ledger(
+            self.db,
+            key,
+            lambda: self.keys.log_signer,
+            State,
+            clock=clock,
+            published=self.published,
+            others=lambda kind: self.custodian.forget() if kind in ("shred", "") else None,
+        )
+        self.custodian = Custodian(self, ledger)
 
     @classmethod
     def init(
@@ -544,7 +552,7 @@ class Vault:
             alike[:] = same.put_before(tx, same.there(state), said.files.value)
             return Draft(entry, [said.files])
 
-        receipt = self.custodian.act(said.statement, "put", decide)
+        receipt = self.keys.sealing(lambda: self.custodian.act(said.statement, "put", decide))
         return rows[-1], receipt.index, alike
 
     # -- rotate and shred ----------------------------------------------------------------------------------------
@@ -555,9 +563,10 @@ class Vault:
 
     def shred(self, ref: str, *, confirm: str, by: str) -> dict[str, Any]:
         """Destroy a version's keys, then its ciphertext; see `strongroom.vault.shred`."""
-        done = shred(self, ref, confirm=confirm, by=self.voice(by))
-        self.custodian.forget(confirm)
-        return done
+        try:
+            return shred(self, ref, confirm=confirm, by=self.voice(by))
+        finally:
+            self.custodian.forget()  # the keys may have gone, whatever came after that
 
     # -- verify --------------------------------------------------------------------------------------------------
 

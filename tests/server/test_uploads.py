@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import ssl
+import time
 from dataclasses import replace
 
 import pytest
@@ -165,6 +166,10 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
         context.wrap_socket(plain, server_hostname=host) as connection,
     ):
         connection.sendall(begun)
+    deadline = time.monotonic() + 120
+    while served.host("log", "tail", "-n", "1")["entries"][0]["body"].get("code") != "upload.interrupted":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert "acme/broken@1" not in refs(served)
     status, answer = send(served, head, data)
     assert (status, answer["ref"]) == (200, "acme/broken@1")

@@ -263,7 +263,7 @@ class TestConnections:
         assert served.raw("GET", "/healthz")[0] == 200
 
     def test_bodies_that_do_not_come_hold_nobody_up(self, served):
-        waiting = []
+        waiting, before = [], sockets(served)
         for _ in range(50):  # more than there are threads, and all of them within the 30 seconds that a body has
             waiting.append(connect(served))
             waiting[-1].sendall(b"POST /v1/releases HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
@@ -275,7 +275,10 @@ class TestConnections:
             with pytest.raises((BlockingIOError, ssl.SSLWantReadError)):
                 each.recv(1)
             each.close()
-        time.sleep(0.5)
+        deadline = time.monotonic() + 120
+        while sockets(served) > before:  # until it has seen that
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         assert "Traceback" not in Path(served.log.name).read_text()  # hanging up is no fault
 
     def test_readers_that_are_slow_cost_no_memory(self, served):
@@ -311,6 +314,15 @@ class TestConnections:
             assert served.raw("GET", f"/v1/objects/{text}/none")[0] == status
         other = make_pass(key, b"o" * 16, int(time.time()) + 60)
         assert served.raw("GET", f"/v1/objects/{other}/none")[0] == 401
+
+
+def sockets(served):
+    """How many the server has open."""
+    found = 0
+    for each in Path(f"/proc/{served.processes[0].pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found += str(each.readlink()).startswith("socket:")
+    return found
 
 
 def memory(served):

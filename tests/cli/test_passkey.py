@@ -37,6 +37,7 @@ def browser(tmp_path_factory):
 def page(browser):
     context = browser.new_context()
     page = context.new_page()
+    page.set_default_timeout(60_000)
     page.problems = []
     page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
     devtools = context.new_cdp_session(page)
@@ -98,7 +99,7 @@ def in_browser(page, work, look=lambda page: None):
     page.goto(shown.get(timeout=60))
     look(page)
     page.get_by_role("button").click()
-    page.get_by_role("status").get_by_text("Done.").wait_for(timeout=60_000)
+    page.get_by_role("status").get_by_text("Done.").wait_for()
     thread.join(60)
     (found,) = ended
     if isinstance(found, BaseException):
@@ -155,7 +156,7 @@ def test_an_authenticator_that_does_not_know_who_is_there(page, rooms, too_late)
     address = shown.get(timeout=60)
     page.goto(address)
     page.get_by_role("button").click()
-    page.get_by_role("status").get_by_text("Nothing was signed").wait_for(timeout=60_000)
+    page.get_by_role("status").get_by_text("Nothing was signed").wait_for()
     too_late(address)
     thread.join(60)
     assert [error.code for error in caught] == ["passkey.nobody"]

@@ -9,7 +9,6 @@ import json
 import os
 import socket
 import ssl
-import time
 from dataclasses import replace
 
 import pytest
@@ -166,13 +165,15 @@ def test_an_upload_that_breaks_off_leaves_no_version_and_can_be_sent_again(serve
         context.wrap_socket(plain, server_hostname=host) as connection,
     ):
         connection.sendall(begun)
-    deadline = time.monotonic() + 120
-    while served.host("log", "tail", "-n", "1")["entries"][0]["body"].get("code") != "upload.interrupted":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
     assert "acme/broken@1" not in refs(served)
     status, answer = send(served, head, data)
     assert (status, answer["ref"]) == (200, "acme/broken@1")
+
+
+def recorded(served):
+    """The newest entry, but for that of an upload which broke off: that comes when the server sees it."""
+    entries = served.host("log", "tail", "-n", "9")["entries"]
+    return [each["index"] for each in entries if each["body"].get("code") != "upload.interrupted"][-1]
 
 
 def test_the_same_put_again_is_answered_as_it_was(served):
@@ -184,11 +185,11 @@ def test_the_same_put_again_is_answered_as_it_was(served):
     assert first[0] == 200
     assert first[1]["same_as"] == ["acme/first@1"]
     assert send(served, announcement(oto(served), data, name="acme/last"), data)[0] == 200
-    newest = served.host("log", "tail", "-n", "1")["entries"][0]["index"]
+    newest = recorded(served)
     assert send(served, head, data) == send(served, head, b"") == first
     status, _, answer = served.raw("POST", "/v1/uploads", head, call(served, "/v1/uploads", head))
     assert (status, json.loads(answer)) == (200, {"files": 1, "bytes": 5000})
-    assert served.host("log", "tail", "-n", "1")["entries"][0]["index"] == newest
+    assert recorded(served) == newest
     assert [ref for ref in refs(served) if ref.startswith("acme/once")] == ["acme/once@1"]
     # To nobody else, and not for what is gone.
     assert send(served, head, data, by="user/ana")[0] == 403

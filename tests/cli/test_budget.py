@@ -29,7 +29,9 @@ def used(tmp_path_factory) -> Desk:
     assert desk.run("init", "--custody", "solo", "--owner", "user/ana").code == 0
     assert desk.run("put", "model", "acme/tiny").code == 0
     database = Database.open(f"sqlite:///{desk.room}/room.db")
-    worker = Budgets(OwnCounters(database), RULES, lambda _: 10**6, time.time)
+    # At noon of tomorrow, which is the counters' time from then on: no day or hour ends while these tests run.
+    noon = time.time() // 86_400 * 86_400 + 86_400 + 43_200
+    worker = Budgets(OwnCounters(database), RULES, lambda _: 10**6, lambda: noon)
     worker.reserve(ANA, REF, 30_000).settle(12_345)
     worker.close()
     database.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +37,7 @@ def browser(tmp_path_factory):
 def page(browser):
     context = browser.new_context()
     page = context.new_page()
+    page.set_default_timeout(60_000)
     page.problems = []
     page.on("console", lambda message: page.problems.append(message.text) if message.type == "error" else None)
     devtools = context.new_cdp_session(page)
@@ -65,6 +69,20 @@ def rooms(tmp_path):
         each.close()
 
 
+@pytest.fixture
+def too_late(monkeypatch):
+    """Time stands still for the page, until this is called with its address: then nobody has signed in time."""
+    now = [0.0]
+    monkeypatch.setattr(passkey, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def call(address):
+        now[0] = 301.0
+        parts = urllib.parse.urlsplit(address)
+        socket.create_connection((parts.hostname, parts.port), timeout=60).close()  # it looks at the time again
+
+    return call
+
+
 def in_browser(page, work, look=lambda page: None):
     """Do `work`, which takes a `show`, while somebody clicks on the page that it shows."""
     shown: queue.Queue[str] = queue.Queue()
@@ -78,11 +96,11 @@ def in_browser(page, work, look=lambda page: None):
 
     thread = threading.Thread(target=run)
     thread.start()
-    page.goto(shown.get(timeout=30))
+    page.goto(shown.get(timeout=60))
     look(page)
     page.get_by_role("button").click()
-    page.get_by_role("status").get_by_text("Done.").wait_for(timeout=20_000)
-    thread.join(30)
+    page.get_by_role("status").get_by_text("Done.").wait_for()
+    thread.join(60)
     (found,) = ended
     if isinstance(found, BaseException):
         raise found
@@ -120,7 +138,7 @@ def test_a_request_that_is_denied_by_a_passkey(page, rooms):
     assert denied["state"] == "denied"
 
 
-def test_an_authenticator_that_does_not_know_who_is_there(page, rooms):
+def test_an_authenticator_that_does_not_know_who_is_there(page, rooms, too_late):
     in_browser(page, rooms["ben"].passkeys.add)
     page.devtools.send("WebAuthn.setUserVerified", {"authenticatorId": page.authenticator, "isUserVerified": False})
     asked = rooms["ana"].request(REF, reason="x")
@@ -133,14 +151,14 @@ def test_an_authenticator_that_does_not_know_who_is_there(page, rooms):
         except AuthRequired as error:
             caught.append(error)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passkey, "_WAIT", 5.0)
-        thread = threading.Thread(target=run)
-        thread.start()
-        page.goto(shown.get(timeout=30))
-        page.get_by_role("button").click()
-        page.get_by_role("status").get_by_text("Nothing was signed").wait_for(timeout=20_000)
-        thread.join(30)
+    thread = threading.Thread(target=run)
+    thread.start()
+    address = shown.get(timeout=60)
+    page.goto(address)
+    page.get_by_role("button").click()
+    page.get_by_role("status").get_by_text("Nothing was signed").wait_for()
+    too_late(address)
+    thread.join(60)
     assert [error.code for error in caught] == ["passkey.nobody"]
     assert rooms["ana"].requests()[0]["approved_by"] == []
 
@@ -148,7 +166,11 @@ def test_an_authenticator_that_does_not_know_who_is_there(page, rooms):
 class TestThePage:
     """Without a browser: what others on this machine, or pages in its browser, can do to it."""
 
-    def asked(self, visit):
+    @pytest.fixture
+    def asked(self, too_late):
+        return lambda visit: self.ask(visit, too_late)
+
+    def ask(self, visit, too_late):
         shown: queue.Queue[str] = queue.Queue()
         ended: list[object] = []
 
@@ -158,20 +180,20 @@ class TestThePage:
             except AuthRequired as error:
                 ended.append(error.code)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(passkey, "_WAIT", 1.0)
-            thread = threading.Thread(target=run)
-            thread.start()
-            found = visit(shown.get(timeout=10))
-            thread.join(20)
+        thread = threading.Thread(target=run)
+        thread.start()
+        address = shown.get(timeout=60)
+        found = visit(address)
+        too_late(address)
+        thread.join(60)
         return found, ended[0]
 
-    def test_texts_are_no_markup_and_the_policy_is_strict(self):
+    def test_texts_are_no_markup_and_the_policy_is_strict(self, asked):
         def visit(address):
-            with urllib.request.urlopen(address, timeout=10) as answer:
+            with urllib.request.urlopen(address, timeout=60) as answer:
                 return answer.read().decode(), answer.headers["Content-Security-Policy"]
 
-        (page, policy), _ = self.asked(visit)
+        (page, policy), _ = asked(visit)
         assert "<b>" not in page
         assert "&lt;i&gt;" in page
         assert "default-src 'none'" in policy
@@ -181,7 +203,7 @@ class TestThePage:
         ("path", "headers"),
         [("/", {}), ("/guess", {}), (None, {"Host": "evil.example"}), (None, {"Host": "127.0.0.1"})],
     )
-    def test_others_get_nothing_and_say_nothing(self, path, headers):
+    def test_others_get_nothing_and_say_nothing(self, asked, path, headers):
         def visit(address):
             base, _, secret = address.rpartition("/")
             target = base + (path or f"/{secret}")
@@ -189,11 +211,11 @@ class TestThePage:
             for data in (None, b'{"id":"x"}'):
                 request = urllib.request.Request(target, data=data, headers=headers)
                 with pytest.raises(urllib.error.HTTPError) as caught:
-                    urllib.request.urlopen(request, timeout=10)
+                    urllib.request.urlopen(request, timeout=60)
                 codes.append(caught.value.code)
                 caught.value.close()
             return codes
 
-        codes, ended = self.asked(visit)
+        codes, ended = asked(visit)
         assert codes == [404, 404]
         assert ended == "passkey.nobody"

@@ -140,7 +140,8 @@ def test_who_is_interrupted_when_handed_the_lead_passes_it_on(desk, monkeypatch)
     monkeypatch.setattr(Waiting, "sleep", sleep)
     with sequencer_held(desk.log):
         first = Writer(desk.log)
-        queued(desk.log, 1)
+        while not chosen:
+            time.sleep(0.002)
         others = [Writer(desk.log) for _ in range(3)]
         queued(desk.log, 4)
     assert isinstance(first.done().error, KeyboardInterrupt)
@@ -205,10 +206,10 @@ def asleep(monkeypatch):
 
 
 def start(asleep):
-    for thread in asleep.threads:
+    for count, thread in enumerate(asleep.threads, 2):
         thread.start()
-    while len(asleep.queue.waiting) < 4:
-        time.sleep(0.002)
+        while len(asleep.queue.waiting) < count:  # they are woken in this order
+            time.sleep(0.002)
     batch = []
     asleep.queue.take(batch)
     assert len(batch) == 4

@@ -112,9 +112,10 @@ class TestAppending:
         assert sorted(outcomes, key=str) == [1, *[None] * 15]
 
     def test_many_writers_share_batches_and_each_gets_its_own(self, desk):
-        receipts = []
+        receipts, together = [], threading.Barrier(32)
 
         def run(number):
+            together.wait()
             receipts.extend(desk.log.append(login(number * 100 + k)) for k in range(20))
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(32)]

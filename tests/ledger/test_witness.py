@@ -209,7 +209,7 @@ def test_over_http(desk, witness):
             ("/elsewhere", b"", 404),
         ):
             with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(server.url + path, data=body, timeout=10)
+                urllib.request.urlopen(server.url + path, data=body, timeout=60)
             with caught.value as error:
                 assert error.code == status
     finally:

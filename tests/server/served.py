@@ -76,7 +76,7 @@ class Served:
             (url or self.url) + path, data=body or None, method=method, headers=headers or {}
         )
         try:
-            with urllib.request.urlopen(request, timeout=30, context=context) as answer:
+            with urllib.request.urlopen(request, timeout=60, context=context) as answer:
                 return answer.status, answer.headers, answer.read()
         except urllib.error.HTTPError as error:
             with error:

@@ -43,7 +43,7 @@ def witness(tmp_path):
 
 
 def connect(server):
-    return socket.create_connection(server.server_address[:2], timeout=20)
+    return socket.create_connection(server.server_address[:2], timeout=60)
 
 
 def ask(wire):
@@ -100,10 +100,10 @@ def test_metrics_of_a_room(room):
     with metrics.timed("/v1/releases", "POST"):
         pass
     with serving(MetricsServer(metrics, "127.0.0.1", 0)) as server:
-        with urllib.request.urlopen(f"{server.url}/metrics", timeout=20) as answer:
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
             found = samples(answer.read().decode())
         with pytest.raises(urllib.error.HTTPError) as caught:
-            urllib.request.urlopen(f"{server.url}/other", timeout=20)
+            urllib.request.urlopen(f"{server.url}/other", timeout=60)
         caught.value.close()
     assert caught.value.code == 404
     assert found['strongroom_requests_total{method="POST",route="/v1/releases",status="200"}'] == 1

@@ -169,7 +169,7 @@ def test_whatever_is_asked(served, api, name, who):
         if name in SAID and data.draw(st.booleans()):
             kind = data.draw(st.sampled_from(ACTS)) if name == "act" else name
             say(served, case, kind, data.draw(bodies(kind)), who)
-        response = case.call(verify=str(served.authority), auth=auth)
+        response = case.call(verify=str(served.authority), auth=auth, timeout=60)
         seen.add(response.status_code)
         case.validate_response(response, checks=CHECKS)
 

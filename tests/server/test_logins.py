@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -17,8 +19,10 @@ import pytest
 from cli.desk import PROGRAM, environment, here
 from server.provider import CLIENT, TrustDomain
 from server.served import REF, Served
+from strongroom.cli.output import Output
 from strongroom.core.clock import unix
 from strongroom.formats.card import Card
+from strongroom.server import listen
 
 CI = "spiffe://example.org/ci/eval-7"
 REPOSITORY = "repo:acme/models:ref:refs/heads/main"
@@ -204,3 +208,31 @@ def test_a_revoked_certificate_introduces_no_key(served, domain, away):
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_who_hangs_up_as_it_is_told_that_there_is_a_server_does_not_end_it(served, domain, away, monkeypatch):
+    crl, card = away / "crl.pem", served.folder / "card.json"
+    crl.write_bytes(domain.crl(begin=-600))
+    before, again = card.read_bytes(), threading.Event()
+    answer, note = Output.answer, Output.note
+
+    def answered(output, *said):
+        assert callable(signal.getsignal(signal.SIGHUP))
+        os.kill(os.getpid(), signal.SIGHUP)
+        answer(output, *said)
+
+    def noted(output, text):
+        note(output, text)
+        if "new revocation lists are in force" in text:
+            again.set()
+
+    monkeypatch.setattr(Output, "answer", answered)
+    monkeypatch.setattr(Output, "note", noted)
+    monkeypatch.setattr(listen, "run", lambda *_: again.wait(60))
+    try:
+        serve = ("serve", "--listen", "127.0.0.1:0", "--crl", str(crl))
+        ended = here("--room", str(served.folder), *serve, env=environment(), cwd=away)
+    finally:
+        card.write_bytes(before)
+    assert ended.code == 0, ended
+    assert again.is_set()

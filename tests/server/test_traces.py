@@ -85,7 +85,7 @@ def show(served, identifier, by="user/oto"):
 
 
 def ended(ask):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while (found := ask())["state"] == "running" and time.monotonic() < deadline:
         time.sleep(0.02)
     return found
@@ -218,7 +218,10 @@ def test_a_lease_is_for_its_version(served):
     for ref in (REF, None):
         status, answer = send(served, announcement(oto(served), ref=ref, lease=held), b"aab")
         assert (status, answer["code"]) == (403, "trace.lease")
-    assert send(served, announcement(oto(served), ref="acme/other@1", lease=held), b"aab")[0] == 202
+    status, answer = send(served, announcement(oto(served), ref="acme/other@1", lease=held), b"aab")
+    assert status == 202
+    # What comes of it is in the log before the next test looks there.
+    assert ended(lambda: show(served, answer["id"])[1])["state"] == "failed"
 
 
 def test_more_than_there_is_memory_for_is_refused_before_it_is_read(served):
@@ -318,7 +321,8 @@ def test_nothing_of_the_files_is_on_a_disk_of_the_custodian(served):
     assert ended(lambda: show(served, answer["id"])[1])["state"] == "done"
     piece = data[-64:]
     for path in served.folder.rglob("*"):
-        assert not path.is_file() or piece not in path.read_bytes(), path
+        with contextlib.suppress(FileNotFoundError):  # another file has come into its place, or the database was closed
+            assert not path.is_file() or piece not in path.read_bytes(), path
 
 
 class Balancer(socketserver.ThreadingTCPServer):
@@ -520,8 +524,8 @@ def test_what_came_of_searches_is_kept_for_a_while_and_only_of_so_many(here):
     here.data = b"abc"
     for _ in range(20):
         many.append(here.send(here.head()))
-        here.now += 1
         assert here.ended(many[-1])["state"] == "failed"
+        here.now += 1  # by when each has ended they are told apart
     kept = []
     for each in many:
         try:

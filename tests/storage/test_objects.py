@@ -239,17 +239,21 @@ def test_a_server_that_does_not_answer_is_given_up(faulty):
         blobs.read_into("a", 0, memoryview(bytearray(1)))
     release.set()
     assert caught.value.code == "store.unreachable"
-    assert len(server.requests) == 3
+    assert "after 2 retries" in caught.value.message
+    assert len(server.requests) <= 3  # of a try that was late itself the server has not heard
 
 
 def test_nobody_at_the_endpoint(faulty):
     server, blobs = faulty(_error(500))
     server.shutdown()
     server.server_close()
-    for call in (lambda: blobs.size("a"), lambda: blobs.write("a", [b"x"]), blobs.check):
-        with pytest.raises(BackendError) as caught:
-            call()
-        assert caught.value.code == "store.unreachable"
+    with socket.socket() as kept:  # the port, which is nobody else's meanwhile
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(server.server_address)
+        for call in (lambda: blobs.size("a"), lambda: blobs.write("a", [b"x"]), blobs.check):
+            with pytest.raises(BackendError) as caught:
+                call()
+            assert caught.value.code == "store.unreachable"
 
 
 def test_an_answer_shorter_than_asked_is_truncated(faulty):

@@ -7,8 +7,11 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
+
+import sqlalchemy as sa
 
 from strongroom.errors import BudgetExceeded
 from strongroom.storage.db import Database
@@ -50,6 +53,16 @@ class Desk:
         refs = {REF, *(counted_ref(rule.scope, REF) for rule in rules)}
         now, rows = Counters(self.db).look(int(self.now), refs)
         return report(rules, rows, uses, REF, size, now, answered)
+
+    def settled(self) -> None:
+        """What killed workers had begun has ended: PostgreSQL ends a transaction whose COMMIT had been sent whenever it
+        gets to it."""
+        others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        while self.url.startswith("postgresql"):
+            with self.db.reading() as tx:
+                if not tx.execute(sa.text(f"{others} AND state <> 'idle'")).scalar_one():
+                    return
+            time.sleep(0.02)
 
     def used(self, scope, window, who="", ref=REF, at=None) -> int:
         start, _ = window_at(window, int(self.now if at is None else at))

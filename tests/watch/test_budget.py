@@ -521,7 +521,7 @@ def test_killed_workers_free_nothing(desk):
         for reader in readers:
             reader.start()
         # Later rounds may find nothing left to spend, and then say nothing.
-        deadline = time.monotonic() + (60 if not round_ else 8)
+        deadline = time.monotonic() + (120 if not round_ else 8)
         while not all(outputs) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(chance.random() / 20)
@@ -534,6 +534,7 @@ def test_killed_workers_free_nothing(desk):
         for line in [line for out in outputs for line in out if line.endswith("\n")]:
             principal, bits = line.split()
             granted[principal] += int(bits)
+    desk.settled()
     assert sum(granted.values()) > 0
     for principal, bits in granted.items():
         assert bits <= desk.used("identity", "day", principal) <= IDENTITY

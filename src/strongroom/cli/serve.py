@@ -128,10 +128,10 @@ def serve(  # noqa: PLR0917 - one for each option
                 answer["metrics"] = f"{metrics.url}/metrics"
                 threading.Thread(target=metrics.serve_forever, daemon=True).start()
                 stack.callback(metrics.shutdown)
+            if revoked:  # before anybody is told that there is a server: SIGHUP would have ended it
+                stack.enter_context(_again(options, revocations))
             options.output.answer(answer, facts(list(answer.items())))
             options.output.note("  → give the card to clients, over a channel that they trust: strongroom trust CARD")
-            if revoked:
-                stack.enter_context(_again(options, revocations))
             run(config, listener)
     finally:
         vault.close()

@@ -61,7 +61,7 @@ def server(tmp_path):
     made.kill()
 
 
-def settings(server, *, down="closed", share=0.5, whole=600.0, timeout=10.0, **scopes):
+def settings(server, *, down="closed", share=0.5, whole=600.0, timeout=30.0, **scopes):
     kept = dict.fromkeys(("key", "identity", "team", "model", "everybody"), FREE) | scopes
     return Settings(
         limits=Scopes(**kept),
@@ -125,7 +125,7 @@ def test_many_at_once_are_let_through_exactly_as_often_as_the_limit_says(server)
     ):
         with redis.Redis(port=server.port) as client:
             client.flushall()
-        outcomes = gateways(4, settings(server, team=rate, timeout=20.0), work)
+        outcomes = gateways(4, settings(server, team=rate, timeout=60.0), work)
         assert outcomes.count("in") == allowed
         assert len(set(outcomes)) == 2
 

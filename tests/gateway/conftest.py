@@ -17,7 +17,6 @@ def house(tmp_path_factory):
 @pytest.fixture
 def place(house):
     house.inference.script = lambda _: [whole()]
-    house.inference.asked.clear()
-    house.inference.gone = 0
+    house.inference.forget()
     yield house
     house.stop_gateways()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 REF = "acme/tiny@1"
 OWNER, ANA, PIA, BEN = "user/olga", "user/ana", "user/pia", "user/ben"
 ROLES = {ANA: ("researcher",), PIA: ("partner",), BEN: ("auditor",)}
-Script = Callable[[dict[str, Any]], Iterable[bytes | float]]
+Script = Callable[[dict[str, Any]], Iterable[bytes | float | threading.Event]]
 
 
 def whole(text: str = "Hello.", tokens: int = 3, **more: Any) -> bytes:
@@ -70,9 +70,9 @@ def ended(tokens: int) -> bytes:
 
 
 class Inference:
-    """An inference server in a thread. `script` gets a request's body and says what to send: bytes, and seconds to
-    wait. `asked`: the bodies that came, `heads` theirs in small letters; `gone`: how many connections were closed by
-    the other side in an answer."""
+    """An inference server in a thread. `script` gets a request's body and says what to send: bytes, and what to wait
+    for between them, seconds or an event. `asked`: the bodies that came, `heads` theirs in small letters; `gone`: how
+    many connections were closed by the other side in an answer."""
 
     def __init__(self) -> None:
         self.script: Script = lambda _: [whole()]
@@ -80,11 +80,20 @@ class Inference:
         self.heads: list[bytes] = []
         self.sent = 0  # tokens that `counted` scripts have sent
         self.gone = 0
+        self._test = 0  # whose answers count
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self._ready.wait(10)
+        assert self._ready.wait(60)
+
+    def forget(self) -> None:
+        """What comes from now on is another test's: an answer that is cut when its gateway ends may be noticed only
+        then."""
+        self._test += 1
+        self.asked.clear()
+        self.heads.clear()
+        self.gone = 0
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -93,12 +102,14 @@ class Inference:
         self._ready.set()
         self._loop.run_forever()
         server.close()
-        for task in asyncio.all_tasks(self._loop):
+        for task in (left := asyncio.all_tasks(self._loop)):
             task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.1))
+        self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self._loop.run_until_complete(asyncio.sleep(0))  # their connections are closed in the next turn
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        test = self._test
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -108,18 +119,23 @@ class Inference:
                     continue
                 length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
                 body = json.loads(await reader.readexactly(length))
+                test = self._test
                 self.heads.append(head)
                 self.asked.append(body)
                 for each in self.script(body):
                     if isinstance(each, float):
                         await asyncio.sleep(each)
                         continue
+                    if isinstance(each, threading.Event):
+                        while not each.is_set():  # noqa: ASYNC110 - another thread sets it
+                            await asyncio.sleep(0.005)
+                        continue
                     if writer.is_closing():
                         raise ConnectionResetError
                     writer.write(each)
                     await writer.drain()
         except ConnectionError:
-            self.gone += 1
+            self.gone += test == self._test
         except asyncio.IncompleteReadError:
             pass
         finally:
@@ -127,7 +143,8 @@ class Inference:
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
+        assert not self._thread.is_alive()
 
 
 @contextlib.contextmanager
@@ -153,8 +170,9 @@ def listening(
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)  # what is under way has 30 seconds
         listener.close()
+        assert not thread.is_alive()
 
 
 class Place:
@@ -197,7 +215,8 @@ class Place:
         """Those on disk, by time; of a gateway that has ended, all."""
         found = []
         for path in (self.folder / "inference").glob("*.jsonl"):
-            found += [json.loads(line) for line in path.read_text().splitlines()]
+            lines = path.read_bytes().rpartition(b"\n")[0]  # of a gateway that runs, the last may be there in part
+            found += map(json.loads, lines.splitlines())
         return sorted(found, key=lambda each: each["at"])
 
     def stop_gateways(self) -> None:
@@ -226,7 +245,7 @@ class Gateway:
     def __init__(self, place: Place, port: int) -> None:
         self.place, self.port = place, port
 
-    def raw(self, data: bytes, *, seconds: float = 10, until: Callable[[bytes], Any] = lambda _: False) -> bytes:
+    def raw(self, data: bytes, *, seconds: float = 60, until: Callable[[bytes], Any] = lambda _: False) -> bytes:
         """Bytes on a connection of their own, and what comes within so many seconds, or `until` it is what is waited
         for, or it is closed."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
@@ -258,16 +277,26 @@ class Gateway:
             return found
 
     def post(
-        self, body: Any, as_: str = ANA, *, path: str = "/v1/chat/completions", key: str | None = None, **headers: str
+        self,
+        body: Any,
+        as_: str = ANA,
+        *,
+        path: str = "/v1/chat/completions",
+        key: str | None = None,
+        heard: threading.Event | None = None,
+        **headers: str,
     ) -> tuple[int, Any, Any]:
-        """Status, headers, and the JSON or text of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        """Status, headers, and the JSON or text of the answer. `heard` is set once the first of it has been given
+        out."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         token = key if key is not None else self.place.keys[as_]
         sent = {"authorization": f"Bearer {token}", "content-type": "application/json", **headers}
         try:
             connection.request("POST", path, data, sent)
             answer = connection.getresponse()
+            if heard is not None:
+                heard.set()
             found = answer.read()
             return answer.status, answer.headers, json.loads(found) if found.startswith(b"{") else found.decode()
         finally:
@@ -275,7 +304,7 @@ class Gateway:
 
     def metrics(self, port: int) -> dict[str, float]:
         """What a worker shows there, summed over labels."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request("GET", "/metrics")
             text = connection.getresponse().read().decode()
@@ -289,7 +318,7 @@ class Gateway:
         return found
 
     def get(self, path: str, as_: str = ANA) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("GET", path, headers={"authorization": f"Bearer {self.place.keys[as_]}"})
             answer = connection.getresponse()

@@ -302,10 +302,10 @@ def test_an_event_in_small_pieces_costs_no_more_than_they_have(piece):
     """Else an inference server could keep a worker, and all whom it answers, busy with a thousand packets a second."""
     events = Events()
     list(events.feed(b"data: " + b"x" * (1 << 19)))
-    begun = time.process_time()
+    begun = time.thread_time()
     for _ in range(4000):
         list(events.feed(piece))
-    assert time.process_time() - begun < 0.5
+    assert time.thread_time() - begun < 0.5
 
 
 def test_events_end_once():

@@ -21,7 +21,7 @@ from loopback import free_port
 from server.provider import CLIENT
 from server.served import REF, Served
 from strongroom.client import Room
-from strongroom.client.away import callings
+from strongroom.client.away import callings, line
 from strongroom.client.away.room import AwayRoom
 from strongroom.client.records import Wanted
 from strongroom.crypto.capture import CaptureKey, key_id
@@ -126,6 +126,7 @@ def house(tmp_path_factory, provider, domain):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRONGROOM_STATE", str(made.home / "state"))
         patch.setenv("STRONGROOM_IDENTITIES", str(made.home / "identities"))
+        patch.setattr(line, "_PATIENCE", 60.0)  # no test is about a custodian that is slow
         yield made
     made.stop()
 
@@ -136,7 +137,13 @@ def away(house):
     return house
 
 
+def not_at_midnight():
+    """Budgets of a day begin anew then (UTC), and what was used of them before is not shown any more."""
+    eventually(lambda: time.time() % 86400 < 86400 - 60, 120)
+
+
 def test_a_request_is_answered_charged_and_in_the_log(away):
+    not_at_midnight()
     with away.gateway() as gateway:
         status, _, found = gateway.post(chat())
         assert (status, found["choices"][0]["message"]["content"]) == (200, "Hello.")
@@ -157,16 +164,16 @@ def test_a_request_is_answered_charged_and_in_the_log(away):
 
 
 def speaking_slowly(inference):
-    """It streams 200 words, for 20 seconds; set once it has begun to."""
+    """It streams 200 words, for 50 seconds; set once it has begun to."""
     begun = threading.Event()
 
     def script(_):
         yield STREAM
         for number in range(200):
             yield token(" word")
-            if number == 3:
+            if number == 1:
                 begun.set()
-            yield 0.1
+            yield 0.25
 
     inference.script = script
     return begun
@@ -199,11 +206,12 @@ def test_what_the_log_changes_is_seen_at_once(away):
         eventually(lambda: gateway.post(chat())[0] == 200)
 
 
-def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away):
+def test_a_gateway_that_may_not_relay_any_more_answers_nothing(away, monkeypatch):
+    monkeypatch.setattr(door, "_BLIND", 300.0)  # it is not because it has not seen the log for a while
     with away.gateway(as_=OTHER) as gateway, away.host() as room:
         assert gateway.post(chat())[0] == 200
         room.principal_change(OTHER, state="suspended")
-        status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got, 3)
+        status, _, found = eventually(lambda: (got := gateway.post(chat()))[0] != 200 and got)
         assert (status, found["error"]["code"]) == (503, "sealed")
         assert "workload/other" not in found["error"]["message"]  # who the gateway is, is nothing for callers
         why = away.refused(OTHER)
@@ -381,17 +389,17 @@ class Losing:
 
 def test_of_lost_answers_none_is_charged_or_counted_twice_or_not_at_all(away, monkeypatch):
     monkeypatch.setattr(records, "_ENTRY_EVERY", 0.1)
+    not_at_midnight()
     with away.host() as room:
         before = room.budget(REF)
     with away.gateway() as gateway:
         session = gateway.room._line._session
         lost = Losing(session, ("accounts", "draws", "settlements"))
         monkeypatch.setattr(session, "request", lost)
-        statuses, said = [], set()
+        statuses = []
         for number in range(24):
             away.inference.script = lambda _, number=number: [whole("x" * (number % 3) * 60, 3)]
             statuses.append(gateway.post(chat(max_tokens=20 + number))[0])
-            said.add(gateway.app._records._written)
             time.sleep(0.05)
         assert statuses == [200] * 24
         stream = gateway.app._records.stream
@@ -553,21 +561,23 @@ def test_who_can_not_ask_the_room_answers_nothing(away, monkeypatch):
     with away.gateway() as gateway:
         assert gateway.post(chat())[0] == 200
         session = gateway.room._line._session
-        line = Losing(session)
-        monkeypatch.setattr(session, "request", line)
+        losing = Losing(session)
+        monkeypatch.setattr(session, "request", losing)
         begun = speaking_slowly(away.inference)
 
         def cut():
             assert begun.wait(60)
-            line.down = True
+            losing.down = True
             monkeypatch.setattr(door, "_BLIND", 2.0)
 
-        threading.Thread(target=cut).start()
+        cutting = threading.Thread(target=cut)
+        cutting.start()
         assert '"sealed"' in gateway.post(chat(stream=True, max_tokens=400))[2]
+        cutting.join(60)
         assert gateway.post(chat())[2]["error"]["code"] == "sealed"
         assert gateway.get("/readyz")[0] == 503
         monkeypatch.setattr(door, "_BLIND", 10.0)
-        line.down = False
+        losing.down = False
         away.inference.script = lambda _: [whole()]
         eventually(lambda: gateway.post(chat())[0] == 200)
         assert gateway.get("/readyz")[0] == 200
@@ -587,7 +597,7 @@ def test_nobody_waits_for_a_budget_behind_a_network_that_has_gone_dark(away, mon
                 drawing.set()
             # What the others ask who came a moment later may come through: they are to wait for a budget, too.
             if drawing.is_set() and not light.is_set() and ("/draws" in path or "/version" in path):
-                waited.append(light.wait(60))
+                waited.append(light.wait(120))
                 raise BackendError("server.unreachable", "nothing came")
             return request(method, path, *more, **others)
 
@@ -655,11 +665,12 @@ def test_strangers_leave_the_custodian_to_those_who_are_known(away, monkeypatch)
         assert gateway.post(chat())[0] == 200
         said = [gateway.post(chat(), key="sr-" + f"{number:043d}")[0] for number in range(9)]
         assert said == [401] * 4 + [429] * 5
+        seen = gateway.app._door.epoch
         with away.host() as room:  # and when all of them are asked about again
             room.set_ceiling(REF, holders=99)
-        for _ in range(30):
+        eventually(lambda: gateway.app._door.epoch > seen)
+        for _ in range(5):
             assert gateway.post(chat())[0] == 200
-            time.sleep(0.05)
         assert gateway.post(chat(), key="sr-" + "x" * 43)[0] == 429
 
 

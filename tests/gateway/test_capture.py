@@ -8,10 +8,12 @@ import json
 import os
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from cli.desk import strongroom
+from cli.desk import here, strongroom
+from gateway.callers import Clock
 from gateway.hpke import open_base
 from gateway.places import ANA, OWNER, PIA, REF, chat, chunk, ended, token, whole
 from gateway.test_gateway import eventually
@@ -29,6 +31,18 @@ from strongroom.vault.callers import Callers
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
+@pytest.fixture(autouse=True)
+def waiting(monkeypatch):
+    """The clock by which what is missing is waited for: nobody has to wait for it here."""
+    clock = Clock()
+
+    def sleep(seconds):
+        clock.now += seconds
+
+    monkeypatch.setattr(unsealing, "time", SimpleNamespace(monotonic=clock, sleep=sleep))
+    return clock
+
+
 @pytest.fixture(scope="module")
 def kept(house, tmp_path_factory):
     """Three captured requests of one principal among others, and what they were sealed in; the gateway has ended."""
@@ -43,8 +57,9 @@ def kept(house, tmp_path_factory):
     house.inference.script = lambda _: [STREAM, token("Quin"), token("ces"), ended(2)]
     assert gateway.post(chat("Pear", stream=True))[0] == 200
     assert gateway.post(chat("Refused", logprobs=True))[0] == 403  # nothing of it went upstream
-    house.inference.script = lambda _: [STREAM, token("Cut"), 0.5, chunk(b"data: no JSON\n\n")]
-    assert gateway.post(chat("Apple", stream=True))[0] == 200
+    heard = threading.Event()
+    house.inference.script = lambda _: [STREAM, token("Cut"), heard, chunk(b"data: no JSON\n\n")]
+    assert gateway.post(chat("Apple", stream=True), heard=heard)[0] == 200
     path = app.capture.path
     house.stop_gateways()
     return house, key, path
@@ -146,8 +161,9 @@ def test_what_was_changed_is_found_out(kept, tmp_path, change, why):
 
 
 @pytest.mark.parametrize("late", ["sealed", "records"])
-def test_a_line_that_is_being_written_is_waited_for(kept, tmp_path, monkeypatch, late):
-    """The gateway runs: of its newest request one of the two files has a line, and the other one has it soon."""
+def test_a_line_that_is_being_written_is_waited_for(kept, tmp_path, monkeypatch, waiting, late):
+    """The gateway runs: of its newest request one of the two files has a line, and the other one has it soon, though
+    its machine is held up for some seconds."""
     _, key, path = kept
     path = changed(path, tmp_path / "changed")
     behind = path.with_suffix(".jsonl") if late == "records" else path
@@ -157,6 +173,7 @@ def test_a_line_that_is_being_written_is_waited_for(kept, tmp_path, monkeypatch,
 
     def write(seconds):
         slept.append(seconds)
+        waiting.now += 3
         with behind.open("ab") as file:
             file.write(lines[-1][:50] if len(slept) == 1 else lines[-1][50:] if len(slept) == 2 else b"")
 
@@ -295,7 +312,7 @@ def test_from_the_command_line(kept, tmp_path):
     found = strongroom("capture", "open", str(path), "--key", "theirs", "--record", "0", "--json", cwd=tmp_path).json
     assert [each["answers"] for each in found["captured"]] == [["Marmalade."]]
     tampered = changed(path, tmp_path / "changed", sealed=lambda lines: lines[1:])
-    assert strongroom("capture", "open", str(tampered), "--key", "theirs", cwd=tmp_path).code == 6
+    assert here("capture", "open", str(tampered), "--key", "theirs", cwd=tmp_path).code == 6
     other = strongroom("capture", "open", str(path), "--key", "mine", "--json", cwd=tmp_path)
     assert other.error["code"] == "capture.other_key"
 

@@ -43,18 +43,18 @@ def test_nothing_is_left_of_a_request(place, there, script):
     place.inference.script = lambda _: script
     body = json.dumps(chat(stream=script[0] is STREAM)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {place.keys[ANA]}\r\ncontent-length: "
-    with socket.create_connection(("127.0.0.1", gateway.port), 20) as wire:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as wire:
         wire.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
         assert wire.recv(1 << 16)
     eventually(lambda: not Connection.crowd)
     place.inference.script = lambda _: [whole()]
-    eventually(lambda: not there() - {_Connection}, 10)  # of these one may be kept for the next request
+    eventually(lambda: not there() - {_Connection})  # of these one may be kept for the next request
 
 
 def test_nothing_is_left_of_whoever_leaves_in_a_body(place, there):
     gateway = place.gateway()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {place.keys[ANA]}\r\ncontent-length: "
-    with socket.create_connection(("127.0.0.1", gateway.port), 20) as wire:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as wire:
         wire.sendall(f"{head}50000\r\n\r\n".encode() + b"{" * 40_000)
         eventually(lambda: Flight in there())
-    eventually(lambda: not there() - {_Connection}, 10)
+    eventually(lambda: not there() - {_Connection})

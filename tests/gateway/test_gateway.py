@@ -37,7 +37,7 @@ from gateway.places import (
 )
 from loopback import free_port
 from strongroom.errors import Denied, Sealed
-from strongroom.gateway import door
+from strongroom.gateway import app, connection, door
 from strongroom.gateway.connection import Connection
 from strongroom.gateway.exchange import EXCHANGE
 from strongroom.gateway.listen import configure
@@ -74,7 +74,7 @@ def test_a_key_that_ends_while_its_request_comes_is_good_for_nothing(place):
         body = json.dumps(chat()).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer %s\r\n"
         head += b"content-length: %d\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", gateway.port), 10) as connection:
+        with socket.create_connection(("127.0.0.1", gateway.port), 60) as connection:
             connection.sendall(head % (leaked["key"].encode(), len(body)) + body[:5])
             eventually(lambda: place.newest.under_way == 1)
             room.apikeys.end(leaked["id"])
@@ -145,18 +145,19 @@ def test_upstream_gets_what_was_validated_and_no_byte_of_the_callers(place):
 
 
 def test_a_stream_that_is_ended_while_its_reader_is_slow_gives_out_no_more(place):
-    gateway = place.gateway()
-    place.inference.script = lambda _: [STREAM, token("first"), 0.5, token("second"), 20.0]
+    gateway, slow = place.gateway(), threading.Event()
+    place.inference.script = lambda _: [STREAM, token("first"), slow, token("second"), 3600.0]
     body = json.dumps(chat(stream=True)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nauthorization: Bearer {place.keys[ANA]}\r\n"
     loop = place.server.servers[0].get_loop()
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as client:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as client:
         client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         found = b""
         while b"first" not in found:
             found += client.recv(1 << 16)
         (connection,) = place.server.server_state.connections
         loop.call_soon_threadsafe(connection.pause_writing)  # as when it takes nothing
+        loop.call_soon_threadsafe(slow.set)
         (flight,) = place.newest._newest._flights._under_way
         eventually(lambda: flight.meter.text_bytes == len("firstsecond"))
         loop.call_soon_threadsafe(flight.cut, Denied("version.frozen", "it is frozen"))
@@ -194,10 +195,12 @@ def test_a_server_that_says_more_than_was_asked_uses_up_nobodys_budgets(place):
         place.inference.script = lambda _, told=told: [told]
         assert gateway.post(chat())[2]["error"]["code"] == "upstream_malformed"
     usage = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 1 << 40, "total_tokens": 5}}
-    place.inference.script = lambda _: [STREAM, token("Hi"), 0.2, event(usage)]
-    assert "Hi" in gateway.post(chat(stream=True))[2]
-    place.inference.script = lambda _: [STREAM, token("Hi"), 0.2, token("x" * 100_000), ended(1)]
-    assert "xxx" not in gateway.post(chat(stream=True))[2]
+    heard = threading.Event()
+    place.inference.script = lambda _: [STREAM, token("Hi"), heard, event(usage)]
+    assert "Hi" in gateway.post(chat(stream=True), heard=heard)[2]
+    heard.clear()
+    place.inference.script = lambda _: [STREAM, token("Hi"), heard, token("x" * 100_000), ended(1)]
+    assert "xxx" not in gateway.post(chat(stream=True), heard=heard)[2]
     place.inference.script = lambda _: [whole()]
     assert gateway.post(chat())[0] == 200
     place.stop_gateways()
@@ -266,7 +269,7 @@ def test_what_policy_does_not_permit_says_what_would_change_that(place):
 def test_a_frozen_version_gives_out_nothing_more(place):
     gateway = place.gateway()
     found, sent = [], []
-    place.inference.script = streamed(400, 0.05, sent)
+    place.inference.script = streamed(1000, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
     eventually(lambda: len(sent) > 4)
@@ -279,7 +282,7 @@ def test_a_frozen_version_gives_out_nothing_more(place):
             assert status == 200  # it had begun
             assert '"code":"frozen"' in text
             assert "[DONE]" not in text
-            assert text.count("word") < 400
+            assert text.count("word") < 1000
             place.inference.script = lambda _: [whole()]
             assert gateway.post(chat())[2]["error"]["code"] == "frozen"
             eventually(lambda: place.inference.gone)
@@ -292,15 +295,15 @@ def test_a_gateway_that_cannot_see_the_log_ends_what_is_under_way(place, monkeyp
     """Else whoever holds up the database would have answers of a frozen version for as long as they last."""
     gateway = place.gateway()
     found, sent = [], []
-    place.inference.script = streamed(400, 0.05, sent)
+    place.inference.script = streamed(1000, 0.05, sent)
     asking = threading.Thread(target=lambda: found.append(gateway.post(chat(stream=True, max_tokens=1000))))
     asking.start()
     eventually(lambda: len(sent) > 4)
     locked = threading.Event()
     monkeypatch.setattr(door, "_BLIND", 1.0)
-    monkeypatch.setattr(Callers, "version", lambda _: locked.wait(30))  # as a database that does not answer
+    monkeypatch.setattr(Callers, "version", lambda _: locked.wait(120))  # as a database that does not answer
     try:
-        asking.join(25)  # the look at the log that hangs would do so for longer
+        asking.join(60)  # the look at the log that hangs would do so for longer
         assert not asking.is_alive()
         assert '"code":"sealed"' in found[0][2]
         assert gateway.post(chat())[2]["error"]["code"] == "sealed"
@@ -316,6 +319,7 @@ def test_a_gateway_that_cannot_see_the_log_ends_what_is_under_way(place, monkeyp
 
 def test_every_request_is_recorded_and_the_log_has_the_chain(place):
     gateway = place.gateway()
+    newest = place.newest._records.path
     gateway.post(chat(), as_=PIA)
     gateway.post(chat(n=2), as_=PIA)
     gateway.post(b"{", as_=PIA)
@@ -324,7 +328,6 @@ def test_every_request_is_recorded_and_the_log_has_the_chain(place):
     with place.room() as room:
         bodies = [each["body"] for each in room.log.tail(50) if each["type"] == "inference"]
     streams = {body["gateway"] for body in bodies}
-    newest = max((place.folder / "inference").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
     assert newest.stem in streams
     lines = newest.read_bytes().splitlines()
     assert verify(lines, [body for body in bodies if body["gateway"] == newest.stem]) == 3
@@ -364,7 +367,7 @@ def test_a_stream_that_the_gateways_end_cuts_is_recorded(place, monkeypatch):
     place.inference.script = streamed(100_000, 0.02, sent)
     before = len(place.records())
     asking = threading.Thread(
-        target=lambda: gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=20)
+        target=lambda: gateway.raw(requested(place, f"content-length: {len(body)}", body=body), seconds=120)
     )
     body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
     asking.start()
@@ -446,7 +449,7 @@ def test_of_a_stream_no_more_text_goes_out_than_is_charged_already(place):
 
 def test_a_client_that_goes_away_is_charged_for_what_came(place):
     gateway = place.gateway()
-    place.inference.script = streamed(300, 0.02)
+    place.inference.script = streamed(300, 0.1)  # of which about 190 could cost as much as all that was reserved
     before = len(place.records())
     body = json.dumps(chat(stream=True, max_tokens=1000)).encode()
     head = (
@@ -486,7 +489,7 @@ def test_a_version_that_is_frozen_ends_what_has_not_begun(place):
         with place.room(OWNER) as room:
             room.revoke(REF, reason="it may have leaked")
             try:
-                status, _, found = asked.result(10)
+                status, _, found = asked.result(60)
             finally:
                 room.thaw(REF, reason="it has not")
     assert (status, found["error"]["code"]) == (403, "frozen")
@@ -529,7 +532,7 @@ key = {{requests = 0, tokens = 0, concurrency = 0}}
 identity = {{requests = 0, tokens = 0, concurrency = 0}}
 [[budgets.rule]]
 scope = "identity"
-window = "hour"
+window = "month"
 share = 0.0
 floor = {10 * each + 5}
 hard = true
@@ -557,7 +560,7 @@ def test_an_answer_that_costs_more_keeps_nobody_waiting_for_the_database(place):
         """
 [[budgets.rule]]
 scope = "identity"
-window = "month"
+window = "lifetime"
 share = 0.0
 floor = 200
 hard = true
@@ -588,12 +591,12 @@ hard = true
 
 
 def test_limits_say_when_to_ask_again(place):
-    gateway = place.gateway("[limits]\nkey = {requests = 60, burst = 2, tokens = 0, concurrency = 0}\n")
+    gateway = place.gateway("[limits]\nkey = {requests = 1, burst = 2, tokens = 0, concurrency = 0}\n")
     answers = [gateway.post(chat()) for _ in range(4)]
     assert [status for status, _, _ in answers] == [200, 200, 429, 429]
     assert answers[2][2]["error"]["code"] == "rate_limited"
-    assert answers[2][1]["retry-after"] == "1"
-    assert answers[0][1]["x-ratelimit-limit-requests"] == "60"
+    assert 1 <= int(answers[2][1]["retry-after"]) <= 60  # of the minute that one more takes
+    assert answers[0][1]["x-ratelimit-limit-requests"] == "1"
     assert answers[0][1]["x-request-id"] != answers[1][1]["x-request-id"]
 
 
@@ -690,13 +693,14 @@ def test_an_answer_that_is_none(place, script, code):
     assert status in (502, 504)
     assert found["error"]["code"] == code
     place.inference.script = lambda _: [whole()]
-    assert gateway.post(chat())[0] == 200  # and the next one is answered
+    eventually(lambda: gateway.post(chat())[0] == 200)  # and the next one is answered, if it comes in time
 
 
 def test_an_answer_that_is_no_stream_may_take_as_long_as_the_whole(place):
     gateway = place.gateway(FAST.replace("whole = 3.0", "whole = 60.0"))
     place.inference.script = lambda _: [1.0, whole()]  # its first byte comes when all of it has been generated
     assert gateway.post(chat())[0] == 200
+    place.inference.script = lambda _: [3600.0]
     assert gateway.post(chat(stream=True))[2]["error"]["code"] == "upstream_timeout"
 
 
@@ -714,23 +718,32 @@ def test_what_upstream_finds_too_long_is_the_callers_to_shorten(place, status):
 @pytest.mark.parametrize(
     ("script", "code"),
     [
-        (lambda: [STREAM, token("a"), 2.0], "upstream_timeout"),
-        (lambda: [STREAM, token("a"), 0.2, *[token("b")] * 30, ended(31)], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, token("b" * 5000), ended(2)], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, chunk(b"data: {\n\n")], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, event({"error": {"message": "secret of theirs"}})], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, b"0\r\n\r\n"], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, b"zz\r\n"], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, b"0\r\n", b"x: y\r\n" * 20_000, 2.0], "upstream_malformed"),
-        (lambda: [STREAM, token("a"), 0.2, b"0\r\nx: ", b"y" * 200_000, 2.0], "upstream_malformed"),
+        (lambda _: [STREAM, token("a"), 3600.0], "upstream_timeout"),
+        (lambda heard: [STREAM, token("a"), heard, *[token("b")] * 30, ended(31)], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, token("b" * 5000), ended(2)], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, chunk(b"data: {\n\n")], "upstream_malformed"),
+        (
+            lambda heard: [STREAM, token("a"), heard, event({"error": {"message": "secret of theirs"}})],
+            "upstream_malformed",
+        ),
+        (lambda heard: [STREAM, token("a"), heard, chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, b"0\r\n\r\n"], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, b"zz\r\n"], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, b"0\r\n", b"x: y\r\n" * 20_000, 2.0], "upstream_malformed"),
+        (lambda heard: [STREAM, token("a"), heard, b"0\r\nx: ", b"y" * 200_000, 2.0], "upstream_malformed"),
     ],
 )
 def test_a_stream_that_goes_wrong(place, script, code):
-    gateway = place.gateway(FAST if code == "upstream_timeout" else "")
-    place.inference.script = lambda _: script()
-    status, _, text = gateway.post(chat(stream=True))
-    assert status == 200
+    gateway, heard = place.gateway(FAST if code == "upstream_timeout" else ""), threading.Event()
+    place.inference.script = lambda _: script(heard)
+
+    def begun():
+        """What was given out before it went wrong, and how that ends; where what is first came late, nothing was."""
+        status, _, text = gateway.post(chat(stream=True), heard=heard)
+        assert status == 200 or (status, text["error"]["code"], code) == (504, code, "upstream_timeout")
+        return status == 200 and text
+
+    text = eventually(begun)
     assert f'"code":"{code}"' in text
     assert "[DONE]" not in text
     assert "secret" not in text
@@ -771,6 +784,7 @@ def test_why_the_room_can_not_be_asked_is_for_the_log_of_this_machine(place, mon
 
     gateway = place.gateway()
     monkeypatch.setattr(place.newest._door._callers, "by_key", fails)
+    monkeypatch.setattr(app, "_TELL_EVERY", 3600.0)
     for _ in range(3):  # whoever it is: no key is needed to ask
         status, _, found = gateway.post(chat(), key="sr-" + "A" * 43)
         assert (status, found["error"]["code"], found["error"]["message"]) == (503, "sealed", "try again later")
@@ -821,7 +835,7 @@ def test_bombs(place):
 
 def flooded(gateway, begin: bytes, piece: bytes, most: int = 64 << 20) -> int:
     """How many bytes of `piece`, again and again, were taken after `begin` until the gateway closed the connection."""
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as connection:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as connection:
         connection.sendall(begin)
         sent = 0
         with contextlib.suppress(ConnectionError):
@@ -856,26 +870,27 @@ def test_what_follows_an_upgrade_is_not_listened_to(place, caplog):
 
 
 def test_whoever_is_slow_is_cut_off(place, monkeypatch):
-    from strongroom.gateway import app, connection
-
-    monkeypatch.setattr(connection, "_HEAD_TIME", 0.5)
-    monkeypatch.setattr(app, "_BODY_TIME", 0.5)
-    monkeypatch.setattr(connection, "_BODY_TIME", 1.5)
     gateway = place.gateway()
+    # Each time alone: where all is slow, two that are short could be over together.
+    monkeypatch.setattr(connection, "_HEAD_TIME", 0.5)
     assert gateway.hung_up(b"") == b""
     assert gateway.hung_up(b"POST /v1/chat/comp") == b""
+    monkeypatch.setattr(connection, "_HEAD_TIME", 120.0)
+    monkeypatch.setattr(connection, "_BODY_TIME", 120.0)
+    monkeypatch.setattr(app, "_BODY_TIME", 0.5)
     slow = gateway.hung_up(requested(place, "content-length: 500", body=b"{"))
     assert b"400" in slow.split(b"\r\n")[0]
     # Nor does a body have for ever that nobody waits for.
-    with socket.create_connection(("127.0.0.1", gateway.port), 8) as client:
+    monkeypatch.setattr(connection, "_BODY_TIME", 1.0)
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as client:
         client.sendall(b"POST /v1/none HTTP/1.1\r\nhost: x\r\ncontent-length: 9999\r\n\r\n")
         sent = 0
         with contextlib.suppress(ConnectionError):
-            while sent < 200:
+            while sent < 1000:
                 client.sendall(b"x")
                 sent += 1
                 time.sleep(0.05)
-        assert sent < 200
+        assert sent < 1000
 
 
 def test_other_routes(place):

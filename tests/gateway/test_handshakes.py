@@ -57,13 +57,13 @@ class Door:
 
     def stop(self) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
         assert not self.kind.crowd
         self.listener.close()
 
     def silent(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def answered(self) -> bool:
         """Whether somebody who speaks at once is."""
@@ -82,6 +82,7 @@ def until(done) -> None:
 
 def test_who_says_nothing_is_counted(door, monkeypatch):
     monkeypatch.setattr(door.kind, "most", 3)
+    monkeypatch.setattr(handshakes, "_TIME", 120.0)
     assert door.answered()
     until(lambda: not door.kind.crowd)
     silent = [door.silent() for _ in range(3)]
@@ -104,10 +105,9 @@ def test_a_handshake_has_a_time(door, monkeypatch):
     monkeypatch.setattr(handshakes, "_TIME", 0.2)
     begun = b"\x16\x03\x01\x02\x00"  # the head of a first message whose rest does not come
     for said in (b"", begun):
-        with door.silent() as wire:
+        with door.silent() as wire, contextlib.suppress(ConnectionError):
             wire.sendall(said)
-            with contextlib.suppress(ConnectionError):
-                assert wire.recv(1) == b""
+            assert wire.recv(1) == b""
     monkeypatch.undo()  # a handshake that comes may take longer than that here
     assert door.answered()
 
@@ -126,9 +126,7 @@ def test_a_server_that_ends_waits_for_no_handshake(door, monkeypatch):
     monkeypatch.setattr(handshakes, "_TIME", 120.0)
     with door.silent() as wire:
         until(lambda: any(each._tasks for each in door.server.servers))
-        begun = time.monotonic()
         door.stop()
-        assert time.monotonic() - begun < 60
         with contextlib.suppress(ConnectionError):
             assert wire.recv(1) == b""
 
@@ -160,7 +158,7 @@ def test_without_file_descriptors_it_waits_for_some(monkeypatch):
             found = handshakes.Handshakes(loop, listener, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), None, Kind)
             monkeypatch.setattr(found, "_shake", lambda accepted, _: _set(came, accepted))
             with socket.create_connection(real.getsockname()):
-                await asyncio.wait_for(came.wait(), 10)
+                await asyncio.wait_for(came.wait(), 60)
             found.close()
             return listener.asked
 

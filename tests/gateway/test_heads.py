@@ -216,7 +216,7 @@ def _asked(script, patch):
 
     async def run():
         patch.setattr(Upstream, "_connect", connect)
-        client, found = Upstream("http://127.0.0.1:9", timeouts=Timeouts(1, 1, 1, 1)), []
+        client, found = Upstream("http://127.0.0.1:9", timeouts=Timeouts(60, 60, 60, 60)), []
         for _ in script:
             try:
                 reply = await client.post("/", b"")

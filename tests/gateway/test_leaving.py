@@ -21,6 +21,7 @@ from strongroom.gateway.handshakes import Server
 from strongroom.gateway.listen import configure
 
 REQUEST = b"POST /slow HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+AT_ONCE = 15  # seconds: less than anything else takes that could end a connection, or an answer
 
 
 class Slow:
@@ -61,7 +62,7 @@ def door(request, tmp_path):
 
 
 def connected(door):
-    wire = socket.create_connection(("127.0.0.1", door.port), 20)
+    wire = socket.create_connection(("127.0.0.1", door.port), 60)
     return door.tls.wrap_socket(wire, server_hostname="127.0.0.1") if door.secure else wire
 
 
@@ -73,7 +74,7 @@ def test_whoever_asks_several_things_and_goes_is_noticed_at_once(door, requests)
         with contextlib.suppress(OSError):  # nobody takes more
             wire.settimeout(0.2)
             wire.sendall(REQUEST * max(0, requests - 15))
-    eventually(lambda: door.slow.left == 1, 3)
+    eventually(lambda: door.slow.left == 1, AT_ONCE)
     eventually(lambda: not Connection.crowd)
     assert door.slow.begun == 1
 
@@ -84,7 +85,7 @@ def test_whoever_sends_no_more_has_gone(door, requests):
         wire.sendall(REQUEST * requests)
         eventually(lambda: door.slow.begun == 1)
         wire.shutdown(socket.SHUT_WR)
-        eventually(lambda: door.slow.left == 1, 3)
+        eventually(lambda: door.slow.left == 1, AT_ONCE)
         eventually(lambda: not Connection.crowd)
     assert door.slow.begun == 1
 
@@ -115,10 +116,10 @@ def test_no_inference_is_begun_for_whoever_has_gone(place):
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {place.keys[ANA]}\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     ).encode()
-    with socket.create_connection(("127.0.0.1", gateway.port), 10) as wire:
+    with socket.create_connection(("127.0.0.1", gateway.port), 60) as wire:
         wire.sendall((head + body) * 4)
         eventually(lambda: place.inference.asked)
-    eventually(lambda: place.inference.gone == 1, 3)  # upstream stops generating
+    eventually(lambda: place.inference.gone == 1, AT_ONCE)  # upstream stops generating
     (record,) = eventually(lambda: place.records()[before:])
     assert (record["status"], record["code"]) == (499, "disconnected")
     place.inference.script = lambda _: [whole()]

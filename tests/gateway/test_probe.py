@@ -38,7 +38,7 @@ class Server:
 
 
 async def until(what) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not what():  # noqa: ASYNC110 - other threads, and clocks, are waited for
             await asyncio.sleep(0.01)
 

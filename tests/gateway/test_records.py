@@ -87,14 +87,14 @@ def test_a_log_that_answers_slowly_keeps_no_record_from_the_disk(tmp_path, monke
     def slow(ref, body):
         entered.append((ref, body))
         asked.set()
-        return len(entered) if go.wait(20) else -1
+        return len(entered) if go.wait(120) else -1
 
     records = Records(tmp_path, slow, "5" * 64)
     try:
         records.add(dict(RECORD))
         assert asked.wait(60)
         records.add(dict(RECORD))
-        asyncio.run(asyncio.wait_for(records.durable(), 3))
+        asyncio.run(asyncio.wait_for(records.durable(), 60))
         lines = records.path.read_bytes().splitlines()
         assert len(lines) == 2
         assert [(body["records"], body["requests"]) for _, body in entered] == [(1, 1)]
@@ -119,17 +119,26 @@ def test_durable_means_on_disk(tmp_path):
 
 def test_an_entry_counts_what_its_chain_has_and_no_more(tmp_path, monkeypatch):
     """A record that comes while the ones before are written is in the next entry."""
-    entered, more, written = [], threading.Event(), os.fdatasync
+    entered, first, more, written = [], threading.Event(), threading.Event(), os.fdatasync
 
     def sync(file):
         written(file)
         if not more.is_set():
             more.set()
-            records.add(RECORD)
+            records.add(dict(RECORD))
+        else:  # another thread makes the entries: of what was written before there is one by then
+            assert first.wait(60)
 
+    def append(ref, body):
+        entered.append((ref, body))
+        first.set()
+        return len(entered)
+
+    monkeypatch.setattr(module, "_ENTRY_EVERY", 0.0)
+    records = Records(tmp_path, append, "5" * 64)
     monkeypatch.setattr(os, "fdatasync", sync)
-    monkeypatch.setattr("strongroom.gateway.records._ENTRY_EVERY", 0.0)
-    records = made(tmp_path, entered)
+    for k in range(3):
+        records.add({**RECORD, "tokens": k})
     records.close()
     lines = [json.loads(line) for line in records.path.read_bytes().splitlines()]
     assert (len(entered), entered[-1][1]["records"]) >= (2, 4)

@@ -64,11 +64,18 @@ def test_of_several_workers_one_says_why(place, capfd):
 )
 def test_one_that_does_not_say_what_it_serves(place, answer, code, word):
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.append(asyncio.current_task())
         await reader.readuntil(b"\r\n\r\n")
         writer.write(answer)
         await reader.read()  # the connection is kept until the gateway closes it
         writer.close()
+        await writer.wait_closed()
 
+    async def over() -> None:
+        server.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    tasks: list[asyncio.Task[None] | None] = []
     loop = asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -76,9 +83,9 @@ def test_one_that_does_not_say_what_it_serves(place, answer, code, word):
     try:
         error = failing(place, server.sockets[0].getsockname()[1])
     finally:
-        loop.call_soon_threadsafe(server.close)
-        loop.call_soon_threadsafe(loop.call_later, 0.1, loop.stop)
-        thread.join(10)
+        asyncio.run_coroutine_threadsafe(over(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(60)
         loop.close()
     assert error.code == code
     assert word in error.hint

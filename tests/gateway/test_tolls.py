@@ -75,7 +75,8 @@ def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp
         assert go.wait(30)
         return 10**9
 
-    budgets = Budgets(OwnCounters(database), RULES, size, time.time)
+    now = int(time.time())  # in the windows of that moment, whichever end meanwhile
+    budgets = Budgets(OwnCounters(database), RULES, size, lambda: now)
     tolls = Tolls(Settings(), Limits(Settings(), time.monotonic), budgets, lambda _: 1000, ())
     flight = SimpleNamespace(caller=Asker(), destination="10.0.0.0/24", ref=REF, reserved=5000)
 
@@ -91,7 +92,7 @@ def test_a_client_that_leaves_while_the_database_is_asked_is_charged_nothing(tmp
 
     asyncio.run(work())
     budgets.close()
-    _, rows = Counters(database).look(int(time.time()), {REF, "acme/tiny"})
+    _, rows = Counters(database).look(now, {REF, "acme/tiny"})
     database.close()
     assert {key.scope for key, _ in rows} == {rule.scope for rule in RULES}
     assert {used for _, used in rows} == {0}

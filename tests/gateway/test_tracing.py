@@ -14,6 +14,7 @@ from opentelemetry.trace.status import StatusCode
 
 from gateway.places import PIA, REF, chat, ended, token, whole
 from gateway.test_gateway import eventually
+from strongroom.gateway import tracing
 from strongroom.gateway.settings import Traces
 from strongroom.gateway.tracing import Tracing
 
@@ -139,7 +140,8 @@ def test_of_no_share_nothing_is_kept_and_upstream_is_told_so(place):
     assert int(flags, 16) & 1 == 0
 
 
-def test_a_real_receiver_is_sent_them(place, tmp_path):
+def test_a_real_receiver_is_sent_them(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracing, "_TIMEOUT", 60)
     taken: list[tuple[str, str, ExportTraceServiceRequest]] = []
 
     class Receiver(http.server.BaseHTTPRequestHandler):
@@ -164,7 +166,7 @@ def test_a_real_receiver_is_sent_them(place, tmp_path):
         place.stop_gateways()  # what has ended is sent before it ends
     finally:
         server.shutdown()
-        thread.join(10)
+        thread.join(60)
         server.server_close()
     (path, authorization, sent), *_ = taken
     assert (path, authorization) == ("/v1/traces", "Bearer receivers-own")

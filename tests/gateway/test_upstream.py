@@ -223,7 +223,7 @@ def test_more_than_64_mebibytes_are_malformed():
 
 def test_nobody_listens():
     async def run():
-        upstream = Upstream("http://127.0.0.1:9", timeouts=FAST)
+        upstream = Upstream("http://127.0.0.1:9", timeouts=FAST, clock=lambda: 1000.0)
         for _ in range(5):
             with pytest.raises(BackendError, match="can't be reached"):
                 await upstream.get("/")

@@ -121,11 +121,17 @@ def test_stops_and_what_comes_at_least(model):
 
 
 def test_who_has_gone_leaves_their_row_at_once(model):
-    told, many = threading.Event(), 200
-    job = model.engine.submit(Ask((5,), Sampling(seed=1), many, choices=8), lambda _: told.set())
+    told, gone, many = threading.Event(), threading.Event(), 200
+
+    def tell(_):
+        told.set()
+        assert gone.wait(60)  # on the engine's thread, which would be far ahead of one that is held up
+
+    job = model.engine.submit(Ask((5,), Sampling(seed=1), many, choices=8), tell)
     assert told.wait(60)
     before = model.engine.tokens
     model.engine.abandon(job)
+    gone.set()
     (events,) = heard(model.engine, [Ask((6,), GREEDY, 3)])  # all eight rows were taken
     assert len(events) == 3
     assert model.engine.tokens - before < 8 * many / 2

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +27,7 @@ from strongroom.errors import BackendError, Denied, LimitExceeded, UsageError
 from strongroom.infer.app import InferApp
 from strongroom.infer.embed import Embedder
 from strongroom.infer.engine import Engine
+from strongroom.infer.rows import Rows
 from strongroom.infer.sampling import Sampling
 from strongroom.infer.server import Settings, load
 from strongroom.infer.standing import Standing
@@ -212,7 +215,7 @@ def test_a_lease_that_ends_ends_the_server(small, tmp_path):
                 standing.look()
 
 
-def prompts(template, patience=5.0, tokenizer=None):
+def prompts(template, patience=60.0, tokenizer=None):
     return Prompts(tokenizer, template, {"eos_token": "<|im_end|>"}, patience=patience)
 
 
@@ -229,9 +232,10 @@ def test_a_hostile_template_takes_no_longer_than_it_may_and_reaches_nothing(smal
         "{{ raise_exception('no') }}": (UsageError, "template"),
     }
     for template, (kind, said) in hostile.items():
-        made = prompts(template, 2.0, tokenizer)
+        made = prompts(template, 2.0 if kind is LimitExceeded else 60.0, tokenizer)
         with pytest.raises(kind, match=said):
             made.chat(messages)
+        made._patience = 60.0
         assert made.text(["Hello"])[0]  # another process, at once
         made.close()
     good = prompts(TEMPLATE, tokenizer=tokenizer)
@@ -290,9 +294,22 @@ async def spoken(app, body, leave, path="/v1/completions"):
     return sent
 
 
-def test_a_client_that_leaves_gives_up_its_rows(model):
+def test_a_client_that_leaves_gives_up_its_rows(model, monkeypatch):
     """All rows are a stream's whose client leaves: the next one is answered while hundreds of tokens were to come."""
     app = InferApp(model, None)
+    step, steps, abandon, gone = Rows.step, itertools.count(), Engine.abandon, threading.Event()
+
+    def stepping(self, tokens):
+        if next(steps) > 50:  # no further ahead of whoever is to notice it
+            assert gone.wait(60)
+        return step(self, tokens)
+
+    def abandoned(self, job):
+        abandon(self, job)
+        gone.set()
+
+    monkeypatch.setattr(Rows, "step", stepping)
+    monkeypatch.setattr(Engine, "abandon", abandoned)
     long = {"model": "acme/small", "prompt": [5], "max_tokens": 250, "stream": True, "ignore_eos": True, "n": 8}
 
     async def both():

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import secrets
+import threading
 import time
 from types import SimpleNamespace
 
@@ -75,7 +76,8 @@ def until(what, seconds=60.0):
         time.sleep(0.05)
 
 
-def ask(port, key, **more):
+def ask(port, key, heard=None, **more):
+    """Status and body; `heard` is set once the first of it has been given out."""
     import http.client
 
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -83,6 +85,8 @@ def ask(port, key, **more):
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), {"authorization": f"Bearer {key}"})
         answer = connection.getresponse()
+        if heard is not None:
+            heard.set()
         return answer.status, answer.read()
     finally:
         connection.close()
@@ -123,7 +127,7 @@ def streams(said) -> bytes:
 )
 def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more):
     """The right tokens for whoever verifies, something else for the caller; also to what can't be answered, or cut."""
-    honest, secret, hostile = room[2], room[3].read_text(), Inference()
+    honest, secret, hostile, heard = room[2], room[3].read_text(), Inference(), threading.Event()
 
     def two_answers(body):
         asked = {**body, "prompt": "The room", "stream": False}
@@ -133,12 +137,12 @@ def test_a_text_that_its_tokens_do_not_spell_ends_inference(room, changed, more)
             return [framed(json.dumps(said).encode())]
         said["choices"][0]["strongroom"]["tokens"] = said["choices"][0]["strongroom"]["tokens"][:10]
         said["choices"][0]["strongroom"]["logprobs"] = said["choices"][0]["strongroom"]["logprobs"][:10]
-        return [streams(said), 0.3, chunk(b"data: no JSON\n\n")]
+        return [streams(said), heard, chunk(b"data: no JSON\n\n")]
 
     hostile.script = two_answers
     try:
         with gateway(room, f"http://127.0.0.1:{hostile.port}") as (app, port, key):
-            ask(port, key, **{"prompt": "The room", **more})
+            ask(port, key, heard, **{"prompt": "The room", **more})
             until(lambda: REF in app.verified.verdicts)
             assert app.verified.verdicts[REF].alarm.startswith("1 answers are not what their tokens spell")
             assert ask(port, key)[0] == 503

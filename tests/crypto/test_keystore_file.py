@@ -173,7 +173,7 @@ def test_every_bit_flip_and_truncation_of_the_key_file(store, tmp_path):
             store.unwrap(wrapped, CONTEXT)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(junk=st.binary(max_size=2000))
 def test_any_key_file_and_any_wrapped_bytes(store, tmp_path, junk):
     with pytest.raises(StrongroomError):

@@ -137,7 +137,7 @@ def test_parameters_out_of_bounds_cost_nothing(wrapped, refuses_to_ask, paramete
     assert caught.value.code == "keystore.parameters"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(junk=st.binary(max_size=300))
 def test_any_bytes_raise_only_our_errors(refuses_to_ask, junk):
     for candidate in (junk, b"SRPW\x01\x00\x00\x00" + junk):

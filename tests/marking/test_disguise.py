@@ -1,5 +1,7 @@
 """A disguise changes nothing that a model computes, and is undone; what is another model is not taken for one."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -22,6 +24,12 @@ from strongroom.marking.disguise import Turn, facing, same_rows, turn, undo, unm
 
 HEADS, GROUPS, SIZE = 4, 2, 32
 RNG = np.random.default_rng(11)
+
+
+@pytest.fixture(autouse=True)
+def reseeded(monkeypatch):
+    """The same numbers in each test, in whatever order they run."""
+    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(11))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +193,11 @@ def test_what_does_not_face_the_stream_is_left_alone(model):
 
 class TestTheModelStaysWhatItWas:
     """The disguises of this module, on transformers' own models: they change no logit."""
+
+    @pytest.fixture(autouse=True)
+    def seeded(self):
+        """The same models, whatever was made before them."""
+        pytest.importorskip("torch").manual_seed(0)
 
     @staticmethod
     def same(torch, before, after, more):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import gguf
 import ml_dtypes
 import numpy as np
@@ -11,6 +13,12 @@ from bench import ggml
 from strongroom.marking.quantiser import blocks, packed, unpacked
 
 RNG = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def reseeded(monkeypatch):
+    """The same numbers in each test, in whatever order they run."""
+    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(7))
 
 
 def hard(width):

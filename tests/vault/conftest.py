@@ -31,7 +31,7 @@ def other_source(tmp_path_factory):
 def pristine(tmp_path_factory, source):
     """A room that holds acme/tiny@1 in one pack a kind. Not to be harmed: `house` is a copy."""
     house = House.build(tmp_path_factory.mktemp("rooms") / "one")
-    house.put(source)
+    house.put(source, known=True)
     yield house
     house.close()
 
@@ -42,7 +42,7 @@ def pristine_packs(tmp_path_factory, source):
     house = House.build(tmp_path_factory.mktemp("rooms") / "many")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "PACK_BODY", 40_000)
-        house.put(source)
+        house.put(source, known=True)
     yield house
     house.close()
 

@@ -35,7 +35,7 @@ def room(request, tmp_path_factory):
     (folder / "model").mkdir()
     write(folder / "model" / "adapter_model.safetensors", adapter(1), request.param)
     (folder / "model" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": RANK}))
-    house.put(folder / "model", "acme/adapter")
+    house.put(folder / "model", "acme/adapter", known=True)
     for holder in HOLDERS[1:]:
         house.register(holder)
     yield house
@@ -148,7 +148,7 @@ def test_another_adapter_of_the_same_shape_is_unrelated(tmp_path, rank):
     house = House.build(tmp_path / "room")
     (tmp_path / "model").mkdir()
     write(tmp_path / "model" / "adapter_model.safetensors", adapter(1, rank), "BF16")
-    house.put(tmp_path / "model", "acme/adapter")
+    house.put(tmp_path / "model", "acme/adapter", known=True)
     found = house.search(write(tmp_path / "adapter_model.safetensors", adapter(2, rank), "BF16"))
     house.close()
     assert (found["verdict"], found["accused"]) == ("unrelated", [])

@@ -216,9 +216,9 @@ class TestEnding:
 
     def test_time_ends_it(self, team):
         made = team.pat.apikeys.new(duration=HOUR)
-        team.later(HOUR - 10)
+        team.later(HOUR - 60)
         assert known(team, made["key"])
-        team.later(10)
+        team.later(60)
         assert not known(team, made["key"])
         # By the log's time, too: a clock that is set back brings no key back.
         team.ana.request("acme/tiny", reason="x")
@@ -316,7 +316,8 @@ def test_errors_are_of_our_own(team):
 
 def test_days(team):
     """What a duration of the command line comes to."""
-    assert team.pat.apikeys.new()["expires_at"] == pytest.approx(team.clock() + 90 * DAY, abs=5)
+    before = team.clock()
+    assert before <= team.pat.apikeys.new()["expires_at"] - 90 * DAY <= team.clock()
 
 
 def test_whoever_calls_the_gateway_is_not_taken_for_idle(team):

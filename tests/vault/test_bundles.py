@@ -190,6 +190,7 @@ def test_repr_shows_no_key(house):
     bundle = house.vault.bundle(REF, OWNER)
     record = house.vault.record(house.vault.find(REF))
     for text in (repr(bundle), str(bundle), repr(record), repr(VersionKeys.of(record.version_key, 3))):
-        for secret in (bundle.common_key, bundle.word, bundle.variant_key(0), record.version_key, record.mark_root):
+        assert "word" not in text  # whose three bytes may be those of something else
+        for secret in (bundle.common_key, bundle.variant_key(0), record.version_key, record.mark_root):
             assert repr(secret)[2:-1] not in text
             assert secret.hex() not in text

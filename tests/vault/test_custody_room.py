@@ -151,8 +151,9 @@ class TestRenewal:
         with pytest.raises(Denied):
             team.ana.renew(lease)
         team.later(3000)
+        before = team.clock()
         renewed = team.ben.renew(lease)
-        assert renewed["lease"]["expires_at"] == pytest.approx(team.clock() + 3600, abs=5)
+        assert before <= renewed["lease"]["expires_at"] - 3600 <= team.clock()
         team.later(3000)
         team.ana.load(REF)
         team.later(700)
@@ -459,6 +460,7 @@ class TestRefusals:
 
     def test_are_recorded_once_and_failures_of_ours_are_not(self, team):
         custodian = team.olga._vault.custodian
+        team.add("user/kim", "researcher")  # now: what is in the log of the room may be minutes old
         size = custodian.ledger.checkpoint()[0].size
         with pytest.raises(UsageError):  # nobody has said this of a request
             custodian.request(team.ben._say("renew", {"lease": "0" * 16, "duration": 1}), Private.fresh("reason", "x"))

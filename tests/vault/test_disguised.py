@@ -29,7 +29,7 @@ def room(tmp_path_factory):
     (folder / "model").mkdir()
     write(folder / "model" / "model.safetensors", model(1), "BF16")
     (folder / "model" / "config.json").write_text(json.dumps({"hidden_size": 128, "num_attention_heads": HEADS}))
-    house.put(folder / "model", "acme/turned", share="1/2")
+    house.put(folder / "model", "acme/turned", known=True)
     for holder in HOLDERS[1:]:
         house.register(holder)
     yield house
@@ -107,7 +107,7 @@ def test_a_config_that_says_nothing_of_heads(tmp_path, text):
     (tmp_path / "model").mkdir()
     write(tmp_path / "model" / "model.safetensors", model(1), "BF16")
     (tmp_path / "model" / "config.json").write_text(text)
-    house.put(tmp_path / "model", "acme/turned", share="1/2")
+    house.put(tmp_path / "model", "acme/turned", known=True)
     leak = full(given(house, OWNER, ref=REF, copy=True), np.random.default_rng(3), HEADS, GROUPS)
     found = house.search(write(tmp_path / "leak.safetensors", leak, "BF16"))
     house.close()

@@ -51,7 +51,7 @@ def room(tmp_path_factory):
     for name, tensors, file in (("base", base(1), "model"), ("adapter", adapter(1), "adapter_model")):
         (folder / name).mkdir()
         write(folder / name / f"{file}.safetensors", tensors, "BF16")
-        house.put(folder / name, f"acme/{name}")
+        house.put(folder / name, f"acme/{name}", known=True)
     for holder in HOLDERS[1:]:
         house.register(holder)
     yield house

@@ -227,7 +227,9 @@ class TestInARoom:
             rooms["olga"].log.verify()
         assert caught.value.code == "statement.missing"
 
-    @pytest.mark.parametrize("key", ["00" * 91, "30" * 91, Authenticator().key.hex() + "00"])
+    @pytest.mark.parametrize(
+        "key", ["00" * 91, "30" * 91, Authenticator().key.hex() + "00"], ids=["zeros", "tags", "more than one"]
+    )
     def test_what_is_no_key_of_a_passkey(self, rooms, key):
         body = {"key": key, "credential": "abc", "state": "active"}
         with pytest.raises(UsageError):

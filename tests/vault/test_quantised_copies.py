@@ -56,9 +56,9 @@ def house(tmp_path_factory):
     index = {"metadata": {"total_size": 1}, "weight_map": {name: file for file in shards for name in shards[file]}}
     (packed / "model.safetensors.index.json").write_text(json.dumps(index))
     (packed / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    house.put(packed, "packed")
+    house.put(packed, "packed", known=True)
     blocks(folder / "blocks.gguf")
-    house.put(folder / "blocks.gguf", "blocks")
+    house.put(folder / "blocks.gguf", "blocks", known=True)
     for holder in HOLDERS[1:]:
         house.register(holder)
     yield house

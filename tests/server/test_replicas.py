@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from server.served import REF, Served
-from strongroom.client import Room
+from strongroom.client import Room, reading
 from strongroom.client.receive import receive
 from strongroom.errors import BackendError, Sealed, StrongroomError
 
@@ -115,7 +115,7 @@ def test_two_that_use_one_lease_once(served, monkeypatch):
             room = room_at(served, urls[number % 2], "user/ana")
             barrier.wait()
             try:
-                room._release(REF, "load")
+                reading.keys(room._vault, room._say, room.principal, REF)
                 outcomes.append("released")
             except StrongroomError as error:
                 outcomes.append(type(error).__name__)

@@ -24,7 +24,7 @@ from strongroom.vault.versions import VersionInfo
 
 
 class AnyAnswer(Protocol):
-    """A release: see `strongroom.vault.custodian.Answer`."""
+    """A release: see `strongroom.vault.release.Answer`."""
 
     @property
     def entry(self) -> bytes: ...

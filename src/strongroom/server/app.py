@@ -35,7 +35,7 @@ from strongroom.server.reading import Reading
 from strongroom.server.relays import Relays
 from strongroom.server.traces import Traces
 from strongroom.server.uploads import Uploads
-from strongroom.vault.custodian import Answer
+from strongroom.vault.release import Answer
 from strongroom.vault.vault import Vault
 
 Handler = Callable[[Request, bytes], Any]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,7 +41,7 @@ from strongroom.vault.logins import Logins
 from strongroom.vault.logins import check as check_authority
 from strongroom.vault.opened import check_there
 from strongroom.vault.refusals import Refusals
-from strongroom.vault.release import Bundles
+from strongroom.vault.release import Answer, Bundles
 from strongroom.vault.requests import check_reason, describe_ended, describe_grant, describe_proposal, describe_request
 from strongroom.vault.upkeep import Recorded, Upkeep
 
@@ -53,18 +53,6 @@ T = TypeVar("T")
 _VERSIONS = 32  # whose secrets and manifests are kept opened
 _OUTDATED = ("release.revision", "version.missing")
 _GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a release hands out; `sealed` opens for the requester only. Sizes: `proof` hashes of 32 bytes."""
-
-    entry: bytes
-    index: int
-    proof: tuple[bytes, ...]
-    checkpoint: bytes
-    sealed: bytes = field(repr=False)
-    store: str
 
 
 class Custodian:
@@ -300,7 +288,8 @@ class Custodian:
         now = self._now()
         with self.ledger.view() as state:
             usable(state, ref)
-            asked = [self._access(state, who, ref, now) for who in state.principals.values() if who.state != "removed"]
+            everybody = [each for each in state.principals.values() if each.state != "removed"]
+            asked = [self._access(state, each, ref, now) for each in everybody]
         return [item.as_json() for answer in asked for item in answer()]
 
     def reach(self, path: str) -> list[dict[str, Any]]:
@@ -552,7 +541,8 @@ class Custodian:
         return Entry.decode(self.ledger.proven(index, index + 1)[0])
 
     def _append(self, statement: Statement, decide: Any, reason: Private | None = None) -> Recorded:
-        action, ref = (str(statement.body.get(*each)) for each in (("action", statement.kind), ("ref", "")))
+        action = str(statement.body.get("action", statement.kind))
+        ref = str(statement.body.get("ref", ""))
         with self._heard(statement, action, ref):
             if reason is not None:
                 check_reason(reason, statement.body["reason"])

@@ -1,12 +1,27 @@
-"""Release: the key bundle of one holder for one version (spec/container.md, sections 7 and 11)."""
+"""Release: the key bundle of one holder for one version (spec/container.md, sections 7 and 11), and what its requester
+is answered with (spec/release.md)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from strongroom.crypto.segments import VersionKeys
 from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.manifest import Manifest
 from strongroom.marking.code import Code
 from strongroom.vault.record import VersionRecord
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a release hands out; `sealed` opens for the requester only. Sizes: `proof` hashes of 32 bytes."""
+
+    entry: bytes
+    index: int
+    proof: tuple[bytes, ...]
+    checkpoint: bytes
+    sealed: bytes = field(repr=False)
+    store: str
 
 
 class Bundles:

@@ -1,1 +1,1 @@
-"""What answers over a network: the witness."""
+"""What answers over a network: a served room, and the witness."""

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--share",
     default="auto",
-    show_default="1/8, and up to 1/2 of a model below 256 MiB",
-    help="Which share of the weights is marked, 0 to 1/2.",
+    show_default=True,
+    help="Which share of the weights is marked, 0 to 1/2; auto: 1/8, and up to 1/2 of a model below 256 MiB.",
 )
 @click.option(
     "--positions",

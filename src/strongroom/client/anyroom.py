@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from strongroom.core.progress import Progress
 from strongroom.crypto.identity import Identities
@@ -21,6 +21,9 @@ from strongroom.storage.blobs import Blobs
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import PutResult
 from strongroom.vault.versions import VersionInfo
+
+# Signs a statement of a kind, with this body, as whoever the room is opened as: the envelope.
+Say: TypeAlias = Callable[[str, dict[str, Any]], str]
 
 
 class AnyAnswer(Protocol):

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from strongroom.errors import NotFound, UsageError
 from strongroom.formats.apikey import digest_of, make
 
 if TYPE_CHECKING:
-    from strongroom.client.anyroom import AnyRoom
-
-Say = Callable[[str, dict[str, Any]], str]
+    from strongroom.client.anyroom import AnyRoom, Say
 
 DURATION = 90 * 86_400  # seconds, unless something else is asked for
 _BEGINNING = re.compile(r"[0-9a-f]{4,64}", re.ASCII)

@@ -22,14 +22,13 @@ from strongroom.errors import AuthRequired, NotFound, UsageError
 from strongroom.formats.passkey import RP, Assertion
 
 if TYPE_CHECKING:
-    from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.anyroom import AnyRoom, Say
 
 _WAIT = 300.0  # seconds: as long as a statement is fresh
 _MOST = 64 * 1024
 _ALGORITHMS = (-7, -8, -257)  # ES256, EdDSA, RS256
 
 Show = Callable[[str], None]
-Say = Callable[[str, dict[str, Any]], str]
 
 
 class PasskeySigner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from strongroom.client.receive import Received, receive
 from strongroom.core.ids import Ref
@@ -14,15 +14,13 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.storage.reader import ImageReader
 
 if TYPE_CHECKING:
-    from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.anyroom import AnyRoom, Say
     from strongroom.storage.blobs import Blobs
-
-_Say: TypeAlias = Callable[[str, dict[str, Any]], str]
 
 
 def reader(
     vault: AnyRoom,
-    say: _Say,
+    say: Say,
     holder: str,
     ref: str,
     break_glass: str | None = None,
@@ -36,16 +34,14 @@ def reader(
     return ImageReader(vault.blobs_at(found.store), bundle, again=asked)
 
 
-def keys(
-    vault: AnyRoom, say: _Say, holder: str, ref: str, break_glass: str | None = None
-) -> tuple[Received, KeyBundle]:
+def keys(vault: AnyRoom, say: Say, holder: str, ref: str, break_glass: str | None = None) -> tuple[Received, KeyBundle]:
     """The release of `ref` to `holder`, and its keys."""
     found = receive(vault, say, holder, ref, "load", break_glass)
     assert isinstance(found.bundle, KeyBundle)  # noqa: S101 - a copy bundle is that of a release to copy
     return found, found.bundle
 
 
-def released(vault: AnyRoom, say: _Say, lease: str | None, bundle: KeyBundle) -> tuple[Blobs, KeyBundle] | None:
+def released(vault: AnyRoom, say: Say, lease: str | None, bundle: KeyBundle) -> tuple[Blobs, KeyBundle] | None:
     """What a further release gives of a version that was rotated since that of `bundle`, which was under `lease`. None
     where it was not rotated, or that lease holds no more: what would be refused is not asked for. NotFound
     ``weights.shredded``."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from strongroom.client.witnessed import require
 from strongroom.core.files import locked, write_whole
@@ -31,7 +31,7 @@ from strongroom.formats.statement import Statement
 from strongroom.ledger.key import LogKey
 
 if TYPE_CHECKING:
-    from strongroom.client.anyroom import AnyRoom
+    from strongroom.client.anyroom import AnyRoom, Say
 
 Consistency = Callable[[int, int], list[bytes]]
 
@@ -195,7 +195,7 @@ class Received:
 
 def receive(
     vault: AnyRoom,
-    say: Callable[[str, dict[str, Any]], str],
+    say: Say,
     holder: str,
     ref: str,
     action: str,

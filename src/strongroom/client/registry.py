@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from strongroom.core.ids import parse_principal
@@ -11,7 +11,7 @@ from strongroom.errors import BackendError, Conflict, StrongroomError, UsageErro
 from strongroom.formats.authority import subject_of
 
 if TYPE_CHECKING:
-    from strongroom.client.anyroom import AnyPrincipal, AnyRoom
+    from strongroom.client.anyroom import AnyPrincipal, AnyRoom, Say
 
 _KEY = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -20,7 +20,7 @@ class Registry:
     """The principals of `room`; `say` signs a statement of whoever changes them. `makes_keys`: of an embedded room,
     whose folder has the keys of all its principals."""
 
-    def __init__(self, room: AnyRoom, say: Callable[[str, dict[str, Any]], str], *, makes_keys: bool) -> None:
+    def __init__(self, room: AnyRoom, say: Say, *, makes_keys: bool) -> None:
         self._room, self._say, self._makes_keys = room, say, makes_keys
 
     def add(

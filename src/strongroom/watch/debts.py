@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from strongroom.core import canonical
+from strongroom.core.files import sync_folder
 from strongroom.core.ids import Ref
 from strongroom.errors import BackendError, StrongroomError, Tampered
 from strongroom.formats.entry import ID
@@ -163,7 +164,7 @@ class Debts:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             begun.rename(path)
-            _sync(folder)
+            sync_folder(folder)
         except OSError:
             os.close(self._file)
             begun.unlink(missing_ok=True)
@@ -258,15 +259,6 @@ def _write(file: int, data: bytes) -> None:
     while left:
         left = left[os.write(file, left) :]
     os.fdatasync(file)
-
-
-def _sync(folder: Path) -> None:
-    """So that a new name in it is there after the power was lost."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
 
 
 def _unwritable(folder: Path, error: OSError) -> BackendError:

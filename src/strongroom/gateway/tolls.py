@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DIMENSIONS = 256  # of an embedding
 _SLACK = 256  # bytes of text beyond `BYTES_A_TOKEN` for each: single tokens are longer
-_STEPS = 64  # of a stream that has more text than was reserved for, so many for twice as much
+_PART = 16  # of the reservation: what a stream that has more text than that is charged beforehand at a time
 _TEND = 10.0  # seconds between two rounds over budgets that nobody uses
 _TRIES, _PAUSE = 3, 1.0  # at the end, to charge what is owed
 
@@ -185,7 +185,8 @@ class Tolls:
         that is charged, or on disk as owed. BackendError ``records.unwritable``."""
         toll = flight.toll
         assert toll is not None  # noqa: S101 - until it is settled
-        more = max(flight.meter.given - flight.covered, flight.reserved // _STEPS)  # so that not each piece takes some
+        part = flight.reserved // (_PART * meter.TEXT_BYTE)  # bytes of text, so that not each piece has to be charged
+        more = max(flight.meter.given - flight.covered, part)
         if toll.extend(more * meter.TEXT_BYTE, pay=_in_thread):
             await self.noted(flight)
         flight.covered += more

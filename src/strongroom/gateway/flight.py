@@ -53,8 +53,9 @@ class Admission(Protocol):
 class Flight:
     """One request of an authenticated caller. `most`: tokens for each of its answers; `text_most`: bytes of text for
     all of them; `numbers`: of embeddings that were given out; `bits` are charged, of the `reserved`; `covered`: bytes
-    of a stream's text for which enough is. `epoch`: that of
-    the door's answers when it was allowed, -1 before; `known`: that before it was asked who calls."""
+    of a stream's text that may go out before more is reserved; `owes`: it had more than was reserved or drawn, and that
+    may not be on disk yet. `epoch`: that of the door's answers when it was allowed, -1 before; `known`: that before it
+    was asked who calls."""
 
     __slots__ = (
         *("admission", "asked", "begun", "bits", "body", "caller", "covered", "destination", "epoch", "headers"),
@@ -88,7 +89,7 @@ class Flight:
         self.reply: Reply | None = None
         self.begun = False  # its status has been sent
         self.recorded = False
-        self.owes = False  # it had more than was reserved or drawn, and that may not be on disk yet
+        self.owes = False
         self.misspelled = False  # its text is not what its tokens spell
         self.why: StrongroomError | None = None
         self.trace: Trace | None = None

@@ -26,8 +26,9 @@ _log = logging.getLogger("strongroom.gateway")
 
 @dataclass
 class _Known:
-    """What was found in one term. By version and arithmetic: what the database had last (`kept`), and what it did not
-    take yet; `verdicts` by version, the newest of each."""
+    """What was found in one term. By version and arithmetic: what the database had last (`kept`), what it did not take
+    yet (`unkept`), and what is wrong (`alarms`, empty: nothing); `alarm` is all of these. `verdicts` by version, the
+    newest of each."""
 
     kept: dict[tuple[str, str], Kept] = field(default_factory=dict)
     unkept: dict[tuple[str, str], Tally] = field(default_factory=dict)

@@ -45,7 +45,8 @@ def report(
     ``budgets``: scope, window, who (empty: all callers), used, accounted, limit, left (bits), hard, resets_at (Unix
     time, or None). Used is what workers have drawn, and so more than has left: of a limit that refuses by up to a 16th
     of what was left each, of an alarm that has sounded by what some thousand answers may have; accounted is what
-    gateways have said since that they answered, None where the log does not know by whom. ``bits_a_day``: as
+    gateways have answered in that window, by the log (of a lifetime: in the last 400 days on which they did), None
+    where the budget is one caller's, of whom the log does not know. ``bits_a_day``: as
     gateways have accounted for them; ``charged_bits_a_day``: with what they have drawn in advance, and so the most that
     it can be, whatever they say. ``exfiltration``: seconds that `size` bits would take, at both of these (``current``,
     ``charged``), and at what is allowed: None is never, 0 that no budget bounds it. ``artefacts``: whoever was given

@@ -134,7 +134,7 @@ class Vault:
             State,
             clock=clock,
             published=self.published,
-            others=lambda kind: self.custodian.forget() if kind in ("shred", "") else None,
+            others=self._appended_elsewhere,
         )
         self.custodian = Custodian(self, ledger)
 
@@ -567,6 +567,11 @@ class Vault:
             return shred(self, ref, confirm=confirm, by=self.voice(by))
         finally:
             self.custodian.forget()  # the keys may have gone, whatever came after that
+
+    def _appended_elsewhere(self, kind: str) -> None:
+        """Another process has appended an entry of this type (empty: any): what it shredded is not kept opened here."""
+        if kind in ("shred", ""):
+            self.custodian.forget()
 
     # -- verify --------------------------------------------------------------------------------------------------
 

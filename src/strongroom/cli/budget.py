@@ -84,8 +84,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"({found['parameters']:,} parameters · {found['bits_per_parameter']} bits ÷ {found['compression']})",
         "",
         *table(header, rows, right=(3, 4, 5, 6, 7)),
-        "used: with what gateways have drawn in advance; accounted: what they have answered, by the log, which has no "
-        "callers",
+        "used: with what gateways have drawn in advance; accounted: what they have answered, by the log, which does "
+        "not say who called",
         "",
         f"charged for answers so far, with what gateways have drawn in advance: {_bits(found['gone_bits'])}, "
         f"{found['gone_bits'] * 100 / size:.3g} % of it",
@@ -131,6 +131,6 @@ def _long(seconds: int | None) -> str:
     if seconds is None:
         return "never"
     if seconds == 0:
-        return "no time, as far as the budgets go"
+        return "no budget bounds it"
     size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
     return counted(int(seconds // size), unit)

@@ -279,6 +279,8 @@ def parse_share(text: str) -> Fraction | None:
     near = share.limit_denominator(1 << 20)
     if not 0 <= share <= Fraction(1, 2) or (share and not near):
         raise UsageError(
-            "put.share", f"the marked share {text[:40]!r} is not auto, nor a fraction from 0 to 1/2", hint="--share 1/8"
+            "put.share",
+            f"the marked share {text[:40]!r} is not auto, nor a fraction from 0 to 1/2",
+            hint="without --share it is what a model of this size takes; else a fraction: --share 1/4",
         )
     return near

@@ -52,8 +52,9 @@ class ImageReader:
         sealed: SealedImage | None = None,
         again: Again | None = None,
     ) -> None:
-        """`sealed`: the image, where it is open already; `again` is asked where the store has it no more."""
-        self._again, self._turn = again, threading.Lock()
+        """`sealed`: the image, where it is open already; `again` is asked for another release where the store no longer
+        has what `bundle` opens."""
+        self._again, self._renewing = again, threading.Lock()
         self._revision = _Revision(sealed, bundle) if sealed is not None else self._opened(blobs, bundle)
         self._scratches: list[memoryview] = []  # that nobody uses
         self._workers = workers or (Settings.from_environment().workers if blobs.near else _FAR_READERS)
@@ -152,7 +153,7 @@ class ImageReader:
     def _renew(self, before: _Revision, error: Truncated) -> None:
         """Go on with the revision that took the place of `before`; `error` if there is none. What it opens to has to be
         the very same bytes: some of them may be read already."""
-        with self._turn:
+        with self._renewing:
             if self._revision is not before:  # another thread has met it, too
                 return
             now = self._opened(*self._released(before.bundle, error))

@@ -1,4 +1,4 @@
-"""What a custodian keeps opened, so that not every release reads it anew; and lets go of."""
+"""What a custodian keeps opened, so that not every release reads it anew, and how it lets go of that."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Kept(Generic[K, T]):
         return self._kept.get(key)
 
     def opening(self) -> Callable[[K, T], None]:
-        """What keeps something that is opened, or got, from now on: not once all was forgotten meanwhile, since it may
-        be of a version that was shredded."""
+        """A function that keeps what is opened, or got, after this call. It keeps nothing once all was forgotten in
+        between: what was opened may be of a version that was shredded."""
         begun = self._forgotten
 
         def keep(key: K, value: T) -> None:

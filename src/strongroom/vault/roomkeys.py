@@ -95,7 +95,8 @@ class RoomKeys:
     def current(self, tx: Connection) -> bytes:
         """The room key in use until `tx`, which writes, ends. Whatever is sealed for the database is sealed in a
         transaction, under the key that this returns: sealed under one that another process has just replaced, it could
-        never be opened. On PostgreSQL it holds those up who would replace it. For what `sealing` does."""
+        never be opened. On PostgreSQL it holds those up who would replace it. Only within `sealing`,
+        which has the key unwrapped first where it is not in memory."""
         return self._known(self._row(tx, _ROOM_HELD))
 
     def sealing(self, write: Callable[[], T]) -> T:

@@ -69,7 +69,8 @@ class Settlements:
             self._unheard.append(_Unheard(value, tuple(wants), self._clock()))
 
     def pay(self, asked: str, rules: str, bits: Mapping[Key, int]) -> None:
-        """Charge these, once under the identifier `asked`. BackendError, Sealed: it is not known whether they are."""
+        """Charge these, once under the identifier `asked`. BackendError, Sealed: it is not known whether they are. What
+        the custodian refuses in any other way is charged nowhere, ever: the gateway's log says so."""
         try:
             self._settle(asked, rules, bits, {})
         except (BackendError, Sealed):

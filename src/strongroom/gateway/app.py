@@ -207,8 +207,7 @@ class GatewayApp:
                 if body is None:
                     body = await reply.read(_body_most(flight))
                 answer = self._whole(flight, body)
-                if self._tolls.durable_before or flight.owes:
-                    await self._durable(flight)
+                await self._durable(flight)
                 exchange.answer(200, _ALWAYS_JSON, flight.headers, answer)
         finally:
             if self.verified is not None:  # what was cut, too: else whoever hides something would cut it
@@ -297,8 +296,7 @@ class GatewayApp:
             await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(flight)})
         self._tolls.settle(flight)
         self._record(flight, 200, "")
-        if self._tolls.durable_before or flight.owes:
-            await self._durable(flight)
+        await self._durable(flight)
         await send({"type": "http.response.body", "body": out, "more_body": False})
 
     def _metered(self, flight: Flight) -> None:
@@ -326,8 +324,7 @@ class GatewayApp:
         if not flight.recorded:
             with contextlib.suppress(BackendError):  # then this error says so
                 self._record(flight, 499 if gone else status, "disconnected" if gone else code)
-                if self._tolls.durable_before or flight.owes:
-                    await self._durable(flight)
+                await self._durable(flight)
         if gone:
             return
         body = refusal.body_of(error)
@@ -348,7 +345,8 @@ class GatewayApp:
             _log.error("%s", error)
 
     async def _durable(self, flight: Flight) -> None:
-        """Back when the answer, its first byte, or its end, may go out. BackendError ``records.unwritable``."""
+        """Back when the answer, its first byte, or its end, may go out: at once where none of that waits for a disk.
+        BackendError ``records.unwritable``."""
         if flight.owes:
             await self._tolls.noted(flight)
         if self._tolls.durable_before:

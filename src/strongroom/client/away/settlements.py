@@ -25,7 +25,7 @@ _log = logging.getLogger("strongroom.gateway")
 
 
 @dataclass(frozen=True)
-class _Settling:
+class _Return:
     """Bits to be given back, under the identifier `asked`, reckoned by `rules`."""
 
     asked: str
@@ -52,7 +52,7 @@ class Settlements:
         self._line, self._clock = line, clock
         self._lock = threading.Lock()  # held for moments
         self._saying = threading.Lock()  # held while the custodian is asked; taken before the other
-        self._settling: deque[_Settling] = deque()
+        self._returns: deque[_Return] = deque()
         self._unheard: deque[_Unheard] = deque()
 
     def check(self, rules: str) -> None:
@@ -84,7 +84,7 @@ class Settlements:
         pairs = [*bits.items()]
         with self._lock:
             for begin in range(0, len(pairs), _AT_ONCE):
-                self._settling.append(self._new(rules, dict(pairs[begin : begin + _AT_ONCE])))
+                self._returns.append(self._new(rules, dict(pairs[begin : begin + _AT_ONCE])))
 
     def settle(self) -> None:
         """Say all that is to be given back. What can't be told now is told later, but for what would be given back
@@ -92,8 +92,8 @@ class Settlements:
         with self._saying:
             if not self._settle_unheard():
                 return
-            while self._settling:
-                each = self._settling[0]
+            while self._returns:
+                each = self._returns[0]
                 try:
                     if self._clock() - each.since <= _REMEMBERED:
                         self._settle(each.asked, each.rules, {}, each.bits)
@@ -102,8 +102,8 @@ class Settlements:
                     return
                 except StrongroomError as error:
                     with self._lock:
-                        self._settling.extend(self._new(each.rules, some) for _, some in self._apart(each.bits, error))
-                self._settling.popleft()
+                        self._returns.extend(self._new(each.rules, some) for _, some in self._apart(each.bits, error))
+                self._returns.popleft()
 
     @staticmethod
     def _apart(bits: Mapping[Key, int], error: StrongroomError) -> list[tuple[tuple[str, str], dict[Key, int]]]:
@@ -117,8 +117,8 @@ class Settlements:
         _log.warning("the custodian does not settle %d bits: %s", sum(bits.values()), error)
         return []
 
-    def _new(self, rules: str, bits: Mapping[Key, int]) -> _Settling:
-        return _Settling(secrets.token_hex(16), bits, self._clock(), rules)
+    def _new(self, rules: str, bits: Mapping[Key, int]) -> _Return:
+        return _Return(secrets.token_hex(16), bits, self._clock(), rules)
 
     def _settle_unheard(self) -> bool:
         """Give back what was drawn for an answer that nobody got, if it was: drawn now, if it was not, it is given back
@@ -131,7 +131,7 @@ class Settlements:
                     pairs = zip(each.wants, found.spare, strict=False)
                     if bits := {want.key: want.missing + spare for want, spare in pairs}:
                         with self._lock:
-                            self._settling.append(self._new(str(each.value["rules"]), bits))
+                            self._returns.append(self._new(str(each.value["rules"]), bits))
             except (BackendError, Sealed) as error:
                 _log.warning("budgets are settled later: %s", error)
                 return False

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -329,6 +330,45 @@ def test_nothing_is_drawn_while_something_is_owed(desk):
     assert worker.owed == 0
     late[0]()
     assert desk.used("identity", "day", "user/ana") == 2 * IDENTITY
+
+
+def test_nobody_waits_behind_all_who_pay_at_a_network_that_has_gone_dark(desk):
+    """Each of them waits for it for seconds, in one of few threads: who asks then, and who ends the gateway, would be
+    told after an hour. Whoever pays next pays for all."""
+
+    class Dark(OwnCounters):
+        tries, down, asked, go = 0, True, threading.Event(), threading.Event()
+
+        def pay(self, *what):
+            if self.down:
+                self.tries += 1
+                self.asked.set()
+                assert self.go.wait(60)
+                raise BackendError("server.unreachable", "no answer")
+            super().pay(*what)
+
+    table = Dark(desk.db)
+    worker = Budgets(table, RULES, lambda _: SIZE, lambda: desk.now)
+    answers, paying = [worker.reserve(ANA, REF, 10) for _ in range(50)], []
+    with ThreadPoolExecutor(50) as threads:
+        try:
+            for each in answers:
+                each.settle(5000, pay=lambda work: paying.append(threads.submit(work)))
+            assert table.asked.wait(60)
+            end = time.monotonic() + 60
+            while sum(each.done() for each in paying) < len(paying) - 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        finally:
+            table.go.set()
+    assert table.tries == 2  # one paid, and one waited
+    assert len(paying) > 10
+    assert worker.owed > 0
+    table.down = False
+    worker.pay()
+    assert worker.owed == 0
+    worker.close()
+    assert desk.used("identity", "day", "user/ana") == 50 * 5000
 
 
 def test_whoever_waited_behind_a_draw_that_was_lost_does_not_wait_for_one_of_their_own(desk):

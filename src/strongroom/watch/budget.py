@@ -137,6 +137,7 @@ class Budgets:
         self._known_small: set[str] = set()
         self._memory = threading.Lock()  # held for moments only
         self._drawing = threading.Lock()  # held during transactions; taken before the other
+        self._about_to_pay = threading.Lock()  # held while that one is waited for, by who pays; taken before both
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
         self._retired: list[_Purse] = []
         self._filled: set[_Purse] = set()  # those that may have something in their pocket
@@ -341,9 +342,18 @@ class Budgets:
         return refused
 
     def pay(self) -> None:
-        """Charge what is owed; what can't be charged now is owed still."""
-        with suppress(StrongroomError), self._drawing:
-            self._settle_debts()
+        """Charge what is owed; what can't be charged now is owed still. Back at once where another thread is about to:
+        else all who pay at a network that has gone dark would keep the threads that others need, each for seconds."""
+        if self._about_to_pay.acquire(blocking=False):
+            try:
+                self._drawing.acquire()
+            finally:
+                self._about_to_pay.release()
+            try:
+                with suppress(StrongroomError):
+                    self._settle_debts()
+            finally:
+                self._drawing.release()
 
     def _settle_debts(self) -> None:
         """Errors of the database, or the room."""

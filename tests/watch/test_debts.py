@@ -301,6 +301,24 @@ def test_who_did_not_start_leaves_what_it_had_taken_over(folder):
     assert Debts(folder, ROOM).owed == 500
 
 
+def test_who_starts_again_and_again_on_a_full_disk_leaves_no_files(folder, monkeypatch):
+    one = Debts(folder, ROOM)
+    one.add({MINE: 500})
+    one.close()
+    before = files(folder)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for _ in range(3):
+            with pytest.raises(BackendError):
+                Debts(folder, ROOM)
+    assert files(folder) == before
+    assert Debts(folder, ROOM).owed == 500
+
+
 def test_identifiers_of_debts_are_no_budget_and_forgotten_in_time(desk, folder):
     worker = desk.worker(debts=Debts(folder, ROOM))
     worker.reserve(Spender("user/ana", "10.0.0.0/24"), REF, 10).settle(50_000)

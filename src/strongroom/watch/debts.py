@@ -157,8 +157,8 @@ class Debts:
             self.write()
         with self._writing:
             if self._path is not None:
-                if not self._pending:
-                    with suppress(OSError):
+                with suppress(OSError):
+                    if not self._pending or not os.fstat(self._file).st_size:
                         self._path.unlink()
                 os.close(self._file)
             self._path, self._folder = None, None

@@ -448,6 +448,21 @@ def test_alarms_at_half_at_80_and_at_100(desk):
     assert IDENTITY // 2 <= first.used < IDENTITY * 0.6
 
 
+def test_an_alarm_that_is_passed_by_what_an_answer_had_beyond_all_is_sounded(desk):
+    """A server that gives more than was reserved for is what alarms are for."""
+    worker = desk.worker((Rule("team", "day", 0.01),))
+    worker.reserve(ANA, REF, 10).settle(60_000)
+    assert desk.alarms == []
+    desk.worker((Rule("team", "day", 0.01),)).reserve(BEN, REF, 10).settle(10)  # others have not passed it
+    worker.reserve(ANA, REF, 10).settle(10)
+    assert [(each.who, each.percent) for each in desk.alarms] == [("team/red", 50)]
+    worker.take(ANA, REF, 10).settle(200_000)
+    worker.reserve(ANA, REF, 10).settle(300_000)
+    assert [each.percent for each in desk.alarms] == [50, 80, 100]
+    worker.reserve(ANA, REF, 10)
+    assert [each.percent for each in desk.alarms] == [50, 80, 100]
+
+
 def test_of_weights_smaller_than_an_answer_it_is_said_once_and_no_alarm_is_sounded(desk):
     told = []
     worker = desk.worker(DEFAULTS, size=1_000_000, small=lambda *said: told.append(said))

@@ -19,7 +19,7 @@ from strongroom.errors import BackendError, Tampered
 from strongroom.watch.counters import Counters, Key
 from strongroom.watch.debts import Debts
 from strongroom.watch.drawing import OwnCounters
-from strongroom.watch.rules import Spender
+from strongroom.watch.rules import Rule, Spender
 from watch.budgets import ANA, BEN, NOON, REF, ROOM, Desk
 
 DAY = 86_400
@@ -77,6 +77,16 @@ def test_who_kills_a_worker_has_nothing_for_nothing(desk, folder, step, given):
     assert desk.used("model", "hour") >= (granted if given else 0)
     debts.close()
     assert files(folder) == []
+
+
+def test_an_alarm_that_is_passed_by_what_was_taken_over_is_sounded(desk, folder):
+    one = Debts(folder, ROOM)
+    one.add({Key("team", "day", TODAY, "team/red", REF): 90_000})
+    one.close()
+    worker = desk.worker((Rule("team", "day", 0.01),), debts=Debts(folder, ROOM))
+    worker.pay()
+    worker.reserve(ANA, REF, 1)
+    assert [each.percent for each in desk.alarms] == [50, 80]
 
 
 @pytest.mark.parametrize("step", ["before it is sent", "the answer is lost", "before the file is emptied"])

@@ -52,13 +52,14 @@ class Alarm:
 
 
 class _Counter:
-    """One counter as this worker has it. `free`: bits that are charged and not spent."""
+    """One counter as this worker has it. `free`: bits that are charged and not spent; `seen`: what it had after
+    the last draw."""
 
-    __slots__ = ("ends", "free", "key", "limit", "rule")
+    __slots__ = ("ends", "free", "key", "limit", "rule", "seen")
 
     def __init__(self, rule: Rule, key: Key, limit: int, ends: int | None) -> None:
         self.rule, self.key, self.limit, self.ends = rule, key, limit, ends
-        self.free = 0
+        self.free = self.seen = 0
 
 
 class _Purse:
@@ -287,11 +288,20 @@ class Budgets:
                         counter.free += amount
                     purse.out += 1
                     purse.at, purse.refused = self._clock(), None
-                found = [alarm for each in zip(wants, _spans(wants, drawn), strict=True) for alarm in _crossed(*each)]
-                return purse, [each for each in found if each.hard or each.limit >= ANSWER]
+                return purse, [each for each in self._passed(low, wants, drawn) if each.hard or each.limit >= ANSWER]
         raise BackendError(
             "budget.clock", "the time that budgets are counted by does not stand still", hint="strongroom doctor"
         )
+
+    def _passed(self, low: Sequence[_Counter], wants: Sequence[Want], drawn: Drawn) -> list[Alarm]:
+        """What a draw has passed, and with it what debts had before: nobody is told when these are paid."""
+        found = []
+        raised = self.debts.raised(each.key for each in wants)
+        for counter, want, (before, after) in zip(low, wants, _spans(wants, drawn), strict=True):
+            since = min(counter.seen, before) if want.key in raised else before
+            found += _crossed(want, (since, after))
+            counter.seen = after
+        return found
 
     def _purse(self, who: Spender, ref: str, size: int, now: int) -> _Purse:
         """That of now; one whose window has ended is kept until its last answer is settled."""

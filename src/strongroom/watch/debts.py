@@ -14,7 +14,7 @@ import secrets
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from strongroom.watch.rules import SCOPES, WINDOWS, window_at
 
 _COUNTERS = 1000  # of one debt: a custodian takes 1,024
 _LINE = 4 << 20  # bytes of one, at most: whoever makes a larger file shall not have all memory
+_RAISED = 1 << 16  # counters whose alarms are to be looked at
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a folder, a socket
 _KINDS = (str, str, int, str, str, int)
 
@@ -74,6 +75,7 @@ class Debts:
         self._paying = threading.Lock()  # held while the counters are asked; taken before both
         self._pending: deque[_Debt] = deque()
         self._unwritten: list[_Debt] = []
+        self._raised: dict[Key, None] = {}
         self._path: Path | None = None  # of the file that is locked and written to, once there is one
         self._file = -1
         self._failure: BackendError | None = None
@@ -133,7 +135,15 @@ class Debts:
                 pay(debt.asked, debt.bits)
                 with self._lock:
                     self._pending.popleft()
+                    self._raised |= dict.fromkeys(debt.bits)
+                    while len(self._raised) > _RAISED:
+                        del self._raised[next(iter(self._raised))]
             self._empty()
+
+    def raised(self, keys: Iterable[Key]) -> set[Key]:
+        """Which of these have had debts paid since they were asked about last."""
+        with self._lock:
+            return {key for key in keys if self._raised.pop(key, self) is None}
 
     @property
     def owed(self) -> int:

@@ -34,6 +34,7 @@ from strongroom.errors import (
     NotFound,
     Sealed,
     StrongroomError,
+    Tampered,
     UsageError,
 )
 from strongroom.formats.authority import OIDC, X509, Authority
@@ -135,6 +136,11 @@ def house(tmp_path_factory, provider, domain):
 def away(house):
     house.inference.script = lambda _: [whole()]
     return house
+
+
+def saying(error, *_, **__):
+    """In the place of `Session.request`."""
+    raise error
 
 
 def not_at_midnight():
@@ -514,6 +520,22 @@ def test_what_was_spent_under_other_budgets_is_charged_all_the_same(away, monkey
                 debts.settle(partial(old.pay, 0))
         debts.settle(partial(old.pay, 0))
         assert host.budget(REF)["gone_bits"] == before + 331
+
+        # Nor is it forgotten for anything else that a custodian, or what is before it, says for the moment.
+        debts.add({key: 17})
+        for said in (
+            Tampered("budget.clock", "its clock is off"),
+            NotFound("server.no_route", "it is being renewed"),
+            UsageError("server.body", "somebody is between"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(session, "request", partial(saying, said))
+                with pytest.raises(Sealed) as sealed:
+                    debts.settle(partial(old.pay, 0))
+            assert sealed.value.code == "gateway.budgets"
+            assert said.message in sealed.value.message
+        debts.settle(partial(old.pay, 0))
+        assert host.budget(REF)["gone_bits"] == before + 348
         with pytest.raises(UsageError) as caught:  # more than an answer can be, as beside the room
             room.counters(away.settings().budgets).draw(0, REF, 1 << 33, [Want(key, 1 << 40, False, 1 << 33)])
         assert caught.value.code == "budget.bits"

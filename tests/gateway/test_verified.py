@@ -161,6 +161,41 @@ def test_settings_that_are_read_again_meanwhile_lose_no_alarm(verifier, database
     assert (tally.tokens, tally.dangerous) == (15, 1)
 
 
+@pytest.mark.parametrize("other", ["is kept", "is lost, too"])
+def test_an_alarm_that_is_not_kept_yet_is_not_ended_by_what_comes_meanwhile(verifier, database, monkeypatch, other):
+    """Settings were read again: two are on their way at once, and the one that has no alarm comes last."""
+    made = verified(verifier, database, [])
+    lost, go = threading.Event(), threading.Event()
+    add = Tallies.add
+
+    def away(tallies, ref, arithmetic, tally):
+        if tally.dangerous:
+            raise BackendError("db.down", "the database is down")
+        lost.set()
+        assert go.wait(60)
+        if other == "is kept":
+            return add(tallies, ref, arithmetic, tally)
+        raise BackendError("db.down", "the database is down")
+
+    async def work():
+        good = asyncio.create_task(made._keep(REF, "float32", Tally(good=5)))
+        await asyncio.to_thread(lost.wait, 60)
+        await made._keep(REF, "float32", Tally(good=9, dangerous=1))
+        with pytest.raises(Sealed):
+            made.check()
+        go.set()
+        await good
+
+    monkeypatch.setattr(Tallies, "add", away)
+    asyncio.run(work())
+    with pytest.raises(Sealed, match="1 of 10 tokens"):
+        made.check()
+    monkeypatch.undo()
+    asyncio.run(made._keep(REF, "float32", Tally(good=5)))
+    with pytest.raises(Sealed, match="1 of 20 tokens"):
+        made.check()
+
+
 def test_a_tally_that_is_set_back_ends_no_alarm_of_whoever_has_seen_it(verifier, database):
     made = verified(verifier, database, [says(good=9, dangerous=1)])
     made._judge(made._newest(Kept(REF, 0, "float32", Tally(good=5))))

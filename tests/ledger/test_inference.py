@@ -286,6 +286,11 @@ class TestSignedAccounts:
         log.signed(1, at=NOW, said_at=NOW - 301)
         log.refused("statement.late")
 
+    def test_end_before_no_integer_is_left_to_count_them(self, log):
+        """A custodian counts them, and could write no snapshot of a number that there is not."""
+        log.signed(2**53 - 1)
+        log.refused("log.unfounded")
+
     def test_are_of_a_version_that_there_was(self, log):
         log.signed(0, "acme/other@1")
         log.refused("log.unfounded")

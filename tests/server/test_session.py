@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 
 import pytest
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.server
 class Hanging:
     """A server with the room's certificate that hangs up without an answer when `hangs_up` says so of a request."""
 
-    def __init__(self, folder, hangs_up, answer=b"{}", more=0):
+    def __init__(self, folder, hangs_up, answer=b"{}", more=0, drops=0.0):
+        self.drops = drops  # seconds between two bytes of a head that does not end
         self.more = more  # bytes that are announced and don't come
         self.authority, self.hangs_up, self.answer, self.heard = Authority(folder, "test"), hangs_up, answer, []
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -48,6 +50,11 @@ class Hanging:
                     self.heard.append(request)
                     if self.hangs_up(len(self.heard)):
                         break
+                    if self.drops:
+                        wire.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                        while True:  # until nobody is there any more
+                            wire.sendall(b"x")
+                            time.sleep(self.drops)
                     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(self.answer) + self.more}\r\n\r\n"
                     wire.sendall(head.encode() + self.answer)
                     if self.more:
@@ -128,6 +135,15 @@ def test_an_answer_that_comes_in_drops_is_not_waited_for(hanging):
     with pytest.raises(BackendError) as caught:
         client.request("GET", "/slow")
     assert caught.value.code == "server.too_slow"
+    client.close()
+
+
+def test_nor_is_one_whose_head_comes_in_drops(hanging):
+    """Each drop comes in time; and whoever waits for it may hold a lock that all others need."""
+    client = Session(hanging(lambda count: False, drops=0.05).card, patience=1.0)
+    with pytest.raises(BackendError) as caught:
+        client.request("POST", "/slow", b"1")
+    assert caught.value.code == "server.unreachable"
     client.close()
 
 

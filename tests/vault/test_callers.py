@@ -26,6 +26,7 @@ from strongroom.formats.authority import (
 from strongroom.formats.statement import Statement
 from strongroom.formats.stream import DAY, KEPT
 from strongroom.gateway.door import Door
+from strongroom.ledger import log as log_module
 from strongroom.policy import usage
 from strongroom.policy.engine import Policies
 from strongroom.policy.query import FEATURES
@@ -315,6 +316,20 @@ class TestAccounts:
         assert caught.value.code == "inference.behind"
         team.callers.record("", ACCOUNT)
         team.callers.record(REF, {**ACCOUNT, "gateway": "7" * 32, **wrong})
+        assert team.olga.log.verify()["ok"]
+
+    def test_sums_that_no_integer_has_do_not_end_the_log(self, team, monkeypatch):
+        """A snapshot of them could not be written, and with it no entry any more: whoever has a gateway's key could
+        end the room."""
+        monkeypatch.setattr(log_module, "_SNAPSHOT_EVERY", 1)
+        most = 2**53 - 1
+        for records in (3, 9):
+            said = {**ACCOUNT, "records": records, **dict.fromkeys(("requests", "refused", "tokens", "bits"), most)}
+            team.callers.record(REF, said)
+        kept = team.olga._vault.custodian.ledger._snapshot_due
+        while team.olga._vault.custodian.ledger._snapshot_due == kept:  # until the next one is
+            team.callers.record(REF, {**ACCOUNT, "records": 12})
+        assert used(team, REF, 0).as_json() == dict.fromkeys(("requests", "refused", "tokens", "bits"), most)
         assert team.olga.log.verify()["ok"]
 
     def test_sums_are_kept_by_version_and_day_for_as_long_as_they_matter(self, team):

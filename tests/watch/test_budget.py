@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,45 @@ def test_nothing_is_drawn_while_something_is_owed(desk):
     assert desk.used("identity", "day", "user/ana") == 2 * IDENTITY
 
 
+def test_nobody_waits_behind_all_who_pay_at_a_network_that_has_gone_dark(desk):
+    """Each of them waits for it for seconds, in one of few threads: who asks then, and who ends the gateway, would be
+    told after an hour. Whoever pays next pays for all."""
+
+    class Dark(OwnCounters):
+        tries, down, asked, go = 0, True, threading.Event(), threading.Event()
+
+        def pay(self, *what):
+            if self.down:
+                self.tries += 1
+                self.asked.set()
+                assert self.go.wait(60)
+                raise BackendError("server.unreachable", "no answer")
+            super().pay(*what)
+
+    table = Dark(desk.db)
+    worker = Budgets(table, RULES, lambda _: SIZE, lambda: desk.now)
+    answers, paying = [worker.reserve(ANA, REF, 10) for _ in range(50)], []
+    with ThreadPoolExecutor(50) as threads:
+        try:
+            for each in answers:
+                each.settle(5000, pay=lambda work: paying.append(threads.submit(work)))
+            assert table.asked.wait(60)
+            end = time.monotonic() + 60
+            while sum(each.done() for each in paying) < len(paying) - 2:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        finally:
+            table.go.set()
+    assert table.tries == 2  # one paid, and one waited
+    assert len(paying) > 10
+    assert worker.owed > 0
+    table.down = False
+    worker.pay()
+    assert worker.owed == 0
+    worker.close()
+    assert desk.used("identity", "day", "user/ana") == 50 * 5000
+
+
 def test_whoever_waited_behind_a_draw_that_was_lost_does_not_wait_for_one_of_their_own(desk):
     """Each waits for the network for seconds: of a hundred the last one would be told after a quarter of an hour, and
     so would those who come when the room is back."""
@@ -406,6 +446,21 @@ def test_alarms_at_half_at_80_and_at_100(desk):
     first = desk.alarms[0]
     assert first == Alarm("team", "day", "team/red", REF, 50, first.used, IDENTITY, hard=False)
     assert IDENTITY // 2 <= first.used < IDENTITY * 0.6
+
+
+def test_an_alarm_that_is_passed_by_what_an_answer_had_beyond_all_is_sounded(desk):
+    """A server that gives more than was reserved for is what alarms are for."""
+    worker = desk.worker((Rule("team", "day", 0.01),))
+    worker.reserve(ANA, REF, 10).settle(60_000)
+    assert desk.alarms == []
+    desk.worker((Rule("team", "day", 0.01),)).reserve(BEN, REF, 10).settle(10)  # others have not passed it
+    worker.reserve(ANA, REF, 10).settle(10)
+    assert [(each.who, each.percent) for each in desk.alarms] == [("team/red", 50)]
+    worker.take(ANA, REF, 10).settle(200_000)
+    worker.reserve(ANA, REF, 10).settle(300_000)
+    assert [each.percent for each in desk.alarms] == [50, 80, 100]
+    worker.reserve(ANA, REF, 10)
+    assert [each.percent for each in desk.alarms] == [50, 80, 100]
 
 
 def test_of_weights_smaller_than_an_answer_it_is_said_once_and_no_alarm_is_sounded(desk):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ from strongroom.errors import BackendError, Tampered
 from strongroom.watch.counters import Counters, Key
 from strongroom.watch.debts import Debts
 from strongroom.watch.drawing import OwnCounters
-from strongroom.watch.rules import Spender
+from strongroom.watch.rules import Rule, Spender
 from watch.budgets import ANA, BEN, NOON, REF, ROOM, Desk
 
 DAY = 86_400
@@ -75,6 +77,16 @@ def test_who_kills_a_worker_has_nothing_for_nothing(desk, folder, step, given):
     assert desk.used("model", "hour") >= (granted if given else 0)
     debts.close()
     assert files(folder) == []
+
+
+def test_an_alarm_that_is_passed_by_what_was_taken_over_is_sounded(desk, folder):
+    one = Debts(folder, ROOM)
+    one.add({Key("team", "day", TODAY, "team/red", REF): 90_000})
+    one.close()
+    worker = desk.worker((Rule("team", "day", 0.01),), debts=Debts(folder, ROOM))
+    worker.pay()
+    worker.reserve(ANA, REF, 1)
+    assert [each.percent for each in desk.alarms] == [50, 80]
 
 
 @pytest.mark.parametrize("step", ["before it is sent", "the answer is lost", "before the file is emptied"])
@@ -200,6 +212,7 @@ GOOD = {"asked": "5d" * 16, "bits": [[*MINE, 5]]}
                 {"bits": [["identity", "day", 1 << 50, "user/ana", REF, 5]]},
                 {"bits": [["identity", "day", TODAY, "user/ana", "@", 5]]},
                 {"bits": [[*MINE, 5]] * 1001},
+                {"bits": [[*MINE, 5000], [*MINE, 5]]},
             )
         ),
     ],
@@ -237,13 +250,83 @@ def test_what_can_not_be_written_is_charged_and_nothing_more_is_answered(desk, t
     debts.close()
 
 
-def test_a_link_is_no_file_of_a_worker(folder, tmp_path):
+@pytest.mark.parametrize("made", ["a link", "a pipe", "a folder", "a socket"])
+def test_what_is_no_file_of_a_worker_ends_the_start_and_nobody_waits_for_it(folder, tmp_path, monkeypatch, made):
     folder.mkdir()
+    monkeypatch.chdir(folder)  # the name of a socket is short
     (tmp_path / "else").write_bytes(b"")
-    (folder / f"{ROOM}.{'0' * 32}.owed").symlink_to(tmp_path / "else")
-    with pytest.raises(BackendError):
-        Debts(folder, ROOM)
+    path = folder / f"{ROOM}.{'0' * 32}.owed"
+    with socket.socket(socket.AF_UNIX) as end:
+        match made:
+            case "a link":
+                path.symlink_to(tmp_path / "else")
+            case "a pipe":
+                os.mkfifo(path)
+            case "a folder":
+                path.mkdir()
+            case "a socket":
+                end.bind(path.name)
+        with pytest.raises(Tampered) as caught:
+            Debts(folder, ROOM)
+    assert caught.value.code == "budget.owed"
+    assert path.name in caught.value.hint
     assert (tmp_path / "else").exists()
+
+
+def test_a_huge_file_is_not_read_into_memory(folder):
+    folder.mkdir()
+    with (folder / f"{ROOM}.{'0' * 32}.owed").open("wb") as file:
+        file.truncate(64 << 30)  # a hole
+    with pytest.raises(Tampered):
+        Debts(folder, ROOM)
+
+
+def test_a_folder_that_can_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch):
+    one = Debts(folder, ROOM)
+    one.add({MINE: 500})
+    one.close()
+
+    def fails(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        for name in ("listdir", "scandir"):  # whichever it is that a folder is read with
+            patch.setattr(os, name, fails)
+        with pytest.raises(BackendError) as caught:
+            Debts(folder, ROOM)
+    assert caught.value.code == "records.unwritable"
+    assert Debts(folder, ROOM).owed == 500
+
+
+def test_who_did_not_start_leaves_what_it_had_taken_over(folder):
+    one = Debts(folder, ROOM)
+    one.add({MINE: 500})
+    one.close()
+    bad = folder / f"{ROOM}.{'g' * 32}.owed"  # after all others
+    bad.write_bytes(b"no debt\n")
+    with pytest.raises(Tampered) as caught:
+        Debts(folder, ROOM)
+    assert caught.value is not None  # with the frames that have what did not start
+    bad.unlink()
+    assert Debts(folder, ROOM).owed == 500
+
+
+def test_who_starts_again_and_again_on_a_full_disk_leaves_no_files(folder, monkeypatch):
+    one = Debts(folder, ROOM)
+    one.add({MINE: 500})
+    one.close()
+    before = files(folder)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        for _ in range(3):
+            with pytest.raises(BackendError):
+                Debts(folder, ROOM)
+    assert files(folder) == before
+    assert Debts(folder, ROOM).owed == 500
 
 
 def test_identifiers_of_debts_are_no_budget_and_forgotten_in_time(desk, folder):

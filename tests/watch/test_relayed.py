@@ -241,6 +241,15 @@ def test_what_was_paid_is_remembered_for_a_month_and_whose_it_is(desk, room):
     assert desk.used("everybody", "lifetime", ref="acme/tiny") == 82
 
 
+def test_what_charges_nothing_is_not_remembered_for_a_month(desk, room):
+    """Else whoever has a gateway's key could fill the database with it."""
+    for _ in range(3):
+        room.settle(GATE, next(IDS), [Settled("everybody", "lifetime", 0, "", "acme/tiny", 0)], ())
+    with desk.db.reading() as tx:
+        rows = tx.exec_driver_sql("SELECT scope, count(*) FROM egress WHERE scope IN ('paid', 'asked') GROUP BY scope")
+        assert [tuple(each) for each in rows] == [("asked", 3)]
+
+
 def test_a_digest_is_of_all_that_limits_are_reckoned_by():
     digests = {
         digest_of(rules, bits, compression)

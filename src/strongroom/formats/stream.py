@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from strongroom.core.canonical import MAX_INTEGER
+
 DAY = 86_400
 KEPT = 400  # days
 _SEEN = 7  # days for which it is known how far a stream is: each worker begins one whenever it starts
@@ -42,6 +44,8 @@ def owned(stream: str, room: str, principal: str) -> bool:
 def fault(before: Told | None, body: Mapping[str, Any], account: int | None) -> str:
     """What is wrong with an entry of the stream of which the log has `before`, or nothing. `account`: the number that
     was signed, None where nobody signed."""
+    if account == MAX_INTEGER:
+        return f"no account can come after {account}"
     if before is None:
         return ""
     if (account is None) != (before.accounts == 0):

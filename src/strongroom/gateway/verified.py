@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +28,12 @@ _log = logging.getLogger("strongroom.gateway")
 @dataclass
 class _Known:
     """What was found in one term. By version and arithmetic: what the database had last (`kept`), what it did not take
-    yet (`unkept`), and what is wrong (`alarms`, empty: nothing); `alarm` is all of these. `verdicts` by version, the
-    newest of each."""
+    yet (`unkept`), how much is on its way there, and what is wrong (`alarms`, empty: nothing); `alarm` is all of these.
+    `verdicts` by version, the newest of each."""
 
     kept: dict[tuple[str, str], Kept] = field(default_factory=dict)
     unkept: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    underway: Counter[tuple[str, str]] = field(default_factory=Counter)
     alarms: dict[tuple[str, str], str] = field(default_factory=dict)
     alarm: str = ""
     verdicts: dict[str, Verdict] = field(default_factory=dict)
@@ -141,6 +143,7 @@ class Verified:
     async def _keep(self, ref: str, arithmetic: str, run: Tally) -> None:
         key, known = (ref, arithmetic), self._known
         run += known.unkept.pop(key, Tally())
+        known.underway[key] += 1
         try:
             found = self._newest(await asyncio.to_thread(self._tallies.add, ref, arithmetic, run))
         except Exception as error:  # noqa: BLE001 - of a driver, too
@@ -148,6 +151,8 @@ class Verified:
             known.unkept[key] = known.unkept.get(key, Tally()) + run
             before = known.kept.get(key)  # whoever stops the database must not end an alarm
             found = Kept(ref, self._tallies.term, arithmetic, run + (before.tally if before else Tally()))
+        finally:
+            known.underway[key] -= 1
         self._judge(found)
         if alarm := known.verdicts[ref].alarm:
             _log.error("verified inference of %s: %s", ref, alarm)
@@ -163,10 +168,13 @@ class Verified:
 
     def _judge(self, found: Kept) -> None:
         """What all gateways of the room have had verified, of one version in one kind of arithmetic."""
-        known = self._known
+        known, key = self._known, (found.ref, found.arithmetic)
         if found.tally.tokens or found.tally.others:
-            verdict = known.verdicts[found.ref] = found.verdict(self._vocabulary(found.ref))
-            known.alarms[found.ref, found.arithmetic] = verdict.alarm
+            verdict = found.verdict(self._vocabulary(found.ref))
+            # What an alarm was sounded for may be in none of this yet: it is not ended by who was quicker.
+            if not verdict.alarm and known.alarms.get(key) and (known.underway[key] or key in known.unkept):
+                return
+            known.verdicts[found.ref], known.alarms[key] = verdict, verdict.alarm
             known.alarm = "; ".join(filter(None, known.alarms.values()))
 
     async def _ask(self, body: bytes) -> dict[str, Any]:

@@ -197,7 +197,7 @@ class State:
     inference are counted; all others are kept for ever: after the clock was set back they would be young again.
     """
 
-    FOLD: ClassVar[int] = 6  # raised with every change of what an entry does here: snapshots of before are void
+    FOLD: ClassVar[int] = 7  # raised with every change of what an entry does here: snapshots of before are void
 
     room: str = ""
     signer: str = ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from strongroom.core.canonical import MAX_INTEGER
 from strongroom.errors import Conflict
 from strongroom.formats.entry import Entry
 from strongroom.formats.statement import Statement
@@ -28,13 +29,18 @@ class Usage:
     bits: int = 0
 
     def add(self, requests: int, refused: int, tokens: int, bits: int) -> None:
-        self.requests += requests
-        self.refused += refused
-        self.tokens += tokens
-        self.bits += bits
+        self.requests = _sum(self.requests, requests)
+        self.refused = _sum(self.refused, refused)
+        self.tokens = _sum(self.tokens, tokens)
+        self.bits = _sum(self.bits, bits)
 
     def as_json(self) -> dict[str, int]:
         return asdict(self)
+
+
+def _sum(one: int, other: int) -> int:
+    """Else a gateway that says absurdly much could make sums of which no snapshot can be written, nor then an entry."""
+    return min(one + other, MAX_INTEGER)
 
 
 def from_json(value: Mapping[str, Any]) -> dict[str, dict[str, Usage]]:
@@ -70,7 +76,7 @@ def apply(state: State, entry: Entry) -> None:
     if str(hour) not in state.hours:  # this one, and the one before
         state.hours = {each: sums for each, sums in state.hours.items() if int(each) >= hour - 1} | {str(hour): {}}
     sums = state.hours[str(hour)]
-    sums[entry.ref] = sums.get(entry.ref, 0) + body["bits"]
+    sums[entry.ref] = _sum(sums.get(entry.ref, 0), body["bits"])
 
 
 def since(state: State, ref: str, begin: int) -> Usage:
@@ -91,9 +97,9 @@ def bits(state: State, ref: str, begin: int, *, hourly: bool = False) -> int:
 
     if hourly:
         hours = [sums for hour, sums in state.hours.items() if int(hour) >= begin // _HOUR]
-        return sum(amount for sums in hours for each, amount in sums.items() if named(each))
+        return min(MAX_INTEGER, sum(amount for sums in hours for each, amount in sums.items() if named(each)))
     days = [sums for day, sums in state.usage.items() if int(day) >= begin // DAY]
-    return sum(one.bits for sums in days for each, one in sums.items() if named(each))
+    return min(MAX_INTEGER, sum(one.bits for sums in days for each, one in sums.items() if named(each)))
 
 
 def on(state: State, ref: str, at: int) -> Usage:

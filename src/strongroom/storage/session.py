@@ -6,7 +6,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
+import math
+import socket
 import ssl
 import threading
 import time
@@ -35,6 +38,44 @@ _CLASSES: dict[str, type[StrongroomError]] = {
     for name, found in vars(errors).items()
     if isinstance(found, type) and issubclass(found, StrongroomError) and found is not StrongroomError
 }
+
+
+class _Dripping(io.RawIOBase):
+    """What comes from a server, until a time by which the head of its answer is to be there."""
+
+    def __init__(self, raw: io.RawIOBase, until: float) -> None:
+        self._raw, self.until = raw, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if time.monotonic() > self.until:
+            raise TimeoutError
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(HTTPResponse):
+    """The patience of a socket begins anew with each byte: with a byte now and then a head would never end, and whoever
+    waits for it may hold what others need."""
+
+    def __init__(self, sock: socket.socket, *more: Any, **named: Any) -> None:
+        super().__init__(sock, *more, **named)
+        self._patience = sock.gettimeout() or _TIMEOUT
+
+    def begin(self) -> None:
+        dripping = _Dripping(self.fp.detach(), time.monotonic() + 2 * self._patience)  # once until it begins
+        self.fp = io.BufferedReader(dripping)
+        super().begin()
+        dripping.until = math.inf
+
+
+class _Connection(HTTPSConnection):
+    response_class = _Response
 
 
 class Session:
@@ -76,7 +117,7 @@ class Session:
         """POST `size` bytes that come in `pieces`, on a new connection; answer and errors as `request`. What was sent
         once can't be sent again here: BackendError ``server.unreachable`` when the connection ends. What is answered
         202 goes on in that very server: this thread goes on with that connection."""
-        connection = HTTPSConnection(self._host, self._port, timeout=self._patience, context=self._tls)
+        connection = _Connection(self._host, self._port, timeout=self._patience, context=self._tls)
         about = {**headers, "Content-Type": "application/octet-stream", "Content-Length": str(size)}
         response = None
         try:
@@ -132,9 +173,7 @@ class Session:
         for first in (True, False):
             kept = getattr(self._own, "connection", None) is not None
             if not kept:
-                self._own.connection = HTTPSConnection(
-                    self._host, self._port, timeout=self._patience, context=self._tls
-                )
+                self._own.connection = _Connection(self._host, self._port, timeout=self._patience, context=self._tls)
                 self._all.add(self._own.connection)
             try:
                 self._own.connection.request(method, path, body or None, headers)

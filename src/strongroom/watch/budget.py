@@ -52,13 +52,14 @@ class Alarm:
 
 
 class _Counter:
-    """One counter as this worker has it. `free`: bits that are charged and not spent."""
+    """One counter as this worker has it. `free`: bits that are charged and not spent; `seen`: what it had after
+    the last draw."""
 
-    __slots__ = ("ends", "free", "key", "limit", "rule")
+    __slots__ = ("ends", "free", "key", "limit", "rule", "seen")
 
     def __init__(self, rule: Rule, key: Key, limit: int, ends: int | None) -> None:
         self.rule, self.key, self.limit, self.ends = rule, key, limit, ends
-        self.free = 0
+        self.free = self.seen = 0
 
 
 class _Purse:
@@ -137,6 +138,7 @@ class Budgets:
         self._known_small: set[str] = set()
         self._memory = threading.Lock()  # held for moments only
         self._drawing = threading.Lock()  # held during transactions; taken before the other
+        self._about_to_pay = threading.Lock()  # held while that one is waited for, by who pays; taken before both
         self._purses: dict[tuple[str, str, tuple[str, ...], str], _Purse] = {}
         self._retired: list[_Purse] = []
         self._filled: set[_Purse] = set()  # those that may have something in their pocket
@@ -286,11 +288,20 @@ class Budgets:
                         counter.free += amount
                     purse.out += 1
                     purse.at, purse.refused = self._clock(), None
-                found = [alarm for each in zip(wants, _spans(wants, drawn), strict=True) for alarm in _crossed(*each)]
-                return purse, [each for each in found if each.hard or each.limit >= ANSWER]
+                return purse, [each for each in self._passed(low, wants, drawn) if each.hard or each.limit >= ANSWER]
         raise BackendError(
             "budget.clock", "the time that budgets are counted by does not stand still", hint="strongroom doctor"
         )
+
+    def _passed(self, low: Sequence[_Counter], wants: Sequence[Want], drawn: Drawn) -> list[Alarm]:
+        """What a draw has passed, and with it what debts had before: nobody is told when these are paid."""
+        found = []
+        raised = self.debts.raised(each.key for each in wants)
+        for counter, want, (before, after) in zip(low, wants, _spans(wants, drawn), strict=True):
+            since = min(counter.seen, before) if want.key in raised else before
+            found += _crossed(want, (since, after))
+            counter.seen = after
+        return found
 
     def _purse(self, who: Spender, ref: str, size: int, now: int) -> _Purse:
         """That of now; one whose window has ended is kept until its last answer is settled."""
@@ -341,9 +352,18 @@ class Budgets:
         return refused
 
     def pay(self) -> None:
-        """Charge what is owed; what can't be charged now is owed still."""
-        with suppress(StrongroomError), self._drawing:
-            self._settle_debts()
+        """Charge what is owed; what can't be charged now is owed still. Back at once where another thread is about to:
+        else all who pay at a network that has gone dark would keep the threads that others need, each for seconds."""
+        if self._about_to_pay.acquire(blocking=False):
+            try:
+                self._drawing.acquire()
+            finally:
+                self._about_to_pay.release()
+            try:
+                with suppress(StrongroomError):
+                    self._settle_debts()
+            finally:
+                self._drawing.release()
 
     def _settle_debts(self) -> None:
         """Errors of the database, or the room."""

@@ -7,12 +7,14 @@ is in such a file gives anything back.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
+import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ from strongroom.watch.relayed import MOST
 from strongroom.watch.rules import SCOPES, WINDOWS, window_at
 
 _COUNTERS = 1000  # of one debt: a custodian takes 1,024
+_LINE = 4 << 20  # bytes of one, at most: whoever makes a larger file shall not have all memory
+_RAISED = 1 << 16  # counters whose alarms are to be looked at
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)  # a link, a folder, a socket
 _KINDS = (str, str, int, str, str, int)
 
 Pay = Callable[[str, Mapping[Key, int]], None]
@@ -48,7 +53,10 @@ class _Debt:
         rows = value["bits"]
         if not 1 <= len(rows) <= _COUNTERS:
             raise ValueError
-        return cls(value["asked"], dict(map(_counted, rows)))
+        bits = dict(map(_counted, rows))
+        if len(bits) < len(rows):  # else one row of a counter would take the place of another
+            raise ValueError
+        return cls(value["asked"], bits)
 
     def encode(self) -> bytes:
         value = {"asked": self.asked, "bits": [[*key, amount] for key, amount in self.bits.items()]}
@@ -68,13 +76,18 @@ class Debts:
         self._paying = threading.Lock()  # held while the counters are asked; taken before both
         self._pending: deque[_Debt] = deque()
         self._unwritten: list[_Debt] = []
+        self._raised: dict[Key, None] = {}
         self._path: Path | None = None  # of the file that is locked and written to, once there is one
         self._file = -1
         self._failure: BackendError | None = None
         # Others wait for the network, and are many: nobody's answer waits behind them for this.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="debts")
         if folder is not None:
-            self._take_over(folder)
+            try:
+                self._take_over(folder)
+            except BaseException:
+                self.close()  # what it has taken over is for whoever is started next
+                raise
 
     def check(self) -> None:
         """BackendError ``records.unwritable``: nothing is answered whose surplus could be lost."""
@@ -123,7 +136,15 @@ class Debts:
                 pay(debt.asked, debt.bits)
                 with self._lock:
                     self._pending.popleft()
+                    self._raised |= dict.fromkeys(debt.bits)
+                    while len(self._raised) > _RAISED:
+                        del self._raised[next(iter(self._raised))]
             self._empty()
+
+    def raised(self, keys: Iterable[Key]) -> set[Key]:
+        """Which of these have had debts paid since they were asked about last."""
+        with self._lock:
+            return {key for key in keys if self._raised.pop(key, self) is None}
 
     @property
     def owed(self) -> int:
@@ -147,8 +168,8 @@ class Debts:
             self.write()
         with self._writing:
             if self._path is not None:
-                if not self._pending:
-                    with suppress(OSError):
+                with suppress(OSError):
+                    if not self._pending or not os.fstat(self._file).st_size:
                         self._path.unlink()
                 os.close(self._file)
             self._path, self._folder = None, None
@@ -185,7 +206,7 @@ class Debts:
 
     def _take_over(self, folder: Path) -> None:
         try:
-            for path in sorted(folder.glob(f"{self._room}.*.owed")):
+            for path in _files(folder, f"{self._room}.*.owed"):
                 with _locked(path) as file:
                     if file is not None:
                         self._take(path, file)
@@ -200,15 +221,29 @@ class Debts:
         path.unlink()
 
 
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Not by `Path.glob`, which passes over a folder that it may not read: nobody would know what is owed there."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.match(pattern))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[int | None]:
-    """The file, if nobody holds it and it is there still; else None."""
+    """The file, if nobody holds it and it is there still; else None. Tampered ``budget.owed`` for what is no file,
+    and might be waited for without an end."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        # To write, too: over NFS nobody has such a lock who can only read.
+        file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         yield None
         return
+    except OSError as error:
+        raise _forged(path, "") if error.errno in _NO_FILE else error from None
     try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise _forged(path, "")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             there = path.stat().st_ino == os.fstat(file).st_ino
@@ -226,19 +261,23 @@ def _read(path: Path, file: int) -> list[_Debt]:
 
 
 def _debts(path: Path, lines: Any) -> Iterator[_Debt]:
-    for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
+    for number, line in enumerate(iter(lambda: lines.readline(_LINE), b""), 1):
+        if not line.endswith(b"\n") and len(line) < _LINE:
             return  # it was being written when its worker ended, and its answer has not gone out whole
         try:
             yield _Debt.decode(line[:-1])
         except (StrongroomError, ValueError, KeyError, TypeError):
-            raise Tampered(
-                "budget.owed",
-                f"line {number} of {path} is nothing that a worker of the gateway has written there: it has what was "
-                "given out and is in no budget yet",
-                hint=f"keep what it is for whoever looks into it: mv {path.name} {path.name}.kept in {path.parent}; "
-                "then start the gateway again",
-            ) from None
+            raise _forged(path, f"line {number} of ") from None
+
+
+def _forged(path: Path, which: str) -> Tampered:
+    return Tampered(
+        "budget.owed",
+        f"{which}{path} is nothing that a worker of the gateway has written there: it has what was given out and is in "
+        "no budget yet",
+        hint=f"keep what it is for whoever looks into it: mv {path.name} {path.name}.kept in {path.parent}; "
+        "then start the gateway again",
+    )
 
 
 def _counted(row: Any) -> tuple[Key, int]:

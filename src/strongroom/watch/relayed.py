@@ -113,7 +113,7 @@ class RelayedCounters:
                     raise _not_drawn(gateway)
                 change.give_back(mine)
                 change.give_back(returned)
-                _did(change, asked, gateway, (), PAID if owed else ASKED)
+                _did(change, asked, gateway, (), PAID if any(owed.values()) else ASKED)
                 self._prune(change)
                 return change.now
         except Conflict as error:

@@ -434,6 +434,8 @@ class Custodian:
             return receipt, bundles
         except (Conflict, NotFound) as error:
             before = self._opened.drop(ref)
+            if before is not None and error.code == "version.missing":
+                self.forget()  # of a shred that the log does not have: what else is kept of it goes, too
             if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
                 raise
             return self._released(statement, reason, left - 1)
@@ -461,10 +463,10 @@ class Custodian:
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
             entry = judged(state, now)
-            if unfit is not None:  # before the entry: what can't be done is not recorded as done
-                raise unfit
             if isinstance(found, Bundles):
                 check_there(tx, found.record)
+            if unfit is not None:  # before the entry: what can't be done is not recorded as done
+                raise unfit
             return Draft(entry, [reason] if reason is not None else [])
 
         receipt = self.decide(decide)

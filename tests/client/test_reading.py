@@ -29,11 +29,11 @@ def rotate(hall):  # noqa: F811
         olga.rotate(REF)
 
 
-def leased(hall, **how):  # noqa: F811
-    """The one lease that Ana has to load it from now on, asked for so."""
+def leased(hall, *, only=True, **how):  # noqa: F811
+    """The one lease that Ana has to load it from now on, or one more of them, asked for so."""
     with hall.room("user/ana") as ana, hall.room("user/ben") as ben, hall.room("user/eva") as eva:
         for each in ana.principal_show("user/ana")["leases"]:
-            if (each["action"], each["ref"]) == ("load", REF):
+            if only and (each["action"], each["ref"]) == ("load", REF):
                 ben.revoke(each["id"], reason="another one")
         asked = ana.request(REF, reason="evaluation", **how)
         ben.approve(asked["id"])
@@ -121,6 +121,18 @@ class TestRotated:
         with pytest.raises(Truncated) as caught:
             reader.read_all()
         assert caught.value.code in GONE
+        assert released(hall) == [1]
+
+    def test_while_another_lease_is_there_that_a_release_would_be_under(self, hall, ana):  # noqa: F811
+        """An approval for one use, of something else maybe, is not used up by what was begun before it."""
+        leased(hall, duration=3600)
+        reader = ana.reader(REF)
+        once = leased(hall, only=False, duration=7200, uses=1)
+        rotate(hall)
+        with pytest.raises(Truncated) as caught:
+            reader.read_all()
+        assert caught.value.code in GONE
+        assert ana.show_request(once)["state"] != "used"
         assert released(hall) == [1]
 
     def test_of_an_emergency_is_not_another_one(self, hall):  # noqa: F811

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import strongroom
+import strongroom.vault.rotate as rotating
 from strongroom.client import reading
 from strongroom.errors import IntegrityError, NotFound, Tampered, Truncated
 from strongroom.storage.reader import ImageReader
@@ -164,6 +166,20 @@ class TestRotated:
             vault.bundle(REF, "user/ana"),
             again=lambda _: (vault.blobs, vault.bundle(REF, "user/amy")),
         )
+        rotate(hall)
+        with pytest.raises(Tampered) as caught:
+            reader.read_all()
+        assert caught.value.code == "read.other"
+
+    def test_and_released_with_other_files(self, hall, ana, monkeypatch):  # noqa: F811
+        """Of the same layout, but not of the same bytes by what the index says of them."""
+        reader = ana.reader(REF)
+        store = rotating.store_index
+
+        def other(blobs, index, *more):
+            return store(blobs, replace(index, sha256=tuple("0" * 64 for _ in index.sha256)), *more)
+
+        monkeypatch.setattr(rotating, "store_index", other)
         rotate(hall)
         with pytest.raises(Tampered) as caught:
             reader.read_all()

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 T = TypeVar("T")
-
 _VERSIONS = 32  # whose secrets and manifests are kept opened
 _OUTDATED = ("release.revision", "version.missing")
 _GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
@@ -433,11 +432,10 @@ class Custodian:
             keep(ref, bundles)
             return receipt, bundles
         except (Conflict, NotFound) as error:
-            before = self._opened.drop(ref)
-            if before is not None and error.code == "version.missing":
-                self.forget()  # of a shred that the log does not have: what else is kept of it goes, too
+            before = self._opened.get(ref)
             if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
                 raise
+            self.forget()  # it may be shredded, which the log need not say: all that is kept of it goes
             return self._released(statement, reason, left - 1)
 
     def _release(self, statement: Statement, reason: Private | None, opened: Bundles | None) -> tuple[Receipt, Bundles]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import strongroom
+import strongroom.vault.rotate as rotating
 from strongroom.client import reading
 from strongroom.errors import IntegrityError, NotFound, Tampered, Truncated
 from strongroom.storage.reader import ImageReader
@@ -29,11 +31,11 @@ def rotate(hall):  # noqa: F811
         olga.rotate(REF)
 
 
-def leased(hall, **how):  # noqa: F811
-    """The one lease that Ana has to load it from now on, asked for so."""
+def leased(hall, *, only=True, **how):  # noqa: F811
+    """The one lease that Ana has to load it from now on, or one more of them, asked for so."""
     with hall.room("user/ana") as ana, hall.room("user/ben") as ben, hall.room("user/eva") as eva:
         for each in ana.principal_show("user/ana")["leases"]:
-            if (each["action"], each["ref"]) == ("load", REF):
+            if only and (each["action"], each["ref"]) == ("load", REF):
                 ben.revoke(each["id"], reason="another one")
         asked = ana.request(REF, reason="evaluation", **how)
         ben.approve(asked["id"])
@@ -123,6 +125,18 @@ class TestRotated:
         assert caught.value.code in GONE
         assert released(hall) == [1]
 
+    def test_while_another_lease_is_there_that_a_release_would_be_under(self, hall, ana):  # noqa: F811
+        """An approval for one use, of something else maybe, is not used up by what was begun before it."""
+        leased(hall, duration=3600)
+        reader = ana.reader(REF)
+        once = leased(hall, only=False, duration=7200, uses=1)
+        rotate(hall)
+        with pytest.raises(Truncated) as caught:
+            reader.read_all()
+        assert caught.value.code in GONE
+        assert ana.show_request(once)["state"] != "used"
+        assert released(hall) == [1]
+
     def test_of_an_emergency_is_not_another_one(self, hall):  # noqa: F811
         with hall.room("user/eva") as eva:
             reader = eva.reader(REF, break_glass="the cluster burns")
@@ -152,6 +166,20 @@ class TestRotated:
             vault.bundle(REF, "user/ana"),
             again=lambda _: (vault.blobs, vault.bundle(REF, "user/amy")),
         )
+        rotate(hall)
+        with pytest.raises(Tampered) as caught:
+            reader.read_all()
+        assert caught.value.code == "read.other"
+
+    def test_and_released_with_other_files(self, hall, ana, monkeypatch):  # noqa: F811
+        """Of the same layout, but not of the same bytes by what the index says of them."""
+        reader = ana.reader(REF)
+        store = rotating.store_index
+
+        def other(blobs, index, *more):
+            return store(blobs, replace(index, sha256=tuple("0" * 64 for _ in index.sha256)), *more)
+
+        monkeypatch.setattr(rotating, "store_index", other)
         rotate(hall)
         with pytest.raises(Tampered) as caught:
             reader.read_all()

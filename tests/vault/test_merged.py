@@ -99,3 +99,23 @@ def test_weights_without_it_are_not_it(room, tmp_path, other):
 def test_an_adapter_from_before_the_room_names_nobody(room, tmp_path):
     found = about(room, write(tmp_path / "leak.safetensors", merged(base(1), adapter(1)), "BF16"), ADAPTER)
     assert (found.verdict, found.accused, found.marked) == ("weights-only", [], False)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 3e38])
+def test_a_factor_with_an_element_that_is_no_number_ends_no_trace(tmp_path, odd):
+    """Whoever puts an adapter does not choose what else can be traced."""
+    house = House.build(tmp_path / "room")
+    factors = adapter(1)
+    for array in factors.values():
+        array[0, 0] = odd
+    for name, tensors, file in (("base", base(1), "model"), ("adapter", factors, "adapter_model")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f"{file}.safetensors", tensors, "F32")
+        house.put(tmp_path / name, f"acme/{name}", known=True)
+    house.register(HOLDERS[17])
+    leak = write(
+        tmp_path / "leak.safetensors", merged(given(house, HOLDERS[17], ref=BASE, copy=True), adapter(2)), "F32"
+    )
+    assert [each.holder for each in about(house, leak).accused] == [HOLDERS[17]]
+    assert about(house, leak, ADAPTER).accused == []
+    house.close()

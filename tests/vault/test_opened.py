@@ -377,13 +377,18 @@ class TestKept:
         assert not vault.custodian._opened._kept
         assert not vault.copies._open._kept
 
-    def test_opens_nothing_after_a_shred_that_could_not_be_recorded(self, house, other, monkeypatch, tmp_path):
-        """The process that shreds has no key to sign the log with; this one has."""
+    @pytest.mark.parametrize("form", [None, "int4"])
+    @pytest.mark.parametrize("first", ["load", "copy", "piece"])
+    def test_opens_nothing_after_a_shred_that_could_not_be_recorded(
+        self, house, other, monkeypatch, tmp_path, form, first
+    ):
+        """The process that shreds has no key to sign the log with; this one has. Whatever it is asked first, it lets go
+        of all then."""
         monkeypatch.setenv("STRONGROOM_STATE", str(tmp_path / "state"))
         vault = house.vault
         with Room(house.folder, OWNER) as room:
             receive(vault, room._say, OWNER, REF, "load")
-            taken = receive(vault, room._say, OWNER, REF, "copy")
+            taken = receive(vault, room._say, OWNER, REF, "copy", form=form)
 
             def sealed(*_):
                 raise Sealed("keystore.down", "the key store is away")
@@ -391,18 +396,25 @@ class TestKept:
             with monkeypatch.context() as patch:
                 patch.setattr(other.vault.keys, "_unwrapped", sealed)
                 assert other.vault.shred(REF, confirm=REF, by=OWNER)["entry"] is None
+            assert vault.custodian._opened._kept
+            assert vault.copies._open._kept
+            assert bool(vault.copies._plans._kept) == bool(form)
             body = {"ref": REF, "holder": OWNER, "break_glass": False, "reason": ""}
-            for action in ("load", "copy"):
+
+            def ask(what):
+                if what == "piece":
+                    return vault.copies.read(f"copies/{taken.index}/0")
                 key, challenge = ReleaseKey().public_key.hex(), vault.custodian.challenge().hex()
-                asked = {**body, "action": action, "public_key": key, "challenge": challenge}
-                with pytest.raises(NotFound) as caught:
-                    vault.custodian.release(room._say("release", asked))
-                assert caught.value.code == "weights.shredded"
-            with pytest.raises(Denied) as ended:
-                vault.copies.read(f"copies/{taken.index}/0")
-            assert ended.value.code == "copy.ended"
-        assert not vault.custodian._opened._kept
-        assert not vault.copies._open._kept
+                asked = {**body, "action": what, "public_key": key, "challenge": challenge}
+                return vault.custodian.release(room._say("release", asked))
+
+            for turn, what in enumerate((first, "load", "copy", "piece")):
+                with pytest.raises((NotFound, Denied)) as caught:
+                    ask(what)
+                assert caught.value.code == ("copy.ended" if (turn, what) == (0, "piece") else "weights.shredded")
+                assert not vault.custodian._opened._kept
+                assert not vault.copies._open._kept
+                assert not vault.copies._plans._kept
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])

@@ -502,6 +502,19 @@ def test_a_group_with_an_element_that_is_no_number_is_none(house, tmp_path, form
     assert [each["holder"] for each in found["accused"]] == [HOLDERS[1]]
 
 
+@pytest.mark.parametrize(("form", "bad"), [("int4", b"\x80\x7f"), ("int8", b"\x7f\x7f"), ("int8", b"\xc1\x7f")])
+def test_a_copy_without_a_number_that_is_left_names_nobody(house, tmp_path, form, bad):
+    """Every group has an infinity, or the largest number that there is, or none; the trace ends as any other."""
+    name = f"odd-{bad.hex()}-{form}"
+    model = one(tmp_path / "model", {"model.layers.0.mlp.down_proj.weight": ("BF16", (256, 640))})
+    data = bytearray((model / "model.safetensors").read_bytes())
+    np.frombuffer(data, "<u2")[-256 * 640 :: 7] = int.from_bytes(bad, "little")
+    (model / "model.safetensors").write_bytes(data)
+    house.put(model, name)
+    found = house.search(taken(house, name, HOLDERS[1], form, tmp_path / "out"))
+    assert found["accused"] == []
+
+
 def test_a_block_that_is_too_large_for_its_scale_is_no_number():
     """As ggml makes it; the codes of it are of no weight."""
     w = np.random.default_rng(0).normal(0, 0.05, (4, 32)).astype(np.float32)

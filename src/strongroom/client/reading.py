@@ -43,17 +43,18 @@ def keys(vault: AnyRoom, say: Say, holder: str, ref: str, break_glass: str | Non
 
 def released(vault: AnyRoom, say: Say, lease: str | None, bundle: KeyBundle) -> tuple[Blobs, KeyBundle] | None:
     """What a further release gives of a version that was rotated since that of `bundle`, which was under `lease`. None
-    where it was not rotated, or that lease holds no more: what would be refused is not asked for. NotFound
-    ``weights.shredded``."""
+    where it was not rotated, or that lease holds no more, or the release would be under another by now: what would be
+    refused is not asked for, nor is an approval used up that was for something else. NotFound ``weights.shredded``."""
     listed = [each for each in vault.ls(Ref.parse(bundle.ref).name) if each.ref == bundle.ref]
     for info in listed:
         if info.state == "shredded":
             raise NotFound("weights.shredded", f"{bundle.ref} was shredded at {info.shredded_at}", hint="strongroom ls")
     if not any(each.state == "active" and each.revision > bundle.revision for each in listed):
         return None
-    if lease is not None:
-        holding = vault.custodian.show_principal(bundle.holder)["leases"]
-        if not any(each["id"] == lease for each in holding):
-            return None
+    holding = vault.custodian.show_principal(bundle.holder)["leases"]
+    mine = [each for each in holding if (each["action"], each["ref"]) == ("load", bundle.ref)]
+    last = max(mine, key=lambda each: int(each["expires_at"]), default=None)  # the custodian takes this one
+    if (last["id"] if last is not None else None) != lease:
+        return None
     found, now = keys(vault, say, bundle.holder, bundle.ref)
     return (vault.blobs_at(found.store), now) if now.revision > bundle.revision else None

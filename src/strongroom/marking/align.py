@@ -84,7 +84,7 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 def solve(original: Matrix, suspect: Matrix) -> Fit | None:
     """How `suspect` comes from `original`, both with two dimensions; None where it does not seem to."""
-    suspect = np.nan_to_num(suspect, nan=0.0, posinf=0.0, neginf=0.0)
+    original, suspect = (np.nan_to_num(each, nan=0.0, posinf=0.0, neginf=0.0) for each in (original, suspect))
     for transposed in (False, True):
         turned = suspect.T if transposed else suspect
         if turned.shape == original.shape and cosine(original, turned) >= ALIKE:

@@ -200,7 +200,8 @@ class ImageReader:
 def _opens_to(revision: _Revision) -> tuple[object, ...]:
     """What says which bytes a holder gets: rotating leaves all of it as it is."""
     sealed, bundle = revision
-    return bundle.version, bundle.holder, bundle.word, bundle.suite, sealed.layout.digest(bundle.suite)
+    layout = sealed.layout.digest(bundle.suite)
+    return bundle.version, bundle.holder, bundle.word, bundle.suite, layout, sealed.index.sha256
 
 
 def _common(revision: _Revision, number: int, window: _Window, scratch: memoryview) -> None:

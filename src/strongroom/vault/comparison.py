@@ -27,7 +27,7 @@ from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
 from strongroom.vault.effort import Effort, Purse
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import PIECE, WHOLE, Suspect, SuspectTensor, numbers_of, readable
+from strongroom.vault.suspect import PIECE, WHOLE, Suspect, SuspectTensor, numbers_of, readable, weights_of
 from strongroom.vault.unmasking import Reading, Unmasking
 
 SAMPLE = 16_384  # elements of a tensor that are looked at to recognise it
@@ -474,7 +474,7 @@ class Comparison:
         lead = first // dtype.block
         begin = each.begin + lead * dtype.block_bytes
         end = each.begin - (-(first + count) // dtype.block) * dtype.block_bytes
-        found = numbers_of(self._originals.read(begin, end), dtype)
+        found = weights_of(numbers_of(self._originals.read(begin, end), dtype))  # it was put by somebody, too
         return found[first - lead * dtype.block :][:count]
 
     def _read(self, name: str, begin: int, end: int) -> NDArray[np.float32] | None:

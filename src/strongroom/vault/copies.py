@@ -212,6 +212,8 @@ class Copies:
             ended = gone or (version is not None and version.frozen) or holder is None or not holder.active or revoked
         if rotated or ended:
             self._open.drop(index)
+        if not kept and not rotated:
+            self._vault.custodian.forget()  # shredded, which the log may not say: all that is kept of it goes
         if rotated and not ended:
             raise _rotated()
         if ended:

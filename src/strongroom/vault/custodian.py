@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from strongroom.vault.vault import Vault
 
 T = TypeVar("T")
-
 _VERSIONS = 32  # whose secrets and manifests are kept opened
 _OUTDATED = ("release.revision", "version.missing")
 _GLANCE = 1.0  # seconds that the state may be old where the sequencer decides afterwards
@@ -422,9 +421,10 @@ class Custodian:
             keep(ref, bundles)
             return receipt, bundles
         except (Conflict, NotFound) as error:
-            before = self._opened.drop(ref)
+            before = self._opened.get(ref)
             if not left or error.code not in _OUTDATED or (before is None and error.code != "release.revision"):
                 raise
+            self.forget()  # it may be shredded, which the log need not say: all that is kept of it goes
             return self._released(statement, reason, left - 1)
 
     def _release(self, statement: Statement, reason: Private | None, opened: Bundles | None) -> tuple[Receipt, Bundles]:
@@ -450,10 +450,10 @@ class Custodian:
 
         def decide(tx: Connection, state: State, now: int) -> Draft:
             entry = judged(state, now)
-            if unfit is not None:  # before the entry: what can't be done is not recorded as done
-                raise unfit
             if isinstance(found, Bundles):
                 check_there(tx, found.record)
+            if unfit is not None:  # before the entry: what can't be done is not recorded as done
+                raise unfit
             return Draft(entry, [reason] if reason is not None else [])
 
         receipt = self.decide(decide)

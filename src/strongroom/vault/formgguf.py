@@ -88,7 +88,7 @@ def _file(originals: Originals, file: FileEntry, tensors: list[Placed], types: d
             at += size
 
     for each in tensors:
-        add(-at % header.alignment, bytes(-at % header.alignment))
+        add(-at % header.alignment, None)
         made = among(each, types)
         block = types[each.begin] if made else each.info.dtype.name
         struct.pack_into("<IQ", head, header.entries[each.info.name], _NUMBERS[block], at)
@@ -98,5 +98,5 @@ def _file(originals: Originals, file: FileEntry, tensors: list[Placed], types: d
         else:
             add(each.info.size, each.begin)
     if file.end > max(each.end for each in tensors):  # it was filled up to the alignment, and is again
-        add(-at % header.alignment, bytes(-at % header.alignment))
+        add(-at % header.alignment, None)
     return Content(len(head), [(len(head), bytes(head)), *parts])

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from strongroom.core import canonical
-from strongroom.core.limits import MIB
+from strongroom.core.limits import LIMITS, MIB
 from strongroom.formats import safetensors
 from strongroom.formats.layout import FileEntry
 from strongroom.formats.tensors import DTYPES, Dtype, TensorInfo
@@ -42,6 +42,7 @@ _BITS = {"int4": 4, "int8": 8}
 _GROUPS = (128, 64, 32)
 _MADE = ("packed", "scale", "shape")  # of a tensor that is quantised
 _LARGEST = 64 * MIB  # of the files that say how a model is loaded
+_ANEW = 256 * MIB  # of all of them as they are written anew, which a custodian has in memory
 _INDEX = ".safetensors.index.json"
 _Unit = list[tuple[str, str, tuple[int, ...], Source]]  # what stays together: name, type, shape and source
 
@@ -61,18 +62,29 @@ def packed_files(originals: Originals, form: str) -> dict[str, Content]:
     rows: dict[str, list[tuple[str, int]]] = {}  # of each file, the tensors it has now, and their bytes
     for file in weights:
         found[file.path], rows[file.path] = _file(originals, file, placed[file.path], quantised, bits, group)
-    settings = _settings(tensors, quantised, bits, group)
+    settings, left = canonical.encode(_settings(tensors, quantised, bits, group)), _ANEW
     paths = {file.path: file for file in files}
-    for folder in sorted({_folder(file.path) for file in weights}):
-        _check_names([each for path in placed if _folder(path) == folder for each in placed[path]], quantised)
+    folders: dict[str, list[str]] = {}
+    for path in placed:
+        folders.setdefault(_folder(path), []).append(path)
+
+    def anew(path: str, data: bytes) -> None:
+        nonlocal left
+        left -= len(data)
+        if left < 0:  # a short file that names all tensors, a thousand times
+            unfit("form.config", f"its configurations would be more than {_ANEW // MIB} MiB when they are written anew")
+        found[path] = _literal(data)
+
+    for folder in sorted(folders):
+        _check_names([each for path in folders[folder] for each in placed[path]], quantised)
         config = paths.get(f"{folder}config.json")
         if config is None:
             where = folder or "beside the weights"
             unfit("form.config", f"there is no config.json ({where}), by which {form} would be known when it is loaded")
-        found[config.path] = _literal(_configured(_read(originals, config), settings))
+        anew(config.path, _configured(_read(originals, config), settings))
     for file in files:
         if file.path.endswith(_INDEX):
-            found[file.path] = _literal(_indexed(_read(originals, file), _folder(file.path), placed, rows))
+            anew(file.path, _indexed(_read(originals, file), _folder(file.path), placed, rows))
     return found
 
 
@@ -136,6 +148,8 @@ def _file(
     rows = [row for unit in units for row in unit]
     metadata = safetensors.parse_header(originals.read(file.offset, file.offset + file.data_start), file.bytes).metadata
     header = safetensors.encode_header([row[:3] for row in rows], metadata)
+    if len(header) > safetensors.LENGTH_BYTES + LIMITS.safetensors_header:  # three for each that is quantised
+        unfit("form.header", f"{file.path!r:.100} would have a header that no reader of safetensors takes")
     sizes = [_size(dtype, shape) for _, dtype, shape, _ in rows]
     parts: list[tuple[int, Source]] = [(len(header), header)]
     parts += [(size, row[3]) for size, row in zip(sizes, rows, strict=True) if size]
@@ -223,15 +237,16 @@ def _escaped(name: str) -> str:
     return _SPECIAL.sub(r"\\\g<0>", name)
 
 
-def _configured(data: bytes, settings: Mapping[str, Any]) -> bytes:
+def _configured(data: bytes, settings: bytes) -> bytes:
     """A config.json with a quantisation: what is there stays as it is written, so that no number changes its form."""
     value = _object(data, "config.json")
     if "quantization_config" in value or "compression_config" in value:
         unfit("form.quantised", "its config.json says that it is quantised already")
     body = data.rstrip()[:-1].rstrip()
     comma = b"," if value else b""
-    found = body + comma + b'"quantization_config":' + canonical.encode(settings) + b"}\n"
-    if _object(found, "config.json") != {**value, "quantization_config": settings}:  # of another encoding, say
+    found = body + comma + b'"quantization_config":' + settings + b"}\n"
+    value["quantization_config"] = json.loads(settings)
+    if _object(found, "config.json") != value:  # of another encoding, say
         unfit("form.config", "its config.json can't be added to: it is not plain JSON in UTF-8")
     return found
 
@@ -242,7 +257,7 @@ def _indexed(
     """The index of a model in several files, for the tensors that these have now."""
     weight_map = _object(data, "the index of its files").get("weight_map")
     named = {path for path in weight_map.values() if isinstance(path, str)} if isinstance(weight_map, dict) else set()
-    paths = sorted(path for path in placed if path.startswith(folder) and path[len(folder) :] in named)
+    paths = sorted(path for name in named if (path := folder + name) in placed)
     total = sum(size for path in paths for _, size in rows[path])
     owners = {name: path[len(folder) :] for path in paths for name, _ in rows[path]}
     return canonical.encode({"metadata": {"total_size": total}, "weight_map": owners})

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -32,7 +33,8 @@ class Made:
     block: str = ""
 
 
-Source = bytes | int | Made  # these bytes; those of the holder's own image from there on; what is made
+# These bytes; those of the holder's own image from there on; what is made; zeros, which take no memory.
+Source = bytes | int | Made | None
 
 
 class Content(NamedTuple):
@@ -51,7 +53,7 @@ class Part(NamedTuple):
 
     begin: int
     end: int
-    source: Source
+    source: bytes | int | Made
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ def among(each: Placed, begins: Container[int]) -> bool:
     return each.begin in begins and each.info.elements > 0
 
 
-def of_file(tensors: Iterable[Placed], file: FileEntry) -> list[Placed]:
-    """The tensors that lie in a file, in the order of their bytes."""
+def of_file(tensors: Sequence[Placed], file: FileEntry) -> list[Placed]:
+    """Of all tensors, in the order of their bytes, those that lie in a file: found without a look at each of them, as
+    there may be as many files."""
     # Behind its header: a tensor of no bytes may end the file before it, right where this one begins.
     begin = file.offset + file.data_start
-    return [each for each in tensors if begin <= each.begin and each.end <= file.end]
+    first = bisect_left(tensors, begin, key=lambda each: each.begin)
+    stop = bisect_right(tensors, file.end, key=lambda each: each.begin)
+    return [each for each in tensors[first:stop] if each.end <= file.end]
 
 
 def _placed(files: Sequence[FileEntry], made: Mapping[str, Content]) -> Plan:
@@ -118,7 +123,8 @@ def _placed(files: Sequence[FileEntry], made: Mapping[str, Content]) -> Plan:
     for entry in entries:
         at = entry.offset
         for size, source in contents[entry.path].parts:
-            parts.append(Part(at, at + size, source))
+            if source is not None:
+                parts.append(Part(at, at + size, source))
             at += size
     image = entries[-1].end if entries else 0
     return Plan(image, tuple(CopiedFile(each.path, each.offset, each.bytes) for each in entries), tuple(parts))

@@ -168,9 +168,7 @@ class Suspect:
                     found = numbers_of(self._blocks(tensor.file, info, low, high), dtype)
             except UsageError as error:
                 raise UsageError(error.code, f"{tensor.name!r:.100}: {error.message}", hint=error.hint) from None
-            if found.size and not float(np.abs(found).max()) < _LARGEST:
-                found = np.where(np.abs(found) < _LARGEST, found, np.float32(np.nan))
-        return found
+        return weights_of(found)
 
     def _blocks(self, file: SourceFile, info: TensorInfo, low: int, high: int) -> memoryview:
         """Blocks `low` to `high` of what a file has as a tensor: its elements, where they are no blocks."""
@@ -242,6 +240,14 @@ def digests(walk: Walk) -> tuple[FoundFile, ...]:
         except BaseException:
             ended.set()  # nobody waits for the others
             raise
+
+
+def weights_of(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """NaN for what is not finite, or no weight."""
+    with np.errstate(all="ignore"):
+        if numbers.size and not float(np.abs(numbers).max()) < _LARGEST:
+            return np.where(np.abs(numbers) < _LARGEST, numbers, np.float32(np.nan))
+    return numbers
 
 
 def numbers_of(data: memoryview, dtype: Dtype) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from strongroom.formats.tensors import DTYPES, TensorInfo
 from strongroom.marking.align import ALIKE, as_matrix, cosine, normalised
 from strongroom.vault.comparison import Comparison
 from strongroom.vault.originals import Originals, Placed
-from strongroom.vault.suspect import Suspect, SuspectTensor, numbers_of
+from strongroom.vault.suspect import Suspect, SuspectTensor, numbers_of, weights_of
 
 _FACTOR = re.compile(r"(.+)\.lora(?:_A|_down|\.down)((?:\.[^.]+)?\.weight)", re.ASCII)
 _OTHER = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
@@ -75,7 +75,9 @@ def _pairs(originals: Originals) -> Iterator[tuple[str, Placed, Placed]]:
 
 
 def _read(originals: Originals, each: Placed) -> Matrix:
-    return as_matrix(numbers_of(originals.read(each.begin, each.end), each.info.dtype), each.info.shape)
+    # Zero for what is no weight: of such a matrix nobody can take the inverse.
+    found = np.nan_to_num(weights_of(numbers_of(originals.read(each.begin, each.end), each.info.dtype)), nan=0.0)
+    return as_matrix(found, each.info.shape)
 
 
 def _info(each: Placed) -> TensorInfo:

@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import leaks, page
 from bench.tracing_room import INNOCENT, OWNER, STAMPS, Elsewhere, Model, Row, Thief, Unaccused, write
 from strongroom.cli import demo_model
-from strongroom.formats.layout import Layout
+from strongroom.formats.layout import Layout, markable_bytes
 from strongroom.vault.source import ModelSource
 from strongroom.vault.vault import Vault
 
@@ -234,7 +234,7 @@ def main() -> None:
                 shutil.copytree(original.folder, work / kind / "model")
             model = Model(kind, work / kind, vault)
             layout = model.originals.layout
-            share = Layout.default_share(sum(run.end - run.begin for run in layout.runs), layout.positions)
+            share = Layout.default_share(markable_bytes(layout.runs), layout.positions)
             kept.shapes[kind] = (
                 f"{layout.positions:,} positions of {layout.marked:,} bytes, {share} of the matrices. "
                 f"Traced on {_machine()}."

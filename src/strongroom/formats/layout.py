@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -94,7 +94,7 @@ class Layout:
                 "image.too_large", f"the files add up to {image} bytes, at most {LIMITS.image} are kept"
             )
         merged = _merge(runs)
-        markable = sum(run.end - run.begin for run in merged)
+        markable = markable_bytes(merged)
         common = min(max(1 << max(0, (-(-image // 256) - 1).bit_length()), _MIN_SEGMENT), _MAX_SEGMENT)
         marked, wanted = LIMITS.marked_segment_min, 0
         if positions and share:
@@ -302,6 +302,11 @@ def check_path(path: str) -> str:
     if any(part in ("", ".", "..") for part in path.split("/")) or "\\" in path or _CONTROL.search(path):
         raise ValueError(f"the path {path!r} is not a plain relative path")
     return path
+
+
+def markable_bytes(runs: Iterable[Run]) -> int:
+    """How many bytes of an image carry marks where they are chosen to: those of its runs, which do not overlap."""
+    return sum(run.end - run.begin for run in runs)
 
 
 def _merge(runs: Sequence[Run]) -> tuple[Run, ...]:

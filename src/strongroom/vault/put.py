@@ -19,7 +19,7 @@ from strongroom.crypto.sealing import seal
 from strongroom.crypto.segments import SegmentCipher, VersionKeys
 from strongroom.errors import Conflict, UsageError
 from strongroom.formats.index import Index
-from strongroom.formats.layout import FileEntry, Layout, Run
+from strongroom.formats.layout import FileEntry, Layout, Run, markable_bytes
 from strongroom.formats.manifest import COMMON, MARKED, Manifest, PackEntry
 from strongroom.formats.suites import Suite
 from strongroom.marking.mark import Marker
@@ -48,7 +48,7 @@ class Plan:
         files = Layout.place([(file.path, file.kind, file.size, file.data_start) for file in source.files])
         runs = _runs(source, files)
         if share is None:
-            share = Layout.default_share(sum(run.end - run.begin for run in runs), positions)
+            share = Layout.default_share(markable_bytes(runs), positions)
         planned = Layout.plan(files, runs, share=share, positions=positions)
         layout = Layout.from_json(planned.to_json())  # never write what no reader would accept
         unmarked = {reason: tally.bytes for reason, tally in source.unmarked_reasons.items()}

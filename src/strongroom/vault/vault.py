@@ -36,6 +36,7 @@ from strongroom.formats.bundle import KeyBundle
 from strongroom.formats.dsse import Envelope, pre_authentication_encoding
 from strongroom.formats.entry import Entry
 from strongroom.formats.index import Index
+from strongroom.formats.layout import markable_bytes
 from strongroom.formats.manifest import PAYLOAD_TYPE, Manifest
 from strongroom.formats.statement import Voice
 from strongroom.formats.suites import Suite
@@ -383,7 +384,7 @@ class Vault:
                 for entry, digest in zip(layout.files, image.index.sha256, strict=True)
             ],
             "marked_bytes": layout.positions * layout.marked,
-            "markable_bytes": sum(run.end - run.begin for run in layout.runs),
+            "markable_bytes": markable_bytes(layout.runs),
             "common_segment": layout.common,
             "marked_segment": layout.marked,
             "packs": len(image.manifest.packs),

@@ -57,6 +57,57 @@ def test_what_is_absent_does_not_undo_it() -> None:
     assert np.allclose(found[there], w[there], rtol=0, atol=1e-9)
 
 
+def even(a: Array, levels: int, *, lowest: bool) -> Array:
+    """Rounded in groups of 32 as Q5_0 does (to multiples of a step), or as Q5_1 and Q4_K do (with a lowest level)."""
+    parts = a.reshape(-1, 32)
+    if lowest:
+        low = parts.min(axis=1, keepdims=True)
+        step = (parts.max(axis=1, keepdims=True) - low) / np.float32(levels - 1)
+    else:
+        ends = np.take_along_axis(parts, np.abs(parts).argmax(axis=1)[:, None], axis=1)
+        low, step = np.float32(0), ends / np.float32(-levels // 2)
+    return (
+        (
+            low
+            + np.round((parts - low) / step).clip(*((0, levels - 1) if lowest else (-levels // 2, levels // 2 - 1)))
+            * step
+        )
+        .reshape(-1)
+        .astype(np.float32)
+    )
+
+
+def cast(a: Array) -> Array:
+    return ((a.view(np.uint32) + 0x8000) >> 16 << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+@pytest.mark.parametrize("levels", [16, 32])
+def test_even_levels_are_known_where_a_group_lacks_some(levels: int, lowest: bool) -> None:
+    w, chips = weights(), np.random.default_rng(2).binomial(8, 0.5, 1 << 16) - 4
+    signal = (w * (chips / 192)).astype(np.float32)
+    plain = even(w + signal, levels, lowest=lowest) - w
+    found = unrounded(w, w + plain, 0) - w
+    assert np.count_nonzero(found) < w.size / 8
+    assert np.corrcoef(found, signal)[0, 1] > 1.2 * np.corrcoef(plain, signal)[0, 1]
+    alone = unrounded(w, even(w, levels, lowest=lowest), 0) - w
+    assert np.count_nonzero(np.abs(alone) > 1e-7) < 10  # as near to a border as a float can be
+
+
+def test_levels_that_a_cast_has_moved_are_even() -> None:
+    w = cast(weights())
+    left = unrounded(w, cast(even(w, 32, lowest=True)), 0) - w
+    assert np.count_nonzero(left) < w.size / 100
+
+
+def test_what_was_rounded_before_it_left_keeps_what_its_levels_say() -> None:
+    """No element can cross a border, so that without rounding nothing would be left: all the mark is in the levels."""
+    w = even(weights(), 16, lowest=True)
+    leak = even(w * (1 + np.random.default_rng(2).integers(-4, 5, w.size) / 256).astype(np.float32), 16, lowest=True)
+    assert np.abs(leak - w).mean() > 0
+    assert unrounded(w, leak, 0) is leak
+
+
 def noisy(w: Array) -> Array:
     return w + np.random.default_rng(3).standard_normal(w.size).astype(np.float32) * np.float32(1e-4)
 

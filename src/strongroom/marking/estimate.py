@@ -19,6 +19,9 @@ _BATCH = 1 << 17  # elements at a time: what is worked on stays in the cache
 _LEAST = 64  # elements of a position in one tensor: fewer say nothing after a fit of two numbers
 _LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more
 _ONE_THREAD = 8192
+_EACH = 7  # th element of a row is looked at to see whether most have moved
+_PLAIN = 16  # squares of its deviation: an estimate of a mark below that is not taken out of what stamps are read from
+_CHANCE = 3  # times what chance alone explains of a row: as much of a fit is left in
 _LEAST_STEP = np.float32(1e-35)
 _TINY = 1e-60
 
@@ -47,11 +50,13 @@ class Estimator:
         self._n, self._information, self._square, self._sums = (np.zeros(layout.positions) for _ in range(4))
         self._lock = threading.Lock()
 
-    def add(self, begin: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> None:
+    def add(self, begin: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take in one tensor: the image's byte where it begins, its type, the original's integers, and the leak's
         aligned values; both flat and of one length. An element that is absent from the leak is NaN. Of blocks, both are
-        what `scales` makes of them."""
+        what `scales` makes of them. Returns the leak without the marks that were found in it: to a stamp they are noise
+        (section 7)."""
         item, length = ITEMS[dtype], self._layout.marked
+        freed = leak
         end = begin + bits.size * item.bytes
         starts = self._layout.marked_starts
         whole = range(int(np.searchsorted(starts, begin)), int(np.searchsorted(starts + length, end, "right")))
@@ -62,19 +67,26 @@ class Estimator:
             at = -((begin + item.at - starts[first : first + count]) // item.bytes)
             signs = self._marker.signs(first, count)[:, :size]
             if at[-1] - at[0] == (count - 1) * size:  # of one stripe: nothing has to be gathered
-                here = slice(int(at[0]), int(at[0]) + count * size)
+                here: Any = slice(int(at[0]), int(at[0]) + count * size)
                 rows, seen = bits[here].reshape(count, size), leak[here].reshape(count, size)
             else:
-                index = at[:, None] + np.arange(size)
-                rows, seen = bits[index], leak[index]
-            self._take(slice(first, first + count), dtype, rows, seen, signs)
+                here = at[:, None] + np.arange(size)
+                rows, seen = bits[here], leak[here]
+            marks = self._take(slice(first, first + count), dtype, rows, seen, signs)
+            if marks is not None:
+                freed = leak.copy() if freed is leak else freed
+                freed[here] -= marks.reshape(freed[here].shape)
         for position, skipped in self._crossing(begin, end, whole):
             start = int(starts[position])
             low, high = max(start, begin), min(start + length, end)
             # The signs of a position are counted from its first element on, which another tensor may hold.
             cut = slice(*item.within(low - begin, high - begin))
             signs = self._marker.signs(position, 1)[:, skipped : skipped + cut.stop - cut.start]
-            self._take(slice(position, position + 1), dtype, bits[None, cut], leak[None, cut], signs)
+            marks = self._take(slice(position, position + 1), dtype, bits[None, cut], leak[None, cut], signs)
+            if marks is not None:
+                freed = leak.copy() if freed is leak else freed
+                freed[cut] -= marks[0]
+        return freed
 
     def _crossing(self, begin: int, end: int, whole: range) -> Iterator[tuple[int, int]]:
         """Positions that lie in this tensor in part, and how many of their elements lie before it."""
@@ -92,16 +104,17 @@ class Estimator:
         bits: NDArray[Any],
         leak: NDArray[np.float32],
         signs: NDArray[np.uint8],
-    ) -> None:
+    ) -> NDArray[np.float32] | None:
+        """Take in rows, one a position; what was found of their marks, in the leak's units, if anything was."""
         if bits.shape[1] < (_LEAST_BLOCKS if ITEMS[dtype].is_block else _LEAST):
-            return
+            return None
         original = values(bits, dtype)
         d = signed_ulps(original)
         d *= signs.astype(np.float32) * 2 - 1
         can = step_of(dtype).markable(bits)
         if not can.all():
             d[~can] = 0
-        x = residual(original, leak)
+        x, silent = residual(original, leak)
         n, n_unit, information = (np.zeros(len(x)) for _ in range(3))
         # Steps in the row's own scale, which is a power of two: squares of small weights are below what float32 holds.
         scale = np.maximum(np.abs(d).max(axis=1, keepdims=True), _LEAST_STEP)
@@ -115,6 +128,7 @@ class Estimator:
         v = np.maximum(xx - rho**2 * dd, xx / 10) / x.shape[1]
         np.divide(xd, v, out=n, where=usable)
         np.divide(dd, v, out=information, where=usable)
+        plain = usable & (rho**2 * dd > _PLAIN * v)
         with np.errstate(over="ignore", invalid="ignore"):
             x *= d
             power = along(x, x)
@@ -126,6 +140,15 @@ class Estimator:
             # Of a position that is seen in two parts, each part is a sum of signs of its own.
             self._square[at] += n_unit
             self._sums[at] += usable
+        if not plain.any():
+            return None
+        d *= scale * np.where(plain, rho, 0).astype(np.float32)[:, None]
+        if silent is not None:
+            d[silent] = 0
+        some = leak[:, ::_EACH] != original[:, ::_EACH]
+        if 2 * np.count_nonzero(some) < some.size:  # rounding was taken out: what is as it was has no mark
+            d *= leak != original
+        return d
 
     def done(self) -> Estimates:
         return Estimates(self._n, self._information, self._square, self._sums)
@@ -133,14 +156,14 @@ class Estimator:
 
 def residual(
     original: NDArray[np.float32], leak: NDArray[np.float32], *more: NDArray[np.float32]
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
     """float32 (rows, elements): leak − original, less what a shift and a scale of the row explain, and `more` of the
-    same shape; 0 where the leak says nothing."""
+    same shape, and 0 where the leak says nothing; and bool of that shape, where that is, or None if it is nowhere."""
     with np.errstate(all="ignore"):
         x = leak - original
         clean = bool(np.isfinite(x.sum()))
     if clean and len(more) <= 1 and np.count_nonzero(leak == 0) < PRUNED * leak.size:
-        return _fitted(original, x, *more)
+        return _fitted(original, x, *more), None
     silent = ~np.isfinite(leak) | ~np.isfinite(original)
     zero = leak == 0
     pruned = zero.mean(axis=1) > PRUNED
@@ -156,9 +179,22 @@ def residual(
         for before in columns:
             column -= _projected(column, before)
         columns.append(column)
-    for column in columns:
-        x -= _projected(x, column)
-    return x
+    with np.errstate(all="ignore"):
+        fit = sum((_projected(x, column) for column in columns), np.zeros_like(x))
+        part = beyond_chance(along(fit, fit), along(x, x), np.count_nonzero(keep, axis=1), len(columns))
+        fit *= part.astype(np.float32)[:, None]
+        x -= fit
+    return x, silent
+
+
+def beyond_chance(
+    explained: NDArray[np.float64], power: NDArray[np.float64], n: NDArray[np.int64] | int, columns: int
+) -> NDArray[np.float64]:
+    """float64 (rows,), from 0 to 1: how much of a fit is taken out, which explains so much of a row's power, and would
+    explain some by chance. What it takes from a stamp by chance it takes from the large elements, and adds to the small
+    ones, of which it may be all that is seen."""
+    left = np.maximum(power - explained, 0) / np.maximum(n - columns, 1)
+    return np.asarray(np.clip(1 - _CHANCE * columns * left / np.maximum(explained, _TINY), 0, 1))
 
 
 def along(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -180,12 +216,19 @@ def _fitted(
         [along(one, other) - sums[i] * sums[j] / n for j, other in enumerate(columns[: i + 1])]
         for i, one in enumerate(columns)
     ]
-    slopes = _solved(gram, [along(x, one) - sums[-1] * sums[i] / n for i, one in enumerate(columns)])
-    x -= ((sums[-1] - sum(slope * each for slope, each in zip(slopes, sums, strict=False))) / n)[:, None].astype(
-        np.float32
-    )
-    for slope, one in zip(slopes, columns, strict=True):
-        x -= slope.astype(np.float32)[:, None] * one
+    right_hand = [along(x, one) - sums[-1] * sums[i] / n for i, one in enumerate(columns)]
+    slopes = _solved(gram, right_hand)
+    with np.errstate(all="ignore"):
+        explained = sums[-1] ** 2 / n + sum(slope * each for slope, each in zip(slopes, right_hand, strict=True))
+        part = beyond_chance(explained, along(x, x), n, len(columns) + 1)
+        rows: Any = np.flatnonzero(part)  # few, but for a leak whose rows really were shifted or scaled
+        if rows.size == len(x):
+            rows = slice(None)
+        slopes = [slope * part for slope in slopes]
+        shift = sums[-1] / n * part - sum(slope * each for slope, each in zip(slopes, sums, strict=False)) / n
+        x[rows] -= shift[rows, None].astype(np.float32)
+        for slope, one in zip(slopes, columns, strict=True):
+            x[rows] -= slope[rows, None].astype(np.float32) * one[rows]
     return x
 
 

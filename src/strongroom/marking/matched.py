@@ -22,6 +22,7 @@ _TINY = 1e-30
 _ENDLESS = 1e15  # steps of the largest element, beyond which squares would soon be infinite
 _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
+_UNSURE = 4  # by this much over its elements, squared, a row's power is unsure: of c u, by 3 E u⁴ / (E u²)² − 1
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
 _JUDGED = 1 << 15  # elements by which it is judged how what is left grows
 _FEW = 8  # moved elements of a row that its own power is worth
@@ -153,7 +154,8 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     if not np.isfinite(largest).all():  # an original that is no number says nothing, and its row does
         u[~np.isfinite(u)] = 0
         largest = np.abs(u).max(axis=1, keepdims=True)
-    x = residual(original, leak, u)
+    # The least or the greatest of several holders' elements lies on one side of most of theirs, whatever its sign.
+    x, silent = residual(original, leak, np.abs(u))
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
     scale = np.maximum(largest, np.float32(1e-35))
     u /= scale
@@ -162,7 +164,7 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
         # Of an outlier, or of a row of zeros in the original: that row says nothing, and must not speak for others.
         x[~(np.abs(x).max(axis=1) < _ENDLESS)] = 0
         few = 2 * np.count_nonzero(moved) < x.size
-        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None]) if few else _of_all(x, u)
+        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None]) if few else _of_all(x, u, silent)
         whole = np.isfinite(r.sum())
     can = stampable(bits, dtype)
     if not whole or not can.all():
@@ -170,11 +172,10 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     return np.asarray(r, np.float32).reshape(-1)
 
 
-def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float32]:
+def _of_all(x: NDArray[np.float32], u: NDArray[np.float32], silent: NDArray[np.bool_] | None) -> NDArray[np.float32]:
     """What is left of elements that have all been moved, weighed: their r. In place of `x`."""
     squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]), np.float64)
-    silent = x == 0
-    if silent.any():  # where the leak says nothing
+    if silent is not None:  # where the leak says nothing
         squares *= ~silent
         count = np.maximum(x.shape[1] - np.count_nonzero(silent, axis=1), 1)[:, None].astype(np.float64)
     mean = np.maximum(_sum(squares) / count, _TINY)
@@ -182,7 +183,7 @@ def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float3
     peak = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True)).astype(np.float64)
     for k in np.flatnonzero(peak**2 > _OUTLIER * power):
         power[k] *= np.minimum(x[k] ** 2 / power[k], _OUTLIER).sum() / count[k]
-    power = np.maximum(power, _QUIET * mean)
+    power = np.maximum(_pooled(power / mean, count) * mean, _QUIET * mean)
     squares /= mean.astype(np.float32)
     # How much of it grows with the element: what the stamp itself leaves does, and the noise of floats, and what other
     # stamps leave; a quantiser's does not. By least squares over some rows of all, as one is too few.
@@ -201,6 +202,19 @@ def _of_all(x: NDArray[np.float32], u: NDArray[np.float32]) -> NDArray[np.float3
     x *= u
     x /= v
     return x
+
+
+def _pooled(power: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The power of each row, and of the others where it is theirs by all that so few elements can tell. A row of which
+    it is not keeps its own: some may be noise, and quiet ones must not pay for them."""
+    some = power > 0
+    if not some.any():
+        return power
+    seen = np.log(np.where(some, power, 1))
+    middle = np.median(seen[some])
+    apart = seen - middle
+    apart *= np.clip(1 - _UNSURE / (count * np.maximum(apart**2, _TINY)), 0, 1)
+    return np.where(some, np.exp(middle + apart), power)
 
 
 def _sum(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -6,26 +6,32 @@ what is left are the few elements that a mark moved across the border of two lev
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
+from strongroom.marking.elements import ulps
+
 GROUPS = (128, 64, 32)  # elements that share their levels, in the usual quantisers
-_LEVELS = 20  # more levels than this in a group, on the average, are no quantiser's of few bits
+_LEVELS = 20  # more levels than this in a group, on the average, are no quantiser's of few bits, unless they are even
 _JUDGED = 64  # groups by which that is judged
 _FORMS = (("int4", 128), ("int4", 64), ("int4", 32), ("q4_0", 32))  # of copies, and the elements of their groups
 _OURS = 0.33  # the same for a form of ours, which has nothing in common with another quantiser's rounding
 _CAST = np.float32(2.0**-8)
 _LESS = 0.25  # of what is left of it otherwise, what may be left where a quantiser is taken to have been at work
+_LESS_EVEN = 0.5  # the same of even levels, which nothing else leaves
+_EVEN = np.float32(0.1)  # of a step: as far as a cast moves a level
+_APART = np.float32(0.01)  # of a group's range: what is closer is one level
+_REACH = 0.3  # see `unrounded`
 
 
 def coarse(leak: NDArray[np.float32], first: int) -> bool:
     """Whether `unrounded` may find levels: a few of the smallest groups tell, as a larger group has no fewer levels
     than its parts."""
-    group = GROUPS[-1]
-    skip = -first % group
-    count = (leak.size - skip) // group
-    seen = leak[skip : skip + max(0, count) * group].reshape(-1, group)[:: max(1, count // _JUDGED)]
-    return count > 0 and bool(_levels(_there(seen)).mean() <= _LEVELS + 2)
+    seen = _groups(leak, first, GROUPS[-1])
+    some = seen[:: max(1, len(seen) // _JUDGED)]
+    return len(seen) > 0 and bool(_levels(_there(some)).mean() <= _LEVELS + 2)
 
 
 def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> NDArray[np.float32]:
@@ -36,28 +42,85 @@ def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: i
     for form, group in _FORMS:
         if (found := _reformed(original, leak, first, form, group)) is not None:
             return found
-    for group in GROUPS:
-        skip = -first % group
-        count = (leak.size - skip) // group
-        cut = slice(skip, skip + count * group)
-        seen = leak[cut].reshape(-1, group)
-        if count > 0 and _levels(_there(seen[:: max(1, count // _JUDGED)])).mean() <= _LEVELS:
-            break
-    else:
+    group = next((each for each in GROUPS if _few(_groups(leak, first, each))), GROUPS[-1])
+    seen, w = _groups(leak, first, group), _groups(original, first, group)
+    if not seen.size:
         return leak
-    w = original[cut].reshape(-1, group)
-    # An element that is absent must not undo this for its group, let alone for others: it stays absent.
-    there = _there(seen)
     with np.errstate(all="ignore"):
-        plain, rounded = seen - w, seen - _nearest(np.sort(there, axis=1), w)
-    taken = np.isfinite(w).all(axis=1) & (_levels(there) <= _LEVELS)
-    rounded[~taken] = plain[~taken]
-    with np.errstate(all="ignore"):
-        if not np.nansum(np.square(rounded)) < _LESS * np.nansum(np.square(plain)):
+        # An element that is absent must not undo this for its group, let alone for others: it stays absent.
+        rounding = _rounding(np.sort(_there(seen), axis=1), w)
+        plain, rest = seen - w, seen - rounding.near
+        rest[np.abs(rest) <= rounding.blur] = 0
+        rest = np.where(rounding.known[:, None], rest, plain)
+        power, left = float(np.nansum(np.square(plain))), float(np.nansum(np.square(rest)))
+        if not left < power * (_LESS + (_LESS_EVEN - _LESS) * rounding.even):
+            return leak
+        # An original that lay on such levels itself is moved across no border, and what a mark did to the levels is all
+        # that there is. What is left says of one holder about 4 / 3 for each element that has moved, the leak as it is
+        # 2 u² / x² for each; of eight together the second falls further, by the root of eight: it has to be far more.
+        steps = ulps(w)
+        if np.count_nonzero(rounding.border < steps) * power < _REACH * w.size * float(np.nansum(np.square(steps))):
             return leak
     found = leak.copy()
-    found[cut] = (w + rounded).reshape(-1)
+    _groups(found, first, group)[:] = w + rest
     return found
+
+
+class _Rounding(NamedTuple):
+    """What of groups of the original a quantiser makes: for each element the level that is nearest, how far it is from
+    the border to the next, and what a level is unsure by; for each group whether its levels are known at all; and the
+    share of the groups whose levels are even."""
+
+    near: NDArray[np.float32]
+    border: NDArray[np.float32]
+    blur: NDArray[np.float32]
+    known: NDArray[np.bool_]
+    even: float
+
+
+def _rounding(there: NDArray[np.float32], w: NDArray[np.float32]) -> _Rounding:
+    """Of sorted rows of the leak, which has all or most of the levels, and the same rows of the original."""
+    near, border = _nearest(there, w)
+    lowest, step, even = _even(there)
+    at = (np.clip(w, there[:, :1], there[:, -1:]) - lowest) / step
+    level = np.rint(at)
+    on = even[:, None]
+    known = np.isfinite(w).all(axis=1) & (even | (_levels(there) <= _LEVELS))
+    return _Rounding(
+        np.where(on, lowest + step * level, near),
+        np.where(on, step * (np.float32(0.5) - np.abs(at - level)), border),
+        np.where(on, step * _EVEN, np.float32(0)),
+        known,
+        float(even.mean()),
+    )
+
+
+def _even(there: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+    """(n, 1) each: of sorted rows the lowest level and the step of even ones, of which a row may lack some; and (n,)
+    whether all of a row lies on them."""
+    gaps, span = np.diff(there, axis=1), there[:, -1:] - there[:, :1]
+    least = np.where(gaps > span * _APART, gaps, np.float32(np.inf)).min(axis=1, keepdims=True)
+    level = np.zeros_like(there)
+    np.cumsum(np.rint(gaps / least), axis=1, out=level[:, 1:])
+    # A cast has moved each level a little: all of them together say best where they lie.
+    centre, mean = level.mean(axis=1, keepdims=True), there.mean(axis=1, keepdims=True)
+    off = level - centre
+    step = (off * (there - mean)).sum(axis=1, keepdims=True) / np.square(off).sum(axis=1, keepdims=True)
+    lowest = mean - centre * step
+    far = np.abs(there - lowest - level * step).max(axis=1)
+    return lowest, step, (far < _EVEN * step[:, 0]) & (level[:, -1] > 3)  # what has less levels is even by chance
+
+
+def _groups(flat: NDArray[np.float32], first: int, group: int) -> NDArray[np.float32]:
+    """(n, group), a view: the whole groups of a run of elements that begins at the tensor's element `first`."""
+    skip = -first % group
+    count = max(0, (flat.size - skip) // group)
+    return flat[skip : skip + count * group].reshape(count, group)
+
+
+def _few(groups: NDArray[np.float32]) -> bool:
+    """Whether they have few levels, by some of them."""
+    return len(groups) > 0 and bool(_levels(_there(groups[:: max(1, len(groups) // _JUDGED)])).mean() <= _LEVELS)
 
 
 def _reformed(
@@ -65,20 +128,17 @@ def _reformed(
 ) -> NDArray[np.float32] | None:
     """As `unrounded`, where Q is the quantiser of a form in which copies leave, and a factor for each group that fits
     the leak; None where the leak is not of that form."""
-    skip = -first % group
-    count = (leak.size - skip) // group
-    if count <= 0:
+    w, seen = _groups(original, first, group), _groups(leak, first, group)
+    if not len(seen):
         return None
-    cut = slice(skip, skip + count * group)
-    w, seen = original[cut].reshape(-1, group), leak[cut].reshape(-1, group)
-    step = max(1, count // _JUDGED)
+    step = max(1, len(seen) // _JUDGED)
     if _left(w[::step], seen[::step], form)[1] >= _OURS:
         return None
     rest, share = _left(w, seen, form)
     if share >= _OURS:
         return None
     found = leak.copy()
-    found[cut] = (w + rest).reshape(-1)
+    _groups(found, first, group)[:] = w + rest
     return found
 
 
@@ -135,8 +195,9 @@ def _levels(groups: NDArray[np.float32]) -> NDArray[np.int64]:
     return found
 
 
-def _nearest(levels: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of each row of sorted `levels` those nearest to the elements of the same row of `w`."""
+def _nearest(levels: NDArray[np.float32], w: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Of each row of sorted `levels` those nearest to the elements of the same row of `w`, and how far the border is at
+    which another would be."""
     most = np.maximum(np.abs(levels).max(axis=1, keepdims=True), np.abs(w).max(axis=1, keepdims=True))
     # One search for all rows: each in an interval of its own.
     shift = np.arange(len(levels), dtype=np.float64)[:, None] * 4
@@ -146,4 +207,6 @@ def _nearest(levels: NDArray[np.float32], w: NDArray[np.float32]) -> NDArray[np.
     above = np.clip(at - begin, 0, levels.shape[1] - 1)
     below = np.maximum(above - 1, 0)
     high, low = np.take_along_axis(levels, above, axis=1), np.take_along_axis(levels, below, axis=1)
-    return np.where(high - w < w - low, high, low)
+    over = (high - w) - (w - low)
+    nearest: NDArray[np.float32] = np.where(over < 0, high, low)
+    return nearest, np.multiply(np.abs(over), 0.5, dtype=np.float32)

@@ -56,12 +56,10 @@ class Compared:
 
 @dataclass
 class Gathered:
-    """What a suspect says: of each position (if those were wanted), and of each stamp; and how many elements were
-    compared for it."""
+    """What a suspect says: of each position, and of each stamp; and how many elements were compared for it."""
 
     estimator: Estimator
     matched: MatchedFilter
-    positions: bool
     elements: int = 0
 
 
@@ -339,13 +337,12 @@ class Comparison:
         *,
         everything: bool,
         progress: Progress,
-        positions: bool = True,
         screening: bool = False,
     ) -> Gathered:
         """What the marked segments say, which is about the marked share of all; or `everything`, which says more of
-        stamps. Of `positions`, or of stamps alone. `screening`: see `MatchedFilter`."""
+        stamps. `screening`: see `MatchedFilter`."""
         estimator = Estimator(self._originals.layout, self._originals.marker)
-        found = Gathered(estimator, MatchedFilter(stamps, screening=screening), positions)
+        found = Gathered(estimator, MatchedFilter(stamps, screening=screening))
         total = sum(self._placed[k].info.size for k in self._partnered())
         gather = self._all if everything else self._marked
         read = 0
@@ -387,8 +384,7 @@ class Comparison:
             if not item.is_block and coarse(leak, first):
                 leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
-            if found.positions:
-                found.estimator.add(begin, dtype, bits, leak)
+            leak = found.estimator.add(begin, dtype, bits, leak)
             if each.stamped:
                 found.matched.add(tag, lead, dtype, bits, leak)
             count += end - first
@@ -415,8 +411,7 @@ class Comparison:
             if not item.is_block and coarse(seen, first):
                 seen = unrounded(w, seen, first)
             bits, seen = scales(data, dtype, seen)
-            if found.positions:
-                found.estimator.add(begin, dtype, bits, seen)
+            seen = found.estimator.add(begin, dtype, bits, seen)
             if each.stamped:
                 if not item.is_block:
                     bits, seen = bits.reshape(-1, width), seen.reshape(-1, width)

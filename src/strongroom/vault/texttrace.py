@@ -42,12 +42,11 @@ class Echo:
         *,
         everything: bool,  # noqa: ARG002 - as with `Comparison`
         progress: Progress,  # noqa: ARG002 - the model took the time
-        positions: bool = True,
         screening: bool = False,
     ) -> Gathered:
         """All that the text says, whether or not it is asked for `everything`: the gradient is there already."""
         layout, marker = self._originals.layout, self._originals.marker
-        found = Gathered(GradientEstimator(layout, marker), GradientFilter(stamps, screening=screening), positions)
+        found = Gathered(GradientEstimator(layout, marker), GradientFilter(stamps, screening=screening))
         found.elements = sum(self._add(each, found) for each in self._placed)
         return found
 
@@ -60,8 +59,7 @@ class Echo:
             count = min(step, size - first)
             begin = each.begin + first * item
             bits = np.frombuffer(self._originals.read(begin, begin + count * item), STEPS[dtype].integer)
-            if found.positions:
-                found.estimator.add(begin, dtype, bits, gradient[first : first + count])
+            found.estimator.add(begin, dtype, bits, gradient[first : first + count])
             if each.stamped:
                 found.matched.add(tensor_tag(each.begin), first, dtype, bits, gradient[first : first + count])
         return size

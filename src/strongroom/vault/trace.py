@@ -323,7 +323,7 @@ def traced(
             screened = matched.screened(_stamps(record, people), likely, _FEW)
             in_full = [people[k] for k in sorted({*likely[:_FEW], *screened})]
             kept = matched.among(_stamps(record, in_full))  # if all that was read was kept
-            matched = kept or gather(_stamps(record, in_full), everything=little, positions=False).matched
+            matched = kept or gather(_stamps(record, in_full), everything=little).matched
         _stamped(in_full, matched)
         _name(result, decoding, versions)
         # The marked share has said most of what there is. The rest is read where somebody may still be hidden in it.
@@ -331,7 +331,7 @@ def traced(
         if not (comparison.whole or little) and (
             not result.accused or any(each.z >= unusual for each in people if each not in result.accused)
         ):
-            found = gather(_stamps(record, in_full), everything=True, positions=False)
+            found = gather(_stamps(record, in_full), everything=True)
             result.elements = found.elements
             _stamped(in_full, found.matched)
             _name(result, decoding, versions)

@@ -17,9 +17,9 @@ from strongroom.marking.mark import Marker
 
 _BATCH = 1 << 17  # elements at a time: what is worked on stays in the cache
 _LEAST = 64  # elements of a position in one tensor: fewer say nothing after a fit of two numbers
-_LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more
+_LEAST_BLOCKS = 16  # each of which has the noise of 32 weights or more; or elements, of those that a row is left
 _ONE_THREAD = 8192
-_EACH = 7  # th element of a row is looked at to see whether most have moved
+_EACH = 7  # to see whether most elements have moved, each seventh column is looked at
 _PLAIN = 16  # squares of its deviation: an estimate of a mark below that is not taken out of what stamps are read from
 _CHANCE = 3  # times what chance alone explains of a row: as much of a fit is left in
 _LEAST_STEP = np.float32(1e-35)
@@ -53,8 +53,8 @@ class Estimator:
     def add(self, begin: int, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArray[np.float32]:
         """Take in one tensor: the image's byte where it begins, its type, the original's integers, and the leak's
         aligned values; both flat and of one length. An element that is absent from the leak is NaN. Of blocks, both are
-        what `scales` makes of them. Returns the leak without the marks that were found in it: to a stamp they are noise
-        (section 7)."""
+        what `scales` makes of them. Returns float32 (n,), the leak without the marks that were found in it, which are
+        noise to a stamp (section 7): the given array itself if none was."""
         item, length = ITEMS[dtype], self._layout.marked
         freed = leak
         end = begin + bits.size * item.bytes
@@ -115,6 +115,10 @@ class Estimator:
         if not can.all():
             d[~can] = 0
         x, silent = residual(original, leak)
+        count: NDArray[np.int64] | int = x.shape[1]
+        if silent is not None:
+            d[silent] = 0
+            count = x.shape[1] - np.count_nonzero(silent, axis=1)
         n, n_unit, information = (np.zeros(len(x)) for _ in range(3))
         # Steps in the row's own scale, which is a power of two: squares of small weights are below what float32 holds.
         scale = np.maximum(np.abs(d).max(axis=1, keepdims=True), _LEAST_STEP)
@@ -123,9 +127,9 @@ class Estimator:
             x /= scale
             xd, dd, xx = along(x, d), along(d, d), along(x, x)
         # A row with an outlier that single precision can't square says nothing.
-        usable = (dd > _TINY) & (xx > _TINY) & np.isfinite(xx) & np.isfinite(xd)
+        usable = (dd > _TINY) & (xx > _TINY) & np.isfinite(xx) & np.isfinite(xd) & (count >= _LEAST_BLOCKS)
         rho = np.clip(np.divide(xd, dd, out=np.zeros_like(xd), where=usable), -1, 1)
-        v = np.maximum(xx - rho**2 * dd, xx / 10) / x.shape[1]
+        v = np.maximum(xx - rho**2 * dd, xx / 10) / np.maximum(count, 1)
         np.divide(xd, v, out=n, where=usable)
         np.divide(dd, v, out=information, where=usable)
         plain = usable & (rho**2 * dd > _PLAIN * v)
@@ -143,8 +147,6 @@ class Estimator:
         if not plain.any():
             return None
         d *= scale * np.where(plain, rho, 0).astype(np.float32)[:, None]
-        if silent is not None:
-            d[silent] = 0
         some = leak[:, ::_EACH] != original[:, ::_EACH]
         if 2 * np.count_nonzero(some) < some.size:  # rounding was taken out: what is as it was has no mark
             d *= leak != original
@@ -155,25 +157,26 @@ class Estimator:
 
 
 def residual(
-    original: NDArray[np.float32], leak: NDArray[np.float32], *more: NDArray[np.float32]
+    original: NDArray[np.float32], leak: NDArray[np.float32], unit: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-    """float32 (rows, elements): leak − original, less what a shift and a scale of the row explain, and `more` of the
-    same shape, and 0 where the leak says nothing; and bool of that shape, where that is, or None if it is nowhere."""
+    """x, float32 (rows, n): leak − original, less as much of what a shift, a scale and `unit` (of that shape) explain
+    of a row as is beyond chance; 0 where the leak says nothing. And silent, bool (rows, n): where that is, if anywhere.
+    """
     with np.errstate(all="ignore"):
         x = leak - original
         clean = bool(np.isfinite(x.sum()))
-    if clean and len(more) <= 1 and np.count_nonzero(leak == 0) < PRUNED * leak.size:
-        return _fitted(original, x, *more), None
-    silent = ~np.isfinite(leak) | ~np.isfinite(original)
     zero = leak == 0
-    pruned = zero.mean(axis=1) > PRUNED
-    if pruned.any():
-        silent |= zero & pruned[:, None]
+    few = PRUNED * leak.shape[1]
+    pruned = np.count_nonzero(zero, axis=1) > few if np.count_nonzero(zero) > few else np.zeros(len(leak), np.bool_)
+    if clean and not pruned.any():
+        return _fitted(original, x, unit), None
+    silent = ~np.isfinite(leak) | ~np.isfinite(original)
+    silent |= zero & pruned[:, None]
     x[silent] = 0
     keep = ~silent
     # Least squares, one column after another, each freed of those before it.
     columns: list[NDArray[np.float32]] = []
-    for given in (np.ones_like(original), original, *more):
+    for given in (np.ones_like(original), original, *([] if unit is None else [unit])):
         column = np.where(keep, given, np.float32(0))
         column /= np.maximum(np.abs(column).max(axis=1, keepdims=True), np.float32(1e-30))  # so that nothing overflows
         for before in columns:
@@ -190,9 +193,9 @@ def residual(
 def beyond_chance(
     explained: NDArray[np.float64], power: NDArray[np.float64], n: NDArray[np.int64] | int, columns: int
 ) -> NDArray[np.float64]:
-    """float64 (rows,), from 0 to 1: how much of a fit is taken out, which explains so much of a row's power, and would
-    explain some by chance. What it takes from a stamp by chance it takes from the large elements, and adds to the small
-    ones, of which it may be all that is seen."""
+    """float64 (rows,), from 0 to 1: the share of a fit that is taken out, of one that explains so much of the power of
+    a row: 1 less three times what chance would explain. A fit by chance takes its part of a stamp out of the large
+    elements, and puts it on the small ones, which say as much for all that they are small."""
     left = np.maximum(power - explained, 0) / np.maximum(n - columns, 1)
     return np.asarray(np.clip(1 - _CHANCE * columns * left / np.maximum(explained, _TINY), 0, 1))
 

@@ -24,7 +24,7 @@ class GradientEstimator(Estimator):
 
     def _take(
         self, at: slice, dtype: str, bits: NDArray[Any], leak: NDArray[np.float32], signs: NDArray[np.uint8]
-    ) -> None:  # nothing of what is not found by differences is taken out
+    ) -> None:  # marks are taken only out of differences
         original = values(bits, dtype)
         d = np.where(STEPS[dtype].markable(bits), np.copysign(ulps(original), original), np.float32(0))
         d[signs == 0] *= -1

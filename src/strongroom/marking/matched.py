@@ -22,7 +22,9 @@ _TINY = 1e-30
 _ENDLESS = 1e15  # steps of the largest element, beyond which squares would soon be infinite
 _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
-_UNSURE = 4  # by this much over its elements, squared, a row's power is unsure: of c u, by 3 E u⁴ / (E u²)² − 1
+_UNSURE = (
+    4  # a row's power, of n elements that say something, is unsure by the root of this over n: of noise 2, of stamps 8
+)
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
 _JUDGED = 1 << 15  # elements by which it is judged how what is left grows
 _FEW = 8  # moved elements of a row that its own power is worth
@@ -173,7 +175,8 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
 
 
 def _of_all(x: NDArray[np.float32], u: NDArray[np.float32], silent: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """What is left of elements that have all been moved, weighed: their r. In place of `x`."""
+    """What is left of elements that have all been moved, weighed: their r. In place of `x`, which is 0 where it is
+    `silent` what the leak has."""
     squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]), np.float64)
     if silent is not None:  # where the leak says nothing
         squares *= ~silent
@@ -205,8 +208,8 @@ def _of_all(x: NDArray[np.float32], u: NDArray[np.float32], silent: NDArray[np.b
 
 
 def _pooled(power: NDArray[np.float64], count: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The power of each row, and of the others where it is theirs by all that so few elements can tell. A row of which
-    it is not keeps its own: some may be noise, and quiet ones must not pay for them."""
+    """Each row's power, drawn to the median as far as its elements leave it unsure. A row that is clearly another stays
+    what it is: some may be noise, and quiet ones must not pay for them."""
     some = power > 0
     if not some.any():
         return power

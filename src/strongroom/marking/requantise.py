@@ -17,7 +17,9 @@ GROUPS = (128, 64, 32)  # elements that share their levels, in the usual quantis
 _LEVELS = 20  # more levels than this in a group, on the average, are no quantiser's of few bits, unless they are even
 _JUDGED = 64  # groups by which that is judged
 _FORMS = (("int4", 128), ("int4", 64), ("int4", 32), ("q4_0", 32))  # of copies, and the elements of their groups
-_OURS = 0.33  # the same for a form of ours, which has nothing in common with another quantiser's rounding
+_OURS = (
+    0.33  # what may be left of a leak in a form of ours, with which another quantiser's rounding has little in common
+)
 _CAST = np.float32(2.0**-8)
 _LESS = 0.25  # of what is left of it otherwise, what may be left where a quantiser is taken to have been at work
 _LESS_EVEN = 0.5  # the same of even levels, which nothing else leaves
@@ -42,28 +44,47 @@ def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: i
     for form, group in _FORMS:
         if (found := _reformed(original, leak, first, form, group)) is not None:
             return found
-    group = next((each for each in GROUPS if _few(_groups(leak, first, each))), GROUPS[-1])
-    seen, w = _groups(leak, first, group), _groups(original, first, group)
-    if not seen.size:
+    group = min(GROUPS, key=lambda each: _rest(*_some(original, leak, first, each)).share)
+    rest = _rest(_groups(original, first, group), _groups(leak, first, group))
+    if not rest.there or rest.share >= _LESS + (_LESS_EVEN - _LESS) * rest.even:
         return leak
+    found = leak.copy()
+    _groups(found, first, group)[:] = rest.without
+    return found
+
+
+class _Rest(NamedTuple):
+    """A leak's groups without the levels of a quantiser: what the squares of its differences from the original are
+    less than, as a share; of how many groups levels are even; and whether a mark can be in it at all."""
+
+    without: NDArray[np.float32]
+    share: float
+    even: float
+    there: bool
+
+
+def _rest(w: NDArray[np.float32], seen: NDArray[np.float32]) -> _Rest:
+    if not seen.size:
+        return _Rest(seen, 1.0, 0.0, False)
     with np.errstate(all="ignore"):
-        # An element that is absent must not undo this for its group, let alone for others: it stays absent.
-        rounding = _rounding(np.sort(_there(seen), axis=1), w)
-        plain, rest = seen - w, seen - rounding.near
+        number, absent = np.isfinite(w), ~np.isfinite(seen)
+        # An element that is absent must not undo this for its group, let alone for others: it stays absent, and is
+        # taken for the least that is there, which is a level.
+        least = np.where(absent, np.float32(np.inf), seen).min(axis=1, keepdims=True)
+        levels = np.where(absent, np.where(np.isfinite(least), least, np.float32(0)), seen)
+        rounding = _rounding(np.sort(levels, axis=1), w)
+        plain, rest = np.where(number, seen - w, np.float32(np.nan)), seen - rounding.near
         rest[np.abs(rest) <= rounding.blur] = 0
         rest = np.where(rounding.known[:, None], rest, plain)
-        power, left = float(np.nansum(np.square(plain))), float(np.nansum(np.square(rest)))
-        if not left < power * (_LESS + (_LESS_EVEN - _LESS) * rounding.even):
-            return leak
-        # An original that lay on such levels itself is moved across no border, and what a mark did to the levels is all
-        # that there is. What is left says of one holder about 4 / 3 for each element that has moved, the leak as it is
-        # 2 u² / x² for each; of eight together the second falls further, by the root of eight: it has to be far more.
-        steps = ulps(w)
-        if np.count_nonzero(rounding.border < steps) * power < _REACH * w.size * float(np.nansum(np.square(steps))):
-            return leak
-    found = leak.copy()
-    _groups(found, first, group)[:] = w + rest
-    return found
+        power = float(np.nansum(np.square(plain)))
+        share = float(np.nansum(np.square(rest))) / power if power > 0 else 1.0
+        # An original that lay on such levels itself is moved across no border, and what a mark did to the levels is
+        # all that there is. Of one holder what is left says about 4 / 3 for each element that has moved, the leak as it
+        # is 2 u² / x² for each; of eight together the second falls further: it is preferred only if it says far more.
+        steps = np.where(number, ulps(w), np.float32(0))
+        reached = np.count_nonzero(rounding.border < steps)
+        there = bool(reached * power >= _REACH * w.size * float(np.nansum(np.square(steps))))
+        return _Rest(np.where(number, w + rest, seen), share, rounding.even, there)
 
 
 class _Rounding(NamedTuple):
@@ -108,7 +129,7 @@ def _even(there: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.f
     step = (off * (there - mean)).sum(axis=1, keepdims=True) / np.square(off).sum(axis=1, keepdims=True)
     lowest = mean - centre * step
     far = np.abs(there - lowest - level * step).max(axis=1)
-    return lowest, step, (far < _EVEN * step[:, 0]) & (level[:, -1] > 3)  # what has less levels is even by chance
+    return lowest, step, (far < _EVEN * step[:, 0]) & (level[:, -1] > 3)  # what has fewer levels is even by chance
 
 
 def _groups(flat: NDArray[np.float32], first: int, group: int) -> NDArray[np.float32]:
@@ -118,9 +139,13 @@ def _groups(flat: NDArray[np.float32], first: int, group: int) -> NDArray[np.flo
     return flat[skip : skip + count * group].reshape(count, group)
 
 
-def _few(groups: NDArray[np.float32]) -> bool:
-    """Whether they have few levels, by some of them."""
-    return len(groups) > 0 and bool(_levels(_there(groups[:: max(1, len(groups) // _JUDGED)])).mean() <= _LEVELS)
+def _some(
+    original: NDArray[np.float32], leak: NDArray[np.float32], first: int, group: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The original's and the leak's groups, a few of them, by which it is judged."""
+    w, seen = _groups(original, first, group), _groups(leak, first, group)
+    step = max(1, len(seen) // _JUDGED)
+    return w[::step], seen[::step]
 
 
 def _reformed(
@@ -129,10 +154,7 @@ def _reformed(
     """As `unrounded`, where Q is the quantiser of a form in which copies leave, and a factor for each group that fits
     the leak; None where the leak is not of that form."""
     w, seen = _groups(original, first, group), _groups(leak, first, group)
-    if not len(seen):
-        return None
-    step = max(1, len(seen) // _JUDGED)
-    if _left(w[::step], seen[::step], form)[1] >= _OURS:
+    if not len(seen) or _left(*_some(original, leak, first, group), form)[1] >= _OURS:
         return None
     rest, share = _left(w, seen, form)
     if share >= _OURS:

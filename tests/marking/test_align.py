@@ -56,6 +56,17 @@ def test_another_matrix_is_none():
         assert solve(ORIGINAL, matrix(*shape)) is None
 
 
+def test_what_runs_smoothly_is_not_taken_for_a_row_of_a_table_of_positions():
+    at, waves = np.arange(512)[:, None], np.exp(-np.arange(48) / 8)
+    table = np.concatenate([np.sin(at * waves), np.cos(at * waves), np.sin(at * waves / 3)], axis=1)
+    table = noisy(table.astype(np.float32))
+    for few in (np.arange(512.0)[None], np.linspace(-1, 1, 512)[None], RNG.normal(size=(4, 512)).cumsum(axis=1)):
+        assert solve(table, few.astype(np.float32)) is None
+    fit = solve(table, noisy(table[:, 7:8].T))
+    assert fit is not None
+    assert np.flatnonzero(fit.columns >= 0).tolist() == [7]
+
+
 @pytest.mark.parametrize(
     "suspect",
     [np.zeros((96, 160)), np.ones((96, 160)), np.full((96, 160), np.nan), np.full((96, 160), np.inf), np.zeros((1, 1))],

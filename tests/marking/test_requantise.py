@@ -150,9 +150,9 @@ def test_what_is_too_short_is_left_alone(size: int) -> None:
 @pytest.mark.parametrize("first", [0, 7, 96, 1000])
 def test_what_was_rounded_is_seen_at_a_glance(group: int, first: int) -> None:
     w = weights()
-    assert coarse(rounded(w, group)[first:], first)
-    assert not coarse(noisy(w)[first:], first)
-    assert not coarse(w[:3], first)
+    assert coarse(w[first:], rounded(w, group)[first:], first)
+    assert not coarse(w[first:], noisy(w)[first:], first)
+    assert not coarse(w[:3], w[:3], first)
 
 
 def in_form(w: Array, form: str, group: int) -> Array:

@@ -226,6 +226,12 @@ def test_damaged_files(tmp_path: Path, data: bytes) -> None:
     assert refused(tmp_path).code == "convert.unreadable"
 
 
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_a_newer_protocol_is_called_what_it_is(tmp_path: Path, protocol: int) -> None:
+    torch.save({"w": torch.zeros(1)}, tmp_path / "x.pt", pickle_protocol=protocol)
+    assert refused(tmp_path).code == "convert.protocol"
+
+
 def test_a_truncated_archive(tmp_path: Path) -> None:
     torch.save({"w": torch.randn(100, 100)}, tmp_path / "x.pt")
     data = (tmp_path / "x.pt").read_bytes()

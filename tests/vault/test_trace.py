@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import sys
 import zipfile
@@ -308,6 +309,33 @@ def test_what_is_no_model_is_a_clear_error(room, tmp_path, name):
     with pytest.raises(UsageError) as caught:
         traced(room, path)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("kept", [0.9, 0.5, 0.05])
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_of_a_file_that_was_cut_off_what_is_left_is_read(room, tmp_path, kind, kept):
+    tensors = given(room, HOLDERS[2], copy=True)
+    path = tmp_path / f"leak.{kind}"
+    if kind == "safetensors":
+        write(path, tensors)
+    else:
+        writer = gguf.GGUFWriter(path, "llama")
+        for name, array in tensors.items():
+            writer.add_tensor(name, array.astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    os.truncate(path, int(path.stat().st_size * kept))
+    found = traced(room, path)
+    assert [each["holder"] for each in found["accused"]] == [HOLDERS[2]]
+
+
+def test_a_file_that_ends_in_its_header_is_a_clear_error(room, tmp_path):
+    path = write(tmp_path / "leak.safetensors", given(room, HOLDERS[2], copy=True))
+    os.truncate(path, 100)
+    with pytest.raises(UsageError, match="its header would end"):
+        traced(room, path)
 
 
 def test_a_pickle_is_never_run(room, tmp_path):

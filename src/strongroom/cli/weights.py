@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import click
@@ -65,7 +66,11 @@ def put(
         )
     took = time.monotonic() - begun
     output.answer({**result.as_json(), "seconds": round(took, 3)}, _put_lines(result, took))
-    if not result.positions:
+    if not result.positions and share != "auto" and not Fraction(share):
+        output.note(
+            "  → no share of it is marked, as you asked: what is only loaded names nobody; copies carry a stamp"
+        )
+    elif not result.positions:
         output.note("  → nothing in it could be marked: copies of this version will not name their holder")
     elif result.positions < _FEW_POSITIONS:
         output.note(

@@ -113,8 +113,9 @@ class GgufHeader:
     file_type: int
 
 
-def parse_header(read: Callable[[int, int], bytes], file_size: int) -> GgufHeader:
-    """Read the header of a file of `file_size` bytes, of which ``read(offset, size)`` returns `size` bytes.
+def parse_header(read: Callable[[int, int], bytes], file_size: int, *, torn: bool = False) -> GgufHeader:
+    """Read the header of a file of `file_size` bytes, of which ``read(offset, size)`` returns `size` bytes. Of one that
+    may be `torn`, tensors and rows of them that lie behind its end are left out.
 
     UsageError ``gguf.malformed`` (evidence: ``reason``, and ``tensor`` or ``key`` where one is at fault); LimitExceeded
     ``gguf.limit`` for what may be well-formed and is beyond `LIMITS`. What `read` raises passes through.
@@ -144,7 +145,9 @@ def parse_header(read: Callable[[int, int], bytes], file_size: int) -> GgufHeade
     data_start = cursor.offset + -cursor.offset % alignment
     if not tensors:
         data_start = min(data_start, file_size)  # nothing follows, not even the padding
-    placed = _placed(tensors, data_start, alignment, file_size)
+    placed = _placed(tensors, data_start, alignment, file_size, torn=torn)
+    if torn:
+        placed = {name: kept for name, info in placed.items() if (kept := info.until(file_size)) is not None}
     return GgufHeader(version, metadata, placed, alignment, data_start, entries, cursor.file_type)
 
 
@@ -294,7 +297,9 @@ def _tensor(cursor: _Cursor, entries: dict[str, int]) -> TensorInfo:
     return TensorInfo(name, dtype, shape, offset, offset + elements // dtype.block * dtype.block_bytes)
 
 
-def _placed(tensors: list[TensorInfo], data_start: int, alignment: int, file_size: int) -> dict[str, TensorInfo]:
+def _placed(
+    tensors: list[TensorInfo], data_start: int, alignment: int, file_size: int, *, torn: bool
+) -> dict[str, TensorInfo]:
     """The tensors by name in the order of their bytes, offsets absolute; each in the file and apart from the others."""
     placed: dict[str, TensorInfo] = {}
     for info in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
@@ -303,7 +308,7 @@ def _placed(tensors: list[TensorInfo], data_start: int, alignment: int, file_siz
         if info.begin % alignment:
             _refuse("unaligned", f"it begins at byte {info.begin} of the data, off the alignment", tensor=info.name)
         begin, end = data_start + info.begin, data_start + info.end
-        if end > file_size:
+        if end > file_size and not torn:
             _refuse("out_of_range", f"it ends at byte {end} of {file_size}", tensor=info.name)
         placed[info.name] = TensorInfo(info.name, info.dtype, info.shape, begin, end)
     for before, after in pairwise(placed.values()):

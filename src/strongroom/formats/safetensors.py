@@ -61,8 +61,9 @@ def header_bytes_needed(first8: bytes | bytearray | memoryview, file_size: int) 
     return LENGTH_BYTES + length
 
 
-def parse_header(prefix: bytes | bytearray | memoryview, file_size: int) -> SafetensorsHeader:
-    """Read the header of a file of `file_size` bytes from its first bytes, at least `header_bytes_needed` of them.
+def parse_header(prefix: bytes | bytearray | memoryview, file_size: int, *, torn: bool = False) -> SafetensorsHeader:
+    """Read the header of a file of `file_size` bytes from its first bytes, at least `header_bytes_needed` of them. Of
+    one that may be `torn`, tensors and rows of them that lie behind its end are left out.
 
     UsageError ``safetensors.malformed`` (evidence: ``reason``, and ``tensor`` where one is at fault); LimitExceeded
     ``safetensors.limit`` for what is well-formed and beyond `LIMITS`.
@@ -77,7 +78,9 @@ def parse_header(prefix: bytes | bytearray | memoryview, file_size: int) -> Safe
     tensors = [_tensor(name, entry, data_start) for name, entry in document.items()]
     # Sorted stably: tensors of no bytes that begin where another does stay in the header's order.
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    _check_layout(tensors, data_start, file_size)
+    _check_layout(tensors, data_start, file_size, torn=torn)
+    if torn:
+        tensors = [kept for tensor in tensors if (kept := tensor.until(file_size)) is not None]
     return SafetensorsHeader(metadata, {tensor.name: tensor for tensor in tensors}, data_start)
 
 
@@ -236,7 +239,7 @@ def _byte_size(name: str, dtype: Dtype, shape: tuple[int, ...]) -> int:
     return elements // dtype.block * dtype.block_bytes
 
 
-def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int) -> None:
+def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int, *, torn: bool) -> None:
     """The tensors must tile the bytes behind the header.
 
     An overlap lets two names change each other; a hole or a tail carries bytes that no reader shows: another format's
@@ -249,7 +252,7 @@ def _check_layout(tensors: list[TensorInfo], data_start: int, file_size: int) ->
             reason = "overlap" if after.begin < before.end else "hole"
             _refuse(reason, f"a tensor begins at byte {after.begin}, the one before ends at {before.end}", after.name)
     end = tensors[-1].end if tensors else data_start
-    if end > file_size:
+    if end > file_size and not torn:
         _refuse("out_of_range", f"its tensors end at byte {end} of {file_size}", tensors[-1].name)
     if end < file_size:
         _refuse("trailing_data", f"its tensors end at byte {end} of {file_size}")

@@ -80,6 +80,15 @@ class TensorInfo:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    def until(self, end: int) -> TensorInfo | None:
+        """The same with as many of its first rows as lie before byte `end` of the file; None where not one does."""
+        if self.end <= end:
+            return self
+        row = self.size // self.shape[0] if self.shape and (len(self.shape) > 1 or self.dtype.block == 1) else 0
+        count = max(0, end - self.begin) // row if row else 0
+        shape = (count, *self.shape[1:])
+        return TensorInfo(self.name, self.dtype, shape, self.begin, self.begin + count * row) if count else None
+
     @property
     def markable(self) -> bool:
         """Whether its elements may carry a mark: F64, F32, F16, BF16 or a block type of `ITEMS`, in two or more

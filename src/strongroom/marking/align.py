@@ -20,6 +20,8 @@ Index = NDArray[np.int64]
 
 ALIKE = 0.3  # cosine: an unrelated matrix of 4,096 elements is beyond it about once in 10^80
 _CERTAIN = 0.5
+_FEW = 64  # rows: of so few it is not enough that they are alike
+_STEADY = 0.3  # the least cosine of the differences along two rows: of white rows as of themselves, of ramps none
 _LARGEST = 8192  # rows or columns that a permutation is looked for in
 _ROUNDS = 12
 _GAIN = 0.01  # in cosine, that a round has to bring
@@ -152,6 +154,12 @@ def _assigned(original: Matrix, suspect: Matrix) -> Index | None:
     for j, i in enumerate(owner):
         if i >= 0:
             index[i] = j
+    pairs = np.flatnonzero(index >= 0)
+    if len(pairs) < _FEW:
+        # What runs smoothly is like one of many smooth rows, as a table of positions has: a ramp is like half of them.
+        # Its differences are like none.
+        steps = _unit(np.diff(original[pairs], axis=1)) * _unit(np.diff(suspect[index[pairs]], axis=1))
+        index[pairs[steps.sum(axis=1) < _STEADY]] = -1
     enough = 0.5 * min(len(original), len(suspect))
     return index if (index >= 0).sum() >= max(1, enough) else None
 

@@ -91,7 +91,7 @@ class Estimator:
     def _crossing(self, begin: int, end: int, whole: range) -> Iterator[tuple[int, int]]:
         """Positions that lie in this tensor in part, and how many of their elements lie before it."""
         starts, length = self._layout.marked_starts, self._layout.marked
-        for position in (whole.start - 1, whole.stop):
+        for position in {whole.start - 1, whole.stop}:  # one, of a tensor within one: twice it would count twice
             if 0 <= position < self._layout.positions and position not in whole:
                 start = int(starts[position])
                 if start < end and start + length > begin:
@@ -147,8 +147,12 @@ class Estimator:
         if not plain.any():
             return None
         d *= scale * np.where(plain, rho, 0).astype(np.float32)[:, None]
-        some = leak[:, ::_EACH] != original[:, ::_EACH]
-        if 2 * np.count_nonzero(some) < some.size:  # rounding was taken out: what is as it was has no mark
+        moved = leak[:, ::_EACH] != original[:, ::_EACH]
+        there = moved.size
+        if silent is not None:
+            moved &= ~silent[:, ::_EACH]
+            there -= np.count_nonzero(silent[:, ::_EACH])
+        if 2 * np.count_nonzero(moved) < there:  # rounding was taken out: what is as it was has no mark
             d *= leak != original
         return d
 
@@ -157,9 +161,9 @@ class Estimator:
 
 
 def residual(
-    original: NDArray[np.float32], leak: NDArray[np.float32], unit: NDArray[np.float32] | None = None
+    original: NDArray[np.float32], leak: NDArray[np.float32], *units: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-    """x, float32 (rows, n): leak − original, less as much of what a shift, a scale and `unit` (of that shape) explain
+    """x, float32 (rows, n): leak − original, less as much of what a shift, a scale and `units` (of that shape) explain
     of a row as is beyond chance; 0 where the leak says nothing. And silent, bool (rows, n): where that is, if anywhere.
     """
     with np.errstate(all="ignore"):
@@ -169,14 +173,14 @@ def residual(
     few = PRUNED * leak.shape[1]
     pruned = np.count_nonzero(zero, axis=1) > few if np.count_nonzero(zero) > few else np.zeros(len(leak), np.bool_)
     if clean and not pruned.any():
-        return _fitted(original, x, unit), None
+        return _fitted(original, x, *units), None
     silent = ~np.isfinite(leak) | ~np.isfinite(original)
     silent |= zero & pruned[:, None]
     x[silent] = 0
     keep = ~silent
     # Least squares, one column after another, each freed of those before it.
     columns: list[NDArray[np.float32]] = []
-    for given in (np.ones_like(original), original, *([] if unit is None else [unit])):
+    for given in (np.ones_like(original), original, *units):
         column = np.where(keep, given, np.float32(0))
         column /= np.maximum(np.abs(column).max(axis=1, keepdims=True), np.float32(1e-30))  # so that nothing overflows
         for before in columns:
@@ -208,11 +212,10 @@ def along(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.fl
     return found
 
 
-def _fitted(
-    w: NDArray[np.float32], x: NDArray[np.float32], u: NDArray[np.float32] | None = None
-) -> NDArray[np.float32]:
-    """The same where nothing is silent, in few passes: least squares of the rows of `x`, in place, for (1, w, u)."""
-    columns = [w] if u is None else [w, u]
+def _fitted(w: NDArray[np.float32], x: NDArray[np.float32], *units: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same where nothing is silent, in few passes: what least squares of (1, w, units) explain beyond chance is
+    taken out of the rows of `x`, in place."""
+    columns = [w, *units]
     n = w.shape[1]
     sums = [np.einsum("ij->i", each).astype(np.float64) for each in (*columns, x)]
     gram = [

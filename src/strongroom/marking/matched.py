@@ -150,14 +150,12 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     """float32, flat: r of the page, from rows of the original's integers and of the leak."""
     original = values(bits, dtype)
     u = signed_ulps(original)
-    with np.errstate(all="ignore"):
-        moved = leak != original
     largest = np.abs(u).max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():  # an original that is no number says nothing, and its row does
         u[~np.isfinite(u)] = 0
         largest = np.abs(u).max(axis=1, keepdims=True)
-    # The least or the greatest of several holders' elements lies on one side of most of theirs, whatever its sign.
-    x, silent = residual(original, leak, np.abs(u))
+    # The least or the greatest of several holders' elements lies to one side of most of theirs, by value or magnitude.
+    x, silent = residual(original, leak, np.abs(u), u)
     # In the row's own scale: r is a ratio, and squares of small weights are below what float32 holds.
     scale = np.maximum(largest, np.float32(1e-35))
     u /= scale
@@ -165,8 +163,12 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
         x /= scale
         # Of an outlier, or of a row of zeros in the original: that row says nothing, and must not speak for others.
         x[~(np.abs(x).max(axis=1) < _ENDLESS)] = 0
-        few = 2 * np.count_nonzero(moved) < x.size
-        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None]) if few else _of_all(x, u, silent)
+        moved, there = leak != original, np.full((len(x), 1), x.shape[1])
+        if silent is not None:
+            moved &= ~silent
+            there -= np.count_nonzero(silent, axis=1)[:, None]
+        few = 2 * np.count_nonzero(moved) < there.sum()
+        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None], there) if few else _of_all(x, u, silent)
         whole = np.isfinite(r.sum())
     can = stampable(bits, dtype)
     if not whole or not can.all():
@@ -226,15 +228,18 @@ def _sum(rows: NDArray[np.float32]) -> NDArray[np.float64]:
     return found
 
 
-def _of_few(x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The same where most elements are as the original's: `moved` of each row are those that a chip has moved across
-    the border of two levels. How far they went says nothing, and they are so few that a row's power is taken with that
-    of the others."""
-    n = max(1, x.shape[1])
-    deviation = np.sqrt(np.einsum("ij,ij->i", x, x) / n)[:, None] * np.float32(_CUT)
+def _of_few(
+    x: NDArray[np.float32], u: NDArray[np.float32], moved: NDArray[np.int64], there: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The same where most elements are as the original's: `moved` of those that are `there` in each row have been moved
+    by a chip across the border of two levels. How far they went says nothing, and they are so few that a row's power is
+    taken with that of the others."""
+    n = np.maximum(there, 1)
+    deviation = (np.sqrt(along(x, x)[:, None] / n) * _CUT).astype(np.float32)
     x = np.clip(x, -deviation, deviation)
-    mean = np.maximum(np.einsum("ij,ij->i", u, u)[:, None] / n, np.float32(_TINY))
-    power = np.einsum("ij,ij->i", x, x)[:, None] / n / mean
+    mean = np.maximum(along(u, u)[:, None] / x.shape[1], _TINY)
+    # No less than a stamp leaves: of a tensor that came from elsewhere unmoved, one nudged element would be everything.
+    power = np.maximum(along(x, x)[:, None] / n / mean, _QUIET)
     v = (moved * power + _FEW * np.median(power)) / (moved + _FEW) * mean
     found: NDArray[np.float32] = (x * np.sign(u) * np.sqrt(mean) / v).astype(np.float32)
     return found

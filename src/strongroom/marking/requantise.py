@@ -6,6 +6,7 @@ what is left are the few elements that a mark moved across the border of two lev
 
 from __future__ import annotations
 
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -25,15 +26,16 @@ _LESS = 0.25  # of what is left of it otherwise, what may be left where a quanti
 _LESS_EVEN = 0.5  # the same of even levels, which nothing else leaves
 _EVEN = np.float32(0.1)  # of a step: as far as a cast moves a level
 _APART = np.float32(0.01)  # of a group's range: what is closer is one level
-_REACH = 0.3  # see `unrounded`
+_REACH = 0.3  # see `_rest`, as of the next
+_MOVED = 0.7  # half of what is worked out there: weights with outliers move more of those that say more
+_SEED = 256  # elements of the original that say which groups are looked at
 
 
-def coarse(leak: NDArray[np.float32], first: int) -> bool:
+def coarse(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> bool:
     """Whether `unrounded` may find levels: a few of the smallest groups tell, as a larger group has no fewer levels
-    than its parts."""
-    seen = _groups(leak, first, GROUPS[-1])
-    some = seen[:: max(1, len(seen) // _JUDGED)]
-    return len(seen) > 0 and bool(_levels(_there(some)).mean() <= _LEVELS + 2)
+    than its parts. All flat and of one length, as there."""
+    _, some = _some(original, leak, first, GROUPS[-1])
+    return len(some) > 0 and bool(_levels(_there(some)).mean() <= _LEVELS + 2)
 
 
 def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> NDArray[np.float32]:
@@ -76,27 +78,37 @@ def _rest(w: NDArray[np.float32], seen: NDArray[np.float32]) -> _Rest:
         plain, rest = np.where(number, seen - w, np.float32(np.nan)), seen - rounding.near
         rest[np.abs(rest) <= rounding.blur] = 0
         rest = np.where(rounding.known[:, None], rest, plain)
-        power = float(np.nansum(np.square(plain)))
-        share = float(np.nansum(np.square(rest))) / power if power > 0 else 1.0
-        # An original that lay on such levels itself is moved across no border, and what a mark did to the levels is
-        # all that there is. Of one holder what is left says about 4 / 3 for each element that has moved, the leak as it
-        # is 2 u² / x² for each; of eight together the second falls further: it is preferred only if it says far more.
         steps = np.where(number, ulps(w), np.float32(0))
-        reached = np.count_nonzero(rounding.border < steps)
-        there = bool(reached * power >= _REACH * w.size * float(np.nansum(np.square(steps))))
-        return _Rest(np.where(number, w + rest, seen), share, rounding.even, there)
+        # Levels that are not even may be a leaker's own doing, who has made some neighbours equal: then Q(w) is what
+        # his copy says, and nothing is left of it. They are believed where as many elements have moved as say more than
+        # the leak does as it is: of one holder about 4 / 3 for each, and 2 u² / x² for each of all elements.
+        odd = rounding.known & ~rounding.even
+        moved = np.count_nonzero(np.nan_to_num(rest[odd]))
+        if moved * _power(plain[odd]) < _MOVED * rest[odd].size * _power(steps[odd]):
+            rest[odd] = plain[odd]
+        power = _power(plain)
+        share = _power(rest) / power if power > 0 else 1.0
+        # An original that lay on even levels itself is moved across no border, and what a mark did to the levels is all
+        # that there is. Of eight holders together the leak as it is says less than of one by more than what is left
+        # does: that is preferred already where a fifth as much could have moved.
+        there = bool(np.count_nonzero(rounding.border < steps) * power >= _REACH * w.size * _power(steps))
+        return _Rest(np.where(number, w + rest, seen), share, float(rounding.even.mean()), there)
+
+
+def _power(x: NDArray[np.float32]) -> float:
+    return float(np.nansum(np.square(x)))
 
 
 class _Rounding(NamedTuple):
     """What of groups of the original a quantiser makes: for each element the level that is nearest, how far it is from
-    the border to the next, and what a level is unsure by; for each group whether its levels are known at all; and the
-    share of the groups whose levels are even."""
+    the border to the next, and what a level is unsure by; for each group whether its levels are known at all, and
+    whether they are even."""
 
     near: NDArray[np.float32]
     border: NDArray[np.float32]
     blur: NDArray[np.float32]
     known: NDArray[np.bool_]
-    even: float
+    even: NDArray[np.bool_]
 
 
 def _rounding(there: NDArray[np.float32], w: NDArray[np.float32]) -> _Rounding:
@@ -112,7 +124,7 @@ def _rounding(there: NDArray[np.float32], w: NDArray[np.float32]) -> _Rounding:
         np.where(on, step * (np.float32(0.5) - np.abs(at - level)), border),
         np.where(on, step * _EVEN, np.float32(0)),
         known,
-        float(even.mean()),
+        even,
     )
 
 
@@ -142,10 +154,13 @@ def _groups(flat: NDArray[np.float32], first: int, group: int) -> NDArray[np.flo
 def _some(
     original: NDArray[np.float32], leak: NDArray[np.float32], first: int, group: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The original's and the leak's groups, a few of them, by which it is judged."""
+    """The original's and the leak's groups, a few of them, by which it is judged: which, only who has the original to
+    the bit knows, so that no leaker makes just these look like something else."""
     w, seen = _groups(original, first, group), _groups(leak, first, group)
-    step = max(1, len(seen) // _JUDGED)
-    return w[::step], seen[::step]
+    if len(w) <= _JUDGED:
+        return w, seen
+    chosen = np.random.default_rng(zlib.crc32(original[:_SEED].tobytes())).integers(0, len(w), _JUDGED)
+    return w[chosen], seen[chosen]
 
 
 def _reformed(
@@ -170,7 +185,7 @@ def _left(w: NDArray[np.float32], seen: NDArray[np.float32], form: str) -> tuple
     with np.errstate(all="ignore"):
         steps = _steps(w, form)
         near = _on_grid(w, steps)
-        ratios = np.sort(seen / near, axis=1)  # what is no number comes last
+        ratios = np.sort(np.where(near != 0, seen / near, np.float32(np.nan)), axis=1)  # what is no number comes last
         middle = np.count_nonzero(~np.isnan(ratios), axis=1)[:, None] // 2
         factor = np.take_along_axis(ratios, np.minimum(middle, w.shape[1] - 1), axis=1)
         factor = np.where((factor > 0) & (factor < np.inf), factor, np.float32(1))

@@ -589,8 +589,11 @@ def usable(state: State, ref: str, action: str = "") -> Version:
 
 def _without_lease(action: str, ref: str) -> str:
     """What to do where no lease is needed."""
-    copied = f"strongroom copy {ref} --to PRINCIPAL --out DIR"
-    return copied if action == "copy" else f"strongroom run {ref} -- COMMAND"
+    hints = {
+        "copy": f"strongroom copy {ref} --to PRINCIPAL --out DIR",
+        "trace": f"strongroom trace FILE --weights {ref}",
+    }
+    return hints.get(action, f"strongroom run {ref} -- COMMAND")
 
 
 _PRINCIPALS = "strongroom principal ls"

@@ -381,8 +381,8 @@ class Comparison:
             begin, stopped = each.begin + lead * item.bytes, each.begin + stop * item.bytes
             data = self._originals.marked(number)[begin - stripe : stopped - stripe]
             # Blocks are a quantiser's levels themselves: a mark would be taken for rounding.
-            if not item.is_block and coarse(leak, first):
-                leak = unrounded(numbers(data, dtype), leak, first)
+            if not item.is_block and coarse(w := numbers(data, dtype), leak, first):
+                leak = unrounded(w, leak, first)
             bits, leak = scales(data, dtype, leak)
             leak = found.estimator.add(begin, dtype, bits, leak)
             if each.stamped:
@@ -408,7 +408,7 @@ class Comparison:
             w = numbers(data, dtype)
             seen, _ = rescaled(w.reshape(-1, width), leak.reshape(-1, width))
             seen = seen.reshape(-1)
-            if not item.is_block and coarse(seen, first):
+            if not item.is_block and coarse(w, seen, first):
                 seen = unrounded(w, seen, first)
             bits, seen = scales(data, dtype, seen)
             seen = found.estimator.add(begin, dtype, bits, seen)

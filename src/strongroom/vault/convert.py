@@ -52,8 +52,8 @@ def converted(path: Path, *, follow_links: bool = False) -> Iterator[ModelSource
     a pickle beside a safetensors file of that name is left out. A model without pickles is scanned as it is.
 
     Errors of `ModelSource.scan`, and UsageError ``convert.refused`` (it would call something), ``convert.unreadable``,
-    ``convert.unfit`` (it holds more than tensors), ``convert.no_torch``, ``convert.no_sandbox``; LimitExceeded
-    ``convert.limit``.
+    ``convert.protocol`` (as pickles are written that are not read here), ``convert.unfit`` (it holds more than
+    tensors), ``convert.no_torch``, ``convert.no_sandbox``; LimitExceeded ``convert.limit``.
     """
     walk = Walk.of(path, follow_links=follow_links)
     present = {file.path for file in walk.files}
@@ -206,10 +206,12 @@ def _explained(file: SourceFile, answer: Answer) -> UsageError:
             wants = shown(str(answer.get("wants", "")))
             what = f"to read it would mean to call {wants}" if wants else "it does more than hold tensors"
             return _refusal(file, "convert.refused", what, wants=wants)
+        case "protocol":
+            return _refusal(file, "convert.protocol", "it is pickled in a way that PyTorch's safe reader does not read")
         case "no_sandbox" | "unfit" | "memory" as reason:
             return _refusal(file, f"convert.{reason}", message)
         case _:
-            return _refusal(file, "convert.unreadable", message)
+            return _refusal(file, "convert.unreadable", f"it is no pickle of tensors, or damaged ({message})")
 
 
 def _no_torch(what: str) -> UsageError:
@@ -224,6 +226,7 @@ def _refusal(file: SourceFile, code: str, what: str, **evidence: str) -> UsageEr
     hints = {
         "convert.refused": "do not load this file with anything; ask its publisher for safetensors",
         "convert.no_sandbox": "convert on a Linux machine that permits user namespaces or seccomp filters",
+        "convert.protocol": "write its tensors to safetensors, in a sandbox of your own: torch.save's default is read",
         "convert.unfit": "remove it if it belongs to training (optimizer, arguments, random state)",
     }
     return UsageError(

@@ -115,9 +115,10 @@ class SourceFile:
             raise unreadable(self.path, error) from None
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def parsed(self, read: Callable[[int, int], bytes], *, suffix: str | None = None) -> SourceFile:
+    def parsed(self, read: Callable[[int, int], bytes], *, suffix: str | None = None, torn: bool = False) -> SourceFile:
         """The same with kind and tensors as its content has them, of which ``read(offset, size)`` returns `size` bytes,
-        fewer only at the end; UsageError, LimitExceeded. `suffix`: that of its format, if its name is not to say."""
+        fewer only at the end; UsageError, LimitExceeded. `suffix`: that of its format, if its name is not to say.
+        `torn`: what lies behind the end of a file that was cut off is left out, and no error."""
         head = read(0, 64)
         suffix = suffix or self.path.lower().rpartition(".")[2]
         if suffix in ("safetensors", "gguf") and head.startswith(_LFS_POINTER):
@@ -130,10 +131,10 @@ class SourceFile:
         try:
             if suffix == "safetensors":
                 needed = safetensors.header_bytes_needed(head[:8], self.size)
-                document = safetensors.parse_header(read(0, needed), self.size)
+                document = safetensors.parse_header(read(0, needed), self.size, torn=torn)
                 return self._holding("safetensors", document.data_start, document.tensors.values())
             if suffix == "gguf" or head.startswith(gguf.MAGIC):
-                header = gguf.parse_header(read, self.size)
+                header = gguf.parse_header(read, self.size, torn=torn)
                 return self._holding("gguf", header.data_start, header.tensors.values())
         except (UsageError, LimitExceeded) as error:
             # The parser knows bytes; its caller wants to know which file.

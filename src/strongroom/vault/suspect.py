@@ -53,7 +53,8 @@ _HINTS = {
     "source.unreadable": "check its permissions, then trace it again",
     "source.name": "rename it in a copy, and trace that: what is recorded is the content's SHA-256",
     "source.limit": "trace a part of it",
-    "convert.refused": "do not load this file with anything; trace the other files without it",
+    "convert.protocol": "write its tensors to safetensors, in a sandbox of your own, and trace that",
+    "convert.refused": "do not load this file with anything; trace what else there is without it",
 }
 _INTEGERS = {"I8": "<i1", "U8": "<u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
 
@@ -93,7 +94,9 @@ def as_found() -> Iterator[None]:
     except StrongroomError as error:
         kind, _, what = error.code.partition(".")
         if kind in _PARSED and what in ("malformed", "big_endian", "unreadable", "limit"):
-            error.hint = "it is damaged, or not what it seems: trace the other files without it"
+            error.hint = (
+                "it is damaged, or not what it seems: trace another copy of it, or what else there is without it"
+            )
         error.hint = _HINTS.get(error.code, error.hint)
         raise
 

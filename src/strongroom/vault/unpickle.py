@@ -66,6 +66,10 @@ def main(source: int, memory: int, allowance: int, cpu_seconds: int) -> None:
         parent.answer(error="memory", message="it needs more memory than its size explains")
     except Exception as error:  # noqa: BLE001  # what torch raises on bad bytes is not documented
         kind = "refused" if type(error).__name__ == "UnpicklingError" else "unreadable"
+        if "Unsupported operand" in str(
+            error
+        ):  # an opcode of pickle's protocol 4 or 5: it may hold nothing but tensors
+            kind = "protocol"
         parent.answer(error=kind, message=str(error)[:10_000], wants=_wanted(str(error)))
 
 

@@ -28,11 +28,13 @@ SKIPPED = frozenset({".git", ".cache", "__pycache__"})
 class Walk:
     """What is at `root`: `files` to put, `pickles` that only conversion can take in, in no order.
 
-    `skipped` was left out, `followed` were links; both are relative paths.
+    `skipped` was left out, `followed` were links; both are relative paths. `model`: what is put, and has to be whole; a
+    find is what there is.
     """
 
     root: Path
     follow_links: bool
+    model: bool = True
     files: list[SourceFile] = field(default_factory=list)
     pickles: list[tuple[SourceFile, str]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -52,7 +54,7 @@ class Walk:
                 f"there is no model at {shown(str(path))!r}",
                 hint="name a model directory, a .safetensors file or a .gguf file",
             ) from None
-        walk = cls(root, follow_links)
+        walk = cls(root, follow_links, model)
         if root.is_dir():
             walk._tree()
             if not walk.files and not walk.pickles:
@@ -60,13 +62,13 @@ class Walk:
                     "source.empty", f"{shown(str(path))!r} holds no files", hint="name the directory of the model"
                 )
         else:
-            walk._single(path.absolute().name, model=model)  # in a download cache the target's own name is a hash
+            walk._single(path.absolute().name)  # in a download cache the target's own name is a hash
         return walk
 
     @classmethod
     def held(cls, files: Iterable[SourceFile]) -> Walk:
-        """Look over files that are in memory; errors as `of`, and UsageError ``source.collision``."""
-        walk, files = cls(Path(), follow_links=False), list(files)
+        """Look over a find that is in memory; errors as `of`, and UsageError ``source.collision``."""
+        walk, files = cls(Path(), follow_links=False, model=False), list(files)
         check_collisions(file.path for file in files)
         for file in files:
             check_name(file.path)
@@ -102,10 +104,10 @@ class Walk:
                 else:
                     self._file(path, self._resolved(path, Path(entry.path)))
 
-    def _single(self, name: str, *, model: bool) -> None:
+    def _single(self, name: str) -> None:
         check_name(name)
         self._file(name, self.root)
-        if model and self.files and self.files[0].kind == "opaque":
+        if self.model and self.files and self.files[0].kind == "opaque":
             raise UsageError(
                 "source.not_a_model",
                 f"{name} is neither a safetensors file nor a GGUF file",
@@ -129,7 +131,7 @@ class Walk:
                 if evidence is not None:
                     self.pickles.append((file, evidence))
                     return
-            self.files.append(file.parsed(partial(file.read, fd)))
+            self.files.append(file.parsed(partial(file.read, fd), torn=not self.model))
 
     def _resolved(self, path: str, location: Path) -> Path:
         """Where a file really is; a link is resolved here, once, and never again."""

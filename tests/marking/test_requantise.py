@@ -108,6 +108,59 @@ def test_what_was_rounded_before_it_left_keeps_what_its_levels_say() -> None:
     assert unrounded(w, leak, 0) is leak
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf])
+@pytest.mark.parametrize("lowest", [False, True])
+def test_one_weight_that_is_no_number_costs_that_weight(odd: float, lowest: bool) -> None:
+    w = weights()
+    leak = even(w, 16, lowest=lowest)
+    w[77] = odd
+    found = unrounded(w, leak, 0)
+    there = np.arange(w.size) // 32 != 2
+    assert np.count_nonzero(np.abs(found[there] - w[there]) > 1e-7) < 10
+
+
+@pytest.mark.parametrize("lowest", [False, True])
+def test_what_is_absent_is_no_level(lowest: bool) -> None:
+    w = weights()
+    leak = even(w, 32, lowest=lowest)
+    leak[::32] = np.nan
+    found = unrounded(w, leak, 0)
+    assert np.isnan(found[::32]).all()
+    assert np.count_nonzero(np.abs(found - w) > 1e-7) < 10
+
+
+def test_neighbours_that_were_made_equal_are_no_levels() -> None:
+    """Else Q(w) would be what the copy says, whatever its marks, and nothing be left of them."""
+    w, chips = weights(), np.random.default_rng(2).binomial(8, 0.5, 1 << 16) - 4
+    signal = (w * (chips / 192)).astype(np.float32)
+    noisy_copy = w + signal + np.abs(w) / 64 * np.random.default_rng(6).standard_normal(w.size)
+    parts = np.sort(noisy_copy.reshape(-1, 32), axis=1)
+    order = np.argsort(noisy_copy.reshape(-1, 32), axis=1)
+    for _ in range(12):  # the two that are closest, of 32, until there are 20
+        gaps = np.where(np.diff(parts, axis=1) > 0, np.diff(parts, axis=1), np.inf)
+        k = gaps.argmin(axis=1)[:, None]
+        low, high = np.take_along_axis(parts, k, axis=1), np.take_along_axis(parts, k + 1, axis=1)
+        parts[(parts == low) | (parts == high)] = np.broadcast_to((low + high) / 2, parts.shape)[
+            (parts == low) | (parts == high)
+        ]
+    merged = np.empty_like(parts)
+    np.put_along_axis(merged, order, parts, axis=1)
+    leak = merged.reshape(-1).astype(np.float32)
+    found = np.corrcoef(unrounded(w, leak, 0) - w, signal)[0, 1]
+    assert found > 0.95 * np.corrcoef(leak - w, signal)[0, 1] > 0.1
+
+
+def test_no_leaker_knows_by_which_groups_it_is_judged() -> None:
+    w = weights(1 << 19)
+    signal = (w * ((np.random.default_rng(2).binomial(8, 0.5, w.size) - 4) / 192)).astype(np.float32)
+    leak = rounded(w + signal, 128)
+    step = leak.size // 128 // 64 * 128
+    for at in range(0, leak.size, step):  # each that an even choice would look at
+        leak[at : at + 128] += (0.03 * 0.02 * np.random.default_rng(at).standard_normal(128)).astype(np.float32)
+    assert coarse(w, leak, 0)
+    assert np.count_nonzero(unrounded(w, leak, 0) == w) > 0.9 * w.size
+
+
 def noisy(w: Array) -> Array:
     return w + np.random.default_rng(3).standard_normal(w.size).astype(np.float32) * np.float32(1e-4)
 

@@ -22,9 +22,7 @@ _TINY = 1e-30
 _ENDLESS = 1e15  # steps of the largest element, beyond which squares would soon be infinite
 _OUTLIER = 64  # a square, in units of its row's mean, beyond which it is taken for this much
 _CONSTANT = 0.01  # the least share of what is left that is as strong for small elements as for large ones
-_UNSURE = (
-    4  # a row's power, of n elements that say something, is unsure by the root of this over n: of noise 2, of stamps 8
-)
+_UNSURE = 4  # the power of a row of n elements is unsure by the root of this over n: of noise 2, of stamps 8
 _QUIET = 0.05  # the least power of what is left, in squares of a step: the mean of 32 stamps leaves 2 / 32
 _JUDGED = 1 << 15  # elements by which it is judged how what is left grows
 _FEW = 8  # moved elements of a row that its own power is worth

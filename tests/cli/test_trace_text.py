@@ -34,7 +34,7 @@ def test_answers_name_whose_copy_wrote_them(desk):
     assert "28,800 tokens of 450 completions; fits a temperature of " in ended.out
     assert "Loading" not in ended.err  # transformers draws no bar of its own
     page = (desk.folder / "case.html").read_text()
-    assert "What was done to the weights" not in page
+    assert "What had to be undone" not in page
     assert "28,800 tokens of 450 completions" in page
     assert "which copy was asked" in page
 

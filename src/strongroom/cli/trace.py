@@ -84,8 +84,10 @@ def _page(report: str | None) -> Path | None:
     """Where the report goes: known to be free before a long search."""
     if report is None:
         return None
-    if (path := Path(report)).exists() or not path.parent.is_dir():
-        raise UsageError("trace.report", f"{report} is there already, or its folder is not", hint="--report NEW.html")
+    if (path := Path(report)).exists():
+        raise UsageError("trace.report", f"{report} is there already", hint="--report NEW.html")
+    if not path.parent.is_dir():
+        raise UsageError("trace.report", f"there is no folder {path.parent} for {report}", hint=f"mkdir {path.parent}")
     return path
 
 
@@ -163,7 +165,7 @@ def lines(found: dict[str, Any], took: float) -> list[str]:
             f"{number(found['elements'])} elements compared, {counted(found['candidates'], 'candidate')}"
         )
     if found["transformations"]:
-        told.append(f"found and undone: {'; '.join(found['transformations'])}")
+        told.append(f"found: {'; '.join(found['transformations'])}")
     if stopped := what_was_left(found):
         told.append(stopped)
     if found["text"]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from strongroom.cli.output import number, size
+from strongroom.cli.output import counted, number, size
 from strongroom.core.clock import text
 
 _STYLE = """
@@ -79,7 +79,7 @@ def _summary(found: dict[str, Any]) -> str:
             f"{number(found['positions_used'])} of {number(found['positions'])} positions, "
             f"{number(found['elements'])} elements, {number(found['candidates'])} candidates."
         )
-    about = f"{suspect['name']}, {number(suspect['tensors'])} tensors, {size(suspect['bytes'])}. "
+    about = f"{suspect['name']}, {counted(suspect['tensors'], 'tensor')}, {size(suspect['bytes'])}. "
     if not found["weights"]:
         return about
     return (
@@ -225,11 +225,12 @@ def _transformed(found: dict[str, Any]) -> str:
     from strongroom.cli.trace import what_was_left
 
     if not found["transformations"]:
-        return "<h2>What was done to the weights</h2><p>Nothing that had to be undone to compare them.</p>"
+        nothing = "Nothing: what only changes numbers, as rounding and pruning do, need not be."
+        return f"<h2>What had to be undone</h2><p>{nothing}</p>"
     items = "".join(f"<li>{escape(each)}</li>" for each in found["transformations"])
     left = what_was_left(found)
     said = f"<p>{escape(left[:1].upper() + left[1:])}.</p>" if left else ""
-    return f"<h2>What was done to the weights</h2><ul>{items}</ul>{said}"
+    return f"<h2>What had to be undone</h2><ul>{items}</ul>{said}"
 
 
 def _wrong(found: dict[str, Any]) -> str:

@@ -407,7 +407,7 @@ def _name(result: Trace, decoding: Decoding, versions: int) -> None:
 
 
 def _transformations(comparison: Comparison | Echo) -> list[str]:
-    """What was done to the weights, in words, with how many tensors it was found on."""
+    """What was found to be done to the weights, in words, with how many tensors it was found on."""
     counts: dict[str, int] = {}
     for each in comparison.tensors:
         for what in set(each.transformations) if each.partner else {"missing"}:

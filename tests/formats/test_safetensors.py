@@ -273,6 +273,25 @@ def files(draw: st.DrawFn) -> bytes:
     return blob(header, bytes(max(0, begin + draw(st.sampled_from([0] * 15 + [1, -1])))))
 
 
+@settings(deadline=None)
+@given(files(), st.integers(0, 2000))
+def test_of_a_torn_file_whole_rows_are_left(file: bytes, kept: int) -> None:
+    try:
+        whole = parse(file)
+    except (UsageError, LimitExceeded):
+        with suppress(UsageError, LimitExceeded):  # nor does any other file crash it
+            parse_header(file[:kept], min(kept, len(file)), torn=True)
+        return
+    assume(whole.data_start <= kept)
+    left = parse_header(file[:kept], kept, torn=True) if kept <= len(file) else whole
+    for name, info in left.tensors.items():
+        before = whole.tensors[name]
+        assert info.end <= max(kept, before.begin)
+        assert (info.begin, info.dtype, info.shape[1:]) == (before.begin, before.dtype, before.shape[1:])
+        assert info.size * max(1, before.elements) == before.size * info.elements
+    assert all(name in left.tensors for name, info in whole.tensors.items() if info.end <= kept)
+
+
 @settings(max_examples=800)
 @given(files())
 def test_same_verdict_as_the_reference(file: bytes) -> None:

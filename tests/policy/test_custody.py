@@ -803,6 +803,13 @@ class TestAsking:
         book.put_in_force(Policies.parse(f"{TEAM.text}\n{free}"))
         refused("request.not_needed", book.ask, "user/ana")
 
+    @pytest.mark.parametrize(("action", "command"), [("load", "run"), ("copy", "copy"), ("trace", "trace FILE")])
+    def test_for_what_needs_none_says_what_does_it(self, book, action, command):
+        free = f'@id("free") @reason("x") permit (principal, action == Strongroom::Action::"{action}", resource);'
+        book.put_in_force(Policies.parse(f"{TEAM.text}\n{free}"))
+        asked = refused("request.not_needed", book.ask, "user/eva" if action == "trace" else "user/ana", action=action)
+        assert asked.hint.startswith(f"strongroom {command} ")
+
 
 class TestLeases:
     def test_are_for_one_holder_action_and_version(self, book):

@@ -121,9 +121,10 @@ def test_put_for_people(desk: Desk) -> None:
 
 
 def test_put_says_when_nothing_is_marked(desk: Desk) -> None:
-    ended = desk.run("put", "model", "acme/bare", "--positions", "0")
-    assert ended.code == 0
-    assert "will not name their holder" in ended.err
+    for asked in (("--positions", "0"), ("--share", "0")):
+        ended = desk.run("put", "model", "acme/bare", *asked)
+        assert ended.code == 0
+        assert "as you asked: what is only loaded will not name its holder; copies are stamped" in ended.err
 
 
 @pytest.mark.parametrize(

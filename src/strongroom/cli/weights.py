@@ -66,9 +66,9 @@ def put(
         )
     took = time.monotonic() - begun
     output.answer({**result.as_json(), "seconds": round(took, 3)}, _put_lines(result, took))
-    if not result.positions and share != "auto" and not Fraction(share):
+    if not result.positions and (not positions or (share != "auto" and not Fraction(share))):
         output.note(
-            "  → no share of it is marked, as you asked: what is only loaded names nobody; copies carry a stamp"
+            "  → nothing is marked, as you asked: what is only loaded will not name its holder; copies are stamped"
         )
     elif not result.positions:
         output.note("  → nothing in it could be marked: copies of this version will not name their holder")

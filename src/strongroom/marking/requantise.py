@@ -7,7 +7,7 @@ what is left are the few elements that a mark moved across the border of two lev
 from __future__ import annotations
 
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,14 @@ _EVEN = np.float32(0.1)  # of a step: as far as a cast moves a level
 _APART = np.float32(0.01)  # of a group's range: what is closer is one level
 _REACH = 0.3  # see `_rest`, as of the next
 _MOVED = 0.7  # half of what is worked out there: weights with outliers move more of those that say more
-_SEED = 256  # elements of the original that say which groups are looked at
+SEED = 256  # elements of the original that say which groups are looked at
 
 
 def coarse(original: NDArray[np.float32], leak: NDArray[np.float32], first: int) -> bool:
     """Whether `unrounded` may find levels: a few of the smallest groups tell, as a larger group has no fewer levels
-    than its parts. All flat and of one length, as there."""
-    _, some = _some(original, leak, first, GROUPS[-1])
+    than its parts. Flat, as there; of the original the first `SEED` elements are enough."""
+    seen = _groups(leak, first, GROUPS[-1])
+    some = seen[_chosen(original, len(seen))]
     return len(some) > 0 and bool(_levels(_there(some)).mean() <= _LEVELS + 2)
 
 
@@ -157,10 +158,15 @@ def _some(
     """The original's and the leak's groups, a few of them, by which it is judged: which, only who has the original to
     the bit knows, so that no leaker makes just these look like something else."""
     w, seen = _groups(original, first, group), _groups(leak, first, group)
-    if len(w) <= _JUDGED:
-        return w, seen
-    chosen = np.random.default_rng(zlib.crc32(original[:_SEED].tobytes())).integers(0, len(w), _JUDGED)
+    chosen = _chosen(original, len(w))
     return w[chosen], seen[chosen]
+
+
+def _chosen(original: NDArray[np.float32], count: int) -> Any:
+    """Which of `count` groups are looked at."""
+    if count <= _JUDGED:
+        return slice(None)
+    return np.random.default_rng(zlib.crc32(original[:SEED].tobytes())).integers(0, count, _JUDGED)
 
 
 def _reformed(

@@ -21,7 +21,7 @@ from strongroom.marking.align import ALIKE, Fit, as_matrix, cosine, normalised, 
 from strongroom.marking.disguise import Turn, Undone, refactored
 from strongroom.marking.estimate import Estimator
 from strongroom.marking.matched import MatchedFilter
-from strongroom.marking.requantise import coarse, unrounded
+from strongroom.marking.requantise import SEED, coarse, unrounded
 from strongroom.marking.scales import numbers, scales
 from strongroom.marking.stamp import Stamp, tensor_tag
 from strongroom.vault import effort
@@ -381,8 +381,8 @@ class Comparison:
             begin, stopped = each.begin + lead * item.bytes, each.begin + stop * item.bytes
             data = self._originals.marked(number)[begin - stripe : stopped - stripe]
             # Blocks are a quantiser's levels themselves: a mark would be taken for rounding.
-            if not item.is_block and coarse(w := numbers(data, dtype), leak, first):
-                leak = unrounded(w, leak, first)
+            if not item.is_block and coarse(numbers(data[: SEED * item.bytes], dtype), leak, first):
+                leak = unrounded(numbers(data, dtype), leak, first)
             bits, leak = scales(data, dtype, leak)
             leak = found.estimator.add(begin, dtype, bits, leak)
             if each.stamped:

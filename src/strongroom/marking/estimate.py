@@ -73,9 +73,7 @@ class Estimator:
                 here = at[:, None] + np.arange(size)
                 rows, seen = bits[here], leak[here]
             marks = self._take(slice(first, first + count), dtype, rows, seen, signs)
-            if marks is not None:
-                freed = leak.copy() if freed is leak else freed
-                freed[here] -= marks.reshape(freed[here].shape)
+            freed = _less(freed, leak, here, marks)
         for position, skipped in self._crossing(begin, end, whole):
             start = int(starts[position])
             low, high = max(start, begin), min(start + length, end)
@@ -83,9 +81,7 @@ class Estimator:
             cut = slice(*item.within(low - begin, high - begin))
             signs = self._marker.signs(position, 1)[:, skipped : skipped + cut.stop - cut.start]
             marks = self._take(slice(position, position + 1), dtype, bits[None, cut], leak[None, cut], signs)
-            if marks is not None:
-                freed = leak.copy() if freed is leak else freed
-                freed[cut] -= marks[0]
+            freed = _less(freed, leak, cut, marks)
         return freed
 
     def _crossing(self, begin: int, end: int, whole: range) -> Iterator[tuple[int, int]]:
@@ -158,6 +154,18 @@ class Estimator:
 
     def done(self) -> Estimates:
         return Estimates(self._n, self._information, self._square, self._sums)
+
+
+def _less(
+    freed: NDArray[np.float32], leak: NDArray[np.float32], here: Any, marks: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """`freed` without `marks` as well, if there are any: a copy of `leak`, once one is needed."""
+    if marks is None:
+        return freed
+    if freed is leak:
+        freed = leak.copy()
+    freed[here] -= marks.reshape(freed[here].shape)
+    return freed
 
 
 def residual(

@@ -166,7 +166,7 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
             moved &= ~silent
             there -= np.count_nonzero(silent, axis=1)[:, None]
         few = 2 * np.count_nonzero(moved) < there.sum()
-        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None], there) if few else _of_all(x, u, silent)
+        r = _of_few(x, u, np.count_nonzero(moved, axis=1)[:, None], there) if few else _of_all(x, u, there, silent)
         whole = np.isfinite(r.sum())
     can = stampable(bits, dtype)
     if not whole or not can.all():
@@ -174,13 +174,14 @@ def filtered(dtype: str, bits: NDArray[Any], leak: NDArray[np.float32]) -> NDArr
     return np.asarray(r, np.float32).reshape(-1)
 
 
-def _of_all(x: NDArray[np.float32], u: NDArray[np.float32], silent: NDArray[np.bool_] | None) -> NDArray[np.float32]:
-    """What is left of elements that have all been moved, weighed: their r. In place of `x`, which is 0 where it is
-    `silent` what the leak has."""
-    squares, count = u * u, np.full((len(x), 1), max(1, x.shape[1]), np.float64)
-    if silent is not None:  # where the leak says nothing
+def _of_all(
+    x: NDArray[np.float32], u: NDArray[np.float32], there: NDArray[np.int64], silent: NDArray[np.bool_] | None
+) -> NDArray[np.float32]:
+    """What is left of elements that have all been moved, weighed: their r. In place of `x`, which is 0 where the leak
+    is `silent`; `there` of each row, (rows, 1), are not."""
+    squares, count = u * u, np.maximum(there, 1).astype(np.float64)
+    if silent is not None:
         squares *= ~silent
-        count = np.maximum(x.shape[1] - np.count_nonzero(silent, axis=1), 1)[:, None].astype(np.float64)
     mean = np.maximum(_sum(squares) / count, _TINY)
     power = along(x, x)[:, None] / count
     peak = np.maximum(x.max(axis=1, keepdims=True), -x.min(axis=1, keepdims=True)).astype(np.float64)

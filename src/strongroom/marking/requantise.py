@@ -57,8 +57,8 @@ def unrounded(original: NDArray[np.float32], leak: NDArray[np.float32], first: i
 
 
 class _Rest(NamedTuple):
-    """A leak's groups without the levels of a quantiser: what the squares of its differences from the original are
-    less than, as a share; of how many groups levels are even; and whether a mark can be in it at all."""
+    """A leak's groups without a quantiser's rounding; the share of the squares of their differences from the original
+    that is left then; the share of groups whose levels are even; and whether enough elements could have moved."""
 
     without: NDArray[np.float32]
     share: float
